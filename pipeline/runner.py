@@ -1,0 +1,156 @@
+"""How a stage runs over its shards: what is there is kept, what is missing is made, then sealed.
+
+The row plan is fixed: shard i covers the same rows whatever the machine. A relaunch makes only the
+missing shards; a folder made with other settings is refused, never overwritten.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from .errors import UserError
+from .manifest import (
+    MANIFEST,
+    PLAN,
+    Identity,
+    Manifest,
+    ShardEntry,
+    first_difference,
+    parse_identity,
+    read_manifest,
+)
+from .schema import Schema
+from .shards import ShardContent, commit_shard, committed_shard
+from .storage import TEMPORARY, atomic_file, read_json, write_json
+
+REJECTS = "rejects.jsonl"
+
+
+Task = tuple[int, Callable[[], ShardContent]]  # a shard's index, and what makes it
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One stage over one output folder."""
+
+    folder: Path
+    schema: Schema
+    identity: Identity
+    parents: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A sealed folder's manifest, and what this run did for it (nothing, where it was there)."""
+
+    manifest: Manifest
+    positions: int = 0  # supervised positions of the shards made
+    seconds: float = 0.0  # spent on them, the start of an engine not counted
+
+
+def open_folder(folder: Path, identity: Identity) -> Manifest | None:
+    """Make ready to work in a folder; its manifest, if the work is done already.
+
+    Raises UserError where the folder holds something else, or the same stage with other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file: --out needs a folder")
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        _refuse_other(folder, identity, manifest.identity)
+        (folder / PLAN).unlink(missing_ok=True)
+        return manifest
+    if (folder / PLAN).exists():
+        _refuse_other(folder, identity, parse_identity(folder / PLAN, read_json(folder / PLAN)))
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = next((path for path in folder.iterdir() if not path.match(TEMPORARY)), None)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
+    if present is not None:
+        raise UserError(
+            f"{folder}: holds something else ({present.name}): give an empty or a new folder"
+        )
+    write_json(folder / PLAN, asdict(identity))
+    return None
+
+
+class ShardRun:
+    """One run of a job: the shards that are there already, and those that it makes."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.committed = _committed_shards(job)
+        self.positions = 0
+        self.seconds = 0.0
+
+    def shards(self, tasks: Iterable[Task]) -> Iterator[ShardEntry]:
+        """Every shard of the plan in its order, made first where it is missing."""
+        job = self.job
+        for index, make in tasks:
+            if index not in self.committed:
+                start = perf_counter()
+                entry = commit_shard(
+                    job.folder, index, job.schema, job.identity.fingerprint, make()
+                )
+                self.seconds += perf_counter() - start
+                self.positions += entry.positions
+                self.committed[index] = entry
+            yield self.committed[index]
+
+    def seal(self) -> StageResult:
+        """Write the rejects and the manifest, the last file of a folder."""
+        job = self.job
+        shards = [self.committed[index] for index in range(len(self.committed))]
+        with atomic_file(job.folder / REJECTS) as file:
+            for reject in (reject for entry in shards for reject in entry.rejects):
+                file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
+        manifest = Manifest(
+            identity=job.identity,
+            fingerprint=job.identity.fingerprint,
+            parents=job.parents,
+            provenance=job.provenance,
+            totals=totals_of(shards),
+            shards=shards,
+        )
+        write_json(job.folder / MANIFEST, asdict(manifest))
+        (job.folder / PLAN).unlink()
+        for leftover in job.folder.glob(TEMPORARY):
+            leftover.unlink()
+        return StageResult(manifest, self.positions, self.seconds)
+
+
+def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
+    """The shards added up; `read` counts the demonstrations, rejected ones included."""
+    totals: dict[str, Any] = {
+        name: sum(getattr(entry, name) for entry in shards)
+        for name in ("rows", "tokens", "positions", "entries", "bytes")
+    }
+    totals["rejected"] = sum(len(entry.rejects) for entry in shards)
+    totals["read"] = totals["rows"] + totals["rejected"]
+    names = sorted({name for entry in shards for name in entry.sums})
+    totals["sums"] = {name: sum(entry.sums.get(name, 0.0) for entry in shards) for name in names}
+    return totals
+
+
+def _committed_shards(job: Job) -> dict[int, ShardEntry]:
+    found = {}
+    for sidecar in sorted(job.folder.glob("shard-*.json")):
+        index = int(sidecar.stem.removeprefix("shard-"))
+        entry = committed_shard(job.folder, index, job.identity.fingerprint)
+        if entry is not None:
+            found[index] = entry
+    return found
+
+
+def _refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
+    if wanted.fingerprint != found.fingerprint:
+        raise UserError(
+            f"{folder}: already holds `qpipe {found.stage}` output made otherwise: "
+            f"{first_difference(wanted, found)}: give another --out, or the same options"
+        )

@@ -1,0 +1,1 @@
+"""The three commands (score, build-targets, train) and what only they need."""

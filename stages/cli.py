@@ -1,0 +1,296 @@
+"""The command line: options and their words. What a command does is in the module it imports.
+
+Nothing heavy is imported before a command runs, so that `qpipe --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from .quiet import quiet_libraries
+
+_FOLDER = click.Path(path_type=Path)
+
+
+class _Command(click.Command):
+    """A command whose options may take several values after one name, as in `--scores a b c`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        several = {
+            name
+            for parameter in self.params
+            if isinstance(parameter, click.Option) and parameter.multiple
+            for name in parameter.opts
+        }
+        spread: list[str] = []
+        current = None
+        for argument in args:
+            if argument.startswith("-") and argument != "-":
+                current = argument if argument in several else None
+            elif current is not None and spread[-1] != current:
+                spread.append(current)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the options of a YAML file as defaults, so that the command line wins."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
+    if not isinstance(options, dict):
+        raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
+    section = options.get(ctx.info_name, options)
+    given = {str(name).replace("-", "_"): value for name, value in (section or {}).items()}
+    known = {parameter.name for parameter in ctx.command.params} - {"config"}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise click.ClickException(
+            f"--config {path}: `qpipe {ctx.info_name}` has no option {unknown[0].replace('_', '-')}"
+        )
+    ctx.default_map = given
+
+
+def _config_option(command: Any) -> Any:
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="YAML file of options (`top-k: 64`), or of one section a command (`score: {…}`). "
+        "The command line wins.",
+    )(command)
+
+
+def _log_option(command: Any) -> Any:
+    return click.option(
+        "--log-json",
+        type=_FOLDER,
+        default=None,
+        metavar="FILE",
+        help="Append what the run did to this file, as a JSON line.",
+    )(command)
+
+
+def _one_of(*values: str) -> click.Choice:
+    return click.Choice(values)
+
+
+@click.group(context_settings={"max_content_width": 100, "show_default": True})
+@click.version_option(__version__, prog_name="qpipe")
+def cli() -> None:
+    """Offline soft targets for supervised fine-tuning.
+
+    \b
+    qpipe score          demonstrations -> scores/    a model's top-k log-probabilities (GPU)
+    qpipe build-targets  scores/        -> targets/   sparse target distributions
+    qpipe train          targets/       -> run/       a fine-tuned model
+
+    Each command takes a folder and makes a folder. Run a command again after a crash and it goes on
+    where it stopped; run it again when done and it does nothing.
+    """
+
+
+@cli.command(cls=_Command)
+@click.option("--model", required=True, help="Base model: a folder, or a name on the hub.")
+@click.option(
+    "--demonstrations",
+    required=True,
+    multiple=True,
+    metavar="FILE...",
+    help="JSON lines (also .gz, .zst), parquet, Arrow, or a Hugging Face data set name or folder.",
+)
+@click.option("--out", required=True, type=_FOLDER, help="Folder to make.")
+@click.option(
+    "--engine",
+    type=_one_of("auto", "vllm", "transformers"),
+    default="auto",
+    help="What runs the model; auto is vLLM where it is installed.",
+)
+@click.option("--top-k", type=int, default=64, help="Entries kept of each distribution.")
+@click.option(
+    "--max-length",
+    type=int,
+    default=None,
+    metavar="TOKENS",
+    help="Longest demonstration.  [default: the model's limit, at most 4096]",
+)
+@click.option(
+    "--too-long",
+    type=_one_of("reject", "cut"),
+    default="reject",
+    help="What happens to a longer one; either is counted.",
+)
+@click.option(
+    "--format",
+    "format",
+    default="auto",
+    type=_one_of("auto", "messages", "sharegpt", "alpaca", "prompt-completion"),
+    help="What a row looks like; auto recognises it row by row.",
+)
+@click.option(
+    "--template",
+    default="tokenizer",
+    metavar="tokenizer|none|FILE",
+    help="Chat template: the tokenizer's own, none, or a Jinja file.",
+)
+@click.option(
+    "--supervise",
+    type=_one_of("assistant", "last", "all"),
+    default="assistant",
+    help="Which tokens count: every assistant turn, the last one, or all tokens.",
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unusable row.")
+@click.option(
+    "--dtype",
+    type=_one_of("auto", "float32", "bfloat16", "float16"),
+    default="auto",
+    help="Number format; auto is the model's own on a GPU and float32 without.",
+)
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
+@click.option("--shard-size", type=int, default=512, help="Demonstrations in a shard.")
+@click.option(
+    "--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (vLLM)."
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=float,
+    default=0.8,
+    help="Share of the GPU's memory that vLLM plans with.",
+)
+@_log_option
+@_config_option
+def score(log_json: Path | None, **options: Any) -> None:
+    """Score demonstrations under a base model's prior.
+
+    Needs a model and demonstrations. For every supervised token it stores the token's
+    log-probability and rank, the top-k ids and log-probabilities, and the mass outside them. A row
+    that cannot be used goes to rejects.jsonl with its file, line and reason.
+
+    \b
+    qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
+    """
+    from . import summary
+    from .score import ScoreSettings, score
+
+    result = score(ScoreSettings(**options))
+    summary.print_scores(options["out"], result)
+    if log_json:
+        summary.log_result(log_json, result)
+
+
+@cli.command(cls=_Command)
+@click.option("--scores", required=True, type=_FOLDER, help="Folder made by `qpipe score`.")
+@click.option("--out", required=True, type=_FOLDER, help="Folder to make.")
+@click.option("--method", default="sft+kl", help="Target method; `qpipe methods` lists them.")
+@click.option(
+    "--form",
+    default=None,
+    metavar="frozen-target|frozen-weight",
+    help="Form of a method that has several.  [default: its first]",
+)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE...",
+    help="Parameters of the method, as in lam=0.2.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=0.99,
+    help="Probability that the stored support holds at least, where top-k reaches it.",
+)
+@click.option(
+    "--max-support",
+    type=int,
+    default=64,
+    help="Most entries of that support; the observed token is kept besides.",
+)
+@_log_option
+@_config_option
+def build_targets(
+    params: tuple[str, ...],
+    method: str,
+    form: str | None,
+    log_json: Path | None,
+    **options: Any,
+) -> None:
+    """Turn scores into sparse target distributions.
+
+    Needs only a score folder: no model, no GPU. The target at each supervised token is
+    Q = γ·(observed token) + (1-γ)·residual; the method says what γ and the residual are.
+
+    \b
+    qpipe build-targets --scores scores/ --out targets/ --method gift --param beta=5
+    """
+    from ..pipeline.methods import choose
+    from . import summary
+    from .build_targets import BuildSettings, build_targets
+
+    choice = choose(method, form, dict(_name_and_value(param) for param in params))
+    result = build_targets(BuildSettings(choice=choice, **options))
+    summary.print_targets(options["out"], result)
+    if log_json:
+        summary.log_result(log_json, result)
+
+
+@cli.command()
+def methods() -> None:
+    """List the target methods, their parameters and sources."""
+    from ..pipeline.methods import table
+    from .summary import print_table
+
+    rows = table()
+    print_table([list(rows[0])] + [list(row.values()) for row in rows])
+
+
+def _name_and_value(param: str) -> tuple[str, float]:
+    name, _, value = param.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise click.ClickException(
+            f"--param {param}: give a name and a number, as in lam=0.1"
+        ) from None
+
+
+def main() -> None:
+    """Run the command line: exit status 2 and one line for what the user can mend."""
+    try:
+        sys.exit(_run())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "Stopped: what is finished is kept, the same command goes on from there.", err=True
+        )
+        sys.exit(130)
+
+
+def _run() -> int:
+    from ..pipeline.errors import UserError
+
+    quiet_libraries()
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "qpipe"
+        message = f"{error.format_message()} (`{where} --help` tells the options)"
+    except click.ClickException as error:
+        message = error.format_message()
+    except UserError as error:
+        message = str(error)
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return 2

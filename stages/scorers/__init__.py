@@ -1,0 +1,1 @@
+"""Scoring engines behind one interface: `base.Scorer`, made by `base.make_scorer`."""

@@ -1,0 +1,99 @@
+"""Scoring with transformers: padded batches of like length, the head at supervised positions only.
+
+Where the model's forward takes `logits_to_keep`, the output head runs on the union of the batch's
+supervised columns; log-softmax and top k run on the supervised rows in chunks.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...pipeline.errors import UserError
+from ...pipeline.records import Example, ScoredExample
+from ...trainer.models import ModelFiles, one_line
+from .base import ScorerSettings, scored
+
+_BATCH_TOKENS = 4096  # padded tokens of a forward pass
+_CHUNK_VALUES = 2**26  # logits in float32 at once: 256 MiB
+
+
+class TransformersScorer:
+    """Any causal language model of transformers, on the first GPU or on the CPU."""
+
+    def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.vocab_size = model.vocab_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model.folder, dtype=getattr(torch, settings.dtype)
+            )
+            self.model = loaded.to(self.device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model {model.name}: cannot be loaded: {one_line(error)}") from error
+        self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def score(self, examples: Sequence[Example], top_k: int) -> Iterator[tuple[int, ScoredExample]]:
+        """Each example's place in `examples` and its scores, longest first."""
+        places = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+        while places:
+            rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
+            batch, places = places[:rows], places[rows:]
+            yield from zip(
+                batch, self._score_batch([examples[i] for i in batch], top_k), strict=True
+            )
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: Sequence[Example], top_k: int) -> list[ScoredExample]:
+        columns = np.unique(np.concatenate([example.positions for example in batch])) - 1
+        logits_BCV = self._logits(batch, torch.from_numpy(columns).to(self.device))
+        return [
+            self._score_row(
+                example, logits_CV[np.searchsorted(columns, example.positions - 1)], top_k
+            )
+            for example, logits_CV in zip(batch, logits_BCV, strict=True)
+        ]
+
+    def _logits(self, batch: Sequence[Example], columns: Tensor) -> Tensor:
+        """Logits [B, C, V] of a right-padded batch at the given columns."""
+        longest = max(len(example.input_ids) for example in batch)
+        input_ids_BT = np.zeros((len(batch), longest), np.int64)
+        mask_BT = np.zeros((len(batch), longest), np.int64)
+        for row, example in enumerate(batch):
+            input_ids_BT[row, : len(example.input_ids)] = example.input_ids
+            mask_BT[row, : len(example.input_ids)] = 1
+        inputs = {
+            "input_ids": torch.from_numpy(input_ids_BT).to(self.device),
+            "attention_mask": torch.from_numpy(mask_BT).to(self.device),
+            "use_cache": False,
+        }
+        if self.keeps_logits:
+            return self.model(**inputs, logits_to_keep=columns).logits
+        return self.model(**inputs).logits[:, columns]
+
+    def _score_row(self, example: Example, logits_NV: Tensor, top_k: int) -> ScoredExample:
+        observed_N = torch.from_numpy(example.observed_ids.astype(np.int64)).to(self.device)
+        rows = max(1, _CHUNK_VALUES // self.vocab_size)
+        parts = [
+            _top(logits, observed, top_k)
+            for logits, observed in zip(logits_NV.split(rows), observed_N.split(rows), strict=True)
+        ]
+        log_probs, ranks, ids, top = (
+            torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
+        )
+        return scored(example, log_probs, ranks, ids, top, self.vocab_size)
+
+
+def _top(logits_nV: Tensor, observed_n: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """log-probability and rank of the observed token [n], top-k ids and log-probabilities [n, k]."""
+    logits_nV = logits_nV.float()
+    observed_n1 = logits_nV.gather(1, observed_n[:, None])
+    log_norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
+    top = logits_nV.topk(top_k, dim=1)
+    ranks_n = (logits_nV >= observed_n1).sum(dim=1)
+    return (observed_n1 - log_norm_n1)[:, 0], ranks_n, top.indices, top.values - log_norm_n1

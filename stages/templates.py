@@ -1,0 +1,358 @@
+"""From a demonstration to an Example: the chat template, the tokens, and which of them count.
+
+A conversation is rendered and tokenised as a whole. A token is supervised when its characters
+overlap those that the model would write: an assistant turn, from the end of the generation prompt
+to the token that ends the turn, both as they stand in the rendering of the whole conversation.
+
+Templates rewrite turns (Qwen3 drops earlier reasoning, Llama 3 trims), so neither a search for the
+content nor the renderings of ever longer prefixes say where a turn lies. Instead a turn is rendered
+once more with a stand-in for its content, a character that occurs nowhere else: what differs
+between the two renderings is the turn. A single-turn conversation is rendered three times in all,
+one of n turns at least 3n times.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pipeline.errors import UserError
+from ..pipeline.records import Example, Reject
+from .demonstrations import Demonstration, Messages, UnusableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SUPERVISE = ("assistant", "last", "all")
+TOO_LONG = ("reject", "cut")
+
+Span = tuple[int, int]  # characters, half-open
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A demonstration as tokens; `cut` when it was longer than the limit and lost its end."""
+
+    example: Example
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises demonstrations and marks the supervised tokens.
+
+    `template` is the text of a chat template, or None: then the contents follow one another as they
+    are, each assistant turn closed by the end-of-sequence token, and the tokenizer adds its own
+    special tokens. `supervise` is "assistant" (every assistant turn), "last" (the last of them) or
+    "all" (every token but the first). What is longer than `max_length` tokens is rejected or cut.
+
+    Raises UserError for a tokenizer that cannot do this.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    template: str | None
+    max_length: int
+    supervise: str = "assistant"
+    too_long: str = "reject"
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {_name(self.tokenizer)} gives no character offsets: "
+                "use a model with a fast tokenizer (tokenizer.json)"
+            )
+        if self.template is None:
+            _check_end_token(self.tokenizer)
+
+    def encode(self, demonstration: Demonstration) -> Encoded | Reject:
+        """The tokens of a demonstration, or why it cannot be used."""
+        try:
+            return self._encode(demonstration)
+        except UnusableError as error:
+            return Reject(demonstration.source, demonstration.line, str(error))
+
+    def _encode(self, demonstration: Demonstration) -> Encoded:
+        text, spans = self._lay_out(demonstration)
+        input_ids, offsets = self._tokenise(text)
+        supervised = _overlapping(offsets, spans)
+        if self.supervise == "all":
+            supervised[:] = True
+        supervised[:1] = False  # nothing comes before the first token to predict it from
+
+        cut = len(input_ids) > self.max_length
+        if cut and self.too_long == "reject":
+            raise UnusableError(f"{len(input_ids)} tokens, the limit is {self.max_length}")
+        positions = np.flatnonzero(supervised[: self.max_length]).astype(np.int32)
+        if not len(positions):
+            where = f" among the first {self.max_length}" if cut else ""
+            raise UnusableError(f"no supervised token{where}")
+        return Encoded(Example(demonstration.id, input_ids[: self.max_length], positions), cut)
+
+    def _lay_out(self, demonstration: Demonstration) -> tuple[str, list[Span]]:
+        """The text of a demonstration and the supervised stretches of it."""
+        turns = self._supervised_turns(demonstration.messages)
+        if self.template is None:
+            return _joined(demonstration.messages, turns, str(self.tokenizer.eos_token))
+        render = self._renderer(demonstration.tools)
+        chat = _Chat(render, demonstration.messages, self._end_of_turn)
+        return chat.text, chat.spans(turns)
+
+    def _supervised_turns(self, messages: Messages) -> list[int]:
+        if self.supervise == "all":
+            return []
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return turns[-1:] if self.supervise == "last" else turns
+
+    def _renderer(self, tools: list[Any] | None) -> "_Render":
+        def render(messages: Messages, generation_prompt: bool = False) -> str:
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                )
+            except Exception as error:  # a template is a program: it may raise anything
+                raise UnusableError(f"the chat template says: {_one_line(error)}") from error
+            return str(text)
+
+        return render
+
+    def _tokenise(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Token ids [T] and their character spans [T, 2]."""
+        tokens = self.tokenizer(
+            text,
+            add_special_tokens=self.template is None,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        input_ids = np.array(tokens["input_ids"], dtype=np.int32)
+        offsets = np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        if self.template is None and self._ends_twice(input_ids):
+            return input_ids[:-1], offsets[:-1]
+        return input_ids, offsets
+
+    def _ends_twice(self, input_ids: NDArray[np.int32]) -> bool:
+        """Whether the tokenizer has added an end-of-sequence token after ours."""
+        return len(input_ids) > 1 and bool((input_ids[-2:] == self.tokenizer.eos_token_id).all())
+
+    @cached_property
+    def _end_of_turn(self) -> re.Pattern[str]:
+        """Optional white space and one special token of the tokenizer."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        special.update(map(str, self.tokenizer.all_special_tokens))
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first))})" if special else r"")
+
+
+def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The chat template that `option` asks for: "tokenizer" (its own), "none", or a Jinja file.
+
+    Raises UserError when there is none, or when it is not a template.
+    """
+    if option == "none":
+        return None
+    if option == "tokenizer":
+        return _own_template(tokenizer)
+    return _template_file(Path(option), tokenizer)
+
+
+def _own_template(tokenizer: "PreTrainedTokenizerFast") -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"tokenizer {_name(tokenizer)} has no chat template of its own: "
+            "give one with --template FILE, or --template none"
+        ) from error
+
+
+def _template_file(path: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
+    try:
+        template = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"template {path}: no such file (--template takes tokenizer, none, or a Jinja file)"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"template {path}: cannot be read: {_one_line(error)}") from error
+    _check_syntax(path, template, tokenizer)
+    return template
+
+
+def _check_syntax(path: Path, template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+    from jinja2 import TemplateSyntaxError
+
+    question = [{"role": "user", "content": "?"}]
+    try:
+        tokenizer.apply_chat_template(question, chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"template {path}, line {error.lineno}: not a Jinja template: {_one_line(error)}"
+        ) from error
+    except Exception:  # it compiles; a lonely question may still not be to its liking
+        return
+
+
+_Render = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation under a template, and where its turns lie in the rendered text."""
+
+    render: _Render
+    messages: Messages
+    end_of_turn: re.Pattern[str]
+
+    @cached_property
+    def text(self) -> str:
+        return self.render(self.messages)
+
+    @cached_property
+    def stand_in(self) -> str:
+        """A character that the text does not hold, for private use unless it holds all of those."""
+        return next(char for char in map(chr, range(0xE000, 0x110000)) if char not in self.text)
+
+    def spans(self, turns: Sequence[int]) -> list[Span]:
+        """The characters that the model writes at each of these turns."""
+        spans: list[Span] = []
+        for turn in turns:
+            earliest = spans[-1][1] if spans else 0
+            span = self._called_span(turn) or self._span(turn, earliest)
+            if span:
+                spans.append(span)
+        return spans
+
+    def _span(self, turn: int, earliest: int) -> Span | None:
+        varied = self.render([*self._until(turn), *self.messages[turn + 1 :]])
+        if self.stand_in not in varied:
+            return None  # the template leaves this turn out
+        first = _common_prefix(self.text, varied)
+        after = _common_prefix(self.text[first:][::-1], varied[first:][::-1])
+        last = len(self.text) - after
+        start = self._generation_start(turn, earliest, first, last)
+        return start, self._generation_end(turn, last, varied)
+
+    def _until(self, turn: int) -> Messages:
+        """The conversation until a turn, and the stand-in in its place."""
+        return [*self.messages[:turn], {"role": "assistant", "content": self.stand_in}]
+
+    def _generation_start(self, turn: int, earliest: int, first: int, last: int) -> int:
+        """The end of the generation prompt before a turn; `first` where none can be made out.
+
+        What the template itself puts between the two, such as Qwen3's "<think>\\n", is the model's
+        to write.
+        """
+        before = self.messages[:turn]
+        try:
+            prompt = self.render(before, generation_prompt=True)
+            if first <= len(prompt) <= last and self.text.startswith(prompt):
+                return len(prompt)
+            history = self.render(before)
+        except UnusableError:
+            return first
+        if not prompt.startswith(history) or prompt == history:
+            return first
+        # Its place is after the message before it, as long as that one's own text: in no other
+        # place, not even where a user quotes the generation prompt, can the two stand together.
+        words = str(before[-1].get("content", "")).strip()
+        mark = prompt[max(0, len(history) - len(words)) :]
+        end_of_mark = first + len(prompt) - len(history)
+        found = self.text.rfind(mark, earliest, end_of_mark)
+        return min(last, found + len(mark)) if found >= 0 else first
+
+    def _generation_end(self, turn: int, last: int, varied: str) -> int:
+        """`last`, or the end of the special token after it when that belongs to the turn.
+
+        What follows also when the conversation stops here is no header of the next turn.
+        """
+        match = self.end_of_turn.match(self.text, last)
+        if match is None:
+            return last
+        is_final = turn == len(self.messages) - 1
+        stopped = varied if is_final else self.render(self._until(turn))
+        _, _, rest = stopped.rpartition(self.stand_in)
+        return match.end() if rest.startswith(match.group()) else last
+
+    def _called_span(self, turn: int) -> Span | None:
+        """The span of a turn that calls tools, where its prefixes are rendered as in the whole.
+
+        Templates that check the order of calls and results refuse a stand-in without calls.
+        """
+        if not self.messages[turn].get("tool_calls"):
+            return None
+        try:
+            prompt = self.render(self.messages[:turn], generation_prompt=True)
+            answered = self.render(self.messages[: turn + 1])
+        except UnusableError:
+            return None
+        if not (self.text.startswith(answered) and answered.startswith(prompt)):
+            return None
+        return len(prompt), len(answered.rstrip())
+
+
+def _joined(messages: Messages, turns: Sequence[int], end: str) -> tuple[str, list[Span]]:
+    """The contents one after another, an `end` token after each assistant turn, and the spans."""
+    text = ""
+    spans: list[Span] = []
+    for i, message in enumerate(messages):
+        start = len(text)
+        text += message["content"]
+        if message["role"] == "assistant" and not message["content"].endswith(end):
+            text += end
+        if i in turns:
+            spans.append((start, len(text)))
+    return text, spans
+
+
+def _overlapping(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens share a character with a span, [T]. A token of no width shares none."""
+    starts, ends = offsets.T
+    supervised = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        supervised |= (starts < end) & (ends > start) & (starts < ends)
+    return supervised
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters two texts have in common at their starts, by bisection."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _check_end_token(tokenizer: "PreTrainedTokenizerFast") -> None:
+    end = tokenizer.eos_token
+    if end is None:
+        raise UserError(
+            f"tokenizer {_name(tokenizer)} has no end-of-sequence token, which --template none "
+            "needs: give a chat template with --template FILE"
+        )
+    if tokenizer.encode(str(end), add_special_tokens=False) != [tokenizer.eos_token_id]:
+        raise UserError(
+            f"tokenizer {_name(tokenizer)} does not read its end-of-sequence token {end!r} as one "
+            "token, which --template none needs: give a chat template with --template FILE"
+        )
+
+
+def _name(tokenizer: "PreTrainedTokenizerFast") -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The trainer: streams target shards and fine-tunes on them."""

@@ -1,0 +1,55 @@
+"""How a model does on held-out targets."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+
+from .collate import Batch
+from .loss import TailShape, loss_sum, observed_losses, residual_divergences
+from .student import Student
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over all supervised tokens, in nats.
+
+    `kl_to_base` is the divergence KL(base ‖ student), where the targets' residual is the base prior
+    (over its stored support, the rest as one bucket).
+    """
+
+    tokens: int
+    target_loss: float
+    nll: float
+    kl_to_base: float | None
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    batches: Iterable[Batch],
+    device: torch.device,
+    tail_shape: TailShape,
+    residual_is_base: bool,
+) -> Evaluation:
+    """Evaluate on the batches of all processes; every one of them calls it with its own."""
+    was_training = student.training
+    student.eval()
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for batch in (batch.to(device) for batch in batches):
+        logits_NV = student(batch)
+        batch_sums = [
+            loss_sum(logits_NV, batch.targets, tail_shape),
+            observed_losses(logits_NV, batch.targets).sum(),
+            residual_divergences(logits_NV, batch.targets).sum() if residual_is_base else 0.0,
+        ]
+        sums = [a + float(b) for a, b in zip(sums, [batch.tokens, *batch_sums], strict=True)]
+    student.train(was_training)
+    tokens, target_loss, nll, divergence = map(sum, zip(*gather_object([sums]), strict=True))
+    return Evaluation(
+        tokens=int(tokens),
+        target_loss=target_loss / tokens,
+        nll=nll / tokens,
+        kl_to_base=divergence / tokens if residual_is_base else None,
+    )

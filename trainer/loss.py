@@ -1,0 +1,99 @@
+"""The sparse losses, written plainly: the reference that any faster path is measured against.
+
+Cross-entropy to the target Q = γ·δ_y + (1 − γ)·residual, where the residual is known on a support S
+and by its mass outside of it. Two readings of that tail, named by the folder's `tail_shape`:
+
+- "student": all that is outside S is one bucket. The loss is −Σ_S Q_k·log p_k − Q_tail·log p_tail
+  with p_tail = 1 − Σ_S p_k, its gradient p − Q̂, where Q̂ gives the tail the student's own shape:
+  right on S and on the total mass of the tail.
+- "uniform": the tail's mass is spread evenly over the ids outside S. With S = {y} and a uniform
+  residual this is label smoothing (arXiv 1512.00567), exactly.
+
+N supervised positions, V vocabulary, S entries of the widest support, M positions with a tail.
+Logits are taken to float32 at least; losses are in nats.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .collate import SparseTargets
+
+TailShape = Literal["student", "uniform"]
+
+
+def loss_sum(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailShape) -> Tensor:
+    """Σ_n weight_n·loss_n, to be divided by the supervised tokens of the whole step."""
+    return (targets.weights * target_losses(logits_NV, targets, tail_shape)).sum()
+
+
+def target_losses(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailShape) -> Tensor:
+    """The cross-entropy to the target at each position, [N], without its weight."""
+    logits_NV = _at_least_float32(logits_NV)
+    is_observed_NS = targets.support_ids == targets.observed_ids[:, None]
+    trusted_NS = targets.trust[:, None] * (is_observed_NS & targets.support_mask)
+    residual_share_N = 1 - targets.trust
+    target_NS = trusted_NS + residual_share_N[:, None] * targets.support_probs
+    target_tail_N = residual_share_N * targets.tail_mass
+
+    log_norm_N = logits_NV.logsumexp(1)
+    log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
+    tail_log_probs_N = _tail_log_probs(logits_NV, log_norm_N, targets, target_tail_N, tail_shape)
+    return -_times(target_NS, log_probs_NS).sum(1) - _times(target_tail_N, tail_log_probs_N)
+
+
+def observed_losses(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """−log p(y) at each position, [N]."""
+    return cross_entropy(_at_least_float32(logits_NV), targets.observed_ids, reduction="none")
+
+
+def residual_divergences(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """KL(residual ‖ student) at each position, [N], over the support and one bucket for the rest.
+
+    A lower bound of the divergence over the whole vocabulary, equal to it where there is no tail.
+    """
+    logits_NV = _at_least_float32(logits_NV)
+    residual_NS, tail_N = targets.support_probs, targets.tail_mass
+    log_norm_N = logits_NV.logsumexp(1)
+    log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
+    tail_log_probs_N = _tail_log_probs(logits_NV, log_norm_N, targets, tail_N, "student")
+    support_part_N = _times(residual_NS, residual_NS.log() - log_probs_NS).sum(1)
+    return support_part_N + _times(tail_N, tail_N.log() - tail_log_probs_N)
+
+
+def _tail_log_probs(
+    logits_NV: Tensor,
+    log_norm_N: Tensor,
+    targets: SparseTargets,
+    mass_N: Tensor,
+    tail_shape: TailShape,
+) -> Tensor:
+    """The log-probability that the mass outside the support is charged, 0 where there is none, [N].
+
+    For "student" log(1 − Σ_S p), summed over the complement, where the subtraction would cancel;
+    for "uniform" the mean of log p over the complement.
+    """
+    outside_N = logits_NV.shape[1] - targets.support_mask.sum(1)
+    # rounding can leave 1e-8 of mass outside a support that is the whole vocabulary
+    has_tail_N = (mass_N > 0) & (outside_N > 0)
+    support_ids_MS = targets.support_ids[has_tail_N]
+    complement_MV = logits_NV[has_tail_N]  # a copy, free to be written to
+    match tail_shape:
+        case "student":
+            level_M = complement_MV.scatter_(1, support_ids_MS, -torch.inf).logsumexp(1)
+        case "uniform":
+            level_M = complement_MV.scatter_(1, support_ids_MS, 0).sum(1) / outside_N[has_tail_N]
+    log_probs_N = torch.zeros_like(log_norm_N)
+    log_probs_N[has_tail_N] = level_M - log_norm_N[has_tail_N]
+    return log_probs_N
+
+
+def _times(probs: Tensor, values: Tensor) -> Tensor:
+    """The product, 0 where the probability is 0: 0·log 0 = 0."""
+    return torch.where(probs > 0, probs * values, 0)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""Models and tokenizers from a folder or the hub, with errors a user can act on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..pipeline.errors import UserError
+from ..pipeline.provenance import tokenizer_hash, weights_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model's files on this machine, and what is known of them without loading the weights."""
+
+    name: str  # as the user gave it; a folder's own name for a path
+    revision: str | None
+    folder: Path
+    config: Any  # transformers' configuration
+    tokenizer: "PreTrainedTokenizerFast"
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits, which may exceed the tokenizer's vocabulary."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**20
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """The hash of what the tokenizer does."""
+        return tokenizer_hash(self.tokenizer)
+
+    def weights_hash(self) -> str:
+        """The hash of the weights and configuration; reads them all."""
+        return weights_hash(self.folder)
+
+
+def find_model(model: str, revision: str | None = None) -> ModelFiles:
+    """Locate a model and read its configuration and tokenizer.
+
+    `model` is a folder, or a name on the hub, which is then downloaded once to the hub's cache.
+    Raises UserError where either is missing or cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    folder, name = _locate(model, revision)
+    if not (folder / "config.json").exists():
+        raise UserError(f"model {model}: no config.json in it: give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"model {model}: its tokenizer is a {type(tokenizer).__name__}, which does not tell "
+            "where in the text a token stands: save a fast tokenizer (tokenizer.json) in the folder"
+        )
+    return ModelFiles(name, revision, folder, config, tokenizer)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _locate(model: str, revision: str | None) -> tuple[Path, str]:
+    path = Path(model)
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
+        raise UserError(f"model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+        )
+    except Exception as error:
+        # the hub's client raises errors of many libraries: bad name, no network, no access, ...
+        raise UserError(
+            f"model {model}: no such folder here, and not to be had from the hub: {one_line(error)}"
+        ) from error
+    return Path(snapshot), model

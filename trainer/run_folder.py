@@ -1,0 +1,72 @@
+"""The folder of a training run.
+
+Under work it holds `plan.json`, as any stage's folder does, and a growing `log.jsonl`. A finished
+run is a model folder with `qpipe.json`, written last, which says what made the model and how it
+went.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.errors import UserError
+from ..pipeline.manifest import PLAN, Identity, first_difference, parse_identity
+from ..pipeline.storage import read_json, write_json
+from .settings import TrainSettings
+
+RUN = "qpipe.json"
+LOG = "log.jsonl"
+
+Log = Callable[..., None]  # takes the fields of an event
+
+_PLACES = {"targets", "model", "revision", "out"}  # known by their content instead
+_CUT = {"batch_size", "gradient_accumulation", "gradient_checkpointing"}  # same gradient any way
+
+
+def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
+    """What determines the trained model; `resolved` holds what the settings leave open."""
+    given = asdict(settings)
+    for field in fields(settings):
+        if field.name in _PLACES | _CUT:
+            del given[field.name]
+        elif isinstance(field.default, float):
+            given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON
+    return Identity(stage="train", settings=given | resolved, inputs=inputs, schema={})
+
+
+def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
+    """The record of the run that a folder holds, if it is finished.
+
+    Raises UserError where that is another run.
+    """
+    path = folder / RUN
+    if not path.exists():
+        return None
+    record = read_json(path)
+    found = parse_identity(path, record["identity"])
+    if found.fingerprint != identity.fingerprint:
+        raise UserError(
+            f"{folder}: already holds a model trained otherwise: "
+            f"{first_difference(identity, found)}: give another --out, or the same options"
+        )
+    (folder / PLAN).unlink(missing_ok=True)
+    return record
+
+
+def finish(folder: Path, record: dict[str, Any]) -> None:
+    """Declare a run finished."""
+    write_json(folder / RUN, record)
+    (folder / PLAN).unlink()
+
+
+@contextmanager
+def open_log(folder: Path, is_main: bool) -> Iterator[Log]:
+    """A function that logs an event as one line of JSON; silent but on the main process."""
+    if not is_main:
+        yield lambda **event: None
+        return
+    with open(folder / LOG, "w", encoding="utf-8", buffering=1) as file:
+        yield lambda **event: print(json.dumps(event), file=file)

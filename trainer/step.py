@@ -1,0 +1,138 @@
+"""One optimizer step, on one process or many.
+
+It follows the gradient of
+
+    (sum of weight·loss over all supervised tokens of the step) / (their number)
+
+over all micro-batches and processes, so the same samples give the same step however they are cut.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..pipeline.errors import UserError
+from .collate import Batch
+from .loss import TailShape, loss_sum
+from .settings import Precision, TrainSettings
+from .student import Student
+
+_ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Loss per token in nats, norm of the gradient before clipping, supervised tokens."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+class Stepper:
+    """A student and its optimizer, the same on every process."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: Student,
+        settings: TrainSettings,
+        tail_shape: TailShape,
+    ) -> None:
+        self.accelerator = accelerator
+        self.max_grad_norm = settings.max_grad_norm
+        self.tail_shape: TailShape = tail_shape
+        self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, settings))
+
+    def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Take step `number` on this process' micro-batches, at least one.
+
+        Raises UserError, before any weight changes, where the loss or its gradient is not finite.
+        """
+        tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
+        sums = self._backward(batches, int(tokens))
+        loss = float(self._sum(sums.sum())) / int(tokens)
+        parameters = self.model.parameters()
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        assert norm is not None  # only DeepSpeed keeps it to itself
+        grad_norm = float(norm)
+        # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
+        may_overflow = self.accelerator.scaler is not None
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
+            raise UserError(_not_finite(number, loss, batches, sums))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(loss, grad_norm, int(tokens))
+
+    def _backward(self, batches: Sequence[Batch], tokens: int) -> Tensor:
+        """Add up the gradients; the weighted loss sum of each micro-batch."""
+        sums = []
+        for index, batch in enumerate(batches, start=1):
+            is_last = index == len(batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                batch = batch.to(self.accelerator.device)
+                batch_sum = loss_sum(self.model(batch), batch.targets, self.tail_shape)
+                # the mean that is taken of the processes' gradients must become their sum
+                self.accelerator.backward(batch_sum * (self.accelerator.num_processes / tokens))
+            sums.append(batch_sum.detach())
+        return torch.stack(sums)
+
+    def _sum(self, value: Tensor) -> Any:
+        """The sum of a number over the processes."""
+        return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+
+
+def start_accelerator(precision: Precision) -> Accelerator:
+    """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
+
+    Raises UserError for float16 without a GPU.
+    """
+    if precision == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if has_bfloat16 else "float32"
+    if precision == "float16" and not torch.cuda.is_available():
+        raise UserError("--precision float16 needs a GPU: give float32 or bfloat16")
+    AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
+    return Accelerator(mixed_precision=_ACCELERATE_NAMES[precision])
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """The precision that the forward pass runs in."""
+    names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
+    return names[accelerator.mixed_precision]
+
+
+def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, not on biases and the scales of norms."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def _not_finite(number: int, loss: float, batches: Sequence[Batch], sums: Tensor) -> str:
+    """What to say of a step; the examples are those of the micro-batches at fault, if known."""
+    own = [
+        batch for batch, is_finite in zip(batches, sums.isfinite(), strict=True) if not is_finite
+    ]
+    at_fault = gather_object([example for batch in own for example in batch.ids])
+    examples = at_fault or gather_object([example for batch in batches for example in batch.ids])
+    what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
+    return (
+        f"step {number}: the {what} is not finite on examples {', '.join(examples)}: "
+        "look at them, or give a lower --learning-rate and another --out"
+    )

@@ -1,0 +1,87 @@
+"""The model that is trained: loading it, its logits where they count, saving it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pipeline.errors import UserError
+from .collate import Batch
+from .models import ModelFiles, one_line
+
+
+class Student(torch.nn.Module):
+    """A causal language model that returns the logits of supervised tokens only.
+
+    They are picked inside of what accelerate wraps, so that its conversion of the output to float32
+    sees [N, V] and not [B, T, V].
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits that predict each supervised token of a batch, [N, V]."""
+        logits_BTV = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return logits_BTV[batch.rows, batch.columns]
+
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Round the weights to what they will be when saved in `dtype`."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def load_student(base: ModelFiles, gradient_checkpointing: bool) -> Student:
+    """The model with float32 weights.
+
+    Raises UserError where its weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {base.name}: cannot be loaded: {one_line(error)}") from error
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Student(model)
+
+
+def saved_dtype(base: ModelFiles) -> torch.dtype:
+    """The type in which the base's weights came, and the student's will be saved."""
+    return base.config.dtype or torch.float32
+
+
+def save_student(student: Student, base: ModelFiles, folder: Path) -> None:
+    """Put the model and the base's tokenizer into a folder that transformers and vLLM load.
+
+    All is written aside first; `config.json`, without which nothing loads a model, comes last.
+    """
+    from transformers import GenerationConfig
+
+    aside = folder / ".model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    generation = base.folder / "generation_config.json"
+    if generation.exists():
+        # the base's own, as it is: saving one refuses settings that loading one accepts
+        student.model.generation_config = GenerationConfig()
+    student.model.to(saved_dtype(base)).save_pretrained(aside)
+    base.tokenizer.save_pretrained(aside)
+    if generation.exists():
+        shutil.copyfile(generation, aside / generation.name)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_file():
+            _sync(path)
+        os.replace(path, folder / path.name)
+    aside.rmdir()
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
