@@ -85,7 +85,14 @@ def _one_of(*values: str) -> click.Choice:
     return click.Choice(values)
 
 
-@click.group(context_settings={"max_content_width": 100, "show_default": True})
+class _InOrder(click.Group):
+    """Commands in the order of the flow, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"max_content_width": 96, "show_default": True})
 @click.version_option(__version__, prog_name="qpipe")
 def cli() -> None:
     """Offline soft targets for supervised fine-tuning.
@@ -243,6 +250,75 @@ def build_targets(
     summary.print_targets(options["out"], result)
     if log_json:
         summary.log_result(log_json, result)
+
+
+@cli.command(cls=_Command)
+@click.option(
+    "--targets", required=True, type=_FOLDER, help="Folder made by `qpipe build-targets`."
+)
+@click.option(
+    "--model", required=True, help="Model to train, the scored one as a rule: a folder or a name."
+)
+@click.option("--out", required=True, type=_FOLDER, help="Folder to make: the trained model.")
+@click.option(
+    "--method",
+    default=None,
+    metavar="sft",
+    help="Train on the observed tokens alone, on any folder.  [default: the folder's method]",
+)
+@click.option("--epochs", type=float, default=1.0, help="Passes over the targets.")
+@click.option("--max-steps", type=int, default=None, help="Stop after this many optimizer steps.")
+@click.option("--learning-rate", type=float, default=1e-5, help="Highest learning rate.")
+@click.option(
+    "--schedule",
+    type=_one_of("cosine", "linear", "constant"),
+    default="cosine",
+    help="How the learning rate falls after the warm-up.",
+)
+@click.option("--warmup-ratio", type=float, default=0.03, help="Share of the steps that warm up.")
+@click.option("--batch-size", type=int, default=8, help="Demonstrations in a forward pass.")
+@click.option(
+    "--gradient-accumulation", type=int, default=1, help="Forward passes in an optimizer step."
+)
+@click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
+@click.option(
+    "--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm."
+)
+@click.option(
+    "--precision",
+    type=_one_of("auto", "float32", "bfloat16", "float16"),
+    default="auto",
+    help="Of the forward pass; the weights stay float32. auto is bfloat16 on GPUs that have it.",
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
+@click.option(
+    "--eval-fraction", type=float, default=0.0, help="Share of the demonstrations held out."
+)
+@click.option(
+    "--eval-every",
+    type=int,
+    default=None,
+    metavar="STEPS",
+    help="Evaluate this often, besides before and after.",
+)
+@click.option("--seed", type=int, default=0, help="Of the sample order and of dropout.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
+@_config_option
+def train(**options: Any) -> None:
+    """Train a model on targets, without the prior.
+
+    Needs a target folder and a model with the tokenizer that was scored. Runs on the CPU, on one
+    GPU, or on several under torchrun. --out becomes a Hugging Face model folder, with log.jsonl and
+    qpipe.json beside the weights.
+
+    \b
+    qpipe train --targets targets/ --model Qwen/Qwen3-0.6B --out run/ --eval-fraction 0.05
+    """
+    from ..trainer.loop import train
+    from ..trainer.settings import TrainSettings
+    from . import summary
+
+    summary.print_training(options["out"], train(TrainSettings(**options)))
 
 
 @cli.command()

@@ -151,27 +151,27 @@ def _rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, 
 
 def _open(name: str) -> Source:
     path = Path(name)
-    if path.is_dir():
-        return Source(path.resolve().name, name, _folder_reader(path, None, "train"))
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return Source(path.name, name, _file_reader(path))
+    data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
+    folder = Path(data_set)
+    if folder.is_dir():
+        options = name[len(data_set) :]
+        reader = _folder_reader(folder.resolve(), config, split)
+        return Source(folder.resolve().name + options, name, reader)
     if _looks_like_file(name):
         raise UserError(f"demonstrations {name}: no such file")
-    return _open_data_set(name)
+    return Source(name, name, _hub_reader(data_set, config, split))
 
 
-def _open_data_set(name: str) -> Source:
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a data set."""
     parts = re.fullmatch(r"([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?", name)
     if parts is None:
         raise UserError(
             f"demonstrations {name}: neither a file nor a data set, NAME[:CONFIG][@SPLIT]"
         )
-    data_set, config, split = parts[1], parts[2], parts[3] or "train"
-    folder = Path(data_set)
-    if folder.is_dir():
-        local_name = folder.resolve().name + name[len(data_set) :]
-        return Source(local_name, name, _folder_reader(folder, config, split))
-    return Source(name, name, _hub_reader(data_set, config, split))
+    return parts[1], parts[2], parts[3] or "train"
 
 
 def _looks_like_file(name: str) -> bool:
@@ -287,7 +287,7 @@ def _parquet_reader(path: Path) -> _Reader:
 def _parquet_rows(path: Path, start: int) -> Lines:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    with ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
         row = 0
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows

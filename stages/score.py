@@ -24,7 +24,7 @@ from ..pipeline.storage import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import Demonstration, Source, check_readable, open_sources, read_demonstrations
 from .scorers.base import Scorer, ScorerSettings, choose_dtype, choose_engine, make_scorer
-from .templates import Encoder, load_template
+from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
 
@@ -140,7 +140,7 @@ class _Scoring:
     def _encode(self, row: Demonstration | Reject, content: ShardContent) -> Example | None:
         """The example of a row; a row that has none is put with the rejects."""
         encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
-        if not isinstance(encoded, Reject):
+        if isinstance(encoded, Encoded):
             content.add_sums(cut=encoded.cut)
             return encoded.example
         if self.settings.strict:

@@ -77,30 +77,34 @@ class Encoder:
             return Reject(demonstration.source, demonstration.line, str(error))
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
-        text, spans = self._lay_out(demonstration)
+        text, find_spans = self._lay_out(demonstration)
         input_ids, offsets = self._tokenise(text)
-        supervised = _overlapping(offsets, spans)
-        if self.supervise == "all":
-            supervised[:] = True
-        supervised[:1] = False  # nothing comes before the first token to predict it from
-
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
             raise UnusableError(f"{len(input_ids)} tokens, the limit is {self.max_length}")
+
+        supervised = _overlapping(offsets, find_spans())
+        if self.supervise == "all":
+            supervised[:] = True
+        supervised[:1] = False  # nothing comes before the first token to predict it from
         positions = np.flatnonzero(supervised[: self.max_length]).astype(np.int32)
         if not len(positions):
             where = f" among the first {self.max_length}" if cut else ""
             raise UnusableError(f"no supervised token{where}")
         return Encoded(Example(demonstration.id, input_ids[: self.max_length], positions), cut)
 
-    def _lay_out(self, demonstration: Demonstration) -> tuple[str, list[Span]]:
-        """The text of a demonstration and the supervised stretches of it."""
-        turns = self._supervised_turns(demonstration.messages)
+    def _lay_out(self, demonstration: Demonstration) -> tuple[str, Callable[[], list[Span]]]:
+        """The text of a demonstration, and what finds the supervised stretches of it.
+
+        Finding them takes time that grows with the square of the turns: not for what is too long.
+        """
+        messages = demonstration.messages
+        turns = self._supervised_turns(messages)
         if self.template is None:
-            return _joined(demonstration.messages, turns, str(self.tokenizer.eos_token))
-        render = self._renderer(demonstration.tools)
-        chat = _Chat(render, demonstration.messages, self._end_of_turn)
-        return chat.text, chat.spans(turns)
+            text, spans = _joined(messages, turns, str(self.tokenizer.eos_token))
+            return text, lambda: spans
+        chat = _Chat(self._renderer(demonstration.tools), messages, self._end_of_turn)
+        return chat.text, lambda: chat.spans(turns)
 
     def _supervised_turns(self, messages: Messages) -> list[int]:
         if self.supervise == "all":
@@ -256,20 +260,22 @@ class _Chat:
         before = self.messages[:turn]
         try:
             prompt = self.render(before, generation_prompt=True)
-            if first <= len(prompt) <= last and self.text.startswith(prompt):
+            is_prefix = len(prompt) <= last and self.text.startswith(prompt)
+            if is_prefix and len(prompt) >= first:
                 return len(prompt)
             history = self.render(before)
         except UnusableError:
             return first
         if not prompt.startswith(history) or prompt == history:
             return first
-        # Its place is after the message before it, as long as that one's own text: in no other
-        # place, not even where a user quotes the generation prompt, can the two stand together.
+        if is_prefix:
+            return len(prompt)
+        # The history is rewritten, but the message before the turn stands there as it is. With as
+        # many characters before it as that has, a quotation of the prompt is not taken for it.
         words = str(before[-1].get("content", "")).strip()
         mark = prompt[max(0, len(history) - len(words)) :]
-        end_of_mark = first + len(prompt) - len(history)
-        found = self.text.rfind(mark, earliest, end_of_mark)
-        return min(last, found + len(mark)) if found >= 0 else first
+        found = self.text.rfind(mark, earliest, first)
+        return found + len(mark) if found >= 0 else first
 
     def _generation_end(self, turn: int, last: int, varied: str) -> int:
         """`last`, or the end of the special token after it when that belongs to the turn.
@@ -316,8 +322,11 @@ def _joined(messages: Messages, turns: Sequence[int], end: str) -> tuple[str, li
 
 
 def _overlapping(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with a span, [T]. A token of no width shares none."""
+    """Which tokens share a character with a span, [T]. A token of no characters shares none."""
     starts, ends = offsets.T
+    # Tokenizers that trim their offsets (Llama 3) leave a token of spaces no width: give it back.
+    before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
+    starts = np.where(starts == ends, np.minimum(starts, before), starts)
     supervised = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
         supervised |= (starts < end) & (ends > start) & (starts < ends)

@@ -22,7 +22,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tiny_model(folder: Path, vocab_size: int, seed: int = 0) -> Path:
-    """Save a random Llama whose head has `vocab_size` rows; the tokenizer knows 280 tokens or so."""
+    """Save a random Llama whose head has `vocab_size` rows, and a tokenizer of 280 tokens."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

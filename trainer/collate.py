@@ -79,7 +79,7 @@ def collate(examples: Sequence[TargetExample]) -> Batch:
     is_token_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
     input_ids_BT = np.zeros(is_token_BT.shape, np.int64)  # causal attention never looks right
     if examples:
-        input_ids_BT[is_token_BT] = _join(examples, "input_ids")
+        input_ids_BT[is_token_BT] = _join(examples, "input_ids", np.int64)
     positions_per_row = [len(example.positions) for example in examples]
     return Batch(
         ids=[example.id for example in examples],
@@ -105,22 +105,21 @@ def _sparse_targets(examples: Sequence[TargetExample]) -> SparseTargets:
     counts_N = _join(examples, "counts", np.int64)
     support_mask_NS = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
     support_ids_NS = np.repeat(observed_ids_N[:, None], support_mask_NS.shape[1], axis=1)
-    support_ids_NS[support_mask_NS] = _join(examples, "support_ids")
+    support_ids_NS[support_mask_NS] = _join(examples, "support_ids", np.int64)
     support_probs_NS = np.zeros(support_mask_NS.shape, np.float32)
-    support_probs_NS[support_mask_NS] = _join(examples, "support_probs")
-    arrays = (
-        observed_ids_N,
-        _join(examples, "trust"),
-        _join(examples, "weights"),
-        support_ids_NS,
-        support_mask_NS,
-        support_probs_NS,
-        _join(examples, "tail_mass"),
+    support_probs_NS[support_mask_NS] = _join(examples, "support_probs", np.float32)
+    return SparseTargets(
+        observed_ids=torch.from_numpy(observed_ids_N),
+        trust=torch.from_numpy(_join(examples, "trust", np.float32)),
+        weights=torch.from_numpy(_join(examples, "weights", np.float32)),
+        support_ids=torch.from_numpy(support_ids_NS),
+        support_mask=torch.from_numpy(support_mask_NS),
+        support_probs=torch.from_numpy(support_probs_NS),
+        tail_mass=torch.from_numpy(_join(examples, "tail_mass", np.float32)),
     )
-    return SparseTargets(*map(torch.from_numpy, arrays))
 
 
-def _join(examples: Sequence[TargetExample], name: str, dtype: type = np.float32) -> NDArray[Any]:
+def _join(examples: Sequence[TargetExample], name: str, dtype: type) -> NDArray[Any]:
     """A field of all examples, end to end."""
     parts = [getattr(example, name) for example in examples]
     return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype)

@@ -103,7 +103,9 @@ def start_accelerator(precision: Precision) -> Accelerator:
     if precision == "float16" and not torch.cuda.is_available():
         raise UserError("--precision float16 needs a GPU: give float32 or bfloat16")
     AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
-    return Accelerator(mixed_precision=_ACCELERATE_NAMES[precision])
+    # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
+    on_cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision])
 
 
 def precision_of(accelerator: Accelerator) -> str:

@@ -44,9 +44,8 @@ class TransformersScorer:
         while places:
             rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
             batch, places = places[:rows], places[rows:]
-            yield from zip(
-                batch, self._score_batch([examples[i] for i in batch], top_k), strict=True
-            )
+            scores = self._score_batch([examples[place] for place in batch], top_k)
+            yield from zip(batch, scores, strict=True)
 
     @torch.inference_mode()
     def _score_batch(self, batch: Sequence[Example], top_k: int) -> list[ScoredExample]:
@@ -90,7 +89,7 @@ class TransformersScorer:
 
 
 def _top(logits_nV: Tensor, observed_n: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """log-probability and rank of the observed token [n], top-k ids and log-probabilities [n, k]."""
+    """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities."""
     logits_nV = logits_nV.float()
     observed_n1 = logits_nV.gather(1, observed_n[:, None])
     log_norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)

@@ -17,9 +17,13 @@ from qpipe.stages.templates import Encoded, Encoder, load_template
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = """<s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|>
-<|eot_id|> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] <start_of_turn> <end_of_turn>
-[gMASK] <sop> <|user|> <|assistant|> <|system|> <|User|> <|Assistant|> <|end_of_sentence|>""".split()
+SPECIAL = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *("<start_of_turn>", "<end_of_turn>", "<|end_of_sentence|>", "<|User|>", "<|Assistant|>"),
+    *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
+]
 
 CHATML = """{%- if messages[0].role != 'system' -%}
 {{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}
@@ -129,6 +133,7 @@ def merging_tokenizer(trim_offsets):
 
 
 TOKENIZER = byte_tokenizer(bos_token="<s>", eos_token="</s>")
+MERGING_TOKENIZERS = [merging_tokenizer(trim_offsets) for trim_offsets in (False, True)]
 
 
 def chat(*turns, **fields):
@@ -299,10 +304,10 @@ class TestRewrittenTurns:
         ]
 
     def test_reasoning_that_begins_like_the_empty_one(self):
-        answer = "<think>\n\n\n</think>\n\n</think>\n\n</think>"
-        demonstration = chat("a?", message("assistant", answer, reasoning_content="\n</think>"))
-        (text,) = stretches(encode(QWEN3, demonstration))
-        assert text.startswith("<think>\n")
+        answer = message("assistant", "One.", reasoning_content="\n</think>\n\nOh")
+        assert supervised(QWEN3, message("user", "a?"), answer) == [
+            "<think>\n\n</think>\n\nOh\n</think>\n\nOne.<|im_end|>"
+        ]
 
     def test_last_turn_only(self):
         turns = ("a?", "One.", "b?", "<think>\noh\n</think>\n\nTwo.")
@@ -380,7 +385,7 @@ class TestToolCalls:
 
 def test_space_before_the_answer_belongs_to_its_first_word():
     """Mistral separates prompt and answer with a space, which the first token takes in."""
-    tokenizer = merging_tokenizer(trim_offsets=False)
+    tokenizer = MERGING_TOKENIZERS[0]
     example = encode(MISTRAL, chat("hello", "good day"), tokenizer=tokenizer)
     assert stretches(example, tokenizer) == [" good day</s>"]
 
@@ -405,18 +410,25 @@ def test_template_that_leaves_a_turn_out():
     assert supervised(last_two, "a?", "One.", "b?", "Two.") == ["Two.<|im_end|>"]
 
 
-@pytest.mark.parametrize("trim_offsets", [False, True])
-def test_tokens_of_words_and_of_parts_of_characters(trim_offsets):
-    tokenizer = merging_tokenizer(trim_offsets)
+@pytest.mark.parametrize("tokenizer", MERGING_TOKENIZERS, ids=["whole", "trimmed"])
+def test_tokens_of_words_and_of_parts_of_characters(tokenizer):
     example = encode(CHATML, chat("hello 🙂", " yes 🙂 it is", "good", "🙂"), tokenizer=tokenizer)
     assert stretches(example, tokenizer) == [" yes 🙂 it is<|im_end|>", "🙂<|im_end|>"]
 
 
+def test_tokens_of_spaces_whose_offsets_are_trimmed():
+    """Indentation: the offsets of Llama 3 leave such tokens without width."""
+    tokenizer = MERGING_TOKENIZERS[1]
+    answer = "  if good:\n        yes  \n   "
+    example = encode(GLM, chat("hello  ", answer, " hello", " "), tokenizer=tokenizer)
+    assert stretches(example, tokenizer) == [answer, " "]
+
+
 def test_token_across_the_start_of_the_answer_counts():
-    tokenizer = merging_tokenizer(trim_offsets=False)
+    tokenizer = MERGING_TOKENIZERS[0]
     assert len(tokenizer("\n\n", add_special_tokens=False)["input_ids"]) == 1
-    example = encode(CHATML, chat("hello", "\nyes"), tokenizer=tokenizer)
-    assert stretches(example, tokenizer) == ["\n\nyes<|im_end|>"]
+    example = encode(CHATML, chat("hello", "\n\nyes"), tokenizer=tokenizer)
+    assert stretches(example, tokenizer) == ["\n\n\nyes<|im_end|>"]
 
 
 # --- properties --------------------------------------------------------------------------------
@@ -484,6 +496,17 @@ def test_any_conversation_under_a_template_that_rewrites(pairs):
     assert_pieces(QWEN3, turns, pieces)
 
 
+@given(CONVERSATIONS)
+@settings(max_examples=50, deadline=None)
+def test_trimmed_offsets_make_no_difference(turns):
+    demonstration = chat(*[message(role, text) for role, text in turns])
+    plain, trimmed = (
+        encode(CHATML, demonstration, tokenizer=tokenizer) for tokenizer in MERGING_TOKENIZERS
+    )
+    assert trimmed.input_ids.tolist() == plain.input_ids.tolist()
+    assert trimmed.positions.tolist() == plain.positions.tolist()
+
+
 # --- no template -------------------------------------------------------------------------------
 
 
@@ -529,7 +552,7 @@ class TestNoTemplate:
         assert stretches(example, tokenizer) == ["One.<end_of_turn>"]
 
     def test_prompt_and_completion_share_a_token_at_most(self):
-        tokenizer = merging_tokenizer(trim_offsets=True)
+        tokenizer = MERGING_TOKENIZERS[1]
         example = encode(None, chat("hello ", "world"), tokenizer=tokenizer)
         assert stretches(example, tokenizer)[0].strip() == "world</s>"
 
@@ -538,7 +561,7 @@ class TestNoTemplate:
         assert example.positions.tolist() == [1, 2, 3, 4]
 
     def test_tokenizer_without_an_end_token(self):
-        with pytest.raises(UserError, match="no end-of-sequence token.*--template FILE"):
+        with pytest.raises(UserError, match=r"no end-of-sequence token.*--template FILE"):
             encoder(None, byte_tokenizer())
 
     def test_end_token_that_is_several_tokens(self):
@@ -621,7 +644,7 @@ class TestLoadTemplate:
 
     def test_the_tokenizer_has_none(self):
         with pytest.raises(
-            UserError, match="no chat template.*--template FILE, or --template none"
+            UserError, match=r"no chat template.*--template FILE, or --template none"
         ):
             load_template("tokenizer", TOKENIZER)
 

@@ -1,0 +1,45 @@
+"""The house keeps its own rules: what is declared is there, and what is there is declared."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+QPIPE = Path(sys.executable).with_name("qpipe")
+
+
+def test_every_package_folder_is_declared() -> None:
+    declared = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
+    folders = {
+        ".".join(("qpipe", *init.parent.relative_to(ROOT).parts))
+        for init in ROOT.rglob("__init__.py")
+        if not {".venv", "build"} & set(init.relative_to(ROOT).parts)
+    }
+    assert declared == folders
+
+
+def test_the_root_holds_no_stray_module() -> None:
+    assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """What keeps `qpipe --help` under 0.3 s."""
+    code = (
+        "import sys; from qpipe.stages.cli import cli\n"
+        "for name in ('', 'score', 'build-targets', 'train'):\n"
+        "    cli.main([*name.split(), '--help'], standalone_mode=False)\n"
+        "heavy = {'numpy', 'pyarrow', 'torch', 'transformers', 'vllm', 'datasets'}\n"
+        "print(heavy & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+
+
+def test_readme_table_names_every_method() -> None:
+    from qpipe.pipeline.methods import METHODS
+
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| `{name}`" in readme for name in METHODS)

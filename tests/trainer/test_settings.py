@@ -1,0 +1,89 @@
+"""The learning rate over a run, and settings that are refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qpipe.pipeline.errors import UserError
+from qpipe.trainer.loop import count_examples
+from qpipe.trainer.schedule import Schedule, learning_rate_factor
+from qpipe.trainer.settings import TrainSettings
+
+
+def settings(**given: Any) -> TrainSettings:
+    return TrainSettings(targets=Path("targets"), model="model", out=Path("out"), **given)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ("linear", [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ],
+)
+def test_schedule_of_six_steps_two_of_them_warm_up(
+    schedule: Schedule, expected: list[float]
+) -> None:
+    factors = [learning_rate_factor(step, 6, 2, schedule) for step in range(6)]
+    assert factors == pytest.approx(expected)
+
+
+def test_one_step_takes_the_full_rate() -> None:
+    assert learning_rate_factor(0, 1, 0, "cosine") == 1
+
+
+def test_warm_up_to_the_end() -> None:
+    factors = [learning_rate_factor(step, 3, 3, "cosine") for step in range(3)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 20),
+        ({"epochs": 2.5}, 50),
+        ({"epochs": 0.01}, 1),
+        ({"max_steps": 2}, 16),
+        ({"max_steps": 99}, 20),
+    ],
+)
+def test_count_examples(given: dict[str, Any], expected: int) -> None:
+    assert count_examples(settings(**given), in_epoch=20, per_step=8) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"learning_rate": 0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"epochs": 0},
+        {"epochs": -1},
+        {"epochs": math.nan},
+        {"max_steps": 0},
+        {"batch_size": 0},
+        {"gradient_accumulation": 0},
+        {"warmup_ratio": 1.5},
+        {"warmup_ratio": math.nan},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": 0},
+        {"eval_fraction": 1},
+        {"eval_fraction": -0.1},
+        {"eval_every": 0, "eval_fraction": 0.1},
+        {"schedule": "cosinus"},
+        {"precision": "float64"},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range(given: dict[str, Any]) -> None:
+    name, value = next(iter(given.items()))
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(UserError, match=rf"^{option} {value} cannot be used: give [^\n]+$"):
+        settings(**given)
+
+
+def test_evaluating_needs_something_held_out() -> None:
+    with pytest.raises(UserError, match="--eval-fraction"):
+        settings(eval_every=10)
