@@ -1,4 +1,4 @@
-"""`python -m qpipe.stages`: the command line for launchers that start a module, as torchrun does."""
+"""`python -m qpipe.stages`: the command line, for launchers that start a module (torchrun)."""
 
 from .cli import main
 

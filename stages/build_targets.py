@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..pipeline.codec import FlatBatch, segment_sums
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity, Manifest, identity_schema, read_manifest
 from ..pipeline.methods import Choice
+from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
 from ..pipeline.schema import schema_of
@@ -93,7 +93,9 @@ def build_targets(settings: BuildSettings) -> StageResult:
     run = ShardRun(job)
     tasks = ((index, task(index)) for index in range(len(scores.shards)))
     positions = scores.totals["positions"]
-    with tqdm(total=positions, desc="build-targets", unit="tok", unit_scale=True) as progress:
+    with progress_bar(
+        total=positions, desc="build-targets", unit="tok", unit_scale=True
+    ) as progress:
         for entry in run.shards(tasks):
             progress.update(entry.positions)
     return run.seal()

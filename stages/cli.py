@@ -281,9 +281,7 @@ def build_targets(
     "--gradient-accumulation", type=int, default=1, help="Forward passes in an optimizer step."
 )
 @click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
-@click.option(
-    "--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm."
-)
+@click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm.")
 @click.option(
     "--precision",
     type=_one_of("auto", "float32", "bfloat16", "float16"),

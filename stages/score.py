@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity, ShardEntry, identity_schema
+from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import Example, Reject, ScoredExample
 from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
@@ -22,8 +23,9 @@ from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, batches_of
 from ..pipeline.storage import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
-from .demonstrations import Demonstration, Source, check_readable, open_sources, read_demonstrations
+from .demonstrations import Demonstration, check_readable, read_demonstrations
 from .scorers.base import Scorer, ScorerSettings, choose_dtype, choose_engine, make_scorer
+from .sources import Source, open_sources
 from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
@@ -104,7 +106,7 @@ class _Scoring:
         rejected = 0
         if total is None or read < total:
             _ = self.scorer  # started here: its own progress would tear ours apart
-        with tqdm(total=total, initial=read, desc="score", unit="demo") as progress:
+        with progress_bar(total=total, initial=read, desc="score", unit="demo") as progress:
             for entry in run.shards(self._tasks(run.committed, progress)):
                 rejected += len(entry.rejects)
                 progress.set_postfix(rejected=rejected)

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Reject
 from qpipe.stages.demonstrations import (
-    BATCH_ROWS,
     FORMATS,
     Demonstration,
     check_readable,
-    open_sources,
     read_demonstrations,
 )
+from qpipe.stages.sources import BATCH_ROWS, open_sources
 
 USER = {"role": "user", "content": "a?"}
 ASSISTANT = {"role": "assistant", "content": "One."}

@@ -275,6 +275,14 @@ def test_a_finished_run_is_not_repeated(settings: TrainSettings, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in settings.out.iterdir()} == before
 
 
+def test_a_run_killed_at_its_very_end_is_finished(settings: TrainSettings) -> None:
+    """Between the writing of the record and the removal of the plan."""
+    train(settings)
+    (settings.out / "plan.json").write_text("{}")
+    assert train(settings).was_done
+    assert not (settings.out / "plan.json").exists()
+
+
 def test_another_run_in_the_folder_is_refused(settings: TrainSettings) -> None:
     train(settings)
     with pytest.raises(UserError, match=r"settings.learning_rate is 0.001 there and 0.002 now"):
@@ -308,6 +316,9 @@ def test_an_interrupted_run_starts_over(
         with pytest.raises(Killed):
             train(settings)
     assert not (settings.out / "qpipe.json").exists()
+    half_saved = settings.out / ".model.tmp" / "model-00001-of-00002.safetensors"
+    half_saved.parent.mkdir()
+    half_saved.write_bytes(b"half")
     with pytest.raises(UserError, match="seed is 0 there and 1 now"):
         train(replace(settings, seed=1))
     assert not train(settings).was_done
