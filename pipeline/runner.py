@@ -61,11 +61,11 @@ def open_folder(folder: Path, identity: Identity) -> Manifest | None:
         raise UserError(f"{folder}: is a file: --out needs a folder")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        _refuse_other(folder, identity, manifest.identity)
+        refuse_other(folder, identity, manifest.identity)
         (folder / PLAN).unlink(missing_ok=True)
         return manifest
     if (folder / PLAN).exists():
-        _refuse_other(folder, identity, parse_identity(folder / PLAN, read_json(folder / PLAN)))
+        refuse_other(folder, identity, parse_identity(folder / PLAN, read_json(folder / PLAN)))
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,8 @@ def _committed_shards(job: Job) -> dict[int, ShardEntry]:
     return found
 
 
-def _refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
+def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
+    """Raises UserError, naming the first difference, where a folder holds another identity."""
     if wanted.fingerprint != found.fingerprint:
         raise UserError(
             f"{folder}: already holds `qpipe {found.stage}` output made otherwise: "

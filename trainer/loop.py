@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
 from ..pipeline.manifest import Identity, Manifest, read_manifest
+from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import TargetExample
 from ..pipeline.runner import open_folder
@@ -105,10 +105,8 @@ class Run:
         """Take every step; the weights end rounded to `final_dtype` and are evaluated so."""
         tokens, seconds = 0, 0.0
         is_main = self.accelerator.is_main_process
-        with (
-            open_log(self.settings.out, is_main) as log,
-            tqdm(total=self.steps, desc="train", disable=None if is_main else True) as progress,
-        ):
+        bar = progress_bar(total=self.steps, desc="train", unit="step", disable=not is_main)
+        with open_log(self.settings.out, is_main) as log, bar as progress:
             before = self.evaluate(0, log)
             start = perf_counter()
             for step, batches in enumerate(self.micro_batches(), start=1):

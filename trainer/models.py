@@ -8,6 +8,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 
@@ -63,6 +64,20 @@ def find_model(model: str, revision: str | None = None) -> ModelFiles:
             "where in the text a token stands: save a fast tokenizer (tokenizer.json) in the folder"
         )
     return ModelFiles(name, revision, folder, config, tokenizer)
+
+
+def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
+    """The model itself, its weights in `dtype`, on the CPU.
+
+    Raises UserError where the weights are missing, damaged, or of no causal language model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

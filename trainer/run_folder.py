@@ -12,8 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.manifest import PLAN, Identity, first_difference, parse_identity
+from ..pipeline.manifest import PLAN, Identity, parse_identity
+from ..pipeline.runner import refuse_other
 from ..pipeline.storage import read_json, write_json
 from .settings import TrainSettings
 
@@ -47,11 +47,7 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
         return None
     record = read_json(path)
     found = parse_identity(path, record["identity"])
-    if found.fingerprint != identity.fingerprint:
-        raise UserError(
-            f"{folder}: already holds a model trained otherwise: "
-            f"{first_difference(identity, found)}: give another --out, or the same options"
-        )
+    refuse_other(folder, identity, found)
     (folder / PLAN).unlink(missing_ok=True)
     return record
 

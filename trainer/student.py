@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline.errors import UserError
 from .collate import Batch
-from .models import ModelFiles, one_line
+from .models import ModelFiles, load_model
 
 
 class Student(torch.nn.Module):
@@ -38,16 +37,8 @@ class Student(torch.nn.Module):
 
 
 def load_student(base: ModelFiles, gradient_checkpointing: bool) -> Student:
-    """The model with float32 weights.
-
-    Raises UserError where its weights cannot be read.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {base.name}: cannot be loaded: {one_line(error)}") from error
+    """The model with float32 weights."""
+    model = load_model(base, torch.float32)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Student(model)

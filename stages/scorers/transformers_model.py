@@ -6,15 +6,13 @@ supervised columns; log-softmax and top k run on the supervised rows in chunks.
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline.errors import UserError
 from ...pipeline.records import Example, ScoredExample
-from ...trainer.models import ModelFiles, one_line
+from ...trainer.models import ModelFiles, load_model
 from .base import ScorerSettings, scored
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass
@@ -25,17 +23,9 @@ class TransformersScorer:
     """Any causal language model of transformers, on the first GPU or on the CPU."""
 
     def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.vocab_size = model.vocab_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model.folder, dtype=getattr(torch, settings.dtype)
-            )
-            self.model = loaded.to(self.device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"model {model.name}: cannot be loaded: {one_line(error)}") from error
+        self.model = load_model(model, getattr(torch, settings.dtype)).to(self.device).eval()
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def score(self, examples: Sequence[Example], top_k: int) -> Iterator[tuple[int, ScoredExample]]:

@@ -179,8 +179,9 @@ def test_supports_are_those_of_a_plain_reference(
     for n in range(case["positions"]):
         wanted = reference(scored, n, top_p, max_support)
         assert ids[n] == wanted.ids
-        np.testing.assert_allclose(probs[n], wanted.probs, rtol=1e-10)
-        np.testing.assert_allclose(supports.tail_mass[n], wanted.tail, rtol=1e-10, atol=1e-15)
+        # tail minus observed, both stored as float32, may come out a rounding below 0
+        np.testing.assert_allclose(probs[n], wanted.probs, rtol=3e-7)
+        np.testing.assert_allclose(supports.tail_mass[n], wanted.tail, rtol=3e-7, atol=1e-7)
 
 
 @settings(max_examples=100, deadline=None)
@@ -362,12 +363,12 @@ def test_batches_of_any_size_give_the_same_targets(choice: Choice) -> None:
 
 @pytest.mark.xfail(strict=True, reason="masses are differences of a sum over the whole batch")
 def test_the_same_prior_has_the_same_support_wherever_it_stands() -> None:
-    dense = Dense([1] * 1001, list(range(1, 1001)), np.log([[0.6, 0.2, 0.2]] * 1000))
+    dense = Dense([0] * 1001, list(range(1, 1001)), np.log([[0.6, 0.2, 0.2]] * 1000))
     scored = dense.scored(3)
     top_p = math.exp(float(scored.topk_log_probs[0]))  # held by the first entry, not a bit more
     [made] = targets([scored], SFT_KL, top_p, 64, vocab_size=3)
 
-    assert set(made.counts.tolist()) == {2}  # the mode and the observed token
+    assert set(made.counts.tolist()) == {1}
 
 
 def test_no_examples_and_no_positions_make_empty_targets() -> None:

@@ -316,9 +316,9 @@ def test_an_interrupted_run_starts_over(
         with pytest.raises(Killed):
             train(settings)
     assert not (settings.out / "qpipe.json").exists()
-    half_saved = settings.out / ".model.tmp" / "model-00001-of-00002.safetensors"
+    half_saved = settings.out / ".model.tmp" / "left-by-the-killed-run.json"
     half_saved.parent.mkdir()
-    half_saved.write_bytes(b"half")
+    half_saved.write_text("{")
     with pytest.raises(UserError, match="seed is 0 there and 1 now"):
         train(replace(settings, seed=1))
     assert not train(settings).was_done
