@@ -288,6 +288,12 @@ def build_targets(
     default="auto",
     help="Of the forward pass; the weights stay float32. auto is bfloat16 on GPUs that have it.",
 )
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=None,
+    help="Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
 @click.option(
     "--eval-fraction", type=float, default=0.0, help="Share of the demonstrations held out."

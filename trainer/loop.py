@@ -69,7 +69,7 @@ def train(settings: TrainSettings) -> TrainResult:
     with accelerator.main_process_first():
         open_folder(settings.out, identity)
     set_seed(settings.seed, device_specific=True)
-    student = load_student(base, settings.gradient_checkpointing)
+    student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
     run = Run(settings, accelerator, student, train_stream, eval_stream)
     result = run.train(saved_dtype(base))
     if accelerator.is_main_process:
@@ -127,7 +127,7 @@ class Run:
                 if self.is_time_to_evaluate(step):
                     self.evaluate(step, log)
                 start = perf_counter()
-            self.student.round_weights(final_dtype)
+            self.student.finish(final_dtype)
             after = self.evaluate(self.steps, log)
         return TrainResult(self.steps, self.examples, tokens, seconds, before, after)
 

@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub, with errors a user can act on."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,10 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -36,6 +36,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
     gradient_checkpointing: bool = False
+    lora_rank: int | None = None  # None: all weights learn
     eval_fraction: float = 0.0  # share of the examples that is held out
     eval_every: int | None = None  # steps; before the first and after the last in any case
     seed: int = 0
@@ -69,5 +70,6 @@ _ALLOWED: dict[str, _Rule] = {
     "precision": (", ".join(get_args(Precision)), lambda value: value in get_args(Precision)),
     "eval_fraction": ("0 or more, below 1", lambda value: 0 <= value < 1),
     "eval_every": _NONE_OR_MORE,
+    "lora_rank": _NONE_OR_MORE,
     "seed": ("0 to 4294967295", lambda value: 0 <= value < 2**32),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pipeline.errors import UserError
 from .collate import Batch
 from .models import ModelFiles, load_model
 
@@ -30,18 +31,34 @@ class Student(torch.nn.Module):
         ).logits
         return logits_BTV[batch.rows, batch.columns]
 
-    def round_weights(self, dtype: torch.dtype) -> None:
-        """Round the weights to what they will be when saved in `dtype`."""
+    def finish(self, dtype: torch.dtype) -> None:
+        """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
+        if hasattr(self.model, "merge_and_unload"):
+            self.model = self.model.merge_and_unload()
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def load_student(base: ModelFiles, gradient_checkpointing: bool) -> Student:
-    """The model with float32 weights."""
+def load_student(
+    base: ModelFiles, gradient_checkpointing: bool, lora_rank: int | None = None
+) -> Student:
+    """The model with float32 weights; with `lora_rank`, only adapters of that rank learn."""
     model = load_model(base, torch.float32)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Student(model)
+        model.enable_input_require_grads()  # or frozen embeddings would cut the graph
+    return Student(model if lora_rank is None else _with_adapters(model, lora_rank))
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    """LoRA (arXiv 2106.09685) on every linear layer but the head, with alpha twice the rank."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
 
 
 def saved_dtype(base: ModelFiles) -> torch.dtype:

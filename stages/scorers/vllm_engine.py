@@ -5,7 +5,9 @@ Each entry holds the observed token first, with its rank, then the top k, so the
 stands there twice when it is inside the top k.
 """
 
+import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +44,7 @@ class VllmScorer:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 enable_prefix_caching=False,  # these requests could not read it
                 enforce_eager=True,  # only prefill runs here
+                use_tqdm_on_load=sys.stderr.isatty(),
                 seed=0,
             )
         except Exception as error:
@@ -113,5 +116,6 @@ def _prepare_environment(max_length: int, model_limit: int) -> None:
         }
         # the first request would compile for half a minute, for nothing
         torch._dynamo.config.disable = True
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses triton
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

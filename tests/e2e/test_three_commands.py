@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,24 @@ def test_a_second_run_changes_nothing(made: Path, demonstrations: Path, tiny_mod
     done = succeed("build-targets", "--scores", made / "scores", "--out", made / "targets")
     assert "nothing to do" in done
     assert files == {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(
+    made: Path, demonstrations: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores"
+    words = ("score", "--model", tiny_model, "--demonstrations", demonstrations, *SCORE)
+    process = subprocess.Popen([QPIPE, *map(str, words), "--out", out], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("shard-*.json"))) < 2:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    first = (out / "shard-00000.arrow").stat().st_mtime_ns
+    succeed(*words, "--out", out)
+    assert (out / "shard-00000.arrow").stat().st_mtime_ns == first
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (made / "scores").iterdir()}
 
 
 def test_the_file_may_lie_elsewhere_and_be_compressed(

@@ -203,6 +203,23 @@ def test_saved_model_is_the_evaluated_one(
     assert result.after != result.before
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_lora_trains_linear_layers_and_saves_a_plain_model(
+    settings: TrainSettings, model: Path, gradient_checkpointing: bool
+) -> None:
+    lora = replace(settings, lora_rank=4, gradient_checkpointing=gradient_checkpointing)
+    result = train(replace(lora, epochs=10, learning_rate=1e-2, eval_fraction=0.3))
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.target_loss < result.before.target_loss
+    base, trained = weights(model), weights(settings.out)
+    assert base.keys() == trained.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert changed == {name for name in base if "_proj" in name}
+    for name in changed:
+        assert torch.linalg.matrix_rank(trained[name] - base[name], rtol=1e-3) <= 4
+
+
 def test_reloaded_logits_are_identical(
     settings: TrainSettings, make_examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
