@@ -22,6 +22,7 @@ from .manifest import (
     parse_identity,
     read_manifest,
 )
+from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
 from .storage import TEMPORARY, atomic_file, read_json, write_json
@@ -108,8 +109,8 @@ class ShardRun:
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
         with atomic_file(job.folder / REJECTS) as file:
-            for reject in (reject for entry in shards for reject in entry.rejects):
-                file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
+            for reject in (Reject(**each) for entry in shards for each in entry.rejects):
+                file.write(json.dumps(asdict(reject), ensure_ascii=False).encode() + b"\n")
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
