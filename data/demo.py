@@ -16,7 +16,7 @@ from qpipe.stages.summary import bytes_per_token, kept_mass, print_table
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 DATA = Path("data/arithmetic.jsonl")
-TRAINING = ("--eval-fraction", 0.15, "--learning-rate", 3e-5, "--batch-size", 8)
+TRAINING = ("--eval-fraction", 0.2, "--learning-rate", 3e-5, "--batch-size", 8)
 
 
 def run(*arguments: object) -> None:

@@ -9,7 +9,7 @@ can learn from a few hundred demonstrations.
 import json
 import random
 
-COUNT = 240
+COUNT = 160
 
 
 def demonstration(number: int, rng: random.Random) -> dict[str, object]:

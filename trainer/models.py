@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub, with errors a user can act on."""
 
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..pipeline.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 
@@ -82,6 +84,16 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
         return AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
+
+
+def logits_at(model: Any, columns_C: "Tensor", **inputs: Any) -> "Tensor":
+    """The model's logits at some columns of a batch, [B, C, V].
+
+    The output head runs on those columns alone where the model's forward takes `logits_to_keep`.
+    """
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=columns_C).logits
+    return model(**inputs, use_cache=False).logits[:, columns_C]
 
 
 def one_line(error: BaseException) -> str:

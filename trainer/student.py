@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch
-from .models import ModelFiles, load_model
+from .models import ModelFiles, load_model, logits_at
 
 
 class Student(torch.nn.Module):
@@ -26,10 +26,10 @@ class Student(torch.nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
-        logits_BTV = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
-        return logits_BTV[batch.rows, batch.columns]
+        columns_C, place_of_N = batch.columns.unique(return_inverse=True)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits_BCV = logits_at(self.model, columns_C, **inputs)
+        return logits_BCV[batch.rows, place_of_N]
 
     def finish(self, dtype: torch.dtype) -> None:
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""

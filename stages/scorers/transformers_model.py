@@ -4,7 +4,6 @@ Where the model's forward takes `logits_to_keep`, the output head runs on the un
 supervised columns; log-softmax and top k run on the supervised rows in chunks.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...pipeline.records import Example, ScoredExample
-from ...trainer.models import ModelFiles, load_model
+from ...trainer.models import ModelFiles, load_model, logits_at
 from .base import ScorerSettings, scored
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass
@@ -26,7 +25,6 @@ class TransformersScorer:
         self.vocab_size = model.vocab_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, getattr(torch, settings.dtype)).to(self.device).eval()
-        self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def score(self, examples: Sequence[Example], top_k: int) -> Iterator[tuple[int, ScoredExample]]:
         """Each example's place in `examples` and its scores, longest first."""
@@ -59,11 +57,8 @@ class TransformersScorer:
         inputs = {
             "input_ids": torch.from_numpy(input_ids_BT).to(self.device),
             "attention_mask": torch.from_numpy(mask_BT).to(self.device),
-            "use_cache": False,
         }
-        if self.keeps_logits:
-            return self.model(**inputs, logits_to_keep=columns).logits
-        return self.model(**inputs).logits[:, columns]
+        return logits_at(self.model, columns, **inputs)
 
     def _score_row(self, example: Example, logits_NV: Tensor, top_k: int) -> ScoredExample:
         observed_N = torch.from_numpy(example.observed_ids.astype(np.int64)).to(self.device)

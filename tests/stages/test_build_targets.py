@@ -283,6 +283,22 @@ def test_supports_worked_out_by_hand(
     assert made.weights.tolist() == [pytest.approx(1.1)]
 
 
+def test_top_p_1_keeps_the_whole_top_k_also_where_its_first_entry_is_1_already() -> None:
+    dense = one_position([1.0, 1e-20, 1e-21, 1e-22], observed=0)
+    [made] = targets([dense.scored(3)], SFT_KL, 1.0, 64, vocab_size=4)
+
+    assert made.support_ids.tolist() == [0, 1, 2]
+
+
+def test_scores_that_do_not_quite_add_up_are_scaled_to_1() -> None:
+    scored = one_position([0.5, 0.25, 0.25], observed=0).scored(2)
+    scored.tail_mass[:] = 0.5  # 1.25 together
+    [made] = targets([scored], SFT_KL, 0.99, 64, vocab_size=3)
+
+    np.testing.assert_allclose(made.support_probs, [0.4, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(made.tail_mass, [0.4], rtol=1e-6)
+
+
 def test_equally_probable_tokens_stay_in_the_order_of_the_top_k() -> None:
     dense = one_position([0.1, 0.3, 0.1, 0.3, 0.1, 0.1], observed=4)
     [made] = targets([dense.scored(6)], SFT_KL, 0.65, 64, vocab_size=6)
