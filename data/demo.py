@@ -93,7 +93,7 @@ def print_outcome(folder: Path) -> None:
 
 def losses(evaluation: dict[str, Any]) -> list[str]:
     """The cells of one evaluation."""
-    return [f"{evaluation[name]:.4f}" for name in ("nll", "kl_to_base")]
+    return [f"{evaluation[name]:z.4f}" for name in ("nll", "kl_to_base")]
 
 
 def stage_speeds(log: Path) -> dict[str, float]:

@@ -42,7 +42,9 @@ def flatten(schema: Schema, examples: Sequence[Example]) -> FlatBatch:
     for column in schema.lists:
         parts = [getattr(example, column.name) for example in examples]
         arrays[column.name] = np.concatenate([np.empty(0, column.dtype), *parts])
-        lengths[column.level] = np.array([len(part) for part in parts], np.int64)
+        length = np.array([len(part) for part in parts], np.int64)
+        same = np.array_equal(lengths.setdefault(column.level, length), length)
+        assert same, f"{column.name} differs in length from the other {column.level} columns"
     return FlatBatch([example.id for example in examples], arrays, lengths)
 
 
@@ -63,8 +65,11 @@ def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:
     columns: list[pa.Array] = [pa.array(batch.ids, pa.string())]
     for column in schema.lists:
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[column.level])]).astype(np.int32)
-        values = pa.array(batch.arrays[column.name].astype(column.stored, copy=False))
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+        values = batch.arrays[column.name]
+        stored = values.astype(column.stored, copy=False)
+        fits = column.stored is column.dtype or np.array_equal(stored, values)
+        assert fits, f"{column.name} holds ids outside of the vocabulary"
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(stored)))
     return pa.RecordBatch.from_arrays(columns, schema=schema.arrow)
 
 
@@ -85,10 +90,23 @@ def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
         if not np.array_equal(lengths.setdefault(column.level, length), length):
             raise UserError(f"{where}: column {column.name} differs in length from its neighbours")
         arrays[column.name] = lists.flatten().to_numpy().astype(column.dtype, copy=False)
-    flat = FlatBatch(batch.column("id").to_pylist(), arrays, lengths)
-    if not np.array_equal(segment_sums(arrays["counts"], lengths["position"]), lengths["entry"]):
+    if batch.column("id").null_count:
+        raise UserError(f"{where}: column id has empty values: the shard is damaged")
+    _check_references(arrays, lengths, where)
+    return FlatBatch(batch.column("id").to_pylist(), arrays, lengths)
+
+
+def _check_references(
+    arrays: dict[str, NDArray[Any]], lengths: dict[str, NDArray[np.int64]], where: str
+) -> None:
+    """Refuse counts and positions that point outside of their row."""
+    counts, positions = arrays["counts"], arrays["positions"]
+    entries = segment_sums(counts, lengths["position"])
+    if (counts < 0).any() or not np.array_equal(entries, lengths["entry"]):
         raise UserError(f"{where}: column counts does not add up to the entries of its rows")
-    return flat
+    tokens_N = np.repeat(lengths["token"], lengths["position"])
+    if ((positions < 1) | (positions >= tokens_N)).any():
+        raise UserError(f"{where}: column positions points outside of the tokens of its row")
 
 
 def segment_sums(values: NDArray[Any], lengths: NDArray[np.integer]) -> NDArray[Any]:

@@ -4,6 +4,7 @@ A folder under work holds `plan.json`; a sealed one holds `manifest.json` in its
 changed again. Both carry the stage's identity, whose hash is the fingerprint.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,22 @@ def parse_manifest(path: Path, value: Any) -> Manifest:
     check_version(path, identity)
     if manifest.fingerprint != identity.fingerprint:
         raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
+    if manifest.totals != totals_of(shards):
+        raise UserError(f"{path}: damaged, its totals are not those of its shards")
     return manifest
+
+
+def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
+    """The shards added up; `read` counts the demonstrations, rejected ones included."""
+    totals: dict[str, Any] = {
+        name: sum(getattr(entry, name) for entry in shards)
+        for name in ("rows", "tokens", "positions", "entries", "bytes")
+    }
+    totals["rejected"] = sum(len(entry.rejects) for entry in shards)
+    totals["read"] = totals["rows"] + totals["rejected"]
+    names = sorted({name for entry in shards for name in entry.sums})
+    totals["sums"] = {name: sum(entry.sums.get(name, 0.0) for entry in shards) for name in names}
+    return totals
 
 
 def parse_identity(path: Path, value: Any) -> Identity:
@@ -141,15 +157,16 @@ def first_difference(wanted: Identity, found: Identity) -> str:
     """The first field in which two identities differ, with both values, as words."""
     left, right = _leaves(asdict(wanted)), _leaves(asdict(found))
     for name in sorted(left.keys() | right.keys()):
-        if left.get(name) != right.get(name):
-            return f"{name} is {right.get(name)!r} there and {left.get(name)!r} now"
+        there, now = right.get(name, "absent"), left.get(name, "absent")
+        if there != now:
+            return f"{name} is {there} there and {now} now"
     return "nothing differs"
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one level, names joined by dots."""
-    if not isinstance(value, dict):
-        return {prefix: value}
+def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
+    """A nested dict as one level, names joined by dots, values as the JSON that is hashed."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: json.dumps(value, ensure_ascii=False)}
     leaves = {}
     for key, inner in value.items():
         name = f"{prefix}.{key}" if prefix else str(key)

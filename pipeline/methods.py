@@ -70,7 +70,7 @@ class Choice:
 
     def trust_and_weight(self, observed_log_probs: NDArray[np.floating]) -> tuple[Array, Array]:
         """γ and the loss weight at each position, [N] each, from log b_y [N] in nats."""
-        log_prob = observed_log_probs.astype(np.float64)
+        log_prob = np.minimum(observed_log_probs.astype(np.float64), 0)  # rounding may exceed it
         trust = self.method.trust(log_prob, self.parameters)
         scale = self.method.scale(log_prob, self.parameters)
         if self.form == "frozen-weight":
@@ -100,7 +100,8 @@ def choose(name: str, form: str | None = None, given: Mapping[str, float] | None
         if not low <= value <= high:  # also refuses NaN
             raise UserError(f"{name}: {key}={value:g} is out of range: give {low:g} to {high:g}")
     defaults = {parameter.name: parameter.default for parameter in method.parameters}
-    return Choice(method, chosen_form, defaults | dict(given or {}))
+    floats = {key: float(value) for key, value in (given or {}).items()}
+    return Choice(method, chosen_form, defaults | floats)
 
 
 def _gift_trust(log_prob: Array, parameters: Mapping[str, float]) -> Array:

@@ -21,6 +21,7 @@ from .manifest import (
     first_difference,
     parse_identity,
     read_manifest,
+    totals_of,
 )
 from .records import Reject
 from .schema import Schema
@@ -63,7 +64,7 @@ def open_folder(folder: Path, identity: Identity) -> Manifest | None:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         refuse_other(folder, identity, manifest.identity)
-        (folder / PLAN).unlink(missing_ok=True)
+        _tidy(folder)
         return manifest
     if (folder / PLAN).exists():
         refuse_other(folder, identity, parse_identity(folder / PLAN, read_json(folder / PLAN)))
@@ -120,33 +121,27 @@ class ShardRun:
             shards=shards,
         )
         write_json(job.folder / MANIFEST, asdict(manifest))
-        (job.folder / PLAN).unlink()
-        for leftover in job.folder.glob(TEMPORARY):
-            leftover.unlink()
+        _tidy(job.folder)
         return StageResult(manifest, self.positions, self.seconds)
-
-
-def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
-    """The shards added up; `read` counts the demonstrations, rejected ones included."""
-    totals: dict[str, Any] = {
-        name: sum(getattr(entry, name) for entry in shards)
-        for name in ("rows", "tokens", "positions", "entries", "bytes")
-    }
-    totals["rejected"] = sum(len(entry.rejects) for entry in shards)
-    totals["read"] = totals["rows"] + totals["rejected"]
-    names = sorted({name for entry in shards for name in entry.sums})
-    totals["sums"] = {name: sum(entry.sums.get(name, 0.0) for entry in shards) for name in names}
-    return totals
 
 
 def _committed_shards(job: Job) -> dict[int, ShardEntry]:
     found = {}
-    for sidecar in sorted(job.folder.glob("shard-*.json")):
-        index = int(sidecar.stem.removeprefix("shard-"))
-        entry = committed_shard(job.folder, index, job.identity.fingerprint)
+    for sidecar in job.folder.glob("shard-*.json"):
+        digits = sidecar.stem.removeprefix("shard-")
+        if not digits.isdecimal():
+            continue  # not of our making
+        entry = committed_shard(job.folder, int(digits), job.identity.fingerprint)
         if entry is not None:
-            found[index] = entry
+            found[int(digits)] = entry
     return found
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a sealed folder no longer needs."""
+    (folder / PLAN).unlink(missing_ok=True)
+    for leftover in folder.glob(TEMPORARY):
+        leftover.unlink()
 
 
 def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:

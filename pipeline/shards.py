@@ -110,7 +110,9 @@ def read_shard(
     try:
         with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
             for number in range(reader.num_record_batches):
-                yield decode(schema, reader.get_batch(number), f"{path}, record batch {number}")
+                batch = reader.get_batch(number)
+                batch.validate(full=True)  # or lists that point astray would end the process
+                yield decode(schema, batch, f"{path}, record batch {number}")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
 

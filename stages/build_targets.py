@@ -68,8 +68,9 @@ def build_targets(settings: BuildSettings) -> StageResult:
             "parameters": choice.parameters,
             "residual": choice.residual,
             "tail_shape": "uniform" if choice.residual == "uniform" else "student",
-            "top_p": settings.top_p,
-            "max_support": settings.max_support,
+            # these say nothing of a residual that is no prefix of the top k
+            "top_p": float(settings.top_p) if choice.residual == "base" else None,
+            "max_support": settings.max_support if choice.residual == "base" else None,
             "vocab_size": vocab_size,
             "tokenizer_hash": scores.settings["tokenizer_hash"],
         },
@@ -133,8 +134,9 @@ def base_supports(scores: FlatBatch, top_p: float, max_support: int) -> Supports
     position_of = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     rank = np.arange(len(probs)) - starts[position_of]
-    running = np.cumsum(probs)
-    mass_before = running - probs - (running - probs)[starts][position_of]
+    before_NK = np.zeros((len(counts), counts.max(initial=0) + 1))
+    before_NK[position_of, rank + 1] = probs
+    mass_before = np.cumsum(before_NK, axis=1)[position_of, rank]
 
     is_observed = ids == scores.observed_ids[position_of]
     keep = ((mass_before < top_p) | (top_p == 1)) & (rank < max_support) | is_observed
@@ -143,8 +145,8 @@ def base_supports(scores: FlatBatch, top_p: float, max_support: int) -> Supports
     observed_probs = np.exp(scores["observed_log_probs"][outside].astype(np.float64))
 
     tail_mass = scores["tail_mass"].astype(np.float64)
-    tail_mass += np.bincount(position_of, np.where(keep, 0.0, probs), len(counts))
     tail_mass[outside] = np.maximum(tail_mass[outside] - observed_probs, 0)
+    tail_mass += np.bincount(position_of, np.where(keep, 0.0, probs), len(counts))
 
     kept_counts = np.bincount(position_of[keep], minlength=len(counts))
     kept_ends = np.cumsum(kept_counts)[outside]  # an observed token outside the top k comes last

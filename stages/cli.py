@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `qpipe --help` answers at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -322,7 +323,9 @@ def train(**options: Any) -> None:
     from ..trainer.settings import TrainSettings
     from . import summary
 
-    summary.print_training(options["out"], train(TrainSettings(**options)))
+    result = train(TrainSettings(**options))
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a process
+        summary.print_training(options["out"], result)
 
 
 @cli.command()

@@ -292,7 +292,6 @@ def test_nulls_are_refused_with_the_column_named(column: str, values: Any) -> No
         decode(SCORE, damaged, "a batch")
 
 
-@pytest.mark.xfail(strict=True, reason="decode looks for nulls in the list columns only")
 def test_a_missing_id_is_refused() -> None:
     with pytest.raises(UserError, match="column id"):
         decode(SCORE, with_column(arrow_batch(), "id", ["a", None]), "a batch")

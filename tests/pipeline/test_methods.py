@@ -240,7 +240,6 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones() -> None:
         choose("sft", given={"lam": 0.1})
 
 
-@pytest.mark.xfail(strict=True, reason="5 and 5.0 have different fingerprints")
 def test_a_whole_number_is_the_same_parameter_as_its_float() -> None:
     assert repr(choose("gift", given={"beta": 5}).parameters) == "{'beta': 5.0}"
 

@@ -163,7 +163,6 @@ def test_a_folder_killed_between_its_manifest_and_the_end_is_tidied_by_the_next_
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 
-@pytest.mark.xfail(strict=True, reason="open_folder removes the plan there, not what else is left")
 def test_leftovers_beside_a_manifest_are_tidied_by_the_next_run(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
@@ -267,7 +266,6 @@ def test_a_damaged_sidecar_stops_the_run_by_name(toy: Any, folder: Path, text: s
         toy(folder).run()
 
 
-@pytest.mark.xfail(strict=True, reason="a sidecar's number is read with int()")
 def test_a_copy_of_a_sidecar_is_no_crash(toy: Any, folder: Path) -> None:
     stop_at(toy, folder, 1)
     (folder / "shard-00000 (copy).json").write_bytes((folder / "shard-00000.json").read_bytes())

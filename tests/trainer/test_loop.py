@@ -304,7 +304,7 @@ def test_another_run_in_the_folder_is_refused(settings: TrainSettings) -> None:
     train(settings)
     with pytest.raises(UserError, match=r"settings.learning_rate is 0.001 there and 0.002 now"):
         train(replace(settings, learning_rate=0.002))
-    with pytest.raises(UserError, match=r"settings.method is 'sft\+kl' there and 'sft' now"):
+    with pytest.raises(UserError, match=r'settings.method is "sft\+kl" there and "sft" now'):
         train(replace(settings, method="sft"))
     with pytest.raises(UserError, match=r"settings.examples_per_step is 8 there and 4 now"):
         train(replace(settings, batch_size=4))
