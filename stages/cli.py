@@ -44,20 +44,24 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     import yaml
 
     try:
-        options = yaml.safe_load(path.read_text()) or {}
+        config = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
-    if not isinstance(options, dict):
+    if isinstance(config, dict) and config.keys() & cli.commands.keys():
+        config = config.get(ctx.info_name) or {}
+    if not isinstance(config, dict):
         raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
-    section = options.get(ctx.info_name, options)
-    given = {str(name).replace("-", "_"): value for name, value in (section or {}).items()}
-    known = {parameter.name for parameter in ctx.command.params} - {"config"}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise click.ClickException(
-            f"--config {path}: `qpipe {ctx.info_name}` has no option {unknown[0].replace('_', '-')}"
-        )
-    ctx.default_map = given
+    ctx.default_map = dict(_default(ctx, path, str(key), value) for key, value in config.items())
+
+
+def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:
+    """The parameter that a key of a config file means, and its value as click takes it."""
+    option = "--" + key.replace("_", "-")
+    for parameter in ctx.command.params:
+        if option in parameter.opts and option != "--config" and parameter.name is not None:
+            is_one_of_several = parameter.multiple and not isinstance(value, list)
+            return parameter.name, [value] if is_one_of_several else value
+    raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
 
 
 def _config_option(command: Any) -> Any:

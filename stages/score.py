@@ -89,6 +89,7 @@ class _Scoring:
             supervise=settings.supervise,
             max_length=self.max_length,
             too_long=settings.too_long,
+            vocab_size=model.vocab_size,
         )
         self.schema = schema_of("score", model.vocab_size)
         self.job = self._job()

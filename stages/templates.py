@@ -59,6 +59,7 @@ class Encoder:
     max_length: int
     supervise: str = "assistant"
     too_long: str = "reject"
+    vocab_size: int | None = None  # the model's, where that may be smaller than the tokenizer's
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -82,6 +83,8 @@ class Encoder:
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
             raise UnusableError(f"{len(input_ids)} tokens, the limit is {self.max_length}")
+        if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
+            raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 
         supervised = _overlapping(offsets, find_spans())
         if self.supervise == "all":

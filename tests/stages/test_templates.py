@@ -590,6 +590,13 @@ class TestLength:
             assert len(encoded.example.input_ids) == 14
             assert not encoded.cut
 
+    def test_tokens_that_the_model_does_not_have(self):
+        highest = int(encoder(None, max_length=14).encode(self.DEMO).example.input_ids.max())
+        words = f"a token is outside the model's vocabulary of {highest}"
+        assert self.reason(max_length=14, vocab_size=highest) == words
+        fitting = encoder(None, max_length=14, vocab_size=highest + 1)
+        assert isinstance(fitting.encode(self.DEMO), Encoded)
+
     def test_rejected(self):
         assert self.reason(max_length=13) == "14 tokens, the limit is 13"
 

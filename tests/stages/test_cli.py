@@ -1,0 +1,82 @@
+"""Options: several values after one name, and config files."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from qpipe.stages.cli import cli
+
+
+def parsed(command: str, *words: object) -> dict[str, Any]:
+    """The parameters that a command would run with."""
+    arguments = [str(word) for word in words]
+    group = click.Context(cli, info_name="qpipe")
+    return cli.commands[command].make_context(command, arguments, parent=group).params
+
+
+def config_file(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+SCORE = ("--model", "m", "--out", "o")
+BUILD = ("--scores", "s", "--out", "o")
+
+
+def test_an_option_takes_several_values_and_may_be_repeated() -> None:
+    words = ("--demonstrations", "a", "b", *SCORE, "--demonstrations", "c")
+    assert parsed("score", *words)["demonstrations"] == ("a", "b", "c")
+    assert parsed("build-targets", *BUILD, "--param", "x=1", "y=-2")["params"] == ("x=1", "y=-2")
+
+
+def test_a_value_after_an_option_that_takes_one_is_refused() -> None:
+    with pytest.raises(click.UsageError, match="unexpected extra argument"):
+        parsed("score", *SCORE, "--demonstrations", "a", "--top-k", 3, 4)
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path: Path) -> None:
+    config = config_file(tmp_path, "model: m\nout: o\ndemonstrations: a.jsonl\ntop-k: 3\n")
+    given = parsed("score", "--config", config, "--out", "elsewhere")
+    assert given["model"] == "m"
+    assert given["demonstrations"] == ("a.jsonl",)
+    assert given["top_k"] == 3
+    assert given["out"] == Path("elsewhere")
+
+
+def test_a_command_takes_its_section_of_a_shared_config_file(tmp_path: Path) -> None:
+    config = config_file(
+        tmp_path,
+        "score: {top_k: 3}\nbuild-targets: {param: [lam=0.2], top-p: 0.9}\n"
+        "train: {learning-rate: 2e-5}\n",
+    )
+    given = parsed("build-targets", *BUILD, "--config", config)
+    assert given["params"] == ("lam=0.2",)
+    assert given["top_p"] == 0.9
+    trained = parsed("train", "--targets", "t", "--model", "m", "--out", "o", "--config", config)
+    assert trained["learning_rate"] == 2e-5
+    config.write_text("score: {top-k: 3}\n")
+    assert parsed("build-targets", *BUILD, "--config", config)["top_p"] == 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temperature: 1\n", "has no option --temperature"),
+        ("- a\n", "must hold options"),
+        ("build-targets: 3\n", "must hold options"),
+        ("a: [\n", "cannot be read"),
+        ("config: other.yaml\n", "has no option --config"),
+    ],
+)
+def test_a_config_file_that_means_nothing_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(click.ClickException) as refused:
+        parsed("build-targets", *BUILD, "--config", config_file(tmp_path, text))
+    assert words in refused.value.format_message()
+
+
+def test_a_config_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException) as refused:
+        parsed("build-targets", *BUILD, "--config", tmp_path / "missing.yaml")
+    assert "missing.yaml: cannot be read" in refused.value.format_message()
