@@ -64,6 +64,7 @@ def open_folder(folder: Path, identity: Identity) -> Manifest | None:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         refuse_other(folder, identity, manifest.identity)
+        _refuse_incomplete(folder, manifest)
         _tidy(folder)
         return manifest
     if (folder / PLAN).exists():
@@ -135,6 +136,16 @@ def _committed_shards(job: Job) -> dict[int, ShardEntry]:
         if entry is not None:
             found[int(digits)] = entry
     return found
+
+
+def _refuse_incomplete(folder: Path, manifest: Manifest) -> None:
+    for entry in manifest.shards:
+        path = folder / entry.file
+        if not path.exists() or path.stat().st_size != entry.bytes:
+            what = "damaged" if path.exists() else "missing"
+            raise UserError(
+                f"{path}: {what}, the manifest names it: restore it, or give another --out"
+            )
 
 
 def _tidy(folder: Path) -> None:

@@ -151,6 +151,18 @@ def test_a_sealed_folder_of_the_same_identity_is_left_as_it_is(
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_a_sealed_folder_that_lost_a_shard_is_not_called_done(
+    toy: Any, folder: Path, what: str
+) -> None:
+    toy(folder).run()
+    shard = folder / "shard-00001.arrow"
+    shard.unlink() if what == "missing" else shard.write_bytes(b"ARROW1")
+
+    with pytest.raises(UserError, match=f"shard-00001.arrow: {what}"):
+        toy(folder).run()
+
+
 def test_a_folder_killed_between_its_manifest_and_the_end_is_tidied_by_the_next_run(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
