@@ -7,3 +7,8 @@ class UserError(Exception):
     The command line prints it as one line and exits with status 2. Any other exception is a defect
     of qpipe and keeps its traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -52,6 +52,7 @@ class StageResult:
     manifest: Manifest
     positions: int = 0  # supervised positions of the shards made
     seconds: float = 0.0  # spent on them, the start of an engine not counted
+    was_done: bool = False  # by an earlier run
 
 
 def open_folder(folder: Path, identity: Identity) -> Manifest | None:
@@ -68,7 +69,11 @@ def open_folder(folder: Path, identity: Identity) -> Manifest | None:
         _tidy(folder)
         return manifest
     if (folder / PLAN).exists():
-        refuse_other(folder, identity, parse_identity(folder / PLAN, read_json(folder / PLAN)))
+        found = parse_identity(folder / PLAN, read_json(folder / PLAN))
+        if _holds_rows(folder):  # a plan that led to nothing binds nobody
+            refuse_other(folder, identity, found)
+        if found != identity:
+            write_json(folder / PLAN, asdict(identity))
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,8 +149,14 @@ def _refuse_incomplete(folder: Path, manifest: Manifest) -> None:
         if not path.exists() or path.stat().st_size != entry.bytes:
             what = "damaged" if path.exists() else "missing"
             raise UserError(
-                f"{path}: {what}, the manifest names it: restore it, or give another --out"
+                f"{path}: {what}, the manifest names it: restore it, or remove {folder} and make "
+                "it again"
             )
+
+
+def _holds_rows(folder: Path) -> bool:
+    entries = [read_json(sidecar) for sidecar in folder.glob("shard-*.json")]
+    return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
 
 
 def _tidy(folder: Path) -> None:

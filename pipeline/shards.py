@@ -82,7 +82,7 @@ def commit_shard(
 
 
 def committed_shard(folder: Path, index: int, fingerprint: str) -> ShardEntry | None:
-    """The sidecar of a shard, if it speaks of a file that is there in full."""
+    """The sidecar of a shard, if it speaks of the very file that is there."""
     sidecar = sidecar_path(folder, index)
     if not sidecar.exists():
         return None
@@ -91,7 +91,7 @@ def committed_shard(folder: Path, index: int, fingerprint: str) -> ShardEntry | 
     except TypeError as error:
         raise UserError(f"{sidecar}: damaged, not a sidecar: remove it and run again") from error
     path = folder / shard_name(index)
-    whole = path.exists() and path.stat().st_size == entry.bytes
+    whole = path.exists() and sha256_of_file(path) == entry.sha256
     return entry if whole and entry.fingerprint == fingerprint else None
 
 
@@ -102,7 +102,8 @@ def read_shard(
     path = folder / entry.file
     if not path.exists():
         raise UserError(
-            f"{path}: missing, the manifest names it: restore it or make the folder again"
+            f"{path}: missing, the manifest names it: restore it, or remove {folder} and make it "
+            "again"
         )
     if verify and sha256_of_file(path) != entry.sha256:
         raise UserError(f"{path}: damaged, its hash is not the manifest's: make {folder} again")

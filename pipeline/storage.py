@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,34 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where it is missing, against other processes on this machine.
+
+    The lock ends with the process, however that ends. Raises UserError where another holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file: --out needs a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"{folder}: another qpipe works in it: wait for it, or give another --out"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -47,7 +76,8 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, the same bytes for the same value."""
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        file.write(text.encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:

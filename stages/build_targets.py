@@ -19,6 +19,7 @@ from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
 from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, read_shard
+from ..pipeline.storage import locked
 
 Floats = NDArray[np.float64]
 
@@ -84,10 +85,12 @@ def build_targets(settings: BuildSettings) -> StageResult:
         parents={"scores": {"identity": asdict(scores.identity), "parents": scores.parents}},
         provenance=scores.provenance | {"build_versions": package_versions("qpipe", "pyarrow")},
     )
-    done = open_folder(settings.out, identity)
-    if done is not None:
-        return StageResult(done)
+    with locked(settings.out):
+        done = open_folder(settings.out, identity)
+        return _run(settings, scores, job) if done is None else StageResult(done, was_done=True)
 
+
+def _run(settings: BuildSettings, scores: Manifest, job: Job) -> StageResult:
     def task(index: int) -> Callable[[], ShardContent]:
         return lambda: _build_shard(settings, scores, index)
 

@@ -29,8 +29,9 @@ class _Command(click.Command):
         spread: list[str] = []
         current = None
         for argument in args:
+            name = argument.partition("=")[0]
             if argument.startswith("-") and argument != "-":
-                current = argument if argument in several else None
+                current = name if name in several else None
             elif current is not None and spread[-1] != current:
                 spread.append(current)
             spread.append(argument)
@@ -59,9 +60,19 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
     option = "--" + key.replace("_", "-")
     for parameter in ctx.command.params:
         if option in parameter.opts and option != "--config" and parameter.name is not None:
-            is_one_of_several = parameter.multiple and not isinstance(value, list)
-            return parameter.name, [value] if is_one_of_several else value
+            values = [f"{name}={one}" for name, one in value.items()] if _is_map(value) else value
+            values = values if isinstance(values, list) else [values]
+            if any(isinstance(one, list | dict | None) for one in values):
+                raise click.ClickException(f"--config {path}: {option} is no value: {value!r}")
+            if not parameter.multiple and (_is_map(value) or isinstance(value, list)):
+                raise click.ClickException(f"--config {path}: {option} takes one value: {value!r}")
+            words = [str(one) for one in values]
+            return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _config_option(command: Any) -> Any:
@@ -76,10 +87,17 @@ def _config_option(command: Any) -> Any:
     )(command)
 
 
+def _check_parent(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent} is no folder", ctx, parameter)
+    return path
+
+
 def _log_option(command: Any) -> Any:
     return click.option(
         "--log-json",
-        type=_FOLDER,
+        type=click.Path(path_type=Path, dir_okay=False, writable=True),
+        callback=_check_parent,
         default=None,
         metavar="FILE",
         help="Append what the run did to this file, as a JSON line.",
@@ -107,8 +125,8 @@ def cli() -> None:
     qpipe build-targets  scores/        -> targets/   sparse target distributions
     qpipe train          targets/       -> run/       a fine-tuned model
 
-    Each command takes a folder and makes a folder. Run a command again after a crash and it goes on
-    where it stopped; run it again when done and it does nothing.
+    Each command takes a folder and makes a folder. Run again after a crash, score and build-targets
+    go on where they stopped and train starts over; run again when done, they do nothing.
     """
 
 
@@ -250,7 +268,10 @@ def build_targets(
     from . import summary
     from .build_targets import BuildSettings, build_targets
 
-    choice = choose(method, form, dict(_name_and_value(param) for param in params))
+    given = dict(_name_and_value(param) for param in params)
+    if len(given) < len(params):
+        raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
+    choice = choose(method, form, given)
     result = build_targets(BuildSettings(choice=choice, **options))
     summary.print_targets(options["out"], result)
     if log_json:
@@ -358,7 +379,9 @@ def main() -> None:
         sys.exit(_run())
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "Stopped: what is finished is kept, the same command goes on from there.", err=True
+            "Stopped: finished shards are kept, the same command goes on after them "
+            "(`qpipe train` starts over).",
+            err=True,
         )
         sys.exit(130)
 
@@ -379,5 +402,9 @@ def _run() -> int:
         message = error.format_message()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     return 2

@@ -6,7 +6,6 @@ A row that cannot be used becomes a Reject, and the reading goes on.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 from ..pipeline.errors import UserError
@@ -30,7 +29,6 @@ class Demonstration:
     tools: list[Row] | None
     source: str
     line: int  # line (JSON lines) or row (everything else), from 1
-    plain: bool  # whether it came as a prompt and a completion that are both plain text
 
 
 def read_demonstrations(
@@ -44,16 +42,20 @@ def read_demonstrations(
         yield _demonstration(source.name, line, raw, format)
 
 
-def check_readable(sources: Sequence[Source], format: str = "auto", first: int = 100) -> None:
-    """Raises UserError when a source has no usable demonstration among its `first` rows."""
+def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
+    """Raises UserError when a source has no usable demonstration; reads until it meets one."""
     for source in sources:
-        rows = list(islice(read_demonstrations([source], format), first))
-        rejects = [row for row in rows if isinstance(row, Reject)]
-        if len(rejects) == len(rows):
+        first: Reject | None = None
+        for row in read_demonstrations([source], format):
+            if not isinstance(row, Reject):
+                break
+            first = first or row
+        else:
+            assert first is not None, "an open source has rows"
             raise UserError(
-                f"demonstrations {source.origin}: none of its first {len(rows)} rows could be "
-                f"used; the first: line {rejects[0].line}: {rejects[0].reason}; formats are "
-                f"{', '.join(FORMATS)}, name one with --format"
+                f"demonstrations {source.origin}: none of its rows could be used; the first: line "
+                f"{first.line}: {first.reason}; formats are {', '.join(FORMATS)}, name one with "
+                "--format"
             )
 
 
@@ -61,7 +63,7 @@ def _demonstration(source: str, line: int, raw: Any, format: str) -> Demonstrati
     try:
         row = _parse(raw) if isinstance(raw, bytes) else raw
         if not isinstance(row, dict):
-            raise UnusableError("not an object with fields")
+            raise UnusableError("not an object with fields (a JSON array belongs in a .json file)")
         if format == "auto":
             format = _recognise(row)
         demonstration = Demonstration(
@@ -70,7 +72,6 @@ def _demonstration(source: str, line: int, raw: Any, format: str) -> Demonstrati
             tools=_tools(row),
             source=source,
             line=line,
-            plain=format == "prompt-completion" and _is_plain(row),
         )
         _check_characters(demonstration)
     except UnusableError as error:
@@ -180,14 +181,14 @@ def _from_sharegpt(row: Row) -> Messages:
 def _from_turn(name: str, turn: Any) -> Row:
     if not isinstance(turn, dict):
         raise UnusableError(f"{name} is not an object")
-    speaker = turn.get("from")
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(speaker, str):
         raise UnusableError(f"{name}.from is {'missing' if speaker is None else 'not a name'}")
     if speaker.lower() not in SPEAKERS:
         raise UnusableError(f"{name}.from is {speaker!r}, known are {', '.join(SPEAKERS)}")
-    if not isinstance(turn.get("value"), str):
-        raise UnusableError(f"{name}.value is {'not a string' if turn.get('value') else 'missing'}")
-    return _message(SPEAKERS[speaker.lower()], turn["value"])
+    if not isinstance(text, str):
+        raise UnusableError(f"{name}.value is {'missing' if text is None else 'not a string'}")
+    return _message(SPEAKERS[speaker.lower()], text)
 
 
 def _from_alpaca(row: Row) -> Messages:
@@ -209,10 +210,6 @@ def _turns(row: Row, key: str, role: str) -> Messages:
 
 def _completion_key(row: Row) -> str:
     return "completion" if row.get("completion") is not None else "response"
-
-
-def _is_plain(row: Row) -> bool:
-    return isinstance(row["prompt"], str) and isinstance(row[_completion_key(row)], str)
 
 
 def _system(row: Row) -> Messages:

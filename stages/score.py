@@ -21,7 +21,7 @@ from ..pipeline.records import Example, Reject, ScoredExample
 from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
 from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, batches_of
-from ..pipeline.storage import sha256_of_json
+from ..pipeline.storage import locked, sha256_of_json
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import Demonstration, check_readable, read_demonstrations
 from .scorers.base import Scorer, ScorerSettings, choose_dtype, choose_engine, make_scorer
@@ -54,7 +54,8 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "shard_size", "tensor_parallel_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            _require(1 <= value <= 10**6, name, value, "1 to 1,000,000")
         if self.max_length is not None:
             _require(self.max_length >= 2, "max_length", self.max_length, "2 or more")
         utilization = self.gpu_memory_utilization
@@ -66,8 +67,13 @@ def score(settings: ScoreSettings) -> StageResult:
     sources = open_sources(settings.demonstrations)
     check_readable(sources, settings.format)
     stage = _Scoring(settings, sources, find_model(settings.model, settings.revision))
-    done = open_folder(settings.out, stage.job.identity)
-    return stage.run() if done is None else StageResult(done)
+    with locked(settings.out):
+        done = open_folder(settings.out, stage.job.identity)
+        result = stage.run() if done is None else StageResult(done, was_done=True)
+    rejects = [reject for entry in result.manifest.shards for reject in entry.rejects]
+    if settings.strict and rejects:
+        raise _unusable(Reject(**rejects[0]))
+    return result
 
 
 class _Scoring:
@@ -147,7 +153,7 @@ class _Scoring:
             content.add_sums(cut=encoded.cut)
             return encoded.example
         if self.settings.strict:
-            raise UserError(f"{encoded.source}, line {encoded.line}: {encoded.reason} (--strict)")
+            raise _unusable(encoded)
         content.rejects.append(encoded)
         return None
 
@@ -221,6 +227,12 @@ def _refuse_nothing_scored(committed: dict[int, ShardEntry]) -> None:
     raise UserError(
         f"none of the demonstrations could be used; the first: {first['source']}, line "
         f"{first['line']}: {first['reason']}"
+    )
+
+
+def _unusable(reject: Reject) -> UserError:
+    return UserError(
+        f"{reject.source}, line {reject.line}: {reject.reason}: mend it, or leave --strict out"
     )
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line
 from ..pipeline.storage import sha256_of_file
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, i
 
 
 def _open(name: str) -> Source:
+    if not name:
+        raise UserError("--demonstrations is empty: give a file or a data set")
     path = Path(name)
     if path.exists() and not path.is_dir():
         return Source(path.name, name, _file_reader(path))
@@ -163,11 +165,7 @@ def _reading(origin: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # zlib, zstd, Arrow and the hub each have their own
-        raise UserError(f"demonstrations {origin}: cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"demonstrations {origin}: cannot be read: {one_line(error)}") from error
 
 
 def _json_reader(path: Path) -> _Reader:
@@ -334,7 +332,7 @@ def _hub_reader(name: str, config: str | None, split: str) -> _Reader:
         except Exception as error:  # the hub, the network and the data set each have their own
             raise UserError(
                 f"demonstrations {name}: no such file, and no data set that can be loaded "
-                f"(NAME[:CONFIG][@SPLIT]): {_one_line(error)}"
+                f"(NAME[:CONFIG][@SPLIT]): {one_line(error)}"
             ) from error
 
     return _data_set_reader(lambda: load()[0], lambda: _digest(name, config, split, load()[1]))

@@ -46,6 +46,7 @@ def print_scores(folder: Path, result: StageResult) -> None:
 def print_targets(folder: Path, result: StageResult) -> None:
     """What a target folder holds."""
     settings, totals = result.manifest.settings, result.manifest.totals
+    has_tail = settings["residual"] == "base"
     parameters = "".join(f", {name}={value:g}" for name, value in settings["parameters"].items())
     print_table(
         [
@@ -54,7 +55,7 @@ def print_targets(folder: Path, result: StageResult) -> None:
             ("supervised tokens", f"{totals['positions']:,}"),
             ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
             ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),
-            ("kept mass", f"{kept_mass(result.manifest):.4f}"),
+            *([("kept mass", f"{kept_mass(result.manifest):.4f}")] if has_tail else []),
             *_size_and_speed(result),
         ]
     )
@@ -108,7 +109,7 @@ def log_result(path: Path, result: StageResult) -> None:
 
 
 def _already(result: StageResult) -> str:
-    return "" if result.seconds else "  (was there already, nothing to do)"
+    return "" if not result.was_done else "  (was there already, nothing to do)"
 
 
 def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:

@@ -21,15 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line
 from ..pipeline.records import Example, Reject
 from .demonstrations import Demonstration, Messages, UnusableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-SUPERVISE = ("assistant", "last", "all")
-TOO_LONG = ("reject", "cut")
 
 Span = tuple[int, int]  # characters, half-open
 
@@ -126,7 +123,7 @@ class Encoder:
                     add_generation_prompt=generation_prompt,
                 )
             except Exception as error:  # a template is a program: it may raise anything
-                raise UnusableError(f"the chat template says: {_one_line(error)}") from error
+                raise UnusableError(f"the chat template says: {one_line(error)}") from error
             return str(text)
 
         return render
@@ -153,12 +150,13 @@ class Encoder:
 
     @cached_property
     def _end_of_turn(self) -> re.Pattern[str]:
-        """Optional white space and one special token of the tokenizer."""
+        """What closes a turn: a special token, also after white space, or other text at once."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special}
         special.update(map(str, self.tokenizer.all_special_tokens))
         longest_first = sorted(special, key=len, reverse=True)
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first))})" if special else r"")
+        special_end = rf"\s*(?:{'|'.join(map(re.escape, longest_first))})|" if special else ""
+        return re.compile(special_end + r"\S+")
 
 
 def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
@@ -191,7 +189,7 @@ def _template_file(path: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
             f"template {path}: no such file (--template takes tokenizer, none, or a Jinja file)"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"template {path}: cannot be read: {_one_line(error)}") from error
+        raise UserError(f"template {path}: cannot be read: {one_line(error)}") from error
     _check_syntax(path, template, tokenizer)
     return template
 
@@ -204,7 +202,7 @@ def _check_syntax(path: Path, template: str, tokenizer: "PreTrainedTokenizerFast
         tokenizer.apply_chat_template(question, chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
         raise UserError(
-            f"template {path}, line {error.lineno}: not a Jinja template: {_one_line(error)}"
+            f"template {path}, line {error.lineno}: not a Jinja template: {one_line(error)}"
         ) from error
     except Exception:  # it compiles; a lonely question may still not be to its liking
         return
@@ -281,17 +279,16 @@ class _Chat:
         return found + len(mark) if found >= 0 else first
 
     def _generation_end(self, turn: int, last: int, varied: str) -> int:
-        """`last`, or the end of the special token after it when that belongs to the turn.
+        """`last`, or the end of what closes the turn, where something does.
 
         What follows also when the conversation stops here is no header of the next turn.
         """
-        match = self.end_of_turn.match(self.text, last)
-        if match is None:
-            return last
         is_final = turn == len(self.messages) - 1
         stopped = varied if is_final else self.render(self._until(turn))
         _, _, rest = stopped.rpartition(self.stand_in)
-        return match.end() if rest.startswith(match.group()) else last
+        match = self.end_of_turn.match(rest)
+        ends_so = match is not None and self.text.startswith(match.group(), last)
+        return last + match.end() if match is not None and ends_so else last
 
     def _called_span(self, turn: int) -> Span | None:
         """The span of a turn that calls tools, where its prefixes are rendered as in the whole.
@@ -364,7 +361,3 @@ def _check_end_token(tokenizer: "PreTrainedTokenizerFast") -> None:
 
 def _name(tokenizer: "PreTrainedTokenizerFast") -> str:
     return tokenizer.name_or_path or type(tokenizer).__name__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

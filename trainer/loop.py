@@ -5,6 +5,7 @@ The samples of all epochs form one sequence, cut into optimizer steps; only the 
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from time import perf_counter
@@ -19,6 +20,7 @@ from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import TargetExample
 from ..pipeline.runner import open_folder
+from ..pipeline.storage import locked
 from .checks import SFT, check_fit, check_streams, settled_method
 from .collate import Batch, collate, observed_only
 from .evaluate import Evaluation, evaluate
@@ -66,16 +68,17 @@ def train(settings: TrainSettings) -> TrainResult:
         return _result_from(record["results"])
     train_stream, eval_stream = open_streams(settings.targets, manifest, settings.eval_fraction)
     check_streams(settings, train_stream, eval_stream)
-    with accelerator.main_process_first():
-        open_folder(settings.out, identity)
-    set_seed(settings.seed, device_specific=True)
-    student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
-    run = Run(settings, accelerator, student, train_stream, eval_stream)
-    result = run.train(saved_dtype(base))
-    if accelerator.is_main_process:
-        save_student(student, base, settings.out)
-        finish(settings.out, _record(settings, manifest, identity, accelerator, result))
-    accelerator.wait_for_everyone()
+    with locked(settings.out) if accelerator.is_main_process else nullcontext():
+        with accelerator.main_process_first():
+            open_folder(settings.out, identity)
+        set_seed(settings.seed, device_specific=True)
+        student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
+        run = Run(settings, accelerator, student, train_stream, eval_stream)
+        result = run.train(saved_dtype(base))
+        if accelerator.is_main_process:
+            save_student(student, base, settings.out)
+            finish(settings.out, _record(settings, manifest, identity, accelerator, result))
+        accelerator.wait_for_everyone()
     return result
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line
 from ..pipeline.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def find_model(model: str, revision: str | None = None) -> ModelFiles:
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged files fail in as many ways as there are libraries
         raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
@@ -72,7 +72,8 @@ def find_model(model: str, revision: str | None = None) -> ModelFiles:
 def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     """The model itself, its weights in `dtype`, on the CPU.
 
-    Raises UserError where the weights are missing, damaged, or of no causal language model.
+    Raises UserError where the weights are missing, damaged, incomplete, or of no causal language
+    model: the library would fill what is missing with random numbers.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -81,9 +82,41 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
+    model, loading = loaded
+    _refuse_incomplete(files, loading)
+    return model
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Refuse weights that lack some, where transformers can tell from their names alone.
+
+    For engines that would start all the same, with random numbers in their place.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(files.config, "quantization_config", None) is not None:
+        return  # its weights have names of their own
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, device_map="meta", output_loading_info=True
+        )
+    except Exception:  # an architecture that only the engine knows, or it will say what is wrong
+        return
+    _refuse_incomplete(files, loaded[1])
+
+
+def _refuse_incomplete(files: ModelFiles, loading: dict[str, Any]) -> None:
+    incomplete = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if incomplete:
+        raise UserError(
+            f"model {files.name}: {len(incomplete)} weights are missing or of another shape, "
+            f"{incomplete[0]} among them: fetch the model again"
+        )
 
 
 def logits_at(model: Any, columns_C: "Tensor", **inputs: Any) -> "Tensor":
@@ -96,15 +129,14 @@ def logits_at(model: Any, columns_C: "Tensor", **inputs: Any) -> "Tensor":
     return model(**inputs, use_cache=False).logits[:, columns_C]
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _locate(model: str, revision: str | None) -> tuple[Path, str]:
     path = Path(model)
+    if not model:
+        raise UserError("--model is empty: give a model folder, or a name on the hub")
     if path.is_dir():
         return path, path.resolve().name
+    if path.is_file():
+        raise UserError(f"model {model}: is a file: give the folder it is in")
     if path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise UserError(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity
 from ..pipeline.runner import refuse_other
 from ..pipeline.storage import read_json, write_json
@@ -46,16 +47,30 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read_json(path)
-    found = parse_identity(path, record["identity"])
+    try:
+        found, files = parse_identity(path, record["identity"]), dict(record["files"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, no record of a run: remove {folder}") from error
     refuse_other(folder, identity, found)
+    lost = [name for name, size in files.items() if _size(folder / name) != size]
+    if lost:
+        raise UserError(
+            f"{folder / lost[0]}: missing or damaged, {RUN} names it: restore it, or remove "
+            f"{folder} and train again"
+        )
     (folder / PLAN).unlink(missing_ok=True)
     return record
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Declare a run finished."""
-    write_json(folder / RUN, record)
-    (folder / PLAN).unlink()
+    """Declare a run finished; the record gets the names and sizes of the model's files."""
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (PLAN, LOG))
+    write_json(folder / RUN, record | {"files": {name: _size(folder / name) for name in names}})
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 @contextmanager

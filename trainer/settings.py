@@ -54,9 +54,10 @@ class TrainSettings:
 
 _Rule = tuple[str, Callable[[Any], bool]]  # comparisons with NaN are false, so it is never allowed
 _ANYTHING: _Rule = ("anything", lambda _: True)
-_POSITIVE: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
-_ONE_OR_MORE: _Rule = ("1 or more", lambda value: value >= 1)
-_NONE_OR_MORE: _Rule = ("1 or more", lambda value: value is None or value >= 1)
+_MOST = 10**9
+_POSITIVE: _Rule = ("above 0, up to 1,000,000", lambda value: 0 < value <= 1e6)
+_ONE_OR_MORE: _Rule = ("1 to 1,000,000,000", lambda value: 1 <= value <= _MOST)
+_NONE_OR_MORE: _Rule = ("1 to 1,000,000,000", lambda value: value is None or 1 <= value <= _MOST)
 _ALLOWED: dict[str, _Rule] = {
     "epochs": _POSITIVE,
     "max_steps": _NONE_OR_MORE,
@@ -70,6 +71,6 @@ _ALLOWED: dict[str, _Rule] = {
     "precision": (", ".join(get_args(Precision)), lambda value: value in get_args(Precision)),
     "eval_fraction": ("0 or more, below 1", lambda value: 0 <= value < 1),
     "eval_every": _NONE_OR_MORE,
-    "lora_rank": _NONE_OR_MORE,
+    "lora_rank": ("1 to 1,024", lambda value: value is None or 1 <= value <= 1024),
     "seed": ("0 to 4294967295", lambda value: 0 <= value < 2**32),
 }

@@ -58,7 +58,14 @@ class Stepper:
         Raises UserError, before any weight changes, where the loss or its gradient is not finite.
         """
         tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
-        sums = self._backward(batches, int(tokens))
+        try:
+            sums = self._backward(batches, int(tokens))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"step {number}: the device is out of memory: give a smaller --batch-size with "
+                "more --gradient-accumulation, which leaves the gradient as it is, or "
+                "--gradient-checkpointing"
+            ) from error
         loss = float(self._sum(sums.sum())) / int(tokens)
         parameters = self.model.parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)

@@ -93,6 +93,11 @@ def scored(
     vocab_size: int,
 ) -> ScoredExample:
     """A scored example of an engine's arrays; the tail is what the top k leaves of 1."""
+    if not np.isfinite(observed_log_probs_N).all() or np.isnan(topk_log_probs_Nk).any():
+        raise UserError(
+            f"example {example.id}: the model gives log-probabilities that are no numbers: its "
+            "weights are damaged, or the number format overflows: try --dtype float32"
+        )
     N, k = topk_ids_Nk.shape
     kept_mass_N = np.exp(topk_log_probs_Nk.astype(np.float64)).sum(axis=1)
     tail_mass_N = np.maximum(1 - kept_mass_N, 0) if k < vocab_size else np.zeros(N)

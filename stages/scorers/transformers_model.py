@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...pipeline.errors import UserError
 from ...pipeline.records import Example, ScoredExample
 from ...trainer.models import ModelFiles, load_model, logits_at
 from .base import ScorerSettings, scored
@@ -32,7 +33,13 @@ class TransformersScorer:
         while places:
             rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
             batch, places = places[:rows], places[rows:]
-            scores = self._score_batch([examples[place] for place in batch], top_k)
+            try:
+                scores = self._score_batch([examples[place] for place in batch], top_k)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "the device is out of memory: finished shards are kept: run again with "
+                    "--dtype bfloat16 or a smaller --max-length and another --out"
+                ) from error
             yield from zip(batch, scores, strict=True)
 
     @torch.inference_mode()

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, one_line
 from ...pipeline.records import Example, ScoredExample
-from ...trainer.models import ModelFiles, one_line
+from ...trainer.models import ModelFiles, check_weights
 from .base import ScorerSettings, scored
 
 # Prompt log-probabilities take [scheduled tokens, V] in float32 that vLLM's memory profile does
@@ -29,6 +29,7 @@ class VllmScorer:
 
     def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
         self.vocab_size = model.vocab_size
+        check_weights(model)
         _prepare_environment(settings.max_length, model.max_length)
         try:
             from vllm import LLM, SamplingParams
@@ -73,11 +74,20 @@ class VllmScorer:
                 in_flight[self._submit(examples[next_place], sampling)] = next_place
                 tokens += len(examples[next_place].input_ids)
                 next_place += 1
-            for output in self.engine.step():
+            for output in self._step():
                 if output.finished:
                     place = in_flight.pop(output.request_id)
                     tokens -= len(examples[place].input_ids)
                     yield place, self._scored(examples[place], output.prompt_logprobs, top_k)
+
+    def _step(self) -> list[Any]:
+        try:
+            return self.engine.step()
+        except Exception as error:  # whatever it dies of, memory above all
+            raise UserError(
+                f"vLLM stopped: {one_line(error)}: finished shards are kept: run again with a "
+                "smaller --gpu-memory-utilization or --shard-size"
+            ) from error
 
     def _submit(self, example: Example, sampling: Any) -> str:
         request_id = str(self.submitted)

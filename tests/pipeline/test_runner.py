@@ -17,6 +17,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import ShardEntry, read_manifest
 from qpipe.pipeline.records import Reject
 from qpipe.pipeline.runner import open_folder, totals_of
+from qpipe.pipeline.storage import locked
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 FILES = [
@@ -437,6 +438,25 @@ def test_what_a_killed_run_leaves_does_not_hinder_the_next_and_is_gone_after_sea
     assert leftovers == [".manifest.json", ".plan.json", ".shard-00000.arrow", ".shard-00001.json"]
     assert again.calls == []
     assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_a_plan_that_led_to_nothing_gives_way_to_another(toy: Any, folder: Path) -> None:
+    open_folder(folder, replace(toy(folder).job.identity, settings={"top_k": 99}))
+    toy(folder).run()
+
+    assert read_manifest(folder).fingerprint == toy(folder).job.identity.fingerprint
+
+
+def test_a_folder_that_another_process_works_in_is_refused(folder: Path) -> None:
+    with locked(folder):
+        code = "import sys, pathlib; from qpipe.pipeline.storage import locked\n"
+        code += "with locked(pathlib.Path(sys.argv[1])): pass"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+        )
+        assert f"{folder}: another qpipe works in it" in done.stderr
+    with locked(folder):
+        pass
 
 
 def test_a_sealed_folder_is_the_same_after_a_move(

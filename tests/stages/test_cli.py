@@ -28,6 +28,7 @@ BUILD = ("--scores", "s", "--out", "o")
 def test_an_option_takes_several_values_and_may_be_repeated() -> None:
     words = ("--demonstrations", "a", "b", *SCORE, "--demonstrations", "c")
     assert parsed("score", *words)["demonstrations"] == ("a", "b", "c")
+    assert parsed("score", "--demonstrations=a", "b", *SCORE)["demonstrations"] == ("a", "b")
     assert parsed("build-targets", *BUILD, "--param", "x=1", "y=-2")["params"] == ("x=1", "y=-2")
 
 
@@ -60,6 +61,12 @@ def test_a_command_takes_its_section_of_a_shared_config_file(tmp_path: Path) -> 
     assert parsed("build-targets", *BUILD, "--config", config)["top_p"] == 0.99
 
 
+def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Path) -> None:
+    config = config_file(tmp_path, "param: {lam: 0.2}\ntop-p: 1\nmethod: sft+kl\n")
+    given = parsed("build-targets", *BUILD, "--config", config)
+    assert (given["params"], given["top_p"]) == (("lam=0.2",), 1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -67,6 +74,10 @@ def test_a_command_takes_its_section_of_a_shared_config_file(tmp_path: Path) -> 
         ("- a\n", "must hold options"),
         ("build-targets: 3\n", "must hold options"),
         ("a: [\n", "cannot be read"),
+        ("top-p: [1, 2]\n", "--top-p takes one value"),
+        ("method: {a: 1}\n", "--method takes one value"),
+        ("top-p: null\n", "--top-p is no value"),
+        ("param: [[1]]\n", "--param is no value"),
         ("config: other.yaml\n", "has no option --config"),
     ],
 )

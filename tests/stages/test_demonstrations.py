@@ -130,7 +130,7 @@ class TestEveryKind:
         found = list(read_demonstrations(sources))
         assert source.name == kind
         assert found == [
-            Demonstration(row["id"], row["messages"], None, kind, i, False)
+            Demonstration(row["id"], row["messages"], None, kind, i)
             for i, row in enumerate(rows, 1)
         ]
         for start in (1, 299, 300, 511, 512, self.COUNT - 1, self.COUNT, self.COUNT + 5):
@@ -385,7 +385,7 @@ def test_broken_lines_are_rejected_and_the_reading_goes_on(tmp_path):
     assert [line for line, reason in found if reason is None] == [1, 8]
     told = [reason for _, reason in found if reason]
     assert told[0].startswith("not JSON: Expecting value")
-    assert told[1] == "not an object with fields"
+    assert told[1].startswith("not an object with fields")
     assert told[2] == "not UTF-8: byte 15 is 0xff"
     assert told[3].startswith("not JSON: ")
     assert told[4].startswith("not JSON: Exceeds the limit")
@@ -500,12 +500,6 @@ def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
     pyarrow.parquet.write_table(pa.Table.from_pylist([other]), tmp_path / "x.parquet")
     (found,) = read(str(tmp_path / "x.parquet"))
     assert found.messages == messages
-
-
-def test_plain_is_a_prompt_and_a_completion_of_text(tmp_path):
-    assert read_row(tmp_path, {"prompt": "a?", "completion": "One."}).plain
-    assert not read_row(tmp_path, {"prompt": [USER], "completion": "One."}).plain
-    assert not read_row(tmp_path, CHAT | {"prompt": "a?", "completion": "One."}).plain
 
 
 @pytest.mark.parametrize(
@@ -660,20 +654,22 @@ class TestTools:
 
 class TestCheckReadable:
     def test_one_usable_row_is_enough(self, tmp_path):
-        check_readable(open_sources([write(tmp_path / "x.jsonl", [{}] * 99 + [CHAT])]))
+        check_readable(open_sources([write(tmp_path / "x.jsonl", [{}] * 150 + [CHAT])]))
 
     def test_no_usable_row(self, tmp_path):
         good = write(tmp_path / "good.jsonl", [CHAT])
-        name = write(tmp_path / "x.jsonl", [{"text": "x"}] * 150 + [CHAT])
+        name = write(tmp_path / "x.jsonl", [{"text": "x"}] * 150)
         with pytest.raises(UserError) as error:
             check_readable(open_sources([good, name]))
         assert str(error.value) == (
-            f"demonstrations {name}: none of its first 100 rows could be used; the first: line 1: "
+            f"demonstrations {name}: none of its rows could be used; the first: line 1: "
             "no known format, the fields are text; formats are messages, sharegpt, alpaca, "
             "prompt-completion, name one with --format"
         )
 
     def test_format_that_is_forced(self, tmp_path):
         sources = open_sources([write(tmp_path / "x.jsonl", [CHAT])])
-        with pytest.raises(UserError, match=r"first 1 rows .* line 1: conversations is missing"):
+        with pytest.raises(
+            UserError, match=r"none of its rows .* line 1: conversations is missing"
+        ):
             check_readable(sources, "sharegpt")

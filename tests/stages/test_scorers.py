@@ -1,5 +1,6 @@
 """Both engines against a dense float32 reference that runs the model on every prefix alone."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Example, ScoredExample
 from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer
 from qpipe.trainer.models import find_model
@@ -102,6 +104,29 @@ def test_ranks_count_the_tokens_at_least_as_probable(
 def test_full_support_leaves_no_tail(scorer: Scorer) -> None:
     for result in run(scorer, VOCAB):
         assert (result.tail_mass == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("engine", "damage"),
+    [("transformers", "missing"), ("transformers", "nan"), ("vllm", "missing")],
+)
+def test_a_damaged_model_gives_no_scores(
+    tiny_model: Path, tmp_path: Path, engine: str, damage: str
+) -> None:
+    """A missing weight would be random; one that is no number spoils all that follows."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    if damage == "missing":
+        del weights[name]
+    else:
+        weights[name].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = ScorerSettings(engine, "float32", max_length=256)
+    with pytest.raises(UserError, match=name if damage == "missing" else "no numbers"):
+        list(make_scorer(find_model(str(folder)), settings).score(EXAMPLES, 4))
 
 
 def test_examples_keep_their_ids_and_positions(scorer: Scorer) -> None:

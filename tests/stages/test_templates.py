@@ -143,7 +143,7 @@ def chat(*turns, **fields):
         turn if isinstance(turn, dict) else {"role": roles[i % 2], "content": turn}
         for i, turn in enumerate(turns)
     ]
-    return Demonstration("demo", messages, fields.get("tools"), "chats.jsonl", 7, False)
+    return Demonstration("demo", messages, fields.get("tools"), "chats.jsonl", 7)
 
 
 def message(role, content, **fields):
@@ -274,6 +274,17 @@ def test_special_tokens_inside_the_contents():
         "<|im_end|>",
     )
     assert supervised(CHATML, *turns) == [turn + "<|im_end|>" for turn in turns[1::2]]
+
+
+def test_text_that_closes_a_turn_at_once_is_its_end():
+    """Where the tokenizer has no special token for it, as in a template of one's own."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ '<END>' if m.role == 'assistant' }}\n{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    turns = ("a?", "One.", "b?", "Two.")
+    assert supervised(template, *turns) == ["One.<END>", "Two.<END>"]
 
 
 class TestRewrittenTurns:

@@ -336,8 +336,6 @@ def test_an_interrupted_run_starts_over(
     half_saved = settings.out / ".model.tmp" / "left-by-the-killed-run.json"
     half_saved.parent.mkdir()
     half_saved.write_text("{")
-    with pytest.raises(UserError, match="seed is 0 there and 1 now"):
-        train(replace(settings, seed=1))
     assert not train(settings).was_done
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
