@@ -237,6 +237,13 @@ def test_reloaded_logits_are_identical(
         assert torch.equal(reloaded.eval()(batch), kept[0].eval()(batch))
 
 
+def test_a_finished_run_that_lost_its_model_is_not_called_done(settings: TrainSettings) -> None:
+    train(settings)
+    (settings.out / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: missing or damaged"):
+        train(settings)
+
+
 def test_same_seed_same_model(settings: TrainSettings, make_model: Make, tmp_path: Path) -> None:
     base = make_model(attention_dropout=0.2)
     runs = [
