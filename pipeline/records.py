@@ -32,14 +32,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredExample(Example):
-    """An example under a frozen model: its top-k log-probabilities at each supervised position."""
+    """An example under a frozen model: its top-k log-probabilities at each supervised position.
+
+    Entries gathered at given ids stand among the top k, in the order of their probability.
+    """
 
     observed_log_probs: Floats  # [N] log b(y), also where y is outside the top k
     observed_ranks: Ints  # [N] tokens at least as probable as y, y included: 1 is the mode
-    counts: Ints  # [N] entries of the top k at each position
+    counts: Ints  # [N] entries at each position: the top k, and what was gathered besides
     topk_ids: Ints  # [K] vocabulary ids, most probable first at each position
     topk_log_probs: Floats  # [K] their log b, descending at each position
-    tail_mass: Floats  # [N] probability outside the top k
+    tail_mass: Floats  # [N] probability outside the entries
+    token_weights: Floats  # [N] what came with the demonstration: a factor of the loss, 1 if nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)

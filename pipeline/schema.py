@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from .records import Example, ScoredExample, TargetExample
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Level = Literal["example", "token", "position", "entry"]
 
@@ -78,6 +78,7 @@ _SCORES: _Columns = (
     ("topk_ids", "entry", np.int32),
     ("topk_log_probs", "entry", np.float32),
     ("tail_mass", "position", np.float32),
+    ("token_weights", "position", np.float32),
 )
 _TARGETS: _Columns = (
     ("trust", "position", np.float32),

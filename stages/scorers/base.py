@@ -111,4 +111,5 @@ def scored(
         topk_ids=topk_ids_Nk.astype(np.int32, copy=False).ravel(),
         topk_log_probs=topk_log_probs_Nk.astype(np.float32, copy=False).ravel(),
         tail_mass=tail_mass_N.astype(np.float32),
+        token_weights=np.ones(N, np.float32),
     )

@@ -50,6 +50,7 @@ def hand_made() -> list[ScoredExample]:
         topk_ids=np.array([6, 9, 4], np.int32),
         topk_log_probs=np.array([-0.5, -2, -0.25], np.float32),
         tail_mass=np.array([0.25, 0.125], np.float32),
+        token_weights=np.array([1, 0.5], np.float32),
     )
     second = ScoredExample(
         id="b",
@@ -61,6 +62,7 @@ def hand_made() -> list[ScoredExample]:
         topk_ids=np.array([0, 99], np.int32),
         topk_log_probs=np.array([-0.125, -3], np.float32),
         tail_mass=np.array([0], np.float32),
+        token_weights=np.array([2], np.float32),
     )
     return [first, second]
 

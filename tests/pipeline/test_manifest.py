@@ -71,7 +71,7 @@ def test_an_identity_has_one_fingerprint_whatever_the_order_of_its_names() -> No
         {"inputs": {"scores": "ab"}},
         {"inputs": {"other": "aa"}},
         {"schema": {"id": "int32"}},
-        {"format_version": 2},
+        {"format_version": 1},
     ],
 )
 def test_everything_in_an_identity_counts_in_its_fingerprint(change: dict[str, Any]) -> None:
@@ -213,11 +213,11 @@ def test_a_setting_changed_by_hand_is_noticed(sealed: Path) -> None:
         read_manifest(sealed)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version_is_refused_with_both_named(sealed: Path, version: Any) -> None:
     edit(sealed, lambda manifest: manifest["identity"].update(format_version=version))
 
-    with pytest.raises(UserError, match=f"format version {version}, this qpipe reads 1"):
+    with pytest.raises(UserError, match=f"format version {version}, this qpipe reads 2"):
         read_manifest(sealed)
 
 
@@ -227,7 +227,7 @@ def test_an_unfinished_folder_of_another_format_version_is_refused(
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path / "scores", fail_at=1).run()
     plan = tmp_path / "scores" / "plan.json"
-    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"format_version": 2}))
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"format_version": 1}))
 
-    with pytest.raises(UserError, match="format version 2, this qpipe reads 1"):
+    with pytest.raises(UserError, match="format version 1, this qpipe reads 2"):
         toy(tmp_path / "scores").run()

@@ -65,6 +65,7 @@ class Dense:
             .ravel()
             .astype(np.float32),
             tail_mass=np.array(rest, np.float32),
+            token_weights=np.ones(len(top), np.float32),
         )
 
 
