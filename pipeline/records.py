@@ -43,7 +43,9 @@ class ScoredExample(Example):
     topk_ids: Ints  # [K] vocabulary ids, most probable first at each position
     topk_log_probs: Floats  # [K] their log b, descending at each position
     tail_mass: Floats  # [N] probability outside the entries
-    token_weights: Floats  # [N] what came with the demonstration: a factor of the loss, 1 if nothing
+    token_weights: (
+        Floats  # [N] what came with the demonstration: a factor of the loss, 1 if nothing
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

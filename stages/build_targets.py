@@ -1,102 +1,171 @@
-"""`qpipe build-targets`: score shards in, target shards out, one for one.
+"""`qpipe build-targets`: score shards in, target shards out, one for one."""
 
-N supervised positions in a batch, K entries of their top k end to end.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..pipeline.codec import FlatBatch, segment_sums
+from ..pipeline.ceiling import ceiling_sums
+from ..pipeline.choice import Choice
+from ..pipeline.codec import FlatBatch
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import Identity, Manifest, identity_schema, read_manifest
-from ..pipeline.methods import Choice
+from ..pipeline.manifest import Identity, Manifest, identity_schema
+from ..pipeline.order_statistics import OrderStatistics
+from ..pipeline.parallel import in_order
 from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
 from ..pipeline.schema import schema_of
-from ..pipeline.shards import ShardContent, read_shard
+from ..pipeline.shards import ShardContent
 from ..pipeline.storage import locked
-
-Floats = NDArray[np.float64]
+from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
+from .inputs import Inputs, open_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
     """What to make of the scores.
 
-    The support kept of a base residual is the smallest prefix of the top k that holds `top_p` of
-    the probability, at most `max_support` entries, and the observed token.
+    The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
+    of the probability, at most `max_support` entries, and the observed token.
     """
 
     scores: Path
     out: Path
     choice: Choice
+    teacher: Path | None = None
     top_p: float = 0.99
     max_support: int = 64
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p:g} is out of range: give above 0, up to 1")
-        if self.max_support < 1:
-            raise UserError(f"--max-support {self.max_support} is out of range: give 1 or more")
+        check_truncation(self.top_p, self.max_support)
+        check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
+        if self.teacher is not None and not self.choice.needs_teacher:
+            raise UserError(
+                f"--teacher {self.teacher}: {self.choice.method.name} reads no teacher: leave it "
+                "out, or give another --method"
+            )
+
+    @property
+    def truncation(self) -> Truncation:
+        """How much of a distribution is stored."""
+        return Truncation(self.top_p, self.max_support)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Supports:
-    """Ragged distributions: `counts[n]` entries at position n, the rest in its tail."""
+def check_truncation(top_p: float, max_support: int) -> None:
+    """Raises UserError for values out of their range."""
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p:g} is out of range: give above 0, up to 1")
+    if max_support < 1:
+        raise UserError(f"--max-support {max_support} is out of range: give 1 or more")
 
-    counts: NDArray[np.int64]  # [N]
-    ids: NDArray[np.int32]  # [K]
-    probs: Floats  # [K]
-    tail_mass: Floats  # [N]
+
+def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
+    """Raises UserError for values out of their range, or one that nothing is read at."""
+    for option, value in (("--temperature", base), ("--teacher-temperature", teacher)):
+        if not 0.05 <= value <= 20:
+            raise UserError(f"{option} {value:g} is out of range: give 0.05 to 20")
+    if folder is None and teacher != 1:
+        raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
 
 
 def build_targets(settings: BuildSettings) -> StageResult:
     """Make the target folder, or what is missing of it."""
-    scores = read_manifest(settings.scores, "score")
-    vocab_size = scores.settings["vocab_size"]
+    inputs = open_inputs(
+        settings.scores, settings.teacher, settings.temperature, settings.teacher_temperature
+    )
+    inputs.check(settings.choice)
+    (choice,) = with_statistics(inputs, [settings.choice])
+    job = _job(settings, inputs, choice)
+    with locked(settings.out):
+        done = open_folder(settings.out, job.identity)
+        if done is not None:
+            return StageResult(done, was_done=True)
+        return _run(inputs, choice, settings.truncation, job)
+
+
+def with_statistics(inputs: Inputs, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices with the parameters that the data set decides, found in one pass over it."""
+    numbers = {
+        place: OrderStatistics() for place, choice in enumerate(choices) if choice.unresolved
+    }
+    if not numbers:
+        return list(choices)
+    for evidence in inputs.all_evidence("statistics"):
+        for place, counted in numbers.items():
+            statistic = choices[place].unresolved
+            assert statistic is not None
+            counted.add(statistic.values(evidence.signals(statistic.reads)))
+    return [
+        _resolved(choice, numbers[place]) if place in numbers else choice
+        for place, choice in enumerate(choices)
+    ]
+
+
+def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:
+    statistic = choice.unresolved
+    assert statistic is not None
+    places = statistic.places(numbers.count, choice.parameters)
+    values = [numbers.at(place) for place in places]
+    return choice.resolved(sum(values) / len(values) if values else statistic.otherwise)
+
+
+def _job(settings: BuildSettings, inputs: Inputs, choice: Choice) -> Job:
+    vocab_size = inputs.scores.model.vocab_size
     schema = schema_of("build-targets", vocab_size)
-    choice = settings.choice
+    is_cut = choice.stored in ("base", "teacher", "mixture", "contrast")
+    folders = {"scores": inputs.scores.manifest}
+    if inputs.teacher is not None:
+        folders["teacher"] = inputs.teacher.folder.manifest
     identity = Identity(
         stage="build-targets",
         settings={
             "method": choice.method.name,
             "form": choice.form,
             "parameters": choice.parameters,
-            "residual": choice.residual,
-            "tail_shape": "uniform" if choice.residual == "uniform" else "student",
-            # these say nothing of a residual that is no prefix of the top k
-            "top_p": float(settings.top_p) if choice.residual == "base" else None,
-            "max_support": settings.max_support if choice.residual == "base" else None,
+            "residual": choice.stored,
+            "tail_shape": "uniform" if choice.stored == "uniform" else "student",
+            # these say nothing of a residual that is the observed token alone
+            "top_p": float(settings.top_p) if is_cut else None,
+            "max_support": settings.max_support if is_cut else None,
+            "temperature": settings.temperature,
+            "teacher_temperature": settings.teacher_temperature,
             "vocab_size": vocab_size,
-            "tokenizer_hash": scores.settings["tokenizer_hash"],
+            "tokenizer_hash": inputs.scores.manifest.settings["tokenizer_hash"],
         },
-        inputs={"scores": scores.fingerprint},
+        inputs={name: manifest.fingerprint for name, manifest in folders.items()},
         schema=identity_schema(schema),
     )
-    job = Job(
+    return Job(
         settings.out,
         schema,
         identity,
-        parents={"scores": {"identity": asdict(scores.identity), "parents": scores.parents}},
-        provenance=scores.provenance | {"build_versions": package_versions("qpipe", "pyarrow")},
+        parents={name: _parent(manifest) for name, manifest in folders.items()},
+        provenance=_provenance(folders),
     )
-    with locked(settings.out):
-        done = open_folder(settings.out, identity)
-        return _run(settings, scores, job) if done is None else StageResult(done, was_done=True)
 
 
-def _run(settings: BuildSettings, scores: Manifest, job: Job) -> StageResult:
+def _parent(manifest: Manifest) -> dict[str, Any]:
+    return {"identity": asdict(manifest.identity), "parents": manifest.parents}
+
+
+def _provenance(folders: dict[str, Manifest]) -> dict[str, Any]:
+    own = folders["scores"].provenance | {"build_versions": package_versions("qpipe", "pyarrow")}
+    teacher = folders.get("teacher")
+    return own if teacher is None else own | {"teacher": teacher.provenance}
+
+
+def _run(inputs: Inputs, choice: Choice, truncation: Truncation, job: Job) -> StageResult:
     def task(index: int) -> Callable[[], ShardContent]:
-        return lambda: _build_shard(settings, scores, index)
+        return lambda: _build_shard(inputs.evidence(index), choice, truncation)
 
     run = ShardRun(job)
-    tasks = ((index, task(index)) for index in range(len(scores.shards)))
-    positions = scores.totals["positions"]
+    tasks = ((index, task(index)) for index in range(inputs.shard_count))
+    positions = inputs.scores.manifest.totals["positions"]
     with progress_bar(
         total=positions, desc="build-targets", unit="tok", unit_scale=True
     ) as progress:
@@ -105,92 +174,31 @@ def _run(settings: BuildSettings, scores: Manifest, job: Job) -> StageResult:
     return run.seal()
 
 
-def targets_of(
-    scores: FlatBatch, choice: Choice, top_p: float, max_support: int, vocab_size: int
-) -> FlatBatch:
-    """The targets of a batch of scores."""
-    trust, weights = choice.trust_and_weight(scores["observed_log_probs"])
-    supports = _residual(scores, choice, top_p, max_support, vocab_size)
-    arrays = {
-        "input_ids": scores["input_ids"],
-        "positions": scores["positions"],
-        "trust": trust.astype(np.float32),
-        "counts": supports.counts.astype(np.int32),
-        "support_ids": supports.ids.astype(np.int32),
-        "support_probs": supports.probs.astype(np.float32),
-        "tail_mass": supports.tail_mass.astype(np.float32),
-        "weights": weights.astype(np.float32),
-    }
-    entries = segment_sums(supports.counts, scores.lengths["position"])
-    return FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries})
+def _build_shard(
+    batches: Iterator[Evidence], choice: Choice, truncation: Truncation
+) -> ShardContent:
+    def build(evidence: Evidence) -> tuple[FlatBatch, dict[str, float]]:
+        targets = targets_of(evidence, choice, truncation)
+        sums = {
+            "trust": float(targets.trust.sum()),
+            "tail_mass": float(targets.residual.tail_mass.sum()),
+            **bounds(evidence),
+            **ceiling_sums(evidence, choice, targets.residual, truncation),
+        }
+        return flat_targets(evidence, targets), sums
 
-
-def base_supports(scores: FlatBatch, top_p: float, max_support: int) -> Supports:
-    """The base prior on its smallest prefix of mass `top_p`, plus the observed token.
-
-    The tail adds up what is left out, so it stays exact where 1 minus the kept mass would cancel;
-    support and tail are then scaled to add up to 1.
-    """
-    counts = scores["counts"].astype(np.int64)
-    probs = np.exp(scores["topk_log_probs"].astype(np.float64))
-    ids = scores["topk_ids"]
-    position_of = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    rank = np.arange(len(probs)) - starts[position_of]
-    before_NK = np.zeros((len(counts), counts.max(initial=0) + 1))
-    before_NK[position_of, rank + 1] = probs
-    mass_before = np.cumsum(before_NK, axis=1)[position_of, rank]
-
-    is_observed = ids == scores.observed_ids[position_of]
-    keep = ((mass_before < top_p) | (top_p == 1)) & (rank < max_support) | is_observed
-    outside = np.ones(len(counts), bool)
-    outside[position_of[is_observed]] = False
-    observed_probs = np.exp(scores["observed_log_probs"][outside].astype(np.float64))
-
-    tail_mass = scores["tail_mass"].astype(np.float64)
-    tail_mass[outside] = np.maximum(tail_mass[outside] - observed_probs, 0)
-    tail_mass += np.bincount(position_of, np.where(keep, 0.0, probs), len(counts))
-
-    kept_counts = np.bincount(position_of[keep], minlength=len(counts))
-    kept_ends = np.cumsum(kept_counts)[outside]  # an observed token outside the top k comes last
-    support_ids = np.insert(ids[keep], kept_ends, scores.observed_ids[outside])
-    support_probs = np.insert(probs[keep], kept_ends, observed_probs)
-    kept_counts = kept_counts + outside
-    total = segment_sums(support_probs, kept_counts) + tail_mass
-    return Supports(
-        kept_counts, support_ids, support_probs / np.repeat(total, kept_counts), tail_mass / total
-    )
-
-
-def _residual(
-    scores: FlatBatch, choice: Choice, top_p: float, max_support: int, vocab_size: int
-) -> Supports:
-    match choice.residual:
-        case "base":
-            return base_supports(scores, top_p, max_support)
-        case "uniform":
-            return _observed_only(scores, 1 / vocab_size)
-        case "observed":
-            return _observed_only(scores, 1.0)
-
-
-def _observed_only(scores: FlatBatch, prob: float) -> Supports:
-    """The observed token with probability `prob`, the rest in the tail."""
-    observed = scores.observed_ids
-    size = len(observed)
-    return Supports(np.ones(size, np.int64), observed, np.full(size, prob), np.full(size, 1 - prob))
-
-
-def _build_shard(settings: BuildSettings, scores: Manifest, index: int) -> ShardContent:
     content = ShardContent()
-    vocab_size = scores.settings["vocab_size"]
-    for batch in read_shard(settings.scores, scores, scores.shards[index]):
-        targets = targets_of(
-            batch, settings.choice, settings.top_p, settings.max_support, vocab_size
-        )
-        content.batches.append(targets)
-        content.add_sums(
-            trust=targets["trust"].sum(dtype=np.float64),
-            tail_mass=targets["tail_mass"].sum(dtype=np.float64),
-        )
+    for batch, sums in in_order(build, batches):
+        content.batches.append(batch)
+        content.add_sums(**sums)
     return content
+
+
+def bounds(evidence: Evidence) -> dict[str, float]:
+    """The sums of what a temperature may be off by, where one is set."""
+    sums = {}
+    if evidence.base_model.temperature != 1:
+        sums["temperature_bound"] = float(np.sum(evidence.base_and_bound[1]))
+    if evidence.teacher_model is not None and evidence.teacher_model.temperature != 1:
+        sums["teacher_temperature_bound"] = float(np.sum(evidence.teacher_and_bound[1]))
+    return sums

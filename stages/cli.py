@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .. import __version__
 from .quiet import quiet_libraries
@@ -104,6 +105,27 @@ def _log_option(command: Any) -> Any:
     )(command)
 
 
+def _teacher_options(command: Any) -> Any:
+    options = (
+        click.option(
+            "--teacher",
+            type=_FOLDER,
+            default=None,
+            metavar="DIR",
+            help="Scores of the same examples under another model: `qpipe score --at`.",
+        ),
+        click.option(
+            "--temperature", type=float, default=1.0, help="That the base prior is read at."
+        ),
+        click.option(
+            "--teacher-temperature", type=float, default=1.0, help="That the teacher is read at."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _one_of(*values: str) -> click.Choice:
     return click.Choice(values)
 
@@ -134,10 +156,17 @@ def cli() -> None:
 @click.option("--model", required=True, help="Base model: a folder, or a name on the hub.")
 @click.option(
     "--demonstrations",
-    required=True,
     multiple=True,
     metavar="FILE...",
     help="JSON lines (also .gz, .zst), parquet, Arrow, or a Hugging Face data set name or folder.",
+)
+@click.option(
+    "--at",
+    type=_FOLDER,
+    default=None,
+    metavar="DIR",
+    help="Instead of demonstrations: the examples of this score folder, made with the same "
+    "tokenizer; also stores this model's log-probabilities at the ids it holds.",
 )
 @click.option("--out", required=True, type=_FOLDER, help="Folder to make.")
 @click.option(
@@ -199,33 +228,70 @@ def cli() -> None:
 )
 @_log_option
 @_config_option
-def score(log_json: Path | None, **options: Any) -> None:
+@click.pass_context
+def score(
+    ctx: click.Context,
+    demonstrations: tuple[str, ...],
+    at: Path | None,
+    log_json: Path | None,
+    **options: Any,
+) -> None:
     """Score demonstrations under a base model's prior.
 
     Needs a model and demonstrations. For every supervised token it stores the token's
     log-probability and rank, the top-k ids and log-probabilities, and the mass outside them. A row
     that cannot be used goes to rejects.jsonl with its file, line and reason.
 
+    With --at, a second model scores the very examples of a score folder, at its ids too, so that
+    the two can be joined. How rows are read is then that folder's, and no option here.
+
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
+    qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
     """
     from . import summary
     from .score import ScoreSettings, score
+    from .score_at import ScoreAtSettings, score_at
 
-    result = score(ScoreSettings(**options))
+    if at is not None:
+        result = score_at(ScoreAtSettings(at=at, **_without_row_options(ctx, options)))
+    elif demonstrations:
+        result = score(ScoreSettings(demonstrations=demonstrations, **options))
+    else:
+        raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
     summary.print_scores(options["out"], result)
     if log_json:
         summary.log_result(log_json, result)
 
 
+def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `score` but those that say how rows are read, which nobody may have given."""
+    from .score import MODEL_OPTIONS
+
+    kept = {}
+    for name in ("demonstrations", *options):
+        if name in MODEL_OPTIONS:
+            kept[name] = options[name]
+        elif ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(
+                f"{option} goes with --demonstrations, not with --at: leave one of them out", ctx
+            )
+    return kept
+
+
 @cli.command(cls=_Command)
 @click.option("--scores", required=True, type=_FOLDER, help="Folder made by `qpipe score`.")
 @click.option("--out", required=True, type=_FOLDER, help="Folder to make.")
-@click.option("--method", default="sft+kl", help="Target method; `qpipe methods` lists them.")
+@click.option(
+    "--method",
+    default=None,
+    help="Target method; `qpipe methods` lists them.  [default: sft+kl, with --teacher target-sft]",
+)
 @click.option(
     "--form",
     default=None,
-    metavar="frozen-target|frozen-weight",
+    metavar="live|frozen-target|frozen-weight",
     help="Form of a method that has several.  [default: its first]",
 )
 @click.option(
@@ -235,6 +301,7 @@ def score(log_json: Path | None, **options: Any) -> None:
     metavar="NAME=VALUE...",
     help="Parameters of the method, as in lam=0.2.",
 )
+@_teacher_options
 @click.option(
     "--top-p",
     type=float,
@@ -251,7 +318,7 @@ def score(log_json: Path | None, **options: Any) -> None:
 @_config_option
 def build_targets(
     params: tuple[str, ...],
-    method: str,
+    method: str | None,
     form: str | None,
     log_json: Path | None,
     **options: Any,
@@ -259,19 +326,22 @@ def build_targets(
     """Turn scores into sparse target distributions.
 
     Needs only a score folder: no model, no GPU. The target at each supervised token is
-    Q = γ·(observed token) + (1-γ)·residual; the method says what γ and the residual are.
+    Q = γ·(observed token) + (1-γ)·residual; the method says what γ and the residual are. What the
+    targets can teach at best is printed, with a warning where that is not much.
 
     \b
     qpipe build-targets --scores scores/ --out targets/ --method gift --param beta=5
+    qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
     """
-    from ..pipeline.methods import choose
+    from ..pipeline.methods import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
     from . import summary
     from .build_targets import BuildSettings, build_targets
 
     given = dict(_name_and_value(param) for param in params)
     if len(given) < len(params):
         raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
-    choice = choose(method, form, given)
+    default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
+    choice = choose(method or default, form, given)
     result = build_targets(BuildSettings(choice=choice, **options))
     summary.print_targets(options["out"], result)
     if log_json:
@@ -353,24 +423,45 @@ def train(**options: Any) -> None:
         summary.print_training(options["out"], result)
 
 
+@cli.command(cls=_Command)
+@click.argument("scores", type=_FOLDER)
+@_teacher_options
+@click.option("--all-forms", is_flag=True, help="Every form of each method, not its first alone.")
+@_config_option
+def compare_methods(all_forms: bool, **options: Any) -> None:
+    """Compare what the targets of every method can teach at best.
+
+    Reads a score folder once, with a teacher's where given, and writes nothing. For each method
+    with its default parameters: what a model that learnt its targets perfectly would still pay, and
+    how much of the demonstrations it would write itself.
+
+    \b
+    qpipe compare-methods scores/ --teacher teacher/
+    """
+    from .compare_methods import compare_methods
+    from .summary import print_comparison
+
+    print_comparison(compare_methods(all_forms=all_forms, **options))
+
+
 @cli.command()
 def methods() -> None:
-    """List the target methods, their parameters and sources."""
-    from ..pipeline.methods import table
-    from .summary import print_table
+    """List the target methods.
 
-    rows = table()
-    print_table([list(rows[0])] + [list(row.values()) for row in rows])
+    For each: its trust γ and residual π̃ of the target γ·(observed token) + (1-γ)·π̃, its scale s of
+    the loss, its parameters, its forms, what the targets hold, and the paper. p is the student, b
+    the base prior, q the teacher; y the observed token.
+    """
+    from .summary import print_methods
+
+    print_methods()
 
 
-def _name_and_value(param: str) -> tuple[str, float]:
-    name, _, value = param.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise click.ClickException(
-            f"--param {param}: give a name and a number, as in lam=0.1"
-        ) from None
+def _name_and_value(param: str) -> tuple[str, str]:
+    name, equals, value = param.partition("=")
+    if not (name and equals and value):
+        raise click.ClickException(f"--param {param}: give a name and a value, as in lam=0.1")
+    return name, value
 
 
 def main() -> None:

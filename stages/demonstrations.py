@@ -6,6 +6,8 @@ A row that cannot be used becomes a Reject, and the reading goes on.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from ..pipeline.errors import UserError
@@ -16,8 +18,32 @@ Messages = list[dict[str, Any]]
 Row = dict[str, Any]
 
 
+WEIGHT_KEYS = ("weight", "spans", "token_weights")  # of an assistant's message
+MAX_WEIGHT = 3.4e38  # what 32 bits hold
+
+
 class UnusableError(Exception):
     """A demonstration that cannot be used; the message says why."""
+
+
+class WeightedSpan(NamedTuple):
+    """Characters of a content, half-open, and the weight of their tokens."""
+
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TurnWeights:
+    """What an assistant's message says of the weights of its tokens: spans, or a list, or neither.
+
+    `tokens` are the weights of the tokens of the content, or of the whole turn, one by one.
+    """
+
+    weight: float  # of every token that is in none of the spans, or not in the list
+    spans: tuple[WeightedSpan, ...] | None = None  # ascending, none overlaps another
+    tokens: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +55,7 @@ class Demonstration:
     tools: list[Row] | None
     source: str
     line: int  # line (JSON lines) or row (everything else), from 1
+    weights: tuple[TurnWeights | None, ...] = ()  # one for each message, empty if none has any
 
 
 def read_demonstrations(
@@ -66,9 +93,11 @@ def _demonstration(source: str, line: int, raw: Any, format: str) -> Demonstrati
             raise UnusableError("not an object with fields (a JSON array belongs in a .json file)")
         if format == "auto":
             format = _recognise(row)
+        messages = _checked(FORMATS[format].convert(row))
         demonstration = Demonstration(
             id=_row_id(row) or f"{source}:{line}",
-            messages=_checked(FORMATS[format].convert(row)),
+            weights=_take_weights(messages),
+            messages=messages,
             tools=_tools(row),
             source=source,
             line=line,
@@ -144,6 +173,90 @@ def _checked_message(name: str, message: Any) -> Row:
     return message
 
 
+def _take_weights(messages: Messages) -> tuple[TurnWeights | None, ...]:
+    """The weights of each message, taken out of it: no template knows of them."""
+    weights = tuple(_turn_weights(f"messages[{i}]", message) for i, message in enumerate(messages))
+    return weights if any(weights) else ()
+
+
+def _turn_weights(name: str, message: Row) -> TurnWeights | None:
+    weight, spans, tokens = (message.pop(key, None) for key in WEIGHT_KEYS)
+    if message["role"] != "assistant":
+        for key, value in (("spans", spans), ("token_weights", tokens)):
+            if value not in (None, []):
+                raise UnusableError(f"{name}.{key}: only an assistant's message can carry {key}")
+        return None
+    if spans is not None and tokens is not None:
+        raise UnusableError(f"{name} has both spans and token_weights: leave one of them out")
+    otherwise = 1.0 if spans is None else 0.0
+    given = TurnWeights(
+        weight=otherwise if weight is None else _weight(f"{name}.weight", weight),
+        spans=None if spans is None else _spans(f"{name}.spans", spans, len(message["content"])),
+        tokens=None if tokens is None else _weights(f"{name}.token_weights", tokens),
+    )
+    return None if given == TurnWeights(1.0) else given  # what holds for every token anyway
+
+
+def _weights(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise UnusableError(f"{name} is {shown(value)}: give a list of numbers, one for a token")
+    return tuple(_weight(f"{name}[{i}]", weight) for i, weight in enumerate(value))
+
+
+def _weight(name: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= MAX_WEIGHT):  # NaN is not within either
+        raise UnusableError(f"{name} is {shown(value)}: give a number from 0 to {MAX_WEIGHT:g}")
+    return float(value)
+
+
+def _spans(name: str, value: Any, length: int) -> tuple[WeightedSpan, ...]:
+    if not isinstance(value, list):
+        raise UnusableError(f"{name} is {shown(value)}: give a list of [start, end, weight]")
+    spans = sorted(_weighted_span(f"{name}[{i}]", span, length) for i, span in enumerate(value))
+    for before, span in pairwise(spans):
+        if span.start < before.end:
+            raise UnusableError(
+                f"{name}: [{before.start}, {before.end}] and [{span.start}, {span.end}] overlap: "
+                "give each character one weight"
+            )
+    return tuple(spans)
+
+
+def _weighted_span(name: str, value: Any, length: int) -> WeightedSpan:
+    start, end, weight = _span_parts(name, value)
+    if not (_is_index(start) and _is_index(end)):
+        wrong = "start and end must be whole numbers"
+    elif start < 0:
+        wrong = "it starts before the content does"
+    elif end > length:
+        wrong = f"it ends after the {length} characters of the content"
+    elif start >= end:
+        wrong = "it holds no character, its end must be above its start"
+    else:
+        weight = 1.0 if weight is None else _weight(f"{name}.weight", weight)
+        return WeightedSpan(int(start), int(end), weight)
+    raise UnusableError(f"{name} is {shown(value)}: {wrong}")
+
+
+def _span_parts(name: str, value: Any) -> tuple[Any, Any, Any]:
+    """Start, end and weight of a span as it was written, each None where it is absent."""
+    if isinstance(value, list) and len(value) in (2, 3):
+        start, end, *weight = value
+        return start, end, weight[0] if weight else None
+    if isinstance(value, dict) and value.keys() <= {"start", "end", "weight"}:
+        return value.get("start"), value.get("end"), value.get("weight")
+    raise UnusableError(
+        f"{name} is {shown(value)}: give [start, end], [start, end, weight], or these by name"
+    )
+
+
+def _is_index(value: Any) -> bool:
+    """A whole number; columns hold all numbers of a list as floats when one of them is."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return is_whole or (isinstance(value, int) and not isinstance(value, bool))
+
+
 def _check_characters(demonstration: Demonstration) -> None:
     """Half a surrogate pair, which JSON can spell, is no character: tokenizers fail on it."""
     parts = [demonstration.id, demonstration.messages, demonstration.tools]
@@ -170,10 +283,12 @@ SPEAKERS = {
 
 
 def _from_messages(row: Row) -> Messages:
+    _refuse_weights_beside(row, "messages")
     return _list(row, "messages")
 
 
 def _from_sharegpt(row: Row) -> Messages:
+    _refuse_weights_beside(row, "conversations")
     turns = enumerate(_list(row, "conversations"))
     return _system(row) + [_from_turn(f"conversations[{i}]", turn) for i, turn in turns]
 
@@ -188,19 +303,25 @@ def _from_turn(name: str, turn: Any) -> Row:
         raise UnusableError(f"{name}.from is {speaker!r}, known are {', '.join(SPEAKERS)}")
     if not isinstance(text, str):
         raise UnusableError(f"{name}.value is {'missing' if text is None else 'not a string'}")
-    return _message(SPEAKERS[speaker.lower()], text)
+    return _message(SPEAKERS[speaker.lower()], text) | _weights_in(turn)
 
 
 def _from_alpaca(row: Row) -> Messages:
     question = _string(row, "instruction")
     if row.get("input"):
         question += "\n\n" + _string(row, "input")
-    answer = _message("assistant", _string(row, "output"))
+    answer = _message("assistant", _string(row, "output")) | _weights_in(row)
     return [*_system(row), _message("user", question), answer]
 
 
 def _from_prompt_completion(row: Row) -> Messages:
-    return [*_turns(row, "prompt", "user"), *_turns(row, _completion_key(row), "assistant")]
+    key = _completion_key(row)
+    prompt, completion = _turns(row, "prompt", "user"), _turns(row, key, "assistant")
+    if isinstance(row[key], list):
+        _refuse_weights_beside(row, key)
+    else:
+        completion[0] |= _weights_in(row)
+    return [*prompt, *completion]
 
 
 def _turns(row: Row, key: str, role: str) -> Messages:
@@ -218,6 +339,18 @@ def _system(row: Row) -> Messages:
 
 def _message(role: str, content: str) -> Row:
     return {"role": role, "content": content}
+
+
+def _weights_in(fields: Row) -> Row:
+    return {key: fields[key] for key in WEIGHT_KEYS if fields.get(key) is not None}
+
+
+def _refuse_weights_beside(row: Row, key: str) -> None:
+    """A row of whole messages does not say whose its weights are; none is lost in silence."""
+    for name in _weights_in(row):
+        raise UnusableError(
+            f"{name} stands beside {key}: put it into the assistant's message that it belongs to"
+        )
 
 
 def _list(row: Row, key: str) -> list[Any]:

@@ -2,18 +2,21 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pipeline.ceiling import Ceiling, ceiling_advice, ceilings, reproducible_share
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest
+from ..pipeline.methods import table
 from ..pipeline.runner import REJECTS, StageResult
 
 if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
+    from .compare_methods import Comparison
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -44,10 +47,13 @@ def print_scores(folder: Path, result: StageResult) -> None:
 
 
 def print_targets(folder: Path, result: StageResult) -> None:
-    """What a target folder holds."""
+    """What a target folder holds, and what it can teach."""
     settings, totals = result.manifest.settings, result.manifest.totals
-    has_tail = settings["residual"] == "base"
-    parameters = "".join(f", {name}={value:g}" for name, value in settings["parameters"].items())
+    has_tail = settings["top_p"] is not None
+    parameters = "".join(
+        f", {name}={value:.6g}" if isinstance(value, float) else f", {name}={value}"
+        for name, value in settings["parameters"].items()
+    )
     print_table(
         [
             ("targets", f"{folder}{_already(result)}"),
@@ -56,9 +62,88 @@ def print_targets(folder: Path, result: StageResult) -> None:
             ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
             ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),
             *([("kept mass", f"{kept_mass(result.manifest):.4f}")] if has_tail else []),
+            *_bounds(totals),
             *_size_and_speed(result),
         ]
     )
+    print_ceiling(settings["form"], ceilings(totals["sums"]), totals)
+
+
+def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:
+    """What targets can teach at best, by the base's probability of the token."""
+    if not rows:
+        return
+    at = " (at the start, where the student is the base)" if form == "live" else ""
+    click.echo(f"\nWhat these targets can teach at best{at}")
+    head = ("b(y)", "tokens", "-log Q(y)", "Q's mode is y", "γ < 0.05", "KL from base")
+    print_table([head, *(_ceiling_cells(row) for row in rows)])
+    share = reproducible_share(totals["sums"], totals["rows"])
+    click.echo(f"Demonstrations that greedy decoding of Q writes: {share:.1%}")
+    advice = ceiling_advice(rows[0], share)
+    if advice:
+        click.echo(f"Warning: {advice}", err=True)
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """The ceiling of every method."""
+    head = ("method", "form", "-log Q(y)", "Q's mode is y", "demos", "γ < 0.05", "KL from base")
+    rows = [
+        (
+            choice.method.name,
+            choice.form,
+            f"{row.nll:.4f}",
+            f"{row.learnable:.1%}",
+            f"{share:.1%}",
+            f"{row.starved:.1%}",
+            f"{row.divergence:.4f}",
+        )
+        for choice, row, share in comparison.rows
+    ]
+    print_table([head, *rows])
+    click.echo(
+        f"\n{comparison.positions:,} supervised tokens of {comparison.examples:,} demonstrations. "
+        "demos: how many greedy decoding of Q writes.\nA live form is shown as it starts, where "
+        "the student is the base. Q(y) below 1e-10 counts as 1e-10."
+    )
+    for reason, names in comparison.left_out.items():
+        click.echo(f"Left out, {reason}: {', '.join(names)}.")
+
+
+def print_methods() -> None:
+    """The table of methods, a few lines each."""
+    for row in table():
+        residual, scale = row["residual"], row["scale"]
+        click.echo(f"{row['name']}  ({row['source']})")
+        target = f"γ = {row['trust']}" + (f"   π̃ {residual}" if residual != "-" else "")
+        click.echo(f"    {target}" + (f"   s = {scale}" if scale != "1" else ""))
+        for name in ("parameters", "forms", "needs"):
+            if row[name] != "-":
+                click.echo(f"    {name}: {row[name]}")
+
+
+def _ceiling_cells(row: Ceiling) -> tuple[str, ...]:
+    if not row.positions:
+        return (row.name, "0", "", "", "", "")
+    return (
+        row.name,
+        f"{row.positions:,}",
+        f"{row.nll:.4f}",
+        f"{row.learnable:.1%}",
+        f"{row.starved:.1%}",
+        f"{row.divergence:.4f}",
+    )
+
+
+def _bounds(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far off a temperature's distribution may be."""
+    return [
+        (f"{name} bound", f"{totals['sums'][key] / totals['positions']:.2g} (total variation)")
+        for name, key in (
+            ("temperature", "temperature_bound"),
+            ("teacher's", "teacher_temperature_bound"),
+        )
+        if key in totals["sums"]
+    ]
 
 
 def print_training(folder: Path, result: "TrainResult") -> None:

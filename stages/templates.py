@@ -8,13 +8,14 @@ Templates rewrite turns (Qwen3 drops earlier reasoning, Llama 3 trims), so neith
 content nor the renderings of ever longer prefixes say where a turn lies. Instead a turn is rendered
 once more with a stand-in for its content, a character that occurs nowhere else: what differs
 between the two renderings is the turn. A single-turn conversation is rendered three times in all,
-one of n turns at least 3n times.
+one of n turns at least 3n times; a turn that has weights by character or by token once more.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.records import Example, Reject
-from .demonstrations import Demonstration, Messages, UnusableError
+from ..pipeline.records import Example, Floats, Reject
+from .demonstrations import Demonstration, Messages, TurnWeights, UnusableError
+from .token_weights import Kept, Span, Turn, find_kept, overlapping, weigh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]  # characters, half-open
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A demonstration as tokens; `cut` when it was longer than the limit and lost its end."""
 
     example: Example
     cut: bool
+    token_weights: Floats  # [N] one for each supervised position: 1 where nothing was given
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,18 @@ class Encoder:
             return Reject(demonstration.source, demonstration.line, str(error))
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
-        text, find_spans = self._lay_out(demonstration)
-        input_ids, offsets = self._tokenise(text)
+        layout = self._lay_out(demonstration)
+        input_ids, offsets = self._tokenise(layout.text)
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
             raise UnusableError(f"{len(input_ids)} tokens, the limit is {self.max_length}")
         if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
             raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 
-        supervised = _overlapping(offsets, find_spans())
+        # Finding the turns takes time that grows with their square: not for what is too long.
+        turns = self._turns(demonstration)
+        places = layout.places(turns)
+        supervised = overlapping(offsets, list(places.values()))
         if self.supervise == "all":
             supervised[:] = True
         supervised[:1] = False  # nothing comes before the first token to predict it from
@@ -91,25 +95,24 @@ class Encoder:
         if not len(positions):
             where = f" among the first {self.max_length}" if cut else ""
             raise UnusableError(f"no supervised token{where}")
-        return Encoded(Example(demonstration.id, input_ids[: self.max_length], positions), cut)
+        example = Example(demonstration.id, input_ids[: self.max_length], positions)
+        if not demonstration.weights:
+            return Encoded(example, cut, np.ones(len(positions), dtype=np.float32))
+        weighed = [_turn(turn, demonstration, layout, places) for turn in turns]
+        return Encoded(example, cut, weigh(layout.text, offsets, weighed)[positions])
 
-    def _lay_out(self, demonstration: Demonstration) -> tuple[str, Callable[[], list[Span]]]:
-        """The text of a demonstration, and what finds the supervised stretches of it.
-
-        Finding them takes time that grows with the square of the turns: not for what is too long.
-        """
-        messages = demonstration.messages
-        turns = self._supervised_turns(messages)
+    def _lay_out(self, demonstration: Demonstration) -> "_Chat | _Joined":
         if self.template is None:
-            text, spans = _joined(messages, turns, str(self.tokenizer.eos_token))
-            return text, lambda: spans
-        chat = _Chat(self._renderer(demonstration.tools), messages, self._end_of_turn)
-        return chat.text, lambda: chat.spans(turns)
+            return _Joined(demonstration.messages, str(self.tokenizer.eos_token))
+        renderer = self._renderer(demonstration.tools)
+        return _Chat(renderer, demonstration.messages, self._end_of_turn)
 
-    def _supervised_turns(self, messages: Messages) -> list[int]:
-        if self.supervise == "all":
+    def _turns(self, demonstration: Demonstration) -> list[int]:
+        """The turns that must be found: the supervised ones, where not all is, and the weighted."""
+        if self.supervise == "all" and not demonstration.weights:
             return []
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        roles = [message["role"] for message in demonstration.messages]
+        turns = [i for i, role in enumerate(roles) if role == "assistant"]
         return turns[-1:] if self.supervise == "last" else turns
 
     def _renderer(self, tools: list[Any] | None) -> "_Render":
@@ -129,7 +132,7 @@ class Encoder:
         return render
 
     def _tokenise(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Token ids [T] and their character spans [T, 2]."""
+        """Token ids [T] and their characters [T, 2], half-open."""
         tokens = self.tokenizer(
             text,
             add_special_tokens=self.template is None,
@@ -139,7 +142,7 @@ class Encoder:
             verbose=False,
         )
         input_ids = np.array(tokens["input_ids"], dtype=np.int32)
-        offsets = np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        offsets = _with_spaces(np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2))
         if self.template is None and self._ends_twice(input_ids):
             return input_ids[:-1], offsets[:-1]
         return input_ids, offsets
@@ -228,23 +231,34 @@ class _Chat:
         """A character that the text does not hold, for private use unless it holds all of those."""
         return next(char for char in map(chr, range(0xE000, 0x110000)) if char not in self.text)
 
-    def spans(self, turns: Sequence[int]) -> list[Span]:
-        """The characters that the model writes at each of these turns."""
-        spans: list[Span] = []
+    def places(self, turns: Sequence[int]) -> dict[int, Span]:
+        """The characters that the model writes at each of these turns that the text shows."""
+        places: dict[int, Span] = {}
+        earliest = 0
         for turn in turns:
-            earliest = spans[-1][1] if spans else 0
             span = self._called_span(turn) or self._span(turn, earliest)
             if span:
-                spans.append(span)
-        return spans
+                places[turn] = span
+                earliest = span[1]
+        return places
+
+    def kept(self, turn: int) -> Kept | None:
+        """What the text shows of the content of a turn; the rest of the turn stays as it is."""
+        message = self.messages[turn]
+        other = {**message, "content": self.stand_in}
+        try:
+            varied = self.render([*self.messages[:turn], other, *self.messages[turn + 1 :]])
+        except UnusableError:
+            return None
+        if self.stand_in not in varied:
+            return None
+        return find_kept(message["content"], self.text, *_difference(self.text, varied))
 
     def _span(self, turn: int, earliest: int) -> Span | None:
         varied = self.render([*self._until(turn), *self.messages[turn + 1 :]])
         if self.stand_in not in varied:
             return None  # the template leaves this turn out
-        first = _common_prefix(self.text, varied)
-        after = _common_prefix(self.text[first:][::-1], varied[first:][::-1])
-        last = len(self.text) - after
+        first, last = _difference(self.text, varied)
         start = self._generation_start(turn, earliest, first, last)
         return start, self._generation_end(turn, last, varied)
 
@@ -307,30 +321,66 @@ class _Chat:
         return len(prompt), len(answered.rstrip())
 
 
-def _joined(messages: Messages, turns: Sequence[int], end: str) -> tuple[str, list[Span]]:
-    """The contents one after another, an `end` token after each assistant turn, and the spans."""
-    text = ""
-    spans: list[Span] = []
-    for i, message in enumerate(messages):
-        start = len(text)
-        text += message["content"]
-        if message["role"] == "assistant" and not message["content"].endswith(end):
-            text += end
-        if i in turns:
-            spans.append((start, len(text)))
-    return text, spans
+@dataclass(frozen=True)
+class _Joined:
+    """The contents of a conversation one after another, an `end` token after each answer."""
+
+    messages: Messages
+    end: str
+
+    @cached_property
+    def parts(self) -> list[str]:
+        return [self._part(message["role"], message["content"]) for message in self.messages]
+
+    def _part(self, role: str, content: str) -> str:
+        return content + self.end * (role == "assistant" and not content.endswith(self.end))
+
+    @cached_property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        return list(accumulate(map(len, self.parts), initial=0))
+
+    def places(self, turns: Sequence[int]) -> dict[int, Span]:
+        """The characters that the model writes at each of these turns."""
+        return {turn: (self.starts[turn], self.starts[turn + 1]) for turn in turns}
+
+    def kept(self, turn: int) -> Kept:
+        """Where the content of a turn lies: all of it."""
+        return Kept(0, len(self.messages[turn]["content"]), self.starts[turn])
 
 
-def _overlapping(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with a span, [T]. A token of no characters shares none."""
+def _turn(
+    turn: int, demonstration: Demonstration, layout: _Chat | _Joined, places: dict[int, Span]
+) -> Turn:
+    given = demonstration.weights[turn]
+    place = places.get(turn)
+    kept = layout.kept(turn) if place and _needs_content(given) else None
+    content = demonstration.messages[turn]["content"]
+    return Turn(f"messages[{turn}]", content, given, place, kept)
+
+
+def _needs_content(given: TurnWeights | None) -> bool:
+    return given is not None and (bool(given.spans) or given.tokens is not None)
+
+
+def _with_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Offsets [T, 2] without those of no width, which tokenizers that trim them (Llama 3) leave.
+
+    Such a token is one of spaces: they begin where the token before it ends.
+    """
     starts, ends = offsets.T
-    # Tokenizers that trim their offsets (Llama 3) leave a token of spaces no width: give it back.
     before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
     starts = np.where(starts == ends, np.minimum(starts, before), starts)
-    supervised = np.zeros(len(offsets), dtype=np.bool_)
-    for start, end in spans:
-        supervised |= (starts < end) & (ends > start) & (starts < ends)
-    return supervised
+    return np.stack([starts, ends], axis=1)
+
+
+def _difference(text: str, varied: str) -> Span:
+    """The characters of `text` outside what it begins and ends with like `varied`."""
+    first = _common_prefix(text, varied)
+    return first, len(text) - _common_prefix(text[first:][::-1], varied[first:][::-1])
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -25,6 +25,7 @@ class SparseTargets:
     """
 
     observed_ids: Tensor  # [N]
+    example_of: Tensor  # [N] each position's example, numbered within the batch
     trust: Tensor  # [N]
     weights: Tensor  # [N]
     support_ids: Tensor  # [N, S]
@@ -81,13 +82,14 @@ def collate(examples: Sequence[TargetExample]) -> Batch:
     if examples:
         input_ids_BT[is_token_BT] = _join(examples, "input_ids", np.int64)
     positions_per_row = [len(example.positions) for example in examples]
+    rows = torch.from_numpy(np.repeat(np.arange(len(examples)), positions_per_row))
     return Batch(
         ids=[example.id for example in examples],
         input_ids=torch.from_numpy(input_ids_BT),
         attention_mask=torch.from_numpy(is_token_BT.astype(np.int64)),
-        rows=torch.from_numpy(np.repeat(np.arange(len(examples)), positions_per_row)),
+        rows=rows,
         columns=torch.from_numpy(_join(examples, "positions", np.int64) - 1),
-        targets=_sparse_targets(examples),
+        targets=_sparse_targets(examples, rows),
     )
 
 
@@ -100,7 +102,7 @@ def observed_only(batch: Batch) -> Batch:
     return replace(batch, targets=replace(batch.targets, trust=ones_N, weights=ones_N))
 
 
-def _sparse_targets(examples: Sequence[TargetExample]) -> SparseTargets:
+def _sparse_targets(examples: Sequence[TargetExample], rows: Tensor) -> SparseTargets:
     observed_ids_N = _join(examples, "observed_ids", np.int64)
     counts_N = _join(examples, "counts", np.int64)
     support_mask_NS = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
@@ -110,6 +112,7 @@ def _sparse_targets(examples: Sequence[TargetExample]) -> SparseTargets:
     support_probs_NS[support_mask_NS] = _join(examples, "support_probs", np.float32)
     return SparseTargets(
         observed_ids=torch.from_numpy(observed_ids_N),
+        example_of=rows,
         trust=torch.from_numpy(_join(examples, "trust", np.float32)),
         weights=torch.from_numpy(_join(examples, "weights", np.float32)),
         support_ids=torch.from_numpy(support_ids_NS),

@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import gather_object
 
 from .collate import Batch
-from .loss import TailShape, loss_sum, observed_losses, residual_divergences
+from .loss import observed_losses, residual_divergences
+from .objective import Objective
 from .student import Student
 
 
@@ -30,17 +31,17 @@ def evaluate(
     student: Student,
     batches: Iterable[Batch],
     device: torch.device,
-    tail_shape: TailShape,
-    residual_is_base: bool,
+    objective: Objective,
 ) -> Evaluation:
     """Evaluate on the batches of all processes; every one of them calls it with its own."""
+    residual_is_base = objective.residual == "base"
     was_training = student.training
     student.eval()
     sums = [0.0, 0.0, 0.0, 0.0]
     for batch in (batch.to(device) for batch in batches):
         logits_NV = student(batch)
         batch_sums = [
-            loss_sum(logits_NV, batch.targets, tail_shape),
+            objective(logits_NV, batch.targets).sum,
             observed_losses(logits_NV, batch.targets).sum(),
             residual_divergences(logits_NV, batch.targets).sum() if residual_is_base else 0.0,
         ]

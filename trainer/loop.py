@@ -25,6 +25,7 @@ from .checks import SFT, check_fit, check_streams, settled_method
 from .collate import Batch, collate, observed_only
 from .evaluate import Evaluation, evaluate
 from .models import find_model
+from .objective import objective_of
 from .run_folder import Log, finish, finished_run, open_log, run_identity
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
@@ -98,8 +99,9 @@ class Run:
         self.student = student
         self.train_stream = train_stream
         self.eval_stream = eval_stream
-        self.objective = train_stream.manifest.settings
-        self.stepper = Stepper(accelerator, student, settings, self.objective["tail_shape"])
+        assert settings.method is not None  # settled
+        self.objective = objective_of(train_stream.manifest.settings, settings.method)
+        self.stepper = Stepper(accelerator, student, settings, self.objective)
         per_step = _examples_per_step(settings, accelerator)
         self.examples = count_examples(settings, len(train_stream), per_step)
         self.steps = math.ceil(self.examples / per_step)
@@ -168,8 +170,7 @@ class Run:
             self.student,
             self.batches(self.eval_stream.in_order(rank, world_size)),
             self.accelerator.device,
-            self.objective["tail_shape"],
-            residual_is_base=self.objective["residual"] == "base",
+            self.objective,
         )
         log(event="evaluation", step=step, **asdict(evaluation))
         return evaluation

@@ -13,6 +13,7 @@ N supervised positions, V vocabulary, S entries of the widest support, M positio
 Logits are taken to float32 at least; losses are in nats.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,14 +25,9 @@ from .collate import SparseTargets
 TailShape = Literal["student", "uniform"]
 
 
-def loss_sum(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailShape) -> Tensor:
-    """Σ_n weight_n·loss_n, to be divided by the supervised tokens of the whole step."""
-    return (targets.weights * target_losses(logits_NV, targets, tail_shape)).sum()
-
-
 def target_losses(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailShape) -> Tensor:
     """The cross-entropy to the target at each position, [N], without its weight."""
-    logits_NV = _at_least_float32(logits_NV)
+    logits_NV = at_least_float32(logits_NV)
     is_observed_NS = targets.support_ids == targets.observed_ids[:, None]
     trusted_NS = targets.trust[:, None] * (is_observed_NS & targets.support_mask)
     residual_share_N = 1 - targets.trust
@@ -46,7 +42,7 @@ def target_losses(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailSha
 
 def observed_losses(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
     """−log p(y) at each position, [N]."""
-    return cross_entropy(_at_least_float32(logits_NV), targets.observed_ids, reduction="none")
+    return cross_entropy(at_least_float32(logits_NV), targets.observed_ids, reduction="none")
 
 
 def residual_divergences(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
@@ -54,13 +50,37 @@ def residual_divergences(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
 
     A lower bound of the divergence over the whole vocabulary, equal to it where there is no tail.
     """
-    logits_NV = _at_least_float32(logits_NV)
+    logits_NV = at_least_float32(logits_NV)
     residual_NS, tail_N = targets.support_probs, targets.tail_mass
     log_norm_N = logits_NV.logsumexp(1)
     log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
     tail_log_probs_N = _tail_log_probs(logits_NV, log_norm_N, targets, tail_N, "student")
     support_part_N = _times(residual_NS, residual_NS.log() - log_probs_NS).sum(1)
     return support_part_N + _times(tail_N, tail_N.log() - tail_log_probs_N)
+
+
+def complement_log_probs(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """The logsumexp over what is outside each position's support, −inf where nothing is, [N].
+
+    Summed over the complement, where subtracting the support's share would cancel.
+    """
+    return logits_NV.scatter(1, targets.support_ids, -torch.inf).logsumexp(1)
+
+
+def induced_target(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, observed: Tensor
+) -> Tensor:
+    """The target that a loss steers towards at these logits: Q = p − ∂L/∂z, [..., V].
+
+    The inversion of arXiv 2606.11189: any loss whose gradient is that of a cross-entropy to Q.
+    `loss_fn(logits [..., V], observed [...])` returns the loss of each position, or their sum; what
+    it treats as constant must be detached by it. The result has the logits' precision; its entries
+    add up to 1 where the loss does not change with a constant added to all logits.
+    """
+    leaf = logits.detach().requires_grad_()
+    loss = loss_fn(leaf, observed).sum()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return leaf.detach().softmax(-1) - gradient
 
 
 def _tail_log_probs(
@@ -95,5 +115,6 @@ def _times(probs: Tensor, values: Tensor) -> Tensor:
     return torch.where(probs > 0, probs * values, 0)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in which sums over the vocabulary are safe."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

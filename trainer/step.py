@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch
-from .loss import TailShape, loss_sum
+from .objective import Objective
 from .settings import Precision, TrainSettings
 from .student import Student
 
@@ -30,11 +30,16 @@ _ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Loss per token in nats, norm of the gradient before clipping, supervised tokens."""
+    """Loss per token in nats, norm of the gradient before clipping, supervised tokens.
+
+    `error_bound` is the mean, over the tokens, of how far a truncated teacher may have moved the
+    gradient with respect to the logits (the sum of absolute differences); None where it cannot.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    error_bound: float | None = None
 
 
 class Stepper:
@@ -45,11 +50,11 @@ class Stepper:
         accelerator: Accelerator,
         student: Student,
         settings: TrainSettings,
-        tail_shape: TailShape,
+        objective: Objective,
     ) -> None:
         self.accelerator = accelerator
         self.max_grad_norm = settings.max_grad_norm
-        self.tail_shape: TailShape = tail_shape
+        self.objective = objective
         self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, settings))
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -59,7 +64,7 @@ class Stepper:
         """
         tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
         try:
-            sums = self._backward(batches, int(tokens))
+            sums, bound = self._backward(batches, int(tokens))
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"step {number}: the device is out of memory: give a smaller --batch-size with "
@@ -79,20 +84,24 @@ class Stepper:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm, int(tokens))
+        return StepResult(loss, grad_norm, int(tokens), bound)
 
-    def _backward(self, batches: Sequence[Batch], tokens: int) -> Tensor:
-        """Add up the gradients; the weighted loss sum of each micro-batch."""
-        sums = []
+    def _backward(self, batches: Sequence[Batch], tokens: int) -> tuple[Tensor, float | None]:
+        """Add up the gradients; the weighted loss sum of each micro-batch, the mean error bound."""
+        sums: list[Tensor] = []
+        bounds: list[Tensor] = []
         for index, batch in enumerate(batches, start=1):
             is_last = index == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 batch = batch.to(self.accelerator.device)
-                batch_sum = loss_sum(self.model(batch), batch.targets, self.tail_shape)
+                loss = self.objective(self.model(batch), batch.targets)
                 # the mean that is taken of the processes' gradients must become their sum
-                self.accelerator.backward(batch_sum * (self.accelerator.num_processes / tokens))
-            sums.append(batch_sum.detach())
-        return torch.stack(sums)
+                self.accelerator.backward(loss.sum * (self.accelerator.num_processes / tokens))
+            sums.append(loss.sum.detach())
+            if loss.error_bounds is not None:
+                bounds.append(loss.error_bounds.sum())
+        bound = float(self._sum(torch.stack(bounds).sum())) / tokens if bounds else None
+        return torch.stack(sums), bound
 
     def _sum(self, value: Tensor) -> Any:
         """The sum of a number over the processes."""

@@ -1,18 +1,23 @@
 """What a scoring engine is: token ids in, log-probabilities at the supervised positions out.
 
-Array names end in their shape: N supervised positions, k the size of the top k, V the vocabulary.
+Array names end in their shape: N supervised positions, k the size of the top k, V the vocabulary,
+G the given ids of all positions, E the entries of all positions.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from ...pipeline.codec import segment_sums
 from ...pipeline.errors import UserError
-from ...pipeline.records import Example, ScoredExample
+from ...pipeline.records import Example, Floats, Ints, ScoredExample
 from ...trainer.models import ModelFiles
 
 ENGINES = ("vllm", "transformers")
@@ -34,6 +39,31 @@ class ScorerSettings:
     gpu_memory_utilization: float = 0.8
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenIds:
+    """Ids whose log-probabilities are asked for, whatever their rank, at an example's positions."""
+
+    counts: Ints  # [N] ids at each position
+    ids: Ints  # [G] in the order of the positions
+
+    def below(self, vocab_size: int) -> "GivenIds":
+        """The ids that a vocabulary of this size has."""
+        has_G = self.ids < vocab_size
+        position_G = np.repeat(np.arange(len(self.counts)), self.counts)
+        counts_N = np.bincount(position_G[has_G], minlength=len(self.counts))
+        return GivenIds(counts_N.astype(np.int32), self.ids[has_G])
+
+    def padded(self) -> NDArray[np.int64]:
+        """The ids as [N, w], -1 after those of a position.
+
+        What is read at them comes back flat by the mask `padded >= 0`.
+        """
+        width = int(self.counts.max(initial=0))
+        ids_Nw = np.full((len(self.counts), width), -1, np.int64)
+        ids_Nw[np.arange(width) < self.counts[:, None]] = self.ids
+        return ids_Nw
+
+
 class Scorer(Protocol):
     """A loaded model that scores examples.
 
@@ -41,8 +71,14 @@ class Scorer(Protocol):
     float32; a rank counts the tokens at least as probable as the observed one, itself included.
     """
 
-    def score(self, examples: Sequence[Example], top_k: int) -> Iterator[tuple[int, ScoredExample]]:
-        """Each example's place in `examples` and its scores, in the order the engine likes."""
+    def score(
+        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+    ) -> Iterator[tuple[int, ScoredExample]]:
+        """Each example's place in `examples` and its scores, in the order the engine likes.
+
+        `at` holds ids for each example, below the vocabulary's size: their log-probabilities are
+        stored besides the top k (`with_given`).
+        """
         ...
 
 
@@ -61,16 +97,47 @@ def make_scorer(model: ModelFiles, settings: ScorerSettings) -> Scorer:
             raise UserError(f"engine {other!r} is not known: choose one of {', '.join(ENGINES)}")
 
 
-def choose_engine(option: str) -> str:
-    """The engine that an option means: `auto` is vLLM where it is installed."""
+def choose_engine(option: str, gathers: bool = False) -> str:
+    """The engine that an option means.
+
+    `auto` is vLLM where it is installed and, where log-probabilities at given ids are to be
+    gathered, has a way for that.
+    """
     installed = find_spec("vllm") is not None
-    if option == "auto":
-        return "vllm" if installed else "transformers"
     if option == "vllm" and not installed:
         raise UserError(
             "engine vllm is not installed: pip install 'qpipe[vllm]', or use --engine transformers"
         )
-    return option
+    if option != "auto":
+        return option
+    if installed and gathers and not _vllm_gathers():
+        say_once(
+            "engine transformers: vLLM cannot score given ids here (that takes a GPU and a version "
+            "that can)"
+        )
+        return "transformers"
+    return "vllm" if installed else "transformers"
+
+
+def _vllm_gathers() -> bool:
+    """Whether vLLM will take ids to score, told without an engine, which takes a minute to start.
+
+    It needs the version that has the parameter, and a model runner that is written in Triton: a
+    GPU stands in for the latter. `VllmScorer` asks the engine itself, and manages without.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    from vllm import SamplingParams
+
+    return hasattr(SamplingParams, "prompt_logprob_token_ids")
+
+
+@cache
+def say_once(line: str) -> None:
+    """Tell the user something, once, without tearing a progress bar."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def choose_dtype(option: str, config: Any) -> Dtype:
@@ -93,23 +160,60 @@ def scored(
     vocab_size: int,
 ) -> ScoredExample:
     """A scored example of an engine's arrays; the tail is what the top k leaves of 1."""
-    if not np.isfinite(observed_log_probs_N).all() or np.isnan(topk_log_probs_Nk).any():
-        raise UserError(
-            f"example {example.id}: the model gives log-probabilities that are no numbers: its "
-            "weights are damaged, or the number format overflows: try --dtype float32"
-        )
+    if not np.isfinite(observed_log_probs_N).all():
+        raise _no_numbers(example)
     N, k = topk_ids_Nk.shape
-    kept_mass_N = np.exp(topk_log_probs_Nk.astype(np.float64)).sum(axis=1)
-    tail_mass_N = np.maximum(1 - kept_mass_N, 0) if k < vocab_size else np.zeros(N)
+    counts_N = np.full(N, k, np.int32)
+    topk_log_probs = topk_log_probs_Nk.astype(np.float32, copy=False).ravel()
     return ScoredExample(
         id=example.id,
         input_ids=example.input_ids,
         positions=example.positions,
         observed_log_probs=observed_log_probs_N.astype(np.float32, copy=False),
         observed_ranks=observed_ranks_N.astype(np.int32, copy=False),
-        counts=np.full(N, k, np.int32),
+        counts=counts_N,
         topk_ids=topk_ids_Nk.astype(np.int32, copy=False).ravel(),
-        topk_log_probs=topk_log_probs_Nk.astype(np.float32, copy=False).ravel(),
-        tail_mass=tail_mass_N.astype(np.float32),
+        topk_log_probs=topk_log_probs,
+        tail_mass=_tail_mass(example, topk_log_probs, counts_N, vocab_size),
         token_weights=np.ones(N, np.float32),
+    )
+
+
+def with_given(
+    example: ScoredExample, given: GivenIds, given_log_probs_G: Floats, vocab_size: int
+) -> ScoredExample:
+    """The example with entries at the given ids too, each id once, most probable first.
+
+    Of equally probable entries those of the top k come first, then the given ones in their order.
+    """
+    N = len(example.counts)
+    position_E = np.repeat(np.tile(np.arange(N), 2), np.append(example.counts, given.counts))
+    ids_E = np.append(example.topk_ids, given.ids)
+    log_probs_E = np.append(example.topk_log_probs, given_log_probs_G)
+    _, first_E = np.unique(position_E * vocab_size + ids_E, return_index=True)
+    first_E.sort()  # an id of both is the top k's; the sort below keeps this order among equals
+    order_E = first_E[np.lexsort((-log_probs_E[first_E], position_E[first_E]))]
+    counts_N = np.bincount(position_E[order_E], minlength=N).astype(np.int32)
+    return replace(
+        example,
+        counts=counts_N,
+        topk_ids=ids_E[order_E],
+        topk_log_probs=log_probs_E[order_E],
+        tail_mass=_tail_mass(example, log_probs_E[order_E], counts_N, vocab_size),
+    )
+
+
+def _tail_mass(example: Example, log_probs_E: Floats, counts_N: Ints, vocab_size: int) -> Floats:
+    """What the entries leave of 1 at each position; nothing where they are the whole vocabulary."""
+    if np.isnan(log_probs_E).any():
+        raise _no_numbers(example)
+    kept_mass_N = segment_sums(np.exp(log_probs_E.astype(np.float64)), counts_N)
+    tail_mass_N = np.where(counts_N < vocab_size, np.maximum(1 - kept_mass_N, 0), 0)
+    return tail_mass_N.astype(np.float32)
+
+
+def _no_numbers(example: Example) -> UserError:
+    return UserError(
+        f"example {example.id}: the model gives log-probabilities that are no numbers: its weights "
+        "are damaged, or the number format overflows: try --dtype float32"
     )

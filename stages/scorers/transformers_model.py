@@ -13,7 +13,7 @@ from torch import Tensor
 from ...pipeline.errors import UserError
 from ...pipeline.records import Example, ScoredExample
 from ...trainer.models import ModelFiles, load_model, logits_at
-from .base import ScorerSettings, scored
+from .base import GivenIds, ScorerSettings, scored, with_given
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass
 _CHUNK_VALUES = 2**26  # logits in float32 at once: 256 MiB
@@ -27,14 +27,17 @@ class TransformersScorer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, getattr(torch, settings.dtype)).to(self.device).eval()
 
-    def score(self, examples: Sequence[Example], top_k: int) -> Iterator[tuple[int, ScoredExample]]:
+    def score(
+        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+    ) -> Iterator[tuple[int, ScoredExample]]:
         """Each example's place in `examples` and its scores, longest first."""
         places = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
         while places:
             rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
             batch, places = places[:rows], places[rows:]
+            given = [None if at is None else at[place] for place in batch]
             try:
-                scores = self._score_batch([examples[place] for place in batch], top_k)
+                scores = self._score_batch([examples[place] for place in batch], given, top_k)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     "the device is out of memory: finished shards are kept: run again with "
@@ -43,14 +46,16 @@ class TransformersScorer:
             yield from zip(batch, scores, strict=True)
 
     @torch.inference_mode()
-    def _score_batch(self, batch: Sequence[Example], top_k: int) -> list[ScoredExample]:
+    def _score_batch(
+        self, batch: Sequence[Example], given: Sequence[GivenIds | None], top_k: int
+    ) -> list[ScoredExample]:
         columns = np.unique(np.concatenate([example.positions for example in batch])) - 1
         logits_BCV = self._logits(batch, torch.from_numpy(columns).to(self.device))
         return [
             self._score_row(
-                example, logits_CV[np.searchsorted(columns, example.positions - 1)], top_k
+                example, ids, logits_CV[np.searchsorted(columns, example.positions - 1)], top_k
             )
-            for example, logits_CV in zip(batch, logits_BCV, strict=True)
+            for example, ids, logits_CV in zip(batch, given, logits_BCV, strict=True)
         ]
 
     def _logits(self, batch: Sequence[Example], columns: Tensor) -> Tensor:
@@ -67,24 +72,43 @@ class TransformersScorer:
         }
         return logits_at(self.model, columns, **inputs)
 
-    def _score_row(self, example: Example, logits_NV: Tensor, top_k: int) -> ScoredExample:
+    def _score_row(
+        self, example: Example, given: GivenIds | None, logits_NV: Tensor, top_k: int
+    ) -> ScoredExample:
+        N = len(logits_NV)
         observed_N = torch.from_numpy(example.observed_ids.astype(np.int64)).to(self.device)
+        given_Nw = np.empty((N, 0), np.int64) if given is None else given.padded()
         rows = max(1, _CHUNK_VALUES // self.vocab_size)
-        parts = [
-            _top(logits, observed, top_k)
-            for logits, observed in zip(logits_NV.split(rows), observed_N.split(rows), strict=True)
-        ]
-        log_probs, ranks, ids, top = (
+        chunks = zip(
+            logits_NV.split(rows),
+            observed_N.split(rows),
+            torch.from_numpy(given_Nw).to(self.device).split(rows),
+            strict=True,
+        )
+        parts = [_log_probs(*chunk, top_k) for chunk in chunks]
+        log_probs, ranks, ids, top, at = (
             torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
         )
-        return scored(example, log_probs, ranks, ids, top, self.vocab_size)
+        result = scored(example, log_probs, ranks, ids, top, self.vocab_size)
+        if given is None:
+            return result
+        return with_given(result, given, at[given_Nw >= 0], self.vocab_size)
 
 
-def _top(logits_nV: Tensor, observed_n: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities."""
+def _log_probs(
+    logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
+) -> tuple[Tensor, ...]:
+    """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities [n, k];
+    log-probabilities at the given ids [n, w], without a meaning where those are -1."""
     logits_nV = logits_nV.float()
     observed_n1 = logits_nV.gather(1, observed_n[:, None])
     log_norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
     top = logits_nV.topk(top_k, dim=1)
     ranks_n = (logits_nV >= observed_n1).sum(dim=1)
-    return (observed_n1 - log_norm_n1)[:, 0], ranks_n, top.indices, top.values - log_norm_n1
+    return (
+        (observed_n1 - log_norm_n1)[:, 0],
+        ranks_n,
+        top.indices,
+        top.values - log_norm_n1,
+        logits_nV.gather(1, given_nw.clamp_min(0)) - log_norm_n1,
+    )

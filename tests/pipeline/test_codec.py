@@ -225,6 +225,7 @@ def test_plain_arrow_reads_a_shard_file_as_lists_of_the_documented_types(tmp_pat
         "topk_ids": [[6, 9, 4], [0, 99]],
         "topk_log_probs": [[-0.5, -2.0, -0.25], [-0.125, -3.0]],
         "tail_mass": [[0.25, 0.125], [0.0]],
+        "token_weights": [[1.0, 0.5], [2.0]],
     }
     assert {field.name: str(field.type) for field in table.schema} == {
         "id": "string",
@@ -236,6 +237,7 @@ def test_plain_arrow_reads_a_shard_file_as_lists_of_the_documented_types(tmp_pat
         "topk_ids": "list<item: uint16>",
         "topk_log_probs": "list<item: float>",
         "tail_mass": "list<item: float>",
+        "token_weights": "list<item: float>",
     }
 
 

@@ -1,0 +1,194 @@
+"""The ceiling of targets: what a model that learnt them perfectly would do.
+
+A target can put so little on the observed token that no training teaches it. Mean −log Q(y) is what
+such a model still pays, the share of tokens with argmax Q = y how much of the demonstrations it
+would write itself. Both need no training run and no learning rate. For a method that reads the
+student, Q is that of the start, where the student is the base.
+
+N positions. All are added up over a folder, overall and by b(y), so that the shares and means are
+the same whatever the sharding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .choice import Choice
+from .codec import FlatBatch, segment_sums
+from .supports import (
+    Common,
+    Supports,
+    common_supports,
+    contrasted,
+    mixture,
+    observed_only,
+    safe_log,
+)
+from .targets import Evidence, Floats, Truncation, stored_residual
+
+BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
+SMALL_TRUST = 0.05
+SMALLEST_TARGET = 1e-10  # a Q(y) below counts as this, or one token would make the mean infinite
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """Means over supervised tokens; `name` is a bucket of b(y), or "all"."""
+
+    name: str
+    positions: int
+    nll: float  # mean −log Q(y) in nats
+    learnable: float  # share of tokens with argmax Q = y
+    starved: float  # share of tokens with γ < 0.05
+    divergence: float  # mean KL(Q ‖ base) in nats, at least: tails count as one outcome
+
+
+def has_ceiling(choice: Choice) -> bool:
+    """Whether the method has a target distribution at all."""
+    return choice.residual != "gem"
+
+
+def ceiling_sums(
+    evidence: Evidence, choice: Choice, residual: Supports, truncation: Truncation
+) -> dict[str, float]:
+    """What to add up over a folder; `residual` is the one stored."""
+    if not has_ceiling(choice):
+        return {}
+    trust, _ = choice.trust_and_scale(evidence.signals(choice.method.reads))
+    is_one_hot = choice.is_weight and not choice.reads_student
+    target_trust = np.ones_like(trust) if is_one_hot else trust
+    support = _residual_at_start(evidence, choice, residual, truncation)
+    log_target, is_mode = _observed_target(evidence, choice, target_trust, support)
+    divergence = _divergence_from_base(evidence, choice, target_trust, support)
+    values = {
+        "positions": np.ones(len(trust)),
+        "nll": -log_target,
+        "learnable": is_mode.astype(np.float64),
+        "starved": (trust < SMALL_TRUST).astype(np.float64),
+        "divergence": divergence,
+    }
+    bucket_N = np.digitize(np.exp(evidence.plain_base_log_prob), BUCKETS[1:-1])
+    sums = {
+        f"ceiling.{name}.{bucket}": float(total)
+        for name, value in values.items()
+        for bucket, total in enumerate(np.bincount(bucket_N, value, len(BUCKETS) - 1))
+    }
+    return sums | {"ceiling.reproducible": _reproducible(evidence.scores, is_mode)}
+
+
+def ceilings(sums: Mapping[str, float]) -> list[Ceiling]:
+    """The ceiling overall, then by bucket; empty where the method has none."""
+    if "ceiling.reproducible" not in sums:
+        return []
+    rows = [_ceiling(_bucket_name(bucket), [bucket], sums) for bucket in range(len(BUCKETS) - 1)]
+    return [_ceiling("all", range(len(BUCKETS) - 1), sums), *rows]
+
+
+def reproducible_share(sums: Mapping[str, float], demonstrations: int) -> float:
+    """The share of demonstrations that greedy decoding of their targets writes."""
+    return sums["ceiling.reproducible"] / max(demonstrations, 1)
+
+
+def ceiling_advice(overall: Ceiling, reproducible: float) -> str:
+    """What to say where a third of the tokens or most demonstrations cannot be learnt, else ""."""
+    if overall.learnable >= 2 / 3 and reproducible >= 1 / 2:
+        return ""
+    return (
+        f"another token than the observed one is the target's mode at {1 - overall.learnable:.0%} "
+        f"of the tokens, and {1 - reproducible:.0%} of the demonstrations cannot be learnt whole: "
+        "--method sft+kl always can, any method whose γ is above 0.5 too"
+    )
+
+
+def _ceiling(name: str, buckets: Any, sums: Mapping[str, float]) -> Ceiling:
+    total = {
+        value: sum(sums[f"ceiling.{value}.{bucket}"] for bucket in buckets)
+        for value in ("positions", "nll", "learnable", "starved", "divergence")
+    }
+    positions = total.pop("positions")
+    return Ceiling(
+        name, int(positions), **{key: value / max(positions, 1) for key, value in total.items()}
+    )
+
+
+def _bucket_name(bucket: int) -> str:
+    return f"{BUCKETS[bucket]:g} to {BUCKETS[bucket + 1]:g}"
+
+
+def _residual_at_start(
+    evidence: Evidence, choice: Choice, residual: Supports, truncation: Truncation
+) -> Supports:
+    """π̃ while the student is the base."""
+    if choice.residual == "student" and choice.reads_student:
+        return evidence.base
+    if choice.residual in ("observed", "student"):
+        observed = evidence.observed_ids
+        return observed_only(observed, np.zeros(len(observed)))
+    if choice.residual == "mixture" and choice.form == "live":
+        return stored_residual(evidence, choice.frozen, truncation)
+    return residual
+
+
+def _observed_target(
+    evidence: Evidence, choice: Choice, trust: Floats, residual: Supports
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """log Q(y), and whether no other token has as much, [N] each."""
+    is_observed = residual.ids == evidence.observed_ids[residual.position_of]
+    probs = residual.probs
+    observed = segment_sums(np.where(is_observed, probs, 0.0), residual.counts)
+    starts = np.cumsum(residual.counts) - residual.counts
+    others = np.where(is_observed, 0.0, probs)
+    highest = np.maximum.reduceat(others, starts) if len(starts) else np.zeros(0)
+    if choice.residual == "uniform":
+        highest = residual.tail_mass / (evidence.base_model.vocab_size - 1)
+    target = trust + (1 - trust) * observed
+    return np.log(np.maximum(target, SMALLEST_TARGET)), target > (1 - trust) * highest
+
+
+def _divergence_from_base(
+    evidence: Evidence, choice: Choice, trust: Floats, residual: Supports
+) -> Floats:
+    """KL(Q ‖ base), [N]: exact for a residual that is the base or none, else a lower bound."""
+    log_base = evidence.plain_base_log_prob
+    if choice.residual == "observed" or (trust == 1).all():
+        return -log_base
+    if choice.residual in ("base", "student") and evidence.base_model.temperature == 1:
+        target = trust + (1 - trust) * np.exp(log_base)
+        log_share = safe_log(1 - trust, 0.0)  # of what Q gives to all other tokens
+        return target * (safe_log(target, 0.0) - log_base) + (1 - target) * log_share
+    on_common, common = _residual_and_base(evidence, choice, residual)
+    is_observed = common.ids == evidence.observed_ids[on_common.position_of]
+    trust_K = trust[on_common.position_of]
+    target = np.where(is_observed, trust_K, 0.0) + (1 - trust_K) * on_common.probs
+    inner = target * (safe_log(target, 0.0) - common.log_probs)
+    tail = (1 - trust) * on_common.tail_mass
+    base_tail = np.maximum(common.tail_mass, np.finfo(np.float64).smallest_normal)
+    return segment_sums(inner, common.counts) + tail * (safe_log(tail, 0.0) - np.log(base_tail))
+
+
+def _residual_and_base(
+    evidence: Evidence, choice: Choice, residual: Supports
+) -> tuple[Supports, Common]:
+    """π̃ and the base on the same ids, the base being the first of the common."""
+    if evidence.base_model.temperature == 1 and choice.needs_teacher:
+        common = evidence.common
+        match choice.residual:
+            case "teacher":
+                return common.second, common
+            case "mixture":
+                return mixture(common, choice.parameters["eta"]), common
+            case "contrast":
+                return contrasted(common, choice.parameters["alpha"]), common
+            case _:
+                pass
+    common = common_supports(evidence.plain_base, residual)
+    return common.second, common
+
+
+def _reproducible(scores: FlatBatch, is_mode: NDArray[np.bool_]) -> float:
+    """How many demonstrations greedy decoding of their targets would write."""
+    missed = segment_sums((~is_mode).astype(np.int64), scores.lengths["position"])
+    return float((missed == 0).sum())

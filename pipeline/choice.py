@@ -1,0 +1,189 @@
+"""What a method is, and a method with its form and parameters settled (the table: `methods`)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+from array_api_compat import array_namespace
+
+from .errors import UserError
+from .rules import ONE, Array, Rule, Signals
+
+Form = Literal["live", "frozen-target", "frozen-weight"]
+# what π̃ is; "gem" names the one method whose gradient is no trust in a token
+Residual = Literal[
+    "observed", "student", "base", "teacher", "uniform", "mixture", "contrast", "gem"
+]
+# what a target folder holds for it; "base-observed" is the base's probability of y alone
+Stored = Literal["observed", "base-observed", "base", "teacher", "uniform", "mixture", "contrast"]
+
+FROZEN: tuple[Form, ...] = ("frozen-target", "frozen-weight")
+_OF_STUDENT = frozenset({"log_prob", "entropy", "top_entropy", "sequence_log_ratio"})
+_OF_TEACHER = frozenset({"teacher_log_prob", "divergence"})
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a method: a number in a range, or one of some words.
+
+    `default` None means that the data decide (see `Statistic`).
+    """
+
+    name: str
+    default: float | str | None
+    low: float = 0.0
+    high: float = 1e6
+    above: bool = False  # `low` itself is out of range
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """The range, in words."""
+        if self.words:
+            return f"one of {', '.join(self.words)}"
+        return f"{'above ' if self.above else ''}{self.low:g}{',' * self.above} to {self.high:g}"
+
+    def parse(self, method: str, value: Any) -> float | str:
+        """The value as a rule takes it. Raises UserError where it is not allowed."""
+        if self.words:
+            if value not in self.words:
+                raise UserError(f"{method}: {self.name}={value} is not known: give {self.allowed}")
+            return str(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{method}: {self.name}={value} is no number: give {self.allowed}"
+            ) from None
+        inside = self.low < number if self.above else self.low <= number
+        if not (inside and number <= self.high):  # also refuses NaN
+            raise UserError(
+                f"{method}: {self.name}={number:g} is out of range: give {self.allowed}"
+            )
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A parameter that is taken from the data set where it is not given.
+
+    It is the mean of the order statistics of `values` over all positions whose places, in ascending
+    order from 0, `places` tells from their number; `otherwise` where there are none of these.
+    """
+
+    parameter: str
+    reads: frozenset[str]
+    values: Callable[[Signals], Array]  # [...]
+    places: Callable[[int, Mapping[str, Any]], tuple[int, ...]]
+    otherwise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table.
+
+    `trust` and `scale` give γ and s from the signals named in `reads`. `refused` says of a form
+    that could be asked for why it is not there. The first of `forms` is what build-targets takes.
+    """
+
+    name: str
+    trust: Rule
+    trust_formula: str
+    residual: Residual
+    source: str
+    scale: Rule = ONE
+    scale_formula: str = "1"
+    reads: frozenset[str] = frozenset()
+    parameters: tuple[Parameter, ...] = ()
+    forms: tuple[Form, ...] = ("frozen-target", "live")
+    refused: Mapping[Form, str] = field(default_factory=dict)
+    statistic: Statistic | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A method with its form and parameters settled."""
+
+    method: Method
+    form: Form
+    parameters: dict[str, Any]
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether the target depends on the student as it trains."""
+        reads = self.method.reads & _OF_STUDENT or self.method.residual in ("mixture", "gem")
+        return self.form == "live" and bool(reads)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the loss is a weighted NLL: s·γ is then its weight and Q is one-hot."""
+        live = self.form == "live" and self.method.residual == "student"
+        return self.form == "frozen-weight" or live
+
+    @property
+    def residual(self) -> Residual:
+        """π̃ in this form: what stands for a residual that is the student."""
+        if self.form == "frozen-weight":
+            return "observed"
+        is_base = self.form == "frozen-target" and self.method.residual == "student"
+        return "base" if is_base else self.method.residual
+
+    @property
+    def frozen(self) -> "Choice":
+        """The same method with the base in the student's place."""
+        return replace(self, form="frozen-target")
+
+    @property
+    def stored(self) -> Stored:
+        """The distribution that a target folder must hold."""
+        if self.reads_student and self.residual in ("observed", "student", "gem"):
+            needs_base = self.method.reads & {"base_log_prob", "sequence_log_ratio"}
+            return "base-observed" if needs_base else "observed"
+        if self.residual == "student":
+            return "observed"
+        is_live_mixture = self.form == "live" and self.residual == "mixture"
+        return "teacher" if is_live_mixture else cast(Stored, self.residual)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's scores are needed to build the targets."""
+        of_teacher = bool((self.method.reads | self.statistic_reads) & _OF_TEACHER)
+        return of_teacher or self.stored in ("teacher", "mixture", "contrast")
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the demonstrations must say which tokens count."""
+        return "mask" in self.method.reads
+
+    @property
+    def unresolved(self) -> Statistic | None:
+        """The statistic of the data set that is still to be found."""
+        statistic = self.method.statistic
+        return statistic if statistic and statistic.parameter not in self.parameters else None
+
+    @property
+    def statistic_reads(self) -> frozenset[str]:
+        """The signals that the statistic is taken of."""
+        return self.method.statistic.reads if self.method.statistic else frozenset()
+
+    def resolved(self, value: float) -> "Choice":
+        """The choice with its statistic's value. Raises UserError where it is no use."""
+        assert self.method.statistic is not None
+        name = self.method.statistic.parameter
+        (parameter,) = (each for each in self.method.parameters if each.name == name)
+        checked = parameter.parse(self.method.name, value)
+        return replace(self, parameters=self.parameters | {name: checked})
+
+    def trust_and_scale(self, signals: Signals) -> tuple[Array, Array]:
+        """γ and s at each position, [...] each."""
+        return (
+            self.method.trust(signals, self.parameters),
+            self.method.scale(signals, self.parameters),
+        )
+
+    def trust_and_weight(self, signals: Signals) -> tuple[Array, Array]:
+        """The trust to store or train with, and the weight of the loss: 1 and s·γ for a weight."""
+        trust, scale = self.trust_and_scale(signals)
+        if self.is_weight:
+            return array_namespace(trust).ones_like(trust), scale * trust
+        return trust, scale

@@ -1,0 +1,130 @@
+"""Targets over the whole vocabulary, the plain reference beside every sparse path.
+
+V vocabulary; [...] any shape of positions, its last axis one example.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from array_api_compat import array_namespace
+
+from . import rules
+from .choice import Choice
+from .errors import UserError
+from .rules import Array, Signals
+
+
+def dense(
+    choice: Choice, models: Mapping[str, Array], observed: Array, mask: Array = None
+) -> tuple[Array, Array]:
+    """The target [..., V] and the scale [...]; see `methods.dense_target`.
+
+    `models` holds log p(·) [..., V] of the student, the base and the teacher, or None.
+    """
+    given = _Given(choice.method.name, models)
+    signals = _signals(choice, given, observed, mask)
+    statistic = choice.unresolved
+    if statistic is not None:
+        values = statistic.values(signals).reshape(-1)
+        values = array_namespace(values).sort(values)
+        places = statistic.places(len(values), choice.parameters)
+        found = sum(float(values[place]) for place in places) / max(len(places), 1)
+        choice = choice.resolved(found if places else statistic.otherwise)
+    return _target(choice, given, observed, signals)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The models' log-probabilities that were handed in."""
+
+    method: str
+    models: Mapping[str, Array]
+
+    def __getitem__(self, model: str) -> Array:
+        if self.models[model] is None:
+            raise UserError(f"{self.method} needs {model}_log_probs")
+        return self.models[model]
+
+
+def _signals(choice: Choice, given: _Given, observed: Array, mask: Array) -> Signals:
+    followed = "student" if choice.form == "live" else "base"
+
+    def at_observed(model: str) -> Array:
+        is_observed = _one_hot(observed, given[model])
+        xp = array_namespace(given[model])
+        return xp.sum(xp.where(is_observed, given[model], 0.0), axis=-1)
+
+    def top() -> Array:
+        xp = array_namespace(given[followed])
+        highest_first = xp.sort(given[followed], axis=-1, descending=True)
+        return rules.renormalised_entropy(highest_first[..., : rules.TOP_ENTROPY_SIZE])
+
+    def sequence_log_ratio() -> Array:
+        ratio = at_observed(followed) - at_observed("base")
+        xp = array_namespace(ratio)
+        return xp.zeros_like(ratio) + xp.mean(ratio, axis=-1, keepdims=True)
+
+    def given_mask() -> Array:
+        if mask is None:
+            raise UserError(f"{choice.method.name} needs a mask")
+        return mask
+
+    compute: dict[str, Callable[[], Array]] = {
+        "log_prob": lambda: at_observed(followed),
+        "entropy": lambda: rules.entropy(given[followed]),
+        "top_entropy": top,
+        "sequence_log_ratio": sequence_log_ratio,
+        "base_log_prob": lambda: at_observed("base"),
+        "teacher_log_prob": lambda: at_observed("teacher"),
+        "divergence": lambda: rules.divergence(given["teacher"], given["base"]),
+        "mask": given_mask,
+    }
+    reads = choice.method.reads | choice.statistic_reads
+    if not reads:  # something must tell the shape
+        model = next(name for name in given.models if given.models[name] is not None)
+        return Signals(log_prob=at_observed(model))
+    return Signals(**{name: compute[name]() for name in reads})
+
+
+def _target(
+    choice: Choice, given: _Given, observed: Array, signals: Signals
+) -> tuple[Array, Array]:
+    trust, scale = choice.trust_and_scale(signals)
+    if choice.form == "frozen-weight":
+        trust, scale = array_namespace(trust).ones_like(trust), scale * trust
+    like = next(array for array in given.models.values() if array is not None)
+    is_observed = _one_hot(observed, like)
+    xp = array_namespace(like)
+    one_hot = xp.astype(is_observed, like.dtype)
+    if choice.residual == "gem":
+        log_probs = given["student"]
+        gradient = rules.matching_gradient(log_probs, is_observed, **choice.parameters)
+        return xp.exp(log_probs) - gradient, scale
+    residual = _residual(choice, given, one_hot)
+    return trust[..., None] * one_hot + (1 - trust[..., None]) * residual, scale
+
+
+def _residual(choice: Choice, given: _Given, one_hot: Array) -> Array:
+    xp = array_namespace(one_hot)
+    match choice.residual:
+        case "observed":
+            return one_hot
+        case "student" | "base" | "teacher":
+            return xp.exp(given[choice.residual])
+        case "uniform":
+            return xp.full_like(one_hot, 1 / one_hot.shape[-1])
+        case "contrast":
+            ratio = rules.contrast(given["teacher"], given["base"], choice.parameters["alpha"])
+            return xp.exp(ratio)
+        case _:
+            own = given["student" if choice.form == "live" else "base"]
+            no_tail = xp.full_like(own[..., 0], -float("inf"))
+            eta = choice.parameters["eta"]
+            mixed, _ = rules.geometric_mixture(own, no_tail, given["teacher"], no_tail, eta)
+            return xp.exp(mixed)
+
+
+def _one_hot(observed: Array, like: Array) -> Array:
+    """Where the observed token stands in the vocabulary, [..., V] of truth values."""
+    xp = array_namespace(like)
+    return xp.arange(like.shape[-1]) == xp.asarray(observed)[..., None]

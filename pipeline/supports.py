@@ -1,0 +1,274 @@
+"""Ragged distributions over the vocabulary: some entries at each position, the rest in a tail.
+
+N positions, K entries of all of them end to end. Everything is in float64: what is stored is
+rounded at the end, once.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import rules
+from .codec import FlatBatch, segment_sums
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Supports:
+    """`counts[n]` entries at position n, most probable first, but for an observed token at the end.
+
+    `tail_mass` adds up what is outside the entries; it is not 1 minus their sum, which cancels.
+    """
+
+    counts: Ints  # [N]
+    ids: NDArray[np.int32]  # [K]
+    log_probs: Floats  # [K]
+    tail_mass: Floats  # [N]
+
+    @property
+    def probs(self) -> Floats:
+        """The entries' probabilities, [K]."""
+        return np.exp(self.log_probs)
+
+    @property
+    def position_of(self) -> Ints:
+        """The position that each entry belongs to, [K]."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @property
+    def ranks(self) -> Ints:
+        """Each entry's place at its position, from 0, [K]."""
+        starts = np.cumsum(self.counts) - self.counts
+        return np.arange(len(self.ids)) - np.repeat(starts, self.counts)
+
+    @property
+    def log_tail(self) -> Floats:
+        """log of the tail's mass, −inf where there is none, [N]."""
+        return safe_log(self.tail_mass)
+
+
+def known_supports(scores: FlatBatch) -> Supports:
+    """What a batch of scores knows of its model: its entries and the observed token."""
+    counts = scores["counts"].astype(np.int64)
+    ids = scores["topk_ids"]
+    log_probs = scores["topk_log_probs"].astype(np.float64)
+    observed = scores.observed_ids
+    seen = np.bincount(_where_observed(counts, ids, observed), minlength=len(counts))
+    outside = seen == 0
+    observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
+    tail_mass = scores["tail_mass"].astype(np.float64)
+    tail_mass[outside] = np.maximum(tail_mass[outside] - np.exp(observed_log_probs), 0)
+    ends = np.cumsum(counts)[outside]
+    return Supports(
+        counts + outside,
+        np.insert(ids, ends, observed[outside]),
+        np.insert(log_probs, ends, observed_log_probs),
+        tail_mass,
+    )
+
+
+def within(supports: Supports, vocab_size: int) -> Supports:
+    """The same distribution, ids from `vocab_size` on in its tail."""
+    inside = supports.ids < vocab_size
+    if inside.all():
+        return supports
+    return Supports(
+        np.bincount(supports.position_of[inside], minlength=len(supports.counts)),
+        supports.ids[inside],
+        supports.log_probs[inside],
+        _tail_without(supports, np.flatnonzero(inside)),
+    )
+
+
+def observed_only(observed_ids: NDArray[np.int32], log_probs: Floats) -> Supports:
+    """The observed token with its probability, the rest in the tail."""
+    counts = np.ones(len(observed_ids), np.int64)
+    return Supports(counts, observed_ids, log_probs, -np.expm1(log_probs))
+
+
+def truncated(
+    supports: Supports, observed_ids: NDArray[np.int32], top_p: float, max_support: int
+) -> Supports:
+    """The smallest prefix of mass `top_p`, at most `max_support` entries, and the observed token.
+
+    What is left out goes to the tail; support and tail are then scaled to add up to 1.
+    """
+    probs, position_of, ranks = supports.probs, supports.position_of, supports.ranks
+    size = len(supports.counts)
+    mass_before = _mass_before(probs, position_of, ranks, size)
+    is_observed = supports.ids == observed_ids[position_of]
+    wanted = ((mass_before < top_p) | (top_p == 1)) & (ranks < max_support) & (probs > 0)
+    keep = wanted | is_observed
+    tail_mass = supports.tail_mass + np.bincount(position_of, np.where(keep, 0.0, probs), size)
+    kept = Supports(
+        np.bincount(position_of[keep], minlength=size),
+        supports.ids[keep],
+        supports.log_probs[keep],
+        tail_mass,
+    )
+    return normalised(kept)
+
+
+def normalised(supports: Supports) -> Supports:
+    """The same distribution, its entries and tail scaled to add up to 1."""
+    total = segment_sums(supports.probs, supports.counts) + supports.tail_mass
+    log_probs = supports.log_probs - np.repeat(np.log(total), supports.counts)
+    return replace(supports, log_probs=log_probs, tail_mass=supports.tail_mass / total)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Common:
+    """Two distributions on the ids at which both are known; the rest of each in its tail."""
+
+    counts: Ints  # [N]
+    ids: NDArray[np.int32]  # [K]
+    log_probs: Floats  # [K] of the one
+    other_log_probs: Floats  # [K] of the other
+    tail_mass: Floats  # [N]
+    other_tail_mass: Floats  # [N]
+
+    @property
+    def first(self) -> Supports:
+        """The one distribution."""
+        return Supports(self.counts, self.ids, self.log_probs, self.tail_mass)
+
+    @property
+    def second(self) -> Supports:
+        """The other distribution."""
+        return Supports(self.counts, self.ids, self.other_log_probs, self.other_tail_mass)
+
+
+def common_supports(one: Supports, other: Supports) -> Common:
+    """Two distributions on their common ids, in the order of the first."""
+    place, other_place = _matches(one, other)
+    counts = np.bincount(one.position_of[place], minlength=len(one.counts))
+    return Common(
+        counts,
+        one.ids[place],
+        one.log_probs[place],
+        other.log_probs[other_place],
+        _tail_without(one, place),
+        _tail_without(other, other_place),
+    )
+
+
+def mixture(common: Common, eta: float) -> Supports:
+    """∝ p^(1−η)·q^η on the common support, its tail as one outcome, in the order of the common."""
+    mixed_NS, mixed_tail_N = rules.geometric_mixture(
+        padded(common.counts, common.log_probs, -np.inf),
+        safe_log(common.tail_mass),
+        padded(common.counts, common.other_log_probs, -np.inf),
+        safe_log(common.other_tail_mass),
+        eta,
+    )
+    log_probs = unpadded(common.counts, mixed_NS)
+    return Supports(common.counts, common.ids, log_probs, np.exp(mixed_tail_N))
+
+
+def contrasted(common: Common, alpha: float) -> Supports:
+    """∝ q/p where q ≥ alpha·max q, 0 elsewhere, in the order of the common; q is the second."""
+    ratio_NS = rules.contrast(
+        padded(common.counts, common.other_log_probs, -np.inf),
+        padded(common.counts, common.log_probs, 0.0),
+        alpha,
+    )
+    log_probs = unpadded(common.counts, ratio_NS)
+    return Supports(common.counts, common.ids, log_probs, np.zeros(len(common.counts)))
+
+
+def most_probable_first(supports: Supports) -> Supports:
+    """The same distribution, its entries sorted; equals stay in their order."""
+    counts = supports.counts
+    log_probs_NS = padded(counts, supports.log_probs, -np.inf)
+    order_NS = np.argsort(-log_probs_NS, axis=1, kind="stable")
+    ids_NS = padded(counts, supports.ids, -1)
+    return replace(
+        supports,
+        ids=unpadded(counts, np.take_along_axis(ids_NS, order_NS, axis=1)),
+        log_probs=unpadded(counts, np.take_along_axis(log_probs_NS, order_NS, axis=1)),
+    )
+
+
+def common_divergence(common: Common) -> Floats:
+    """KL(second ‖ first) at each position, [N], the tails as one outcome: a lower bound."""
+    log_second, log_first = common.other_log_probs, common.log_probs
+    inner = segment_sums(np.exp(log_second) * (log_second - log_first), common.counts)
+    tail = common.other_tail_mass
+    return inner + tail * (safe_log(tail, 0.0) - safe_log(common.tail_mass, 0.0))
+
+
+def padded(counts: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
+    """Ragged values [K] as [N, S], `fill` beyond each position's own."""
+    filled = np.full((len(counts), counts.max(initial=1)), fill, values.dtype)
+    filled[_is_entry(counts)] = values
+    return filled
+
+
+def unpadded(counts: Ints, values_NS: NDArray[Any]) -> NDArray[Any]:
+    """The ragged values [K] of [N, S]."""
+    return values_NS[_is_entry(counts)]
+
+
+def safe_log(values: Floats, of_zero: float = -np.inf) -> Floats:
+    """log of values ≥ 0, without a warning where they are 0."""
+    positive = values > 0
+    return np.where(positive, np.log(np.where(positive, values, 1.0)), of_zero)
+
+
+def _is_entry(counts: Ints) -> NDArray[np.bool_]:
+    return np.arange(counts.max(initial=1)) < counts[:, None]
+
+
+def _where_observed(counts: Ints, ids: NDArray[np.int32], observed: NDArray[np.int32]) -> Ints:
+    """The positions at which the observed token is among the entries."""
+    position_of = np.repeat(np.arange(len(counts)), counts)
+    return position_of[ids == observed[position_of]]
+
+
+def _mass_before(probs: Floats, position_of: Ints, ranks: Ints, size: int) -> Floats:
+    """The mass of the entries before each one at its position, [K].
+
+    Added up row by row, so that the same distribution gives the same sums wherever it stands.
+    """
+    before_NS = np.zeros((size, ranks.max(initial=0) + 2))
+    before_NS[position_of, ranks + 1] = probs
+    return np.cumsum(before_NS, axis=1)[position_of, ranks]
+
+
+def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
+    """The entries of both that have the same id at the same position, as places in each, [K].
+
+    Both are sorted by id in one row a position: an id that both have then stands there twice.
+    """
+    split = int(one.counts.max(initial=1))
+    bits = (split + int(other.counts.max(initial=1)) - 1).bit_length()  # of a column's number
+    keys_NW = np.concatenate(
+        [padded(one.counts, one.ids, -1), padded(other.counts, other.ids, -1)],
+        axis=1,
+        dtype=np.int64,
+    )
+    keys_NW <<= bits
+    keys_NW |= np.arange(keys_NW.shape[1])
+    keys_NW.sort(axis=1)
+    ids_NW = keys_NW >> bits
+    found_NW = (ids_NW[:, 1:] == ids_NW[:, :-1]) & (ids_NW[:, 1:] >= 0)
+    rows = np.repeat(np.arange(len(found_NW)), np.count_nonzero(found_NW, axis=1))
+    columns_NW = keys_NW & ((1 << bits) - 1)
+    starts, other_starts = (np.cumsum(each.counts) - each.counts for each in (one, other))
+    other_of = np.full(len(one.ids), -1)
+    other_of[starts[rows] + columns_NW[:, :-1][found_NW]] = (
+        other_starts[rows] + columns_NW[:, 1:][found_NW] - split
+    )
+    place = np.flatnonzero(other_of >= 0)
+    return place, other_of[place]
+
+
+def _tail_without(supports: Supports, kept: Ints) -> Floats:
+    """The tail of a distribution of which only some entries are kept."""
+    probs = supports.probs
+    probs[kept] = 0
+    return supports.tail_mass + segment_sums(probs, supports.counts)

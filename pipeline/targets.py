@@ -1,0 +1,268 @@
+"""From scores to targets, a batch at a time, and what the targets can teach at best.
+
+N positions of a batch, V vocabulary. All of it in float64, rounded where it is stored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import rules
+from .choice import Choice
+from .codec import FlatBatch, segment_sums
+from .errors import UserError
+from .rules import Signals
+from .supports import (
+    Common,
+    Supports,
+    common_divergence,
+    common_supports,
+    contrasted,
+    known_supports,
+    mixture,
+    most_probable_first,
+    observed_only,
+    padded,
+    truncated,
+    within,
+)
+from .temperature import tempered
+
+Floats = NDArray[np.float64]
+SMALLEST_PROB = float(np.finfo(np.float32).smallest_normal)  # that a stored probability resolves
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """How much of a distribution is stored: a prefix of mass `top_p`, at most `max_support` ids."""
+
+    top_p: float = 0.99
+    max_support: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """How a score folder is read: its k and its vocabulary, and at which temperature."""
+
+    top_k: int
+    vocab_size: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of the base and the teacher at the positions of a batch."""
+
+    scores: FlatBatch
+    base_model: Model
+    teacher_scores: FlatBatch | None = None
+    teacher_model: Model | None = None
+
+    @property
+    def observed_ids(self) -> NDArray[np.int32]:
+        """The supervised tokens, [N]."""
+        return self.scores.observed_ids
+
+    @property
+    def token_weights(self) -> Floats:
+        """The weights that came with the demonstrations, [N]."""
+        return self.scores["token_weights"].astype(np.float64)
+
+    @cached_property
+    def plain_base_log_prob(self) -> Floats:
+        """log b(y) as it was scored, [N]."""
+        return _observed_log_prob(self.scores)
+
+    @cached_property
+    def plain_base(self) -> Supports:
+        """The base prior as it was scored."""
+        return known_supports(self.scores)
+
+    @cached_property
+    def base_and_bound(self) -> tuple[Supports, Floats]:
+        """The base prior at its temperature, and how far off it may be, [N]."""
+        return _at_temperature(self.plain_base, self.base_model)
+
+    @property
+    def base(self) -> Supports:
+        """The base prior at its temperature."""
+        return self.base_and_bound[0]
+
+    @cached_property
+    def teacher_and_bound(self) -> tuple[Supports, Floats]:
+        """The teacher at its temperature, and how far off it may be, [N]."""
+        assert self.teacher_scores is not None
+        assert self.teacher_model is not None
+        known = known_supports(self.teacher_scores)
+        supports, bound = _at_temperature(known, self.teacher_model)
+        return within(supports, self.base_model.vocab_size), bound
+
+    @property
+    def teacher(self) -> Supports:
+        """The teacher at its temperature."""
+        return self.teacher_and_bound[0]
+
+    @cached_property
+    def common(self) -> Common:
+        """Base and teacher on the ids at which both are known."""
+        return common_supports(self.base, self.teacher)
+
+    @cached_property
+    def base_log_prob(self) -> Floats:
+        """log b(y), [N]."""
+        if self.base_model.temperature == 1:
+            return self.plain_base_log_prob
+        return _at_observed(self.base, self.observed_ids)
+
+    @cached_property
+    def teacher_log_prob(self) -> Floats:
+        """log q(y), [N]."""
+        assert self.teacher_scores is not None
+        assert self.teacher_model is not None
+        if self.teacher_model.temperature == 1:
+            return _observed_log_prob(self.teacher_scores)
+        return _at_observed(self.teacher, self.observed_ids)
+
+    def signals(self, reads: frozenset[str]) -> Signals:
+        """The signals that a rule reads, the base standing for the model that it follows."""
+        compute: dict[str, Callable[[], Floats]] = {
+            "log_prob": lambda: self.base_log_prob,
+            "entropy": self._entropy,
+            "top_entropy": self._top_entropy,
+            "sequence_log_ratio": lambda: np.zeros_like(self.base_log_prob),
+            "base_log_prob": lambda: self.base_log_prob,
+            "teacher_log_prob": lambda: self.teacher_log_prob,
+            "divergence": lambda: common_divergence(self.common),
+            "mask": lambda: self.token_weights,
+        }
+        return Signals(**{name: compute[name]() for name in reads | {"log_prob"}})
+
+    def _entropy(self) -> Floats:
+        """The tail as one outcome: a lower bound."""
+        log_probs_NS = padded(self.base.counts, self.base.log_probs, -np.inf)
+        return rules.entropy(np.concatenate([log_probs_NS, self.base.log_tail[:, None]], axis=1))
+
+    def _top_entropy(self) -> Floats:
+        log_probs_NS = padded(self.base.counts, self.base.log_probs, -np.inf)
+        return rules.renormalised_entropy(log_probs_NS[:, : rules.TOP_ENTROPY_SIZE])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """The targets of a batch by one choice, before they are rounded to be stored."""
+
+    choice: Choice
+    trust: Floats  # [N] to store
+    weights: Floats  # [N]
+    residual: Supports
+
+
+def targets_of(evidence: Evidence, choice: Choice, truncation: Truncation) -> Targets:
+    """What a target folder holds of a batch.
+
+    What the trainer reads off the student as it trains is stored as trust 1 and weight 1.
+    """
+    if choice.reads_student:
+        trust = np.ones(len(evidence.observed_ids))
+        weights = trust
+    else:
+        if choice.needs_mask:
+            _refuse_no_mask(evidence)
+        trust, weights = choice.trust_and_weight(evidence.signals(choice.method.reads))
+    if not choice.needs_mask:  # a mask has had its say as γ
+        weights = weights * evidence.token_weights
+    return Targets(choice, trust, weights, stored_residual(evidence, choice, truncation))
+
+
+def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) -> Supports:
+    """The distribution that a target folder holds, on its stored support."""
+    observed = evidence.observed_ids
+    match choice.stored:
+        case "observed":
+            return observed_only(observed, np.zeros(len(observed)))
+        case "base-observed":
+            log_prob = np.maximum(evidence.base_log_prob, np.log(SMALLEST_PROB))
+            return observed_only(observed, log_prob)
+        case "uniform":
+            log_prob = -np.log(evidence.base_model.vocab_size)
+            return observed_only(observed, np.full(len(observed), log_prob))
+        case "base":
+            whole = evidence.base
+        case "teacher":
+            whole = evidence.teacher
+        case "mixture":
+            whole = most_probable_first(mixture(evidence.common, choice.parameters["eta"]))
+        case "contrast":
+            _refuse_unknown_head(evidence, choice.parameters["alpha"])
+            whole = most_probable_first(contrasted(evidence.common, choice.parameters["alpha"]))
+    return truncated(whole, observed, truncation.top_p, truncation.max_support)
+
+
+def flat_targets(evidence: Evidence, targets: Targets) -> FlatBatch:
+    """The targets as they are stored."""
+    scores, residual = evidence.scores, targets.residual
+    arrays = {
+        "input_ids": scores["input_ids"],
+        "positions": scores["positions"],
+        "trust": targets.trust.astype(np.float32),
+        "counts": residual.counts.astype(np.int32),
+        "support_ids": residual.ids.astype(np.int32),
+        "support_probs": residual.probs.astype(np.float32),
+        "tail_mass": residual.tail_mass.astype(np.float32),
+        "weights": targets.weights.astype(np.float32),
+    }
+    entries = segment_sums(residual.counts, scores.lengths["position"])
+    return FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries})
+
+
+def _refuse_no_mask(evidence: Evidence) -> None:
+    """Raises UserError for token weights that are no shares."""
+    too_much = evidence.token_weights > 1
+    if too_much.any():
+        raise UserError(
+            f"example {_example_at(evidence.scores, too_much)}: a token has the weight "
+            f"{evidence.token_weights[too_much][0]:g}, a mask goes from 0 to 1: mend its weights"
+        )
+
+
+def _refuse_unknown_head(evidence: Evidence, alpha: float) -> None:
+    """Raises UserError where the base is not known at an id of the teacher's head."""
+    teacher, common = evidence.teacher, evidence.common
+    size = len(teacher.counts)
+    starts = np.cumsum(teacher.counts) - teacher.counts
+    lowest = np.maximum.reduceat(teacher.log_probs, starts) + np.log(alpha) if size else np.zeros(0)
+    in_head = teacher.log_probs >= lowest[teacher.position_of]
+    in_common = common.other_log_probs >= lowest[common.second.position_of]
+    wanted = np.bincount(teacher.position_of[in_head], minlength=size)
+    known = np.bincount(common.second.position_of[in_common], minlength=size)
+    if (wanted > known).any():
+        raise UserError(
+            f"example {_example_at(evidence.scores, wanted > known)}: the base's probability of a "
+            "token that the teacher finds likely is not known: score the base with `qpipe score "
+            "--at` the teacher's folder, and build from that"
+        )
+
+
+def _example_at(scores: FlatBatch, at_N: NDArray[np.bool_]) -> str:
+    """The id of the first example with a position at which something holds."""
+    ends = np.cumsum(scores.lengths["position"])
+    return scores.ids[int(np.searchsorted(ends, np.argmax(at_N), side="right"))]
+
+
+def _at_temperature(supports: Supports, model: Model) -> tuple[Supports, Floats]:
+    if model.temperature == 1:
+        return supports, np.zeros(len(supports.counts))
+    return tempered(supports, model.temperature, model.top_k, model.vocab_size)
+
+
+def _observed_log_prob(scores: FlatBatch) -> Floats:
+    log_prob = scores["observed_log_probs"].astype(np.float64)
+    return np.minimum(log_prob, 0)  # rounding may exceed it
+
+
+def _at_observed(supports: Supports, observed: NDArray[np.int32]) -> Floats:
+    is_observed = supports.ids == observed[supports.position_of]
+    return np.minimum(supports.log_probs[is_observed], 0)

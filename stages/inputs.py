@@ -1,0 +1,84 @@
+"""The score folders that targets are built from: the base's, and a teacher's joined to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..pipeline.choice import Choice
+from ..pipeline.errors import UserError
+from ..pipeline.manifest import read_manifest
+from ..pipeline.progress import progress_bar
+from ..pipeline.rules import TOP_ENTROPY_SIZE
+from ..pipeline.targets import Evidence
+from .teacher import ScoreFolder, Teacher
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What build-targets reads."""
+
+    scores: ScoreFolder
+    teacher: "Teacher | None"
+
+    @property
+    def shard_count(self) -> int:
+        """Target shards match the base's score shards."""
+        return len(self.scores.manifest.shards)
+
+    def evidence(self, index: int) -> Iterator[Evidence]:
+        """What is known at the positions of a shard, batch by batch."""
+        batches = self.scores.batches(index)
+        if self.teacher is None:
+            for batch in batches:
+                yield Evidence(batch, self.scores.model)
+        else:
+            model = self.teacher.folder.model
+            for batch, teacher_batch in self.teacher.join(index, batches):
+                yield Evidence(batch, self.scores.model, teacher_batch, model)
+
+    def all_evidence(self, description: str) -> Iterator[Evidence]:
+        """What is known at all positions, in order, under a progress bar."""
+        total = self.scores.manifest.totals["positions"]
+        with progress_bar(total=total, desc=description, unit="tok", unit_scale=True) as progress:
+            for index in range(self.shard_count):
+                for evidence in self.evidence(index):
+                    yield evidence
+                    progress.update(len(evidence.observed_ids))
+
+    def lacking(self, choice: Choice) -> tuple[str, str] | None:
+        """What a method needs that is not here, and the way to it; None where nothing lacks."""
+        folder, settings = self.scores.path, self.scores.manifest.settings
+        if choice.needs_teacher and self.teacher is None:
+            return "a teacher", (
+                "score the demonstrations under another model of the same tokenizer with `qpipe "
+                f"score --model … --at {folder} --out teacher`, then give --teacher teacher"
+            )
+        if choice.needs_mask and not self.scores.manifest.totals["sums"].get("weighted"):
+            return f"token weights, and the demonstrations of {folder} carry none", (
+                "give their answers `spans`, `token_weights` or `weight`, and score again"
+            )
+        needed = min(TOP_ENTROPY_SIZE, settings["vocab_size"])
+        reads_top = "top_entropy" in choice.method.reads and not choice.reads_student
+        if reads_top and settings["top_k"] < needed:
+            return f"the {needed} most probable tokens, {folder} holds {settings['top_k']}", (
+                f"score again with --top-k {needed} or more"
+            )
+        return None
+
+    def check(self, choice: Choice) -> None:
+        """Raises UserError for a method that needs what is not here."""
+        lacking = self.lacking(choice)
+        if lacking is not None:
+            what, way_out = lacking
+            raise UserError(f"{choice.method.name} needs {what}: {way_out}")
+
+
+def open_inputs(
+    scores: Path, teacher: Path | None, temperature: float = 1.0, teacher_temperature: float = 1.0
+) -> Inputs:
+    """Open the folders. Raises UserError where they do not fit together."""
+    base = ScoreFolder(scores, read_manifest(scores, "score"), temperature)
+    if teacher is None:
+        return Inputs(base, None)
+    other = ScoreFolder(teacher, read_manifest(teacher, "score"), teacher_temperature)
+    return Inputs(base, Teacher(base, other))

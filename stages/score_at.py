@@ -1,0 +1,119 @@
+"""`qpipe score --at`: the very examples of a score folder, under another model of its tokenizer.
+
+Shard i covers shard i of that folder. Each position holds this model's top k and, besides, its
+log-probabilities at the ids that the folder holds there: the two models share a support.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.codec import split
+from ..pipeline.errors import UserError
+from ..pipeline.manifest import Manifest, read_manifest
+from ..pipeline.records import Example, ScoredExample
+from ..pipeline.runner import StageResult
+from ..pipeline.shards import folder_schema, read_scores, read_shard
+from ..trainer.models import ModelFiles, find_model
+from .score import ModelSettings, Unscored, score_source
+from .scorers.base import GivenIds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreAtSettings(ModelSettings):
+    """The options of `qpipe score --at`."""
+
+    at: Path
+
+    def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)  # slots leave super() without its class
+        if self.out.resolve() == self.at.resolve():
+            raise UserError(f"--out {self.out}: is the folder of --at: give another --out")
+
+
+def score_at(settings: ScoreAtSettings) -> StageResult:
+    """Make the score folder of another one's examples, or what is missing of it."""
+    manifest = read_manifest(settings.at, "score")
+    model = find_model(settings.model, settings.revision)
+    _check_tokenizer(settings.at, manifest, model)
+    _check_examples(settings.at, manifest, model)
+    return score_source(settings, _ScoreFolder(settings.at, manifest, model), model)
+
+
+class _ScoreFolder:
+    """Examples as a score folder holds them, with the ids at each of their positions."""
+
+    gathers = True
+
+    def __init__(self, folder: Path, manifest: Manifest, model: ModelFiles) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.vocab_size = model.vocab_size
+        # `_check_examples` has seen to it that none is longer
+        self.max_length = min(manifest.settings["max_length"], model.max_length)
+
+    def settings(self) -> dict[str, Any]:
+        return self.manifest.settings  # how rows were read, above all
+
+    def inputs(self) -> dict[str, str]:
+        return {"at": self.manifest.fingerprint}
+
+    def parents(self) -> dict[str, Any]:
+        identity, parents = asdict(self.manifest.identity), self.manifest.parents
+        return {"at": {"identity": identity, "parents": parents}}
+
+    def count(self) -> int | None:
+        return self.manifest.totals["rows"]
+
+    def shards(self, first: int) -> Iterator[Callable[[], Unscored]]:
+        for index in range(first, len(self.manifest.shards)):
+            yield lambda index=index: self._read(index)
+
+    def _read(self, index: int) -> Unscored:
+        at: list[GivenIds] = []
+        shard = Unscored(at=at)
+        schema = folder_schema(self.manifest)
+        for batch in read_shard(self.folder, self.manifest, self.manifest.shards[index]):
+            scored: ScoredExample
+            for scored in split(schema, batch):
+                given = GivenIds(scored.counts, scored.topk_ids)
+                shard.examples.append(Example(scored.id, scored.input_ids, scored.positions))
+                shard.token_weights.append(scored.token_weights)
+                # models pad their vocabularies by different amounts: such an id is no token
+                at.append(given.below(self.vocab_size))
+        return shard
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest, model: ModelFiles) -> None:
+    theirs, ours = manifest.settings["tokenizer_hash"], model.tokenizer_hash
+    if theirs != ours:
+        raise UserError(
+            f"{folder}: made with tokenizer hash {theirs}, model {model.name} has {ours}: give a "
+            "model of the same tokenizer: the ids of another one mean other tokens"
+        )
+
+
+def _check_examples(folder: Path, manifest: Manifest, model: ModelFiles) -> None:
+    """Refuse examples that are too long for the model, or hold tokens that it lacks.
+
+    They are read for this only where the folder's own limits leave it open.
+    """
+    limit, vocab_size = model.max_length, model.vocab_size
+    settings = manifest.settings
+    if settings["max_length"] <= limit and settings["vocab_size"] <= vocab_size:
+        return
+    longest, largest = 0, 0
+    for example in read_scores(folder):
+        longest = max(longest, len(example.input_ids))
+        largest = max(largest, int(example.input_ids.max()))
+    if longest > limit:
+        raise UserError(
+            f"{folder}: its longest example has {longest} tokens, model {model.name} takes {limit}:"
+            f" score the demonstrations again with --max-length {limit}, or give another --model"
+        )
+    if largest >= vocab_size:
+        raise UserError(
+            f"{folder}: token {largest} stands in its examples, the vocabulary of model "
+            f"{model.name} ends before {vocab_size}: give another --model"
+        )

@@ -1,0 +1,137 @@
+"""What a run minimises: the method of its target folder, frozen or live.
+
+A frozen target is read from the folder. A live one depends on the student as it trains: its trust,
+scale and residual are computed from the logits of the step, by the same rules that build-targets
+uses, and without a gradient; what they need of the base or the teacher is in the folder.
+
+N supervised positions, V vocabulary, S entries of the widest support.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pipeline import rules
+from ..pipeline.choice import Choice
+from ..pipeline.methods import choose
+from ..pipeline.rules import Signals
+from .collate import SparseTargets
+from .loss import TailShape, at_least_float32, complement_log_probs, target_losses
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A batch's Σ weight·loss, and a bound of what a truncated support does to its gradient.
+
+    `error_bounds` bounds ‖ĝ − g‖₁ at each position, ĝ the gradient with respect to the logits and g
+    that of the full teacher; [N], None where the target does not depend on the truncation.
+    """
+
+    sum: Tensor
+    error_bounds: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A method as the trainer follows it."""
+
+    choice: Choice
+    tail_shape: TailShape
+    residual: str  # what the folder holds
+
+    def __call__(self, logits_NV: Tensor, targets: SparseTargets) -> Loss:
+        """Σ weight·loss over the batch, to be divided by the supervised tokens of the step."""
+        if not self.choice.reads_student:
+            losses = target_losses(logits_NV, targets, self.tail_shape)
+            return Loss((targets.weights * losses).sum())
+        if self.choice.residual == "gem":
+            losses = matching_losses(logits_NV, targets.observed_ids, self.choice)
+            return Loss((targets.weights * losses).sum())
+        live, bounds = live_targets(self.choice, logits_NV.detach(), targets)
+        losses = target_losses(logits_NV, live, self.tail_shape)
+        return Loss((live.weights * losses).sum(), bounds)
+
+
+def objective_of(settings: dict[str, Any], method: str) -> Objective:
+    """The objective that a target folder's settings describe, or plain "sft" on any folder."""
+    if method == "sft":
+        choice = choose("sft", "live")
+    else:
+        choice = choose(settings["method"], settings["form"], settings["parameters"])
+    return Objective(choice, settings["tail_shape"], settings["residual"])
+
+
+@torch.no_grad()
+def live_targets(
+    choice: Choice, logits_NV: Tensor, targets: SparseTargets
+) -> tuple[SparseTargets, Tensor | None]:
+    """The targets of a live method at the student's logits, and the bound of their error."""
+    logits_NV = at_least_float32(logits_NV)
+    signals = _signals(choice, logits_NV, targets)
+    trust_N, weight_N = choice.trust_and_weight(signals)
+    live = replace(targets, trust=trust_N, weights=weight_N * targets.weights)
+    if choice.residual != "mixture":
+        return live, None
+    mixed = _mixed(live, logits_NV, choice.parameters["eta"])
+    return mixed, 2 * (1 - trust_N) * mixed.tail_mass
+
+
+def matching_losses(logits_NV: Tensor, observed_ids: Tensor, choice: Choice) -> Tensor:
+    """gem's Σ_k a_k·(log p_k − log p_y), a without a gradient, [N]."""
+    log_probs_NV = at_least_float32(logits_NV).log_softmax(1)
+    vocabulary = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    is_observed_NV = vocabulary == observed_ids[:, None]
+    pull_NV = rules.matching_weights(log_probs_NV.detach(), is_observed_NV, **choice.parameters)
+    observed_N1 = log_probs_NV.gather(1, observed_ids[:, None])
+    return (pull_NV * (log_probs_NV - observed_N1)).sum(1)
+
+
+def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signals:
+    """What the rules of the method read, the student being the model that they follow."""
+    reads = choice.method.reads
+    log_norm_N = logits_NV.logsumexp(1)
+    log_prob_N = logits_NV.gather(1, targets.observed_ids[:, None])[:, 0] - log_norm_N
+    signals = Signals(log_prob=log_prob_N)
+    if "entropy" in reads:
+        log_probs_NV = logits_NV - log_norm_N[:, None]
+        signals = replace(signals, entropy=rules.entropy(log_probs_NV))
+    if "top_entropy" in reads:
+        size = min(rules.TOP_ENTROPY_SIZE, logits_NV.shape[1])
+        top_Nk = logits_NV.topk(size, dim=1).values
+        signals = replace(signals, top_entropy=rules.renormalised_entropy(top_Nk))
+    if choice.stored == "base-observed":
+        base_N = _base_log_prob(targets).to(log_prob_N.dtype)
+        ratio_N = _example_means(log_prob_N - base_N, targets.example_of)
+        signals = replace(signals, base_log_prob=base_N, sequence_log_ratio=ratio_N)
+    return signals
+
+
+def _base_log_prob(targets: SparseTargets) -> Tensor:
+    """log b(y) of a folder that holds the base's probability of the observed token, [N]."""
+    is_observed_NS = (targets.support_ids == targets.observed_ids[:, None]) & targets.support_mask
+    return torch.where(is_observed_NS, targets.support_probs, 0).sum(1).log()
+
+
+def _example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
+    """Each position's mean of the values over its example, [N]."""
+    size = int(example_of_N.max()) + 1 if len(example_of_N) else 0
+    sums = values_N.new_zeros(size).index_add(0, example_of_N, values_N)
+    counts = values_N.new_zeros(size).index_add(0, example_of_N, torch.ones_like(values_N))
+    return (sums / counts)[example_of_N]
+
+
+def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTargets:
+    """The targets with ∝ p^(1−η)·q^η for a residual, q being the one that is stored."""
+    log_norm_N = logits_NV.logsumexp(1)
+    nothing = -torch.inf
+    log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
+    mixed_NS, mixed_tail_N = rules.geometric_mixture(
+        torch.where(targets.support_mask, log_probs_NS, nothing),
+        complement_log_probs(logits_NV, targets) - log_norm_N,
+        torch.where(targets.support_mask, targets.support_probs.log(), nothing).to(log_norm_N),
+        targets.tail_mass.log().to(log_norm_N),
+        eta,
+    )
+    return replace(targets, support_probs=mixed_NS.exp(), tail_mass=mixed_tail_N.exp())
