@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,39 @@ def split(schema: Schema, batch: FlatBatch) -> Iterator[Any]:
         }
         lists = {column.name: batch[column.name][of_row[column.level]] for column in schema.lists}
         yield schema.record(id=example_id, **lists)
+
+
+def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> list[FlatBatch]:
+    """The batch as pieces of whole rows: as many as have so many positions, but at least one."""
+    ends = np.cumsum(batch.lengths["position"])
+    stops = [0]
+    while stops[-1] < len(ends):
+        before = ends[stops[-1] - 1] if stops[-1] else 0
+        stop = int(np.searchsorted(ends, before + most_positions, side="right"))
+        stops.append(max(stop, stops[-1] + 1))
+    return [_rows_between(schema, batch, slice(*each)) for each in pairwise(stops)]
+
+
+def join(batches: Sequence[FlatBatch]) -> FlatBatch:
+    """Batches end to end, at least one."""
+    first = batches[0]
+    return FlatBatch(
+        [row_id for batch in batches for row_id in batch.ids],
+        {name: np.concatenate([batch[name] for batch in batches]) for name in first.arrays},
+        {
+            level: np.concatenate([batch.lengths[level] for batch in batches])
+            for level in first.lengths
+        },
+    )
+
+
+def _rows_between(schema: Schema, batch: FlatBatch, rows: slice) -> FlatBatch:
+    arrays = {}
+    for column in schema.lists:
+        ends = np.concatenate([[0], np.cumsum(batch.lengths[column.level])])
+        arrays[column.name] = batch[column.name][ends[rows.start] : ends[rows.stop]]
+    lengths = {level: each[rows] for level, each in batch.lengths.items()}
+    return FlatBatch(batch.ids[rows], arrays, lengths)
 
 
 def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:

@@ -57,8 +57,7 @@ def known_supports(scores: FlatBatch) -> Supports:
     ids = scores["topk_ids"]
     log_probs = scores["topk_log_probs"].astype(np.float64)
     observed = scores.observed_ids
-    seen = np.bincount(_where_observed(counts, ids, observed), minlength=len(counts))
-    outside = seen == 0
+    outside = segment_sums((ids == np.repeat(observed, counts)).astype(np.int64), counts) == 0
     observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
     tail_mass = scores["tail_mass"].astype(np.float64)
     tail_mass[outside] = np.maximum(tail_mass[outside] - np.exp(observed_log_probs), 0)
@@ -97,18 +96,15 @@ def truncated(
 
     What is left out goes to the tail; support and tail are then scaled to add up to 1.
     """
-    probs, position_of, ranks = supports.probs, supports.position_of, supports.ranks
-    size = len(supports.counts)
-    mass_before = _mass_before(probs, position_of, ranks, size)
-    is_observed = supports.ids == observed_ids[position_of]
-    wanted = ((mass_before < top_p) | (top_p == 1)) & (ranks < max_support) & (probs > 0)
-    keep = wanted | is_observed
-    tail_mass = supports.tail_mass + np.bincount(position_of, np.where(keep, 0.0, probs), size)
+    probs, counts = supports.probs, supports.counts
+    is_observed = supports.ids == np.repeat(observed_ids, counts)
+    is_first = (_mass_before(counts, probs) < top_p) | (top_p == 1)
+    keep = is_first & (supports.ranks < max_support) & (probs > 0) | is_observed
     kept = Supports(
-        np.bincount(position_of[keep], minlength=size),
+        segment_sums(keep.astype(np.int64), counts),
         supports.ids[keep],
         supports.log_probs[keep],
-        tail_mass,
+        supports.tail_mass + segment_sums(np.where(keep, 0.0, probs), counts),
     )
     return normalised(kept)
 
@@ -145,9 +141,10 @@ class Common:
 def common_supports(one: Supports, other: Supports) -> Common:
     """Two distributions on their common ids, in the order of the first."""
     place, other_place = _matches(one, other)
-    counts = np.bincount(one.position_of[place], minlength=len(one.counts))
+    is_kept = np.zeros(len(one.ids), np.int64)
+    is_kept[place] = 1
     return Common(
-        counts,
+        segment_sums(is_kept, one.counts),
         one.ids[place],
         one.log_probs[place],
         other.log_probs[other_place],
@@ -184,7 +181,7 @@ def most_probable_first(supports: Supports) -> Supports:
     """The same distribution, its entries sorted; equals stay in their order."""
     counts = supports.counts
     log_probs_NS = padded(counts, supports.log_probs, -np.inf)
-    order_NS = np.argsort(-log_probs_NS, axis=1, kind="stable")
+    order_NS = _descending(log_probs_NS)
     ids_NS = padded(counts, supports.ids, -1)
     return replace(
         supports,
@@ -223,20 +220,15 @@ def _is_entry(counts: Ints) -> NDArray[np.bool_]:
     return np.arange(counts.max(initial=1)) < counts[:, None]
 
 
-def _where_observed(counts: Ints, ids: NDArray[np.int32], observed: NDArray[np.int32]) -> Ints:
-    """The positions at which the observed token is among the entries."""
-    position_of = np.repeat(np.arange(len(counts)), counts)
-    return position_of[ids == observed[position_of]]
-
-
-def _mass_before(probs: Floats, position_of: Ints, ranks: Ints, size: int) -> Floats:
+def _mass_before(counts: Ints, probs: Floats) -> Floats:
     """The mass of the entries before each one at its position, [K].
 
     Added up row by row, so that the same distribution gives the same sums wherever it stands.
     """
-    before_NS = np.zeros((size, ranks.max(initial=0) + 2))
-    before_NS[position_of, ranks + 1] = probs
-    return np.cumsum(before_NS, axis=1)[position_of, ranks]
+    probs_NS = padded(counts, probs, 0.0)
+    before_NS = np.zeros_like(probs_NS)
+    np.cumsum(probs_NS[:, :-1], axis=1, out=before_NS[:, 1:])
+    return unpadded(counts, before_NS)
 
 
 def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
@@ -246,25 +238,39 @@ def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
     """
     split = int(one.counts.max(initial=1))
     bits = (split + int(other.counts.max(initial=1)) - 1).bit_length()  # of a column's number
-    keys_NW = np.concatenate(
+    largest = max(one.ids.max(initial=0), other.ids.max(initial=0))
+    ids_NW = np.concatenate(
         [padded(one.counts, one.ids, -1), padded(other.counts, other.ids, -1)],
         axis=1,
-        dtype=np.int64,
+        dtype=np.int32 if largest < 1 << (31 - bits) else np.int64,
     )
-    keys_NW <<= bits
-    keys_NW |= np.arange(keys_NW.shape[1])
+    keys_NW = ids_NW << bits | np.arange(ids_NW.shape[1], dtype=ids_NW.dtype)
     keys_NW.sort(axis=1)
-    ids_NW = keys_NW >> bits
+    np.right_shift(keys_NW, bits, out=ids_NW)
     found_NW = (ids_NW[:, 1:] == ids_NW[:, :-1]) & (ids_NW[:, 1:] >= 0)
-    rows = np.repeat(np.arange(len(found_NW)), np.count_nonzero(found_NW, axis=1))
-    columns_NW = keys_NW & ((1 << bits) - 1)
+    keys_NW &= (1 << bits) - 1  # now the columns
+    found = np.count_nonzero(found_NW, axis=1)
     starts, other_starts = (np.cumsum(each.counts) - each.counts for each in (one, other))
     other_of = np.full(len(one.ids), -1)
-    other_of[starts[rows] + columns_NW[:, :-1][found_NW]] = (
-        other_starts[rows] + columns_NW[:, 1:][found_NW] - split
+    other_of[np.repeat(starts, found) + keys_NW[:, :-1][found_NW]] = (
+        np.repeat(other_starts - split, found) + keys_NW[:, 1:][found_NW]
     )
     place = np.flatnonzero(other_of >= 0)
     return place, other_of[place]
+
+
+def _descending(log_probs_NS: Floats) -> Ints:
+    """The columns of log-probabilities ≤ 0 in descending order, equals in theirs, [N, S].
+
+    The bits of such numbers, as integers, grow with their size; the lowest bits give way to the
+    column's number, so numbers that agree in all but 52 − log₂ S bits count as equal. A sort of
+    integers is three times as fast as a stable one of places.
+    """
+    column_bits = max(log_probs_NS.shape[1] - 1, 1).bit_length()
+    keys_NS = np.abs(log_probs_NS).view(np.int64) >> column_bits << column_bits
+    keys_NS |= np.arange(log_probs_NS.shape[1])
+    keys_NS.sort(axis=1)
+    return keys_NS & ((1 << column_bits) - 1)
 
 
 def _tail_without(supports: Supports, kept: Ints) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..pipeline.ceiling import ceiling_sums
 from ..pipeline.choice import Choice
-from ..pipeline.codec import FlatBatch
+from ..pipeline.codec import FlatBatch, join
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity, Manifest, identity_schema
 from ..pipeline.order_statistics import OrderStatistics
@@ -175,23 +175,31 @@ def _run(inputs: Inputs, choice: Choice, truncation: Truncation, job: Job) -> St
 
 
 def _build_shard(
-    batches: Iterator[Evidence], choice: Choice, truncation: Truncation
+    batches: Iterator[list[Evidence]], choice: Choice, truncation: Truncation
 ) -> ShardContent:
-    def build(evidence: Evidence) -> tuple[FlatBatch, dict[str, float]]:
-        targets = targets_of(evidence, choice, truncation)
-        sums = {
-            "trust": float(targets.trust.sum()),
-            "tail_mass": float(targets.residual.tail_mass.sum()),
-            **bounds(evidence),
-            **ceiling_sums(evidence, choice, targets.residual, truncation),
-        }
-        return flat_targets(evidence, targets), sums
+    def build(pieces: list[Evidence]) -> list[tuple[FlatBatch, dict[str, float]]]:
+        return [_build(evidence, choice, truncation) for evidence in pieces]
 
     content = ShardContent()
-    for batch, sums in in_order(build, batches):
-        content.batches.append(batch)
-        content.add_sums(**sums)
+    for pieces in in_order(build, batches):
+        content.batches.append(join([batch for batch, _ in pieces]))
+        for _, sums in pieces:
+            content.add_sums(**sums)
     return content
+
+
+def _build(
+    evidence: Evidence, choice: Choice, truncation: Truncation
+) -> tuple[FlatBatch, dict[str, float]]:
+    """The targets of some positions as they are stored, and what to add up of them."""
+    targets = targets_of(evidence, choice, truncation)
+    sums = {
+        "trust": float(targets.trust.sum()),
+        "tail_mass": float(targets.residual.tail_mass.sum()),
+        **bounds(evidence),
+        **ceiling_sums(evidence, choice, targets.residual, truncation),
+    }
+    return flat_targets(evidence, targets), sums
 
 
 def bounds(evidence: Evidence) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ..pipeline.choice import Choice
@@ -25,23 +26,24 @@ class Inputs:
         """Target shards match the base's score shards."""
         return len(self.scores.manifest.shards)
 
-    def evidence(self, index: int) -> Iterator[Evidence]:
-        """What is known at the positions of a shard, batch by batch."""
+    def evidence(self, index: int) -> Iterator[list[Evidence]]:
+        """What is known at the positions of a shard, for each of its batches piece by piece."""
         batches = self.scores.batches(index)
         if self.teacher is None:
             for batch in batches:
-                yield Evidence(batch, self.scores.model)
-        else:
-            model = self.teacher.folder.model
-            for batch, teacher_batch in self.teacher.join(index, batches):
-                yield Evidence(batch, self.scores.model, teacher_batch, model)
+                yield [Evidence(piece, self.scores.model) for piece in self.scores.pieces(batch)]
+            return
+        own = self.teacher.folder
+        for batch, teacher_batch in self.teacher.join(index, batches):
+            pieces = zip(self.scores.pieces(batch), own.pieces(teacher_batch), strict=True)
+            yield [Evidence(one, self.scores.model, other, own.model) for one, other in pieces]
 
     def all_evidence(self, description: str) -> Iterator[Evidence]:
         """What is known at all positions, in order, under a progress bar."""
         total = self.scores.manifest.totals["positions"]
         with progress_bar(total=total, desc=description, unit="tok", unit_scale=True) as progress:
             for index in range(self.shard_count):
-                for evidence in self.evidence(index):
+                for evidence in chain.from_iterable(self.evidence(index)):
                     yield evidence
                     progress.update(len(evidence.observed_ids))
 

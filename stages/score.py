@@ -301,12 +301,13 @@ def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
 
 
 def _sums(scored: list[ScoredExample]) -> dict[str, float]:
-    """Nats and probability mass over the shard, for means over the folder."""
+    """Nats, probability mass, and positions of a weight that is not 1, over the shard."""
     if not scored:
         return {}
     return {
         "observed_nll": -sum(float(e.observed_log_probs.sum(dtype=np.float64)) for e in scored),
         "tail_mass": sum(float(e.tail_mass.sum(dtype=np.float64)) for e in scored),
+        "weighted": sum(int((e.token_weights != 1).sum()) for e in scored),
     }
 
 

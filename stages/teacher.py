@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipeline.codec import FlatBatch, flatten, split
+from ..pipeline.codec import FlatBatch, cut, flatten, split
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest
 from ..pipeline.records import ScoredExample
 from ..pipeline.shards import folder_schema, read_shard, shard_ids
 from ..pipeline.targets import Model
+
+PIECE_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class ScoreFolder:
     def batches(self, index: int) -> Iterator[FlatBatch]:
         """The batches of a shard."""
         return read_shard(self.path, self.manifest, self.manifest.shards[index])
+
+    def pieces(self, batch: FlatBatch) -> list[FlatBatch]:
+        """A batch cut into pieces whose arrays stay in the processor's cache."""
+        return cut(folder_schema(self.manifest), batch, PIECE_POSITIONS)
 
     def ids(self) -> Iterator[list[list[str]]]:
         """The ids of the examples, for each shard batch by batch."""

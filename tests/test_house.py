@@ -29,7 +29,7 @@ def test_help_loads_nothing_heavy() -> None:
     """What keeps `qpipe --help` under 0.3 s."""
     code = (
         "import sys; from qpipe.stages.cli import cli\n"
-        "for name in ('', 'score', 'build-targets', 'train'):\n"
+        "for name in ('', 'score', 'build-targets', 'train', 'compare-methods', 'methods'):\n"
         "    cli.main([*name.split(), '--help'], standalone_mode=False)\n"
         "heavy = {'numpy', 'pyarrow', 'torch', 'transformers', 'vllm', 'datasets'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
@@ -38,8 +38,12 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stderr.strip() == "set()"
 
 
-def test_readme_table_names_every_method() -> None:
-    from qpipe.pipeline.methods import METHODS
+def test_readme_table_has_every_method_with_its_formulas() -> None:
+    from qpipe.pipeline.methods import table
 
     readme = (ROOT / "README.md").read_text()
-    assert all(f"| `{name}`" in readme for name in METHODS)
+    rows = [
+        f"| `{row['name']}` | {row['trust']} | {row['residual']} | {row['scale']} |"
+        for row in table()
+    ]
+    assert [row for row in rows if row not in readme] == []

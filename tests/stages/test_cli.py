@@ -70,7 +70,7 @@ def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("temperature: 1\n", "has no option --temperature"),
+        ("colour: 1\n", "has no option --colour"),
         ("- a\n", "must hold options"),
         ("build-targets: 3\n", "must hold options"),
         ("a: [\n", "cannot be read"),

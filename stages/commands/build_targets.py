@@ -1,0 +1,83 @@
+"""The words of `qpipe build-targets`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..options import FOLDER, Command, config_option, log_option, teacher_options
+
+
+@click.command(cls=Command)
+@click.option("--scores", required=True, type=FOLDER, help="Folder made by `qpipe score`.")
+@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@click.option(
+    "--method",
+    default=None,
+    help="Target method; `qpipe methods` lists them.  [default: sft+kl, with --teacher target-sft]",
+)
+@click.option(
+    "--form",
+    default=None,
+    metavar="live|frozen-target|frozen-weight",
+    help="Form of a method that has several.  [default: its first]",
+)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE...",
+    help="Parameters of the method, as in lam=0.2.",
+)
+@teacher_options
+@click.option(
+    "--top-p",
+    type=float,
+    default=0.99,
+    help="Probability that the stored support holds at least, where top-k reaches it.",
+)
+@click.option(
+    "--max-support",
+    type=int,
+    default=64,
+    help="Most entries of that support; the observed token is kept besides.",
+)
+@log_option
+@config_option
+def build_targets(
+    params: tuple[str, ...],
+    method: str | None,
+    form: str | None,
+    log_json: Path | None,
+    **options: Any,
+) -> None:
+    """Turn scores into sparse target distributions.
+
+    Needs only a score folder: no model, no GPU. The target at each supervised token is
+    Q = γ·(observed token) + (1-γ)·residual; the method says what γ and the residual are. What the
+    targets can teach at best is printed, with a warning where that is not much.
+
+    \b
+    qpipe build-targets --scores scores/ --out targets/ --method gift --param beta=5
+    qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
+    """
+    from ...pipeline.methods import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
+    from .. import summary
+    from ..build_targets import BuildSettings, build_targets
+
+    given = dict(_name_and_value(param) for param in params)
+    if len(given) < len(params):
+        raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
+    default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
+    choice = choose(method or default, form, given)
+    result = build_targets(BuildSettings(choice=choice, **options))
+    summary.print_targets(options["out"], result)
+    if log_json:
+        summary.log_result(log_json, result)
+
+
+def _name_and_value(param: str) -> tuple[str, str]:
+    name, equals, value = param.partition("=")
+    if not (name and equals and value):
+        raise click.ClickException(f"--param {param}: give a name and a value, as in lam=0.1")
+    return name, value

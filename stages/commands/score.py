@@ -1,0 +1,137 @@
+"""The words of `qpipe score`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..options import FOLDER, Command, config_option, log_option, one_of
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, help="Base model: a folder, or a name on the hub.")
+@click.option(
+    "--demonstrations",
+    multiple=True,
+    metavar="FILE...",
+    help="JSON lines (also .gz, .zst), parquet, Arrow, or a Hugging Face data set name or folder.",
+)
+@click.option(
+    "--at",
+    type=FOLDER,
+    default=None,
+    metavar="DIR",
+    help="Instead of demonstrations: the examples of this score folder, made with the same "
+    "tokenizer; also stores this model's log-probabilities at the ids it holds.",
+)
+@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@click.option(
+    "--engine",
+    type=one_of("auto", "vllm", "transformers"),
+    default="auto",
+    help="What runs the model; auto is vLLM where it is installed.",
+)
+@click.option("--top-k", type=int, default=64, help="Entries kept of each distribution.")
+@click.option(
+    "--max-length",
+    type=int,
+    default=None,
+    metavar="TOKENS",
+    help="Longest demonstration.  [default: the model's limit, at most 4096]",
+)
+@click.option(
+    "--too-long",
+    type=one_of("reject", "cut"),
+    default="reject",
+    help="What happens to a longer one; either is counted.",
+)
+@click.option(
+    "--format",
+    "format",
+    default="auto",
+    type=one_of("auto", "messages", "sharegpt", "alpaca", "prompt-completion"),
+    help="What a row looks like; auto recognises it row by row.",
+)
+@click.option(
+    "--template",
+    default="tokenizer",
+    metavar="tokenizer|none|FILE",
+    help="Chat template: the tokenizer's own, none, or a Jinja file.",
+)
+@click.option(
+    "--supervise",
+    type=one_of("assistant", "last", "all"),
+    default="assistant",
+    help="Which tokens count: every assistant turn, the last one, or all tokens.",
+)
+@click.option("--strict", is_flag=True, help="Stop at the first unusable row.")
+@click.option(
+    "--dtype",
+    type=one_of("auto", "float32", "bfloat16", "float16"),
+    default="auto",
+    help="Number format; auto is the model's own on a GPU and float32 without.",
+)
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
+@click.option("--shard-size", type=int, default=512, help="Demonstrations in a shard.")
+@click.option(
+    "--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (vLLM)."
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=float,
+    default=0.8,
+    help="Share of the GPU's memory that vLLM plans with.",
+)
+@log_option
+@config_option
+@click.pass_context
+def score(
+    ctx: click.Context,
+    demonstrations: tuple[str, ...],
+    at: Path | None,
+    log_json: Path | None,
+    **options: Any,
+) -> None:
+    """Score demonstrations under a base model's prior.
+
+    Needs a model and demonstrations. For every supervised token it stores the token's
+    log-probability and rank, the top-k ids and log-probabilities, and the mass outside them. A row
+    that cannot be used goes to rejects.jsonl with its file, line and reason.
+
+    With --at, a second model scores the very examples of a score folder, at its ids too, so that
+    the two can be joined. How rows are read is then that folder's, and no option here.
+
+    \b
+    qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
+    qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
+    """
+    from .. import summary
+    from ..score import ScoreSettings, score
+    from ..score_at import ScoreAtSettings, score_at
+
+    if at is not None:
+        result = score_at(ScoreAtSettings(at=at, **_without_row_options(ctx, options)))
+    elif demonstrations:
+        result = score(ScoreSettings(demonstrations=demonstrations, **options))
+    else:
+        raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
+    summary.print_scores(options["out"], result)
+    if log_json:
+        summary.log_result(log_json, result)
+
+
+def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `score` but those that say how rows are read, which nobody may have given."""
+    from ..score import MODEL_OPTIONS
+
+    kept = {}
+    for name in ("demonstrations", *options):
+        if name in MODEL_OPTIONS:
+            kept[name] = options[name]
+        elif ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(
+                f"{option} goes with --demonstrations, not with --at: leave one of them out", ctx
+            )
+    return kept

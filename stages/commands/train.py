@@ -1,0 +1,81 @@
+"""The words of `qpipe train`."""
+
+import os
+from typing import Any
+
+import click
+
+from ..options import FOLDER, Command, config_option, one_of
+
+
+@click.command(cls=Command)
+@click.option("--targets", required=True, type=FOLDER, help="Folder made by `qpipe build-targets`.")
+@click.option(
+    "--model", required=True, help="Model to train, the scored one as a rule: a folder or a name."
+)
+@click.option("--out", required=True, type=FOLDER, help="Folder to make: the trained model.")
+@click.option(
+    "--method",
+    default=None,
+    metavar="sft",
+    help="Train on the observed tokens alone, on any folder.  [default: the folder's method]",
+)
+@click.option("--epochs", type=float, default=1.0, help="Passes over the targets.")
+@click.option("--max-steps", type=int, default=None, help="Stop after this many optimizer steps.")
+@click.option("--learning-rate", type=float, default=1e-5, help="Highest learning rate.")
+@click.option(
+    "--schedule",
+    type=one_of("cosine", "linear", "constant"),
+    default="cosine",
+    help="How the learning rate falls after the warm-up.",
+)
+@click.option("--warmup-ratio", type=float, default=0.03, help="Share of the steps that warm up.")
+@click.option("--batch-size", type=int, default=8, help="Demonstrations in a forward pass.")
+@click.option(
+    "--gradient-accumulation", type=int, default=1, help="Forward passes in an optimizer step."
+)
+@click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
+@click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm.")
+@click.option(
+    "--precision",
+    type=one_of("auto", "float32", "bfloat16", "float16"),
+    default="auto",
+    help="Of the forward pass; the weights stay float32. auto is bfloat16 on GPUs that have it.",
+)
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=None,
+    help="Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
+@click.option(
+    "--eval-fraction", type=float, default=0.0, help="Share of the demonstrations held out."
+)
+@click.option(
+    "--eval-every",
+    type=int,
+    default=None,
+    metavar="STEPS",
+    help="Evaluate this often, besides before and after.",
+)
+@click.option("--seed", type=int, default=0, help="Of the sample order and of dropout.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
+@config_option
+def train(**options: Any) -> None:
+    """Train a model on targets, without the prior.
+
+    Needs a target folder and a model with the tokenizer that was scored. Runs on the CPU, on one
+    GPU, or on several under torchrun. --out becomes a Hugging Face model folder, with log.jsonl and
+    qpipe.json beside the weights.
+
+    \b
+    qpipe train --targets targets/ --model Qwen/Qwen3-0.6B --out run/ --eval-fraction 0.05
+    """
+    from ...trainer.loop import train
+    from ...trainer.settings import TrainSettings
+    from .. import summary
+
+    result = train(TrainSettings(**options))
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a process
+        summary.print_training(options["out"], result)

@@ -1,0 +1,123 @@
+"""What the commands' options have in common."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+class Command(click.Command):
+    """A command whose options may take several values after one name, as in `--scores a b c`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        several = {
+            name
+            for parameter in self.params
+            if isinstance(parameter, click.Option) and parameter.multiple
+            for name in parameter.opts
+        }
+        spread: list[str] = []
+        current = None
+        for argument in args:
+            name = argument.partition("=")[0]
+            if argument.startswith("-") and argument != "-":
+                current = name if name in several else None
+            elif current is not None and spread[-1] != current:
+                spread.append(current)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the options of a YAML file as defaults, so that the command line wins."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
+    group = ctx.parent.command if ctx.parent else None
+    commands = group.commands.keys() if isinstance(group, click.Group) else set[str]()
+    if isinstance(config, dict) and config.keys() & commands:
+        config = config.get(ctx.info_name) or {}
+    if not isinstance(config, dict):
+        raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
+    ctx.default_map = dict(_default(ctx, path, str(key), value) for key, value in config.items())
+
+
+def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:
+    """The parameter that a key of a config file means, and its value as click takes it."""
+    option = "--" + key.replace("_", "-")
+    for parameter in ctx.command.params:
+        if option in parameter.opts and option != "--config" and parameter.name is not None:
+            values = [f"{name}={one}" for name, one in value.items()] if _is_map(value) else value
+            values = values if isinstance(values, list) else [values]
+            if any(isinstance(one, list | dict | None) for one in values):
+                raise click.ClickException(f"--config {path}: {option} is no value: {value!r}")
+            if not parameter.multiple and (_is_map(value) or isinstance(value, list)):
+                raise click.ClickException(f"--config {path}: {option} takes one value: {value!r}")
+            words = [str(one) for one in values]
+            return parameter.name, words if parameter.multiple else words[0]
+    raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def config_option(command: Any) -> Any:
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="YAML file of options (`top-k: 64`), or of one section a command (`score: {…}`). "
+        "The command line wins.",
+    )(command)
+
+
+def _check_parent(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"{path.parent} is no folder", ctx, parameter)
+    return path
+
+
+def log_option(command: Any) -> Any:
+    return click.option(
+        "--log-json",
+        type=click.Path(path_type=Path, dir_okay=False, writable=True),
+        callback=_check_parent,
+        default=None,
+        metavar="FILE",
+        help="Append what the run did to this file, as a JSON line.",
+    )(command)
+
+
+def teacher_options(command: Any) -> Any:
+    options = (
+        click.option(
+            "--teacher",
+            type=FOLDER,
+            default=None,
+            metavar="DIR",
+            help="Scores of the same examples under another model: `qpipe score --at`.",
+        ),
+        click.option(
+            "--temperature", type=float, default=1.0, help="That the base prior is read at."
+        ),
+        click.option(
+            "--teacher-temperature", type=float, default=1.0, help="That the teacher is read at."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def one_of(*values: str) -> click.Choice:
+    return click.Choice(values)
