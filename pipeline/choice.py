@@ -51,7 +51,7 @@ class Parameter:
             return str(value)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"{method}: {self.name}={value} is no number: give {self.allowed}"
             ) from None
@@ -171,7 +171,10 @@ class Choice:
         assert self.method.statistic is not None
         name = self.method.statistic.parameter
         (parameter,) = (each for each in self.method.parameters if each.name == name)
-        checked = parameter.parse(self.method.name, value)
+        try:
+            checked = parameter.parse(self.method.name, value)
+        except UserError as error:
+            raise UserError(f"{error} (the data give this value: set --param {name}=…)") from error
         return replace(self, parameters=self.parameters | {name: checked})
 
     def trust_and_scale(self, signals: Signals) -> tuple[Array, Array]:

@@ -21,6 +21,8 @@ def dense(
 
     `models` holds log p(·) [..., V] of the student, the base and the teacher, or None.
     """
+    if all(array is None for array in models.values()):
+        raise UserError(f"{choice.method.name} needs a model's log-probabilities")
     given = _Given(choice.method.name, models)
     signals = _signals(choice, given, observed, mask)
     statistic = choice.unresolved
@@ -67,7 +69,8 @@ def _signals(choice: Choice, given: _Given, observed: Array, mask: Array) -> Sig
     def given_mask() -> Array:
         if mask is None:
             raise UserError(f"{choice.method.name} needs a mask")
-        return mask
+        like = next(array for array in given.models.values() if array is not None)
+        return array_namespace(like).asarray(mask, dtype=like.dtype)
 
     compute: dict[str, Callable[[], Array]] = {
         "log_prob": lambda: at_observed(followed),

@@ -48,14 +48,17 @@ def choose(name: str, form: str | None = None, given: Mapping[str, Any] | None =
         raise UserError(f"method {name!r} is not known: choose one of {', '.join(METHODS)}")
     method = METHODS[name]
     known = {parameter.name: parameter for parameter in method.parameters}
-    parameters = {p.name: p.default for p in method.parameters if p.default is not None}
+    defaults = {p.name: p.default for p in method.parameters if p.default is not None}
+    settled: dict[str, float | str] = {}
     for key, value in (given or {}).items():
         parameter = known.get(_SPELLINGS.get(key, key))
         if parameter is None:
             names = ", ".join(known) or "none"
             raise UserError(f"{name} has no parameter {key!r}: its parameters: {names}")
-        parameters[parameter.name] = parameter.parse(name, value)
-    return Choice(method, _form(method, form), parameters)
+        if parameter.name in settled:
+            raise UserError(f"{name}: {parameter.name} is given twice, the second time as {key}")
+        settled[parameter.name] = parameter.parse(name, value)
+    return Choice(method, _form(method, form), defaults | settled)
 
 
 def _form(method: Method, form: str | None) -> Form:

@@ -117,7 +117,10 @@ def gift_trust(signals: Signals, parameters: Parameters) -> Array:
     floored = array_namespace(signals.base_log_prob).clip(
         signals.base_log_prob, math.log(1e-10), None
     )
-    odds = _exp(floored) * math.expm1(parameters["beta"])
+    beta = parameters["beta"]
+    log_of_gain = beta + math.log(-math.expm1(-beta)) if beta > 0 else -math.inf  # e^beta − 1
+    xp = array_namespace(floored)
+    odds = xp.exp(xp.clip(floored + log_of_gain, None, 80.0))  # beyond, the trust is 1
     return odds / (1 + odds)
 
 
@@ -172,8 +175,6 @@ def geometric_mixture(
     xp = array_namespace(log_probs)
     mixed = _scaled(log_probs, 1 - eta) + _scaled(other_log_probs, eta)
     mixed_tail = _scaled(log_tail, 1 - eta) + _scaled(other_log_tail, eta)
-    empty = (log_tail == -math.inf) & (other_log_tail == -math.inf)
-    mixed_tail = xp.where(empty, -math.inf, mixed_tail)
     log_norm = log_sum_exp(xp.concat([mixed, mixed_tail[..., None]], axis=-1))
     return mixed - log_norm[..., None], mixed_tail - log_norm
 
@@ -206,12 +207,13 @@ def matching_gradient(log_probs: Array, is_observed: Array, beta: float, h: str)
 def matching_weights(log_probs: Array, is_observed: Array, beta: float, h: str) -> Array:
     """gem's a [..., V]: how hard each token is pushed down in favour of the observed one."""
     xp = array_namespace(log_probs)
-    sharpened = log_probs / beta
+    sharpened = (log_probs - xp.max(log_probs, axis=-1)[..., None]) / beta
     weights = xp.exp(sharpened - log_sum_exp(sharpened)[..., None])
     if h == "linear":
         return weights
     observed = xp.sum(xp.where(is_observed, log_probs, 0.0), axis=-1)[..., None]
-    return weights / (1 + xp.exp(xp.clip(-0.01 * (log_probs - observed), None, 80.0)))
+    above = xp.where(weights > 0, log_probs - observed, 0.0)  # −∞ − (−∞) has no value
+    return weights / (1 + xp.exp(xp.clip(-0.01 * above, None, 80.0)))
 
 
 def entropy(log_probs: Array) -> Array:

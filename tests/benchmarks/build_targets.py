@@ -1,0 +1,168 @@
+"""How fast `qpipe build-targets` is, and whether its memory grows with the data.
+
+    python tests/benchmarks/build_targets.py [FOLDER]
+
+Score folders of a base and a teacher are made up (k = 64, vocabulary 49,152, 100 supervised
+positions a demonstration), in two sizes, and kept in FOLDER for the next run. Each method is built
+three times from the larger folder, in turns; the medians are of whole stages: reading and
+verifying, the targets, their ceiling, compressing and writing. Peak memory is that of a process
+which does nothing else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from qpipe.pipeline.codec import FlatBatch
+from qpipe.pipeline.manifest import Identity, identity_schema
+from qpipe.pipeline.runner import Job, ShardRun, open_folder
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
+from qpipe.stages.summary import print_table
+
+VOCAB_SIZE, TOP_K, TOKENS, POSITIONS = 49152, 64, 200, 100
+SHARD_BATCHES = 8
+SMALL, LARGE = 4, 16  # shards
+RUNS = 3
+METHODS = (
+    ("sft+kl", "frozen-target"),
+    ("dft", "frozen-target"),
+    ("dft", "frozen-weight"),
+    ("dft", "live"),
+    ("asft", "live"),
+    ("gift", "frozen-target"),
+    ("flow", "frozen-weight"),
+    ("kd", "frozen-target"),
+    ("target-sft", "live"),
+    ("target-sft", "frozen-target"),
+    ("token-cleaning", "frozen-weight"),
+)
+WITH_TEACHER = ("kd", "target-sft", "token-cleaning")
+_BUILD = """
+import json, resource, sys, time
+from pathlib import Path
+from qpipe.pipeline.methods import choose
+from qpipe.stages.build_targets import BuildSettings, build_targets
+scores, teacher, out, method, form = sys.argv[1:]
+settings = BuildSettings(
+    scores=Path(scores), out=Path(out), choice=choose(method, form),
+    teacher=Path(teacher) if teacher else None,
+)
+start = time.perf_counter()
+result = build_targets(settings)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([result.positions / seconds, peak / 1024]))
+"""
+
+
+def main(folder: Path) -> None:
+    """Make the folders, then measure."""
+    for shards in (SMALL, LARGE):
+        for model in ("base", "teacher"):
+            make_scores(folder / f"{model}-{shards}", model, shards)
+    speeds: dict[tuple[str, str], list[float]] = {each: [] for each in METHODS}
+    peaks: dict[tuple[str, str], dict[int, float]] = {each: {} for each in METHODS}
+    for _ in range(RUNS):
+        for each in METHODS:
+            speed, peaks[each][LARGE] = build(folder, LARGE, *each)
+            speeds[each].append(speed)
+    for each in METHODS:
+        _, peaks[each][SMALL] = build(folder, SMALL, *each)
+    positions = LARGE * SHARD_BATCHES * BATCH_ROWS * POSITIONS
+    print(f"{positions:,} positions, k = {TOP_K}, {os.cpu_count()} cores, load {os.getloadavg()}")
+    head = ("method", "form", "positions/s", "spread", "peak MiB", f"{LARGE // SMALL}x the data")
+    rows = [
+        (
+            *each,
+            f"{median(speeds[each]):,.0f}",
+            f"{min(speeds[each]):,.0f} to {max(speeds[each]):,.0f}",
+            f"{peaks[each][SMALL]:.0f}",
+            f"{peaks[each][LARGE] / peaks[each][SMALL]:.2f}x the memory",
+        )
+        for each in METHODS
+    ]
+    print_table([head, *rows])
+
+
+def build(folder: Path, shards: int, method: str, form: str) -> tuple[float, float]:
+    """Positions a second and peak MiB of one run of the stage in a process of its own."""
+    teacher = str(folder / f"teacher-{shards}") if method in WITH_TEACHER else ""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        arguments = [str(folder / f"base-{shards}"), teacher, f"{out}/targets", method, form]
+        command = [sys.executable, "-c", _BUILD, *arguments]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    speed, peak = json.loads(done.stdout)
+    return speed, peak
+
+
+def make_scores(folder: Path, model: str, shards: int) -> None:
+    """A sealed folder of made-up scores; both models share most of their top k."""
+    schema = schema_of("score", VOCAB_SIZE)
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "top_k": TOP_K}
+    settings |= {"tokenizer_hash": "none", "model": model}
+    identity = Identity("score", settings, {"made": "up"}, identity_schema(schema))
+    job = Job(folder, schema, identity, parents={}, provenance={})
+    if open_folder(folder, identity) is not None:
+        return
+    run = ShardRun(job)
+
+    def shard(index: int) -> ShardContent:
+        first = index * SHARD_BATCHES
+        batches = [made_up(model, number) for number in range(first, first + SHARD_BATCHES)]
+        return ShardContent(batches, sums={"observed_nll": 0.0, "tail_mass": 0.0})
+
+    for _ in run.shards((index, lambda index=index: shard(index)) for index in range(shards)):
+        pass
+    run.seal()
+
+
+def made_up(model: str, number: int) -> FlatBatch:
+    """A batch of scores: ids of a narrow range at each position, probabilities that fall off."""
+    size = BATCH_ROWS * POSITIONS
+    shared = np.random.default_rng(number)
+    first_id = shared.integers(0, VOCAB_SIZE - 2 * TOP_K, (size, 1))
+    observed = (first_id[:, 0] + shared.integers(0, 8, size)).reshape(BATCH_ROWS, POSITIONS)
+    tokens = shared.integers(0, VOCAB_SIZE, (BATCH_ROWS, TOKENS))
+    tokens[:, -POSITIONS:] = observed
+
+    own = np.random.default_rng((number, model == "teacher"))
+    ids = first_id + np.argsort(own.random((size, TOP_K + 8)), axis=1)[:, :TOP_K]
+    falls = own.exponential(own.gamma(2, 0.3, (size, 1)), (size, TOP_K)).cumsum(axis=1)
+    log_probs = np.log(0.985) - falls - np.logaddexp.reduce(-falls, axis=1, keepdims=True)
+    is_observed = ids == observed.reshape(-1, 1)
+    observed_log_probs = np.where(is_observed, log_probs, -9.0).max(axis=1)
+    lengths = np.ones(BATCH_ROWS, np.int64)
+    return FlatBatch(
+        [f"{number}-{row}" for row in range(BATCH_ROWS)],
+        {
+            "input_ids": tokens.ravel().astype(np.int32),
+            "positions": np.tile(np.arange(TOKENS - POSITIONS, TOKENS, dtype=np.int32), BATCH_ROWS),
+            "observed_log_probs": observed_log_probs.astype(np.float32),
+            "observed_ranks": np.ones(size, np.int32),
+            "counts": np.full(size, TOP_K, np.int32),
+            "topk_ids": ids.ravel().astype(np.int32),
+            "topk_log_probs": log_probs.ravel().astype(np.float32),
+            "tail_mass": np.full(size, 0.015, np.float32),
+            "token_weights": np.ones(size, np.float32),
+        },
+        {
+            "token": lengths * TOKENS,
+            "position": lengths * POSITIONS,
+            "entry": lengths * POSITIONS * TOP_K,
+        },
+    )
+
+
+if __name__ == "__main__":
+    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
+    chosen.mkdir(parents=True, exist_ok=True)
+    main(chosen)
