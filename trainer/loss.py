@@ -37,7 +37,7 @@ def target_losses(logits_NV: Tensor, targets: SparseTargets, tail_shape: TailSha
     log_norm_N = logits_NV.logsumexp(1)
     log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
     tail_log_probs_N = _tail_log_probs(logits_NV, log_norm_N, targets, target_tail_N, tail_shape)
-    return -_times(target_NS, log_probs_NS).sum(1) - _times(target_tail_N, tail_log_probs_N)
+    return -times(target_NS, log_probs_NS).sum(1) - times(target_tail_N, tail_log_probs_N)
 
 
 def observed_losses(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
@@ -55,8 +55,8 @@ def residual_divergences(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
     log_norm_N = logits_NV.logsumexp(1)
     log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
     tail_log_probs_N = _tail_log_probs(logits_NV, log_norm_N, targets, tail_N, "student")
-    support_part_N = _times(residual_NS, residual_NS.log() - log_probs_NS).sum(1)
-    return support_part_N + _times(tail_N, tail_N.log() - tail_log_probs_N)
+    support_part_N = times(residual_NS, residual_NS.log() - log_probs_NS).sum(1)
+    return support_part_N + times(tail_N, tail_N.log() - tail_log_probs_N)
 
 
 def complement_log_probs(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
@@ -77,9 +77,9 @@ def induced_target(
     it treats as constant must be detached by it. The result has the logits' precision; its entries
     add up to 1 where the loss does not change with a constant added to all logits.
     """
-    leaf = logits.detach().requires_grad_()
-    loss = loss_fn(leaf, observed).sum()
-    (gradient,) = torch.autograd.grad(loss, leaf)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_fn(leaf, observed).sum(), leaf)
     return leaf.detach().softmax(-1) - gradient
 
 
@@ -110,7 +110,7 @@ def _tail_log_probs(
     return log_probs_N
 
 
-def _times(probs: Tensor, values: Tensor) -> Tensor:
+def times(probs: Tensor, values: Tensor) -> Tensor:
     """The product, 0 where the probability is 0: 0·log 0 = 0."""
     return torch.where(probs > 0, probs * values, 0)
 

@@ -18,7 +18,7 @@ from ..pipeline.choice import Choice
 from ..pipeline.methods import choose
 from ..pipeline.rules import Signals
 from .collate import SparseTargets
-from .loss import TailShape, at_least_float32, complement_log_probs, target_losses
+from .loss import TailShape, at_least_float32, complement_log_probs, target_losses, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Loss:
     """A batch's Σ weight·loss, and a bound of what a truncated support does to its gradient.
 
     `error_bounds` bounds ‖ĝ − g‖₁ at each position, ĝ the gradient with respect to the logits and g
-    that of the full teacher; [N], None where the target does not depend on the truncation.
+    that of the full teacher, weights included; [N], None where truncation leaves the target alone.
     """
 
     sum: Tensor
@@ -40,6 +40,11 @@ class Objective:
     choice: Choice
     tail_shape: TailShape
     residual: str  # what the folder holds
+
+    @property
+    def has_error_bounds(self) -> bool:
+        """Whether a truncated support moves the gradient, by no more than a known bound."""
+        return self.choice.reads_student and self.choice.residual == "mixture"
 
     def __call__(self, logits_NV: Tensor, targets: SparseTargets) -> Loss:
         """Σ weight·loss over the batch, to be divided by the supervised tokens of the step."""
@@ -65,17 +70,23 @@ def objective_of(settings: dict[str, Any], method: str) -> Objective:
 
 @torch.no_grad()
 def live_targets(
-    choice: Choice, logits_NV: Tensor, targets: SparseTargets
+    choice: Choice, logits_NV: Tensor, targets: SparseTargets, ratios_N: Tensor | None = None
 ) -> tuple[SparseTargets, Tensor | None]:
-    """The targets of a live method at the student's logits, and the bound of their error."""
+    """The targets of a live method at the student's logits, and the bound of their error.
+
+    `ratios_N` is each position's mean of log p_y − log b_y over its example, where not all of the
+    example's positions are here.
+    """
     logits_NV = at_least_float32(logits_NV)
     signals = _signals(choice, logits_NV, targets)
+    if ratios_N is not None:
+        signals = replace(signals, sequence_log_ratio=ratios_N)
     trust_N, weight_N = choice.trust_and_weight(signals)
     live = replace(targets, trust=trust_N, weights=weight_N * targets.weights)
     if choice.residual != "mixture":
         return live, None
     mixed = _mixed(live, logits_NV, choice.parameters["eta"])
-    return mixed, 2 * (1 - trust_N) * mixed.tail_mass
+    return mixed, 2 * mixed.weights * (1 - trust_N) * mixed.tail_mass
 
 
 def matching_losses(logits_NV: Tensor, observed_ids: Tensor, choice: Choice) -> Tensor:
@@ -85,7 +96,7 @@ def matching_losses(logits_NV: Tensor, observed_ids: Tensor, choice: Choice) -> 
     is_observed_NV = vocabulary == observed_ids[:, None]
     pull_NV = rules.matching_weights(log_probs_NV.detach(), is_observed_NV, **choice.parameters)
     observed_N1 = log_probs_NV.gather(1, observed_ids[:, None])
-    return (pull_NV * (log_probs_NV - observed_N1)).sum(1)
+    return times(pull_NV, log_probs_NV - observed_N1).sum(1)
 
 
 def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signals:
@@ -102,19 +113,19 @@ def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signa
         top_Nk = logits_NV.topk(size, dim=1).values
         signals = replace(signals, top_entropy=rules.renormalised_entropy(top_Nk))
     if choice.stored == "base-observed":
-        base_N = _base_log_prob(targets).to(log_prob_N.dtype)
-        ratio_N = _example_means(log_prob_N - base_N, targets.example_of)
+        base_N = stored_log_prob(targets).to(log_prob_N.dtype)
+        ratio_N = example_means(log_prob_N - base_N, targets.example_of)
         signals = replace(signals, base_log_prob=base_N, sequence_log_ratio=ratio_N)
     return signals
 
 
-def _base_log_prob(targets: SparseTargets) -> Tensor:
+def stored_log_prob(targets: SparseTargets) -> Tensor:
     """log b(y) of a folder that holds the base's probability of the observed token, [N]."""
-    is_observed_NS = (targets.support_ids == targets.observed_ids[:, None]) & targets.support_mask
+    is_observed_NS = targets.support_ids == targets.observed_ids[:, None]  # padding has none
     return torch.where(is_observed_NS, targets.support_probs, 0).sum(1).log()
 
 
-def _example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
+def example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
     """Each position's mean of the values over its example, [N]."""
     size = int(example_of_N.max()) + 1 if len(example_of_N) else 0
     sums = values_N.new_zeros(size).index_add(0, example_of_N, values_N)

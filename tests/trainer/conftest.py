@@ -1,6 +1,7 @@
 """Tiny models and random target folders for the trainer's tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,18 @@ def make_examples() -> Callable[..., list[TargetExample]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_live_examples(
+    make_examples: Callable[..., list[TargetExample]],
+) -> Callable[..., list[TargetExample]]:
+    """The random targets as a live folder holds them: trust and weight 1, and what is stored."""
+
+    def make(count: int, stored: str, seed: int = 0) -> list[TargetExample]:
+        return [_as_live(example, stored) for example in make_examples(count, seed)]
+
+    return make
+
+
 @pytest.fixture
 def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
     """Seals a target folder of given examples."""
@@ -80,6 +93,10 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
             "parameters": {"lam": 0.1},
             "residual": "base",
             "tail_shape": "student",
+            "top_p": 0.99,
+            "max_support": 64,
+            "temperature": 1.0,
+            "teacher_temperature": 1.0,
             "vocab_size": VOCAB_SIZE,
             "tokenizer_hash": find_model(str(model)).tokenizer_hash,
         }
@@ -98,6 +115,22 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def _as_live(example: TargetExample, stored: str) -> TargetExample:
+    ones = np.ones_like(example.trust)
+    live = replace(example, trust=ones, weights=ones)
+    if stored not in ("observed", "base-observed"):
+        return live
+    is_observed = example.support_ids == np.repeat(example.observed_ids, example.counts)
+    probs = ones if stored == "observed" else example.support_probs[is_observed]
+    return replace(
+        live,
+        counts=np.ones_like(example.counts),
+        support_ids=example.observed_ids,
+        support_probs=probs,
+        tail_mass=1 - probs,
+    )
 
 
 def _random_example(rng: np.random.Generator, name: str, vocab_size: int) -> TargetExample:

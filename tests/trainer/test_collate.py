@@ -44,6 +44,7 @@ def test_collate_by_hand() -> None:
     assert batch.rows.tolist() == [0, 1, 1]
     assert batch.columns.tolist() == [0, 1, 2]
     assert targets.observed_ids.tolist() == [4, 7, 8]
+    assert targets.example_of.tolist() == [0, 1, 1]
     assert targets.support_ids.tolist() == [[1, 2, 4], [9, 7, 7], [8, 8, 8]]
     assert targets.support_mask.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
     assert targets.support_probs.tolist() == [[0.5, 0.25, 0.125], [0.5, 0.25, 0], [1, 0, 0]]
@@ -63,6 +64,13 @@ def test_no_examples() -> None:
     batch = collate([])
     assert batch.tokens == 0
     assert batch.input_ids.shape == batch.attention_mask.shape == (1, 1)
+
+
+def test_examples_without_positions_keep_their_number() -> None:
+    bare = example("bare", [1, 2], [], [])
+    batch = collate([bare, SHORT, bare, LONG, bare])
+    assert batch.targets.example_of.tolist() == [1, 3, 3]
+    assert batch.rows.tolist() == [1, 3, 3]
 
 
 def test_observed_only_keeps_the_residual() -> None:

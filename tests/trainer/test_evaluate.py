@@ -9,10 +9,19 @@ import torch
 from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.collate import collate
 from qpipe.trainer.evaluate import Evaluation, evaluate
+from qpipe.trainer.objective import Objective, objective_of
 from qpipe.trainer.student import Student
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
+
+
+def objective(method: str, form: str, residual: str) -> Objective:
+    settings = {"method": method, "form": form, "parameters": {}, "residual": residual}
+    return objective_of(settings | {"tail_shape": "student"}, method)
+
+
+ANCHORED = objective("sft+kl", "frozen-target", "base")
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def test_means_over_tokens(
 ) -> None:
     examples = make_examples(7)
     batches = [collate(examples[i : i + batch_size]) for i in range(0, 7, batch_size)]
-    found = evaluate(student, batches, CPU, "student", residual_is_base=True)
+    found = evaluate(student, batches, CPU, ANCHORED)
     assert student.training
     expected = by_hand(student.eval(), examples)
     assert found.tokens == expected.tokens
@@ -62,5 +71,28 @@ def test_means_over_tokens(
 def test_no_distance_to_a_residual_that_is_not_the_base(
     student: Student, make_examples: Callable[..., list[TargetExample]]
 ) -> None:
-    found = evaluate(student, [collate(make_examples(2))], CPU, "student", residual_is_base=False)
+    frozen = objective("target-sft", "frozen-target", "mixture")
+    found = evaluate(student, [collate(make_examples(2))], CPU, frozen)
+    assert found.kl_to_base is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_live_target_is_that_of_the_evaluated_student(
+    student: Student, make_examples: Callable[..., list[TargetExample]], batch_size: int
+) -> None:
+    """dft: the mean of −weight·p_y·log p_y, at the weights as they are now."""
+    examples = make_examples(5)
+    batches = [collate(examples[i : i + batch_size]) for i in range(0, 5, batch_size)]
+    found = evaluate(student, batches, CPU, objective("dft", "live", "observed"))
+    loss = tokens = 0.0
+    for example in examples:
+        with torch.no_grad():
+            input_ids = torch.tensor(example.input_ids[None].astype(np.int64))
+            log_probs_TV = student.eval().model(input_ids).logits[0].double().log_softmax(1)
+        for position, weight in zip(example.positions, example.weights, strict=True):
+            log_p = float(log_probs_TV[position - 1, example.input_ids[position]])
+            loss -= weight * np.exp(log_p) * log_p
+            tokens += 1
+    assert found.target_loss == pytest.approx(loss / tokens, rel=1e-5)
+    assert found.tokens == tokens
     assert found.kl_to_base is None

@@ -1,6 +1,7 @@
 """Training from folder to folder, on tiny random models."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
@@ -16,14 +18,29 @@ from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.collate import collate
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
+from qpipe.trainer.objective import objective_of
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper, start_accelerator
+from qpipe.trainer.step import Stepper, StepResult, start_accelerator
 from qpipe.trainer.student import Student, load_student
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Make = Callable[..., Path]
 Examples = Callable[..., list[TargetExample]]
+
+
+def folder_settings(method: str, form: str, residual: str, **parameters: float) -> dict[str, Any]:
+    own = {"method": method, "form": form, "parameters": parameters}
+    return own | {"residual": residual, "tail_shape": "student"}
+
+
+ANCHORED = folder_settings("sft+kl", "frozen-target", "base", lam=0.1)
+LIVE = {
+    "dft": folder_settings("dft", "live", "observed"),
+    "iw-sft": folder_settings("iw-sft", "live", "base-observed", T=1.0),
+    "psft": folder_settings("psft", "live", "base-observed", eps_hi=0.28),
+    "target-sft": folder_settings("target-sft", "live", "teacher", eta=0.5),
+}
 
 
 @pytest.fixture
@@ -56,12 +73,17 @@ def assert_same_weights(left: Path, right: Path, **tolerance: float) -> None:
 
 
 def gradients_of_step(
-    model: Path, examples: list[TargetExample], batch_size: int, **given: Any
-) -> tuple[dict[str, torch.Tensor], float, Student]:
+    model: Path,
+    examples: list[TargetExample],
+    batch_size: int,
+    folder: dict[str, Any] = ANCHORED,
+    **given: Any,
+) -> tuple[dict[str, torch.Tensor], StepResult, Student]:
     """The gradient that the optimizer is handed when a step's examples are cut into batches."""
     settings = TrainSettings(Path(), str(model), Path(), max_grad_norm=1e9, **given)
     student = load_student(find_model(str(model)), settings.gradient_checkpointing)
-    stepper = Stepper(start_accelerator(settings.precision), student, settings, "student")
+    objective = objective_of(folder, folder["method"])
+    stepper = Stepper(start_accelerator(settings.precision), student, settings, objective)
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -76,17 +98,38 @@ def gradients_of_step(
     ]
     result = stepper.step(1, batches, learning_rate=0.0)
     assert result.tokens == sum(len(example.positions) for example in examples)
-    return found, result.loss, student
+    return found, result, student
 
 
 def test_gradient_is_the_same_however_the_step_is_cut(model: Path, make_examples: Examples) -> None:
     """Examples of unequal length: a mean of means would not be the mean."""
     examples = make_examples(8)
-    whole, loss, _ = gradients_of_step(model, examples, batch_size=8)
+    whole, step, _ = gradients_of_step(model, examples, batch_size=8)
+    assert step.error_bound is None
     for batch_size in (1, 2, 3, 4):
-        cut, cut_loss, _ = gradients_of_step(model, examples, batch_size)
-        assert cut_loss == pytest.approx(loss, rel=1e-6)
+        cut, cut_step, _ = gradients_of_step(model, examples, batch_size)
+        assert cut_step.loss == pytest.approx(step.loss, rel=1e-6)
         torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", LIVE)
+def test_gradient_of_a_live_target_is_the_same_however_the_step_is_cut(
+    model: Path, make_live_examples: Examples, method: str
+) -> None:
+    """Also where a weight belongs to a whole example (iw-sft)."""
+    folder = LIVE[method]
+    examples = make_live_examples(8, folder["residual"])
+    whole, step, _ = gradients_of_step(model, examples, 8, folder)
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for batch_size in (1, 3):
+        cut, cut_step, _ = gradients_of_step(model, examples, batch_size, folder)
+        assert cut_step.loss == pytest.approx(step.loss, rel=1e-5)
+        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6 * largest)
+        if method == "target-sft":
+            assert step.error_bound is not None
+            assert cut_step.error_bound == pytest.approx(step.error_bound, rel=1e-5)
+        else:
+            assert step.error_bound is cut_step.error_bound is None
 
 
 def test_gradient_checkpointing_changes_nothing(model: Path, make_examples: Examples) -> None:
@@ -102,11 +145,11 @@ def test_bfloat16_keeps_float32_weights_and_comes_close(
 ) -> None:
     examples = make_examples(4)
     _, exact, _ = gradients_of_step(model, examples, 2)
-    found, loss, student = gradients_of_step(model, examples, 2, precision="bfloat16")
+    found, result, student = gradients_of_step(model, examples, 2, precision="bfloat16")
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert loss != exact
-    assert loss == pytest.approx(exact, rel=1e-2)
+    assert result.loss != exact.loss
+    assert result.loss == pytest.approx(exact.loss, rel=1e-2)
 
 
 def test_sft_is_training_on_the_dense_cross_entropy(
@@ -270,6 +313,69 @@ def test_log_of_a_run(settings: TrainSettings, make_examples: Examples) -> None:
     assert all(line["tokens_per_second"] > 0 and line["grad_norm"] > 0 for line in steps)
 
 
+def test_log_of_a_live_run_whose_teacher_is_truncated(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples
+) -> None:
+    """The bound of the first step is 2·(1 − p_y)·m̂, worked out position by position."""
+    examples = make_live_examples(17, "teacher")
+    folder = make_targets(examples, "live", **LIVE["target-sft"])
+    train(replace(settings, targets=folder, batch_size=17, epochs=3, eval_fraction=0.0))
+    steps = read_log(settings.out, "step")
+    assert len(steps) == 3
+    assert all(math.isfinite(line["error_bound"]) for line in steps)
+    assert steps[0]["error_bound"] == pytest.approx(mean_bound(settings.model, examples), rel=1e-5)
+    assert steps[2]["error_bound"] != steps[0]["error_bound"]
+    record = json.loads((settings.out / "qpipe.json").read_text())
+    assert record["settings"]["method"] == "target-sft"
+
+
+def mean_bound(model: str, examples: list[TargetExample]) -> float:
+    """Of target-sft with η = 0.5, over all supervised tokens."""
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    bounds: list[float] = []
+    for example in examples:
+        with torch.no_grad():
+            logits_TV = loaded(torch.tensor(example.input_ids)[None].long()).logits[0].double()
+        ends = np.cumsum(example.counts)
+        for n, position in enumerate(example.positions):
+            entries = slice(ends[n] - example.counts[n], ends[n])
+            ids, q = example.support_ids[entries], example.support_probs[entries]
+            p = logits_TV[position - 1].softmax(0).numpy()
+            inside = np.sqrt(p[ids] * q).sum()
+            tail = np.sqrt(np.delete(p, ids).sum() * example.tail_mass[n])
+            p_y = p[example.input_ids[position]]
+            bounds.append(2 * (1 - p_y) * tail / (inside + tail))
+    return float(np.mean(bounds))
+
+
+@pytest.mark.parametrize("method", ["dft", "iw-sft", "psft"])
+def test_log_of_a_live_run_that_needs_no_distribution(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples, method: str
+) -> None:
+    examples = make_live_examples(40, LIVE[method]["residual"])
+    folder = make_targets(examples, "live", **LIVE[method])
+    result = train(replace(settings, targets=folder, epochs=2, eval_fraction=0.3))
+    steps = read_log(settings.out, "step")
+    assert len(steps) == result.steps > 3
+    assert all(line["error_bound"] is None for line in steps)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
+    assert all(line["kl_to_base"] is None for line in read_log(settings.out, "evaluation"))
+
+
+def test_sft_on_a_live_folder_is_sft(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples, tmp_path: Path
+) -> None:
+    """Whatever a folder holds, `--method sft` gives one model."""
+    runs = []
+    for name in ("dft", "target-sft"):
+        examples = make_live_examples(17, LIVE[name]["residual"])
+        folder = make_targets(examples, f"targets-{name}", **LIVE[name])
+        runs.append(replace(settings, targets=folder, out=tmp_path / name, method="sft"))
+        train(runs[-1])
+        assert all(line["error_bound"] is None for line in read_log(runs[-1].out, "step"))
+    assert_same_weights(runs[0].out, runs[1].out, rtol=0, atol=1e-5)
+
+
 def test_record_of_a_run(settings: TrainSettings, targets: Path) -> None:
     result = train(settings)
     record = json.loads((settings.out / "qpipe.json").read_text())
@@ -427,8 +533,22 @@ train(TrainSettings(Path(targets), model, Path(out), learning_rate=1e-3, eval_fr
 def test_two_processes_train_as_one(
     settings: TrainSettings, make_targets: Make, make_examples: Examples, tmp_path: Path
 ) -> None:
+    folder = make_targets(make_examples(13), "few")
+    assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
+
+
+def test_two_processes_train_as_one_on_a_live_target(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples, tmp_path: Path
+) -> None:
+    """The bound, too, is that of all processes."""
+    folder = make_targets(make_live_examples(13, "teacher"), "few", **LIVE["target-sft"])
+    assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
+    assert all(line["error_bound"] > 0 for line in read_log(settings.out, "step"))
+
+
+def assert_two_processes_train_as_one(settings: TrainSettings, tmp_path: Path) -> None:
     """Nine examples to train on in steps of eight: the second process has none for the last."""
-    settings = replace(settings, targets=make_targets(make_examples(13), "few"), eval_fraction=0.3)
+    settings = replace(settings, eval_fraction=0.3)
     two = replace(settings, out=tmp_path / "two")
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
@@ -443,7 +563,10 @@ def test_two_processes_train_as_one(
             read_log(settings.out, event), read_log(two.out, event), strict=True
         ):
             for name in ours.keys() - {"event", "tokens_per_second"}:
-                assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+                if ours[name] is None:
+                    assert theirs[name] is None
+                else:
+                    assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
     # Adam divides each gradient by its size: where it is nearly 0, its rounding is seen
     assert_same_weights(two.out, settings.out, rtol=0, atol=1e-4)
     # the same examples a step: the same run, which is done

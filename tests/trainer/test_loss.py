@@ -13,14 +13,25 @@ from hypothesis import strategies as st
 from qpipe.trainer.collate import SparseTargets
 from qpipe.trainer.loss import (
     TailShape,
-    loss_sum,
+    complement_log_probs,
     observed_losses,
     residual_divergences,
     target_losses,
 )
+from qpipe.trainer.objective import objective_of
 
 V = 23
 TAIL_SHAPES: list[TailShape] = ["student", "uniform"]
+ANCHORED = objective_of(
+    {
+        "method": "sft+kl",
+        "form": "frozen-target",
+        "parameters": {"lam": 0.1},
+        "residual": "base",
+        "tail_shape": "student",
+    },
+    "sft+kl",
+)
 
 
 @dataclass
@@ -57,6 +68,7 @@ def sparse(positions: list[Position], dtype: torch.dtype = torch.float64) -> Spa
     rows = list(zip(positions, pad, strict=True))
     return SparseTargets(
         observed_ids=torch.tensor([p.observed for p in positions]),
+        example_of=torch.zeros(len(positions), dtype=torch.int64),
         trust=torch.tensor([p.trust for p in positions], dtype=dtype),
         weights=torch.tensor([p.weight for p in positions], dtype=dtype),
         support_ids=torch.tensor([p.ids + [p.observed] * n for p, n in rows]),
@@ -211,6 +223,22 @@ def test_a_tail_that_the_student_hardly_sees() -> None:
     assert loss.item() == pytest.approx(0.5 * (40 - np.log(3)), rel=1e-5)
 
 
+def test_complement_is_what_is_outside_of_each_support() -> None:
+    rng = np.random.default_rng(10)
+    positions = [random_position(rng, size) for size in (1, 4, V - 1)]
+    logits_NV = rng.normal(0, 3, (3, V))
+    found = complement_log_probs(torch.tensor(logits_NV), sparse(positions))
+    for n, position in enumerate(positions):
+        outside = np.delete(logits_NV[n], position.ids)
+        assert found[n].item() == pytest.approx(np.log(np.exp(outside).sum()), abs=1e-12)
+    whole = sparse([random_position(rng, V)])
+    assert complement_log_probs(torch.tensor(logits_NV[:1]), whole).tolist() == [-np.inf]
+    far = complement_log_probs(
+        torch.tensor([[40.0, 0.0, 0.0]]), sparse([Position(0, 1, 1, [0], [1], 0)])
+    )
+    assert far.item() == pytest.approx(np.log(2))  # not the −inf of a float32 subtraction
+
+
 def test_bfloat16_logits_are_summed_in_float32() -> None:
     rng = np.random.default_rng(6)
     vocab_size = 5000
@@ -225,25 +253,27 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-6)
 
 
-def test_loss_sum_weighs_and_adds() -> None:
+def test_a_frozen_objective_weighs_and_adds() -> None:
     rng = np.random.default_rng(7)
     positions = [random_position(rng, 4) for _ in range(9)]
     logits_NV = rng.normal(0, 3, (9, V))
     expected = sum(
         p.weight * dense_loss(p, z, "student") for p, z in zip(positions, logits_NV, strict=True)
     )
-    found = loss_sum(torch.tensor(logits_NV), sparse(positions), "student")
-    assert found.item() == pytest.approx(expected, abs=1e-10)
+    found = ANCHORED(torch.tensor(logits_NV), sparse(positions))
+    assert found.sum.item() == pytest.approx(expected, abs=1e-10)
+    assert found.error_bounds is None
 
 
 def test_no_positions_give_a_zero_with_a_gradient() -> None:
     logits_NV = torch.zeros(0, V, requires_grad=True)
     empty = SparseTargets(
-        *(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)),
+        *(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)),
+        *(torch.zeros(0), torch.zeros(0)),
         *(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.bool)),
         *(torch.zeros(0, 1), torch.zeros(0)),
     )
-    loss = loss_sum(logits_NV, empty, "student")
+    loss = ANCHORED(logits_NV, empty).sum
     loss.backward()
     assert loss.item() == 0
     assert logits_NV.grad is not None
