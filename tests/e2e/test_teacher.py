@@ -141,10 +141,11 @@ def test_a_student_learns_from_a_teacher(joined: Path, form: str) -> None:
     settings = read_manifest(targets).settings
     assert (settings["method"], settings["form"]) == ("target-sft", form)
 
-    train = ("--batch-size", 3, "--epochs", 4, "--learning-rate", 1e-2)
+    train = ("--batch-size", 3, "--epochs", 8, "--learning-rate", 5e-3)
     qpipe("train", "--targets", targets, "--model", joined / "base", *train, "--out", run)
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2]), losses  # two steps are an epoch
     bounds = [step["error_bound"] for step in steps]
     assert all(0 < bound < 2 for bound in bounds) if form == "live" else set(bounds) == {None}
