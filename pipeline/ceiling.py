@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .choice import Choice
 from .codec import FlatBatch, segment_sums
 from .supports import (
+    SMALLEST_TAIL,
     Common,
     Supports,
     common_supports,
@@ -165,7 +166,7 @@ def _divergence_from_base(
     target = np.where(is_observed, trust_K, 0.0) + (1 - trust_K) * on_common.probs
     inner = target * (safe_log(target, 0.0) - common.log_probs)
     tail = (1 - trust) * on_common.tail_mass
-    base_tail = np.maximum(common.tail_mass, np.finfo(np.float64).smallest_normal)
+    base_tail = np.maximum(common.tail_mass, SMALLEST_TAIL)
     return segment_sums(inner, common.counts) + tail * (safe_log(tail, 0.0) - np.log(base_tail))
 
 

@@ -27,7 +27,7 @@ class OrderStatistics:
         self._waiting_size = 0
 
     def add(self, values: Floats) -> None:
-        """Count some numbers, none of them NaN."""
+        """Count some numbers, none of them NaN or infinite."""
         self._waiting.append(_ordered(values) >> self._dropped_bits)
         self._waiting_size += len(values)
         self.count += len(values)
@@ -48,7 +48,7 @@ class OrderStatistics:
         return 0.0 if self._dropped_bits == 0 else 2.0 ** (self._dropped_bits - 53)
 
     def _merge(self) -> None:
-        if self._waiting:
+        if self._waiting_size:
             keys = np.concatenate([self._keys, *self._waiting])
             ones = np.ones(self._waiting_size, np.int64)
             self._waiting, self._waiting_size = [], 0

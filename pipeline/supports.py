@@ -15,6 +15,8 @@ from .codec import FlatBatch, segment_sums
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+LOG_OF_ZERO = -1e4  # stands for log 0 = −inf among scores: exp of it is 0, and 0 times it is no NaN
+SMALLEST_TAIL = float(np.finfo(np.float32).smallest_normal)  # stands for a tail of 0 in a log
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +57,7 @@ def known_supports(scores: FlatBatch) -> Supports:
     """What a batch of scores knows of its model: its entries and the observed token."""
     counts = scores["counts"].astype(np.int64)
     ids = scores["topk_ids"]
-    log_probs = scores["topk_log_probs"].astype(np.float64)
+    log_probs = np.maximum(scores["topk_log_probs"].astype(np.float64), LOG_OF_ZERO)
     observed = scores.observed_ids
     outside = segment_sums((ids == np.repeat(observed, counts)).astype(np.int64), counts) == 0
     observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
@@ -195,7 +197,8 @@ def common_divergence(common: Common) -> Floats:
     log_second, log_first = common.other_log_probs, common.log_probs
     inner = segment_sums(np.exp(log_second) * (log_second - log_first), common.counts)
     tail = common.other_tail_mass
-    return inner + tail * (safe_log(tail, 0.0) - safe_log(common.tail_mass, 0.0))
+    log_tail = np.log(np.maximum(common.tail_mass, SMALLEST_TAIL))
+    return inner + tail * (safe_log(tail, 0.0) - log_tail)
 
 
 def padded(counts: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:

@@ -20,7 +20,7 @@ def tempered(
     """p^(1/T)/Z, and a bound of its total variation distance from the true one, [N].
 
     Of the M ids in the tail only their mass ρ is known, and that none is more probable than the
-    `top_k`-th entry, c. Their sum Σ p^(1/T) then lies between M·(ρ/M)^(1/T), all alike, and
+    `top_k`-th entry, or than ρ: c. Their sum Σ p^(1/T) then lies between M·(ρ/M)^(1/T), all alike, and
     ρ·c^(1/T − 1), as few as possible. The tail's mass is taken in the middle of what the two give;
     the bound is half of their distance: 0 where there is no tail.
     """
@@ -48,7 +48,7 @@ def _tail_sums(supports: Supports, power: float, top_k: int, vocab_size: int) ->
     ids = np.maximum(vocab_size - supports.counts, 1)
     starts = np.cumsum(supports.counts) - supports.counts
     last_of_top = starts + np.minimum(top_k, supports.counts) - 1
-    log_most = supports.log_probs[last_of_top]
+    log_most = np.minimum(supports.log_probs[last_of_top], safe_log(mass, 0.0))
     log_alike = np.log(ids) + power * (safe_log(mass) - np.log(ids))
     log_few = safe_log(mass) + (power - 1) * log_most
     return np.where(mass > 0, np.exp([log_alike, log_few]), 0.0)

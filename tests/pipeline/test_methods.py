@@ -233,7 +233,9 @@ def test_a_statistic_is_sought_where_its_parameter_is_not_given(name: str) -> No
 
 
 def test_a_statistic_of_no_use_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^flow: tau=0 is out of range: give above 0, to 1e\+06 \(the data"):
+    with pytest.raises(
+        UserError, match=r"^flow: tau=0 is out of range: give above 0, to 1e\+06 \(the data"
+    ):
         choose("flow").resolved(0.0)
     with pytest.raises(UserError, match=r"^token-cleaning: threshold=nan is out of range: give"):
         choose("token-cleaning").resolved(math.nan)

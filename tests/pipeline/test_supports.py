@@ -247,16 +247,16 @@ def test_the_observed_token_alone_leaves_the_rest_to_the_tail() -> None:
 # Truncation.
 
 
-def wanted_prefix(row: Known, top_p: float, max_support: int) -> Row:
+def wanted_prefix(row: Known, probs: Probs, top_p: float, max_support: int) -> Row:
     """Entry by entry: what is known from its mode down until `top_p` is held, then the observed
     token if that did not bring it, all of it scaled to add up to 1."""
     kept: dict[int, float] = {}
     dropped: dict[int, float] = {}
     before = 0.0
-    for token in row.all_ids:
+    for token, prob in zip(row.all_ids, probs, strict=True):
         full = len(kept) >= max_support or (top_p < 1 and before >= top_p)
-        (dropped if dropped or full or not row.probs[token] else kept)[token] = row.probs[token]
-        before += row.probs[token]
+        (dropped if dropped or full or not prob else kept)[token] = prob
+        before += prob
     if row.observed in dropped:
         kept[row.observed] = dropped.pop(row.observed)
     tail = math.fsum([row.all_tail, *dropped.values()])
@@ -280,11 +280,16 @@ def test_truncation_is_that_of_a_plain_reference(
     rng = np.random.default_rng(seed)
     top_k = max(1, round(share * size))
     rows = [random_known(rng, size, spread, top_k, extra) for _ in range(int(rng.integers(6)))]
-    # the reference adds up the numbers that the code adds up, where the last bit decides
     known = supports_of([row.support() for row in rows])
     cut = truncated(known, observed_of(rows), top_p, max_support)
 
-    assert_rows(cut, [wanted_prefix(row, top_p, max_support) for row in rows])
+    # as the code reads them off their logs: where top_p is just held, the last bit decides
+    probs = np.split(known.probs, np.cumsum(known.counts)[:-1]) if rows else []
+    wanted = [
+        wanted_prefix(row, own.tolist(), top_p, max_support)
+        for row, own in zip(rows, probs, strict=True)
+    ]
+    assert_rows(cut, wanted)
     for row in rows_of(cut):
         assert math.fsum([*row.entries.values(), row.tail]) == pytest.approx(1, abs=1e-14)
 
@@ -356,7 +361,7 @@ def test_a_tail_far_below_the_resolution_of_1_survives() -> None:
 @pytest.mark.parametrize("top_p", [0.3, 0.6, 0.7, 0.9])
 def test_the_same_distribution_has_the_same_support_wherever_it_stands(top_p: float) -> None:
     row = Row({0: 0.1, 1: 0.2, 2: 0.3, 3: 0.3}, 0.1)  # sums of these are off by a last bit
-    others = [Row({token: 1 / 7 for token in range(5)}, 2 / 7)] * 3
+    others = [Row(dict.fromkeys(range(5), 1 / 7), 2 / 7)] * 3
     alone = truncated(supports_of([row]), np.zeros(1, np.int32), top_p, 64)
     many = truncated(supports_of([*others, row] * 300), np.zeros(1200, np.int32), top_p, 64)
 
@@ -556,11 +561,12 @@ def test_full_supports_give_the_dense_mixture_and_contrast(eta: float) -> None:
     other = supports_of([Row({token: teacher[token] for token in reversed(range(50))})])
     common = common_supports(one, other)
 
-    weights = [math.exp((1 - eta) * math.log(b) + eta * math.log(q)) for b, q in zip(base, teacher)]  # noqa: B905
+    both = list(zip(base, teacher, strict=True))
+    weights = [math.exp((1 - eta) * math.log(b) + eta * math.log(q)) for b, q in both]
     np.testing.assert_allclose(
         mixture(common, eta).probs, np.array(weights) / math.fsum(weights), rtol=1e-10
     )
-    ratios = [q / b if q >= 0.2 * max(teacher) else 0.0 for b, q in zip(base, teacher)]  # noqa: B905
+    ratios = [q / b if q >= 0.2 * max(teacher) else 0.0 for b, q in both]
     np.testing.assert_allclose(
         contrasted(common, 0.2).probs, np.array(ratios) / math.fsum(ratios), rtol=1e-10
     )
@@ -591,15 +597,14 @@ def test_a_common_divergence_is_never_above_the_dense_one(
 def test_a_common_divergence_on_full_supports_is_the_dense_one(
     seed: int, size: int, spread: float
 ) -> None:
-    one, other = random_pair(np.random.default_rng(seed), 3, size, spread, 1)
-    full = [
-        [Known(row.probs, rng_ids, row.observed) for row, rng_ids in zip(rows, ids, strict=True)]
-        for rows, ids in ((one, [list(range(size))] * 3), (other, [[*range(size)][::-1]] * 3))
-    ]
-    found = common_divergence(common_supports(*supports_of_pair((full[0], full[1]))))
+    rng = np.random.default_rng(seed)
+    base, teacher = random_probs(rng, size, spread), random_probs(rng, size, spread)
+    one = supports_of([Row(dict(enumerate(base)))])
+    other = supports_of([Row({token: teacher[token] for token in rng.permutation(size).tolist()})])
+    found = common_divergence(common_supports(one, other))
 
-    dense = [dense_divergence(q.probs, p.probs) for p, q in zip(one, other, strict=True)]
-    np.testing.assert_allclose(found, dense, rtol=1e-11, atol=1e-12)
+    wanted = [pytest.approx(dense_divergence(teacher, base), rel=1e-11, abs=1e-12)]
+    assert found.tolist() == wanted
 
 
 def test_a_common_divergence_counts_the_tails_as_one_outcome() -> None:

@@ -1,0 +1,520 @@
+"""The ceiling of targets against sums over the whole vocabulary, token by token."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qpipe.pipeline.ceiling import (
+    Ceiling,
+    ceiling_advice,
+    ceiling_sums,
+    ceilings,
+    has_ceiling,
+    reproducible_share,
+)
+from qpipe.pipeline.choice import Choice
+from qpipe.pipeline.codec import cut, flatten
+from qpipe.pipeline.methods import choices, choose
+from qpipe.pipeline.records import ScoredExample
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.targets import Evidence, Model, Truncation, stored_residual
+
+VOCAB_SIZE = 30
+WHOLE = Truncation(1.0, 10**9)
+BUCKETS = ((0.0, 0.01), (0.01, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, math.inf))
+NAMES = ["all", "0 to 0.01", "0.01 to 0.1", "0.1 to 0.5", "0.5 to 0.9", "0.9 to 1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """An observed token under models that are known in full, as probabilities."""
+
+    base: list[float]
+    teacher: list[float]
+    observed: int
+    mask: float = 1.0
+    plain_base: tuple[float, ...] = ()  # where `base` is at another temperature
+
+    @property
+    def b(self) -> float:
+        return self.base[self.observed]
+
+    @property
+    def q(self) -> float:
+        return self.teacher[self.observed]
+
+    @property
+    def scored_base(self) -> Sequence[float]:
+        return self.plain_base or self.base
+
+    def at(self, temperature: float, teacher_temperature: float) -> "Position":
+        return Position(
+            powered(self.base, 1 / temperature),
+            powered(self.teacher, 1 / teacher_temperature),
+            self.observed,
+            self.mask,
+            tuple(self.base),
+        )
+
+
+Demonstration = list[Position]
+
+
+def powered(probs: Sequence[float], power: float) -> list[float]:
+    weights = [prob**power for prob in probs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def random_demonstrations(seed: int, size: int = VOCAB_SIZE) -> list[Demonstration]:
+    """Of 0 to 5 tokens, some likely, some not."""
+    rng = np.random.default_rng(seed)
+
+    def probs(observed: int, pull: float) -> list[float]:
+        logits = 2 * rng.standard_normal(size)
+        logits[observed] += pull
+        return powered([math.exp(logit) for logit in logits], 1)
+
+    def position(pull: float) -> Position:
+        observed = int(rng.integers(size))
+        mask = float(rng.choice([0.0, 0.04, 1.0]))
+        return Position(probs(observed, pull), probs(observed, pull), observed, mask)
+
+    return [
+        [position(float(rng.uniform(-3, 9))) for _ in range(length)]
+        for length in (0, 1, 1, 2, 2, 3, 3, 4, 5, 5)
+    ]
+
+
+def scored(
+    name: str, positions: Demonstration, models: Sequence[Sequence[float]], top_k: int
+) -> ScoredExample:
+    """As a scorer stores it, but for the rounding."""
+    ids = [sorted(range(len(p)), key=lambda token: -p[token])[:top_k] for p in models]
+    observed = [position.observed for position in positions]
+    entries = [p[token] for p, top in zip(models, ids, strict=True) for token in top]
+    return ScoredExample(
+        id=name,
+        input_ids=np.array([0, *observed], np.int32),
+        positions=np.arange(1, len(observed) + 1, dtype=np.int32),
+        observed_log_probs=np.log([p[y] for p, y in zip(models, observed, strict=True)]),
+        observed_ranks=np.ones(len(observed), np.int32),
+        counts=np.array([len(top) for top in ids], np.int32),
+        topk_ids=np.array([token for top in ids for token in top], np.int32),
+        topk_log_probs=np.log(entries),
+        tail_mass=np.array(
+            [
+                math.fsum(prob for token, prob in enumerate(p) if token not in top)
+                for p, top in zip(models, ids, strict=True)
+            ]
+        ),
+        token_weights=np.array([position.mask for position in positions]),
+    )
+
+
+def evidence_of(
+    demonstrations: Sequence[Demonstration],
+    top_k: int = 10**9,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> Evidence:
+    size = max([len(at.base) for each in demonstrations for at in each], default=VOCAB_SIZE)
+    schema = schema_of("score", size)
+    own, other = (
+        flatten(
+            schema,
+            [
+                scored(str(row), each, [getattr(at, model) for at in each], top_k)
+                for row, each in enumerate(demonstrations)
+            ],
+        )
+        for model in ("base", "teacher")
+    )
+    k = min(top_k, size)
+    base, teacher = Model(k, size, temperature), Model(k, size, teacher_temperature)
+    return Evidence(own, base, other, teacher)
+
+
+def sums_of(evidence: Evidence, choice: Choice, truncation: Truncation = WHOLE) -> dict[str, float]:
+    residual = stored_residual(evidence, choice, truncation)
+    return ceiling_sums(evidence, choice, residual, truncation)
+
+
+# The targets over the whole vocabulary while the student is the base.
+
+
+def entropy(probs: Sequence[float]) -> float:
+    return -math.fsum(p * math.log(p) for p in probs if p)
+
+
+def idft_trust(at: Position) -> float:
+    return at.b ** min(max(math.exp(-(math.log(at.b) + entropy(at.base))), 0.1), 2.0)
+
+
+FLOW_TAU, CLEANING_THRESHOLD = 2.0, 0.1
+TRUST: dict[str, Callable[[Position], float]] = {
+    "sft": lambda at: 1,
+    "dft": lambda at: at.b,
+    "beyond-log": lambda at: at.b**8,
+    "profit": lambda at: float(at.b >= 0.1),
+    "eaft": lambda at: entropy(powered(sorted(at.base, reverse=True)[:20], 1)) / 3,
+    "iw-sft": lambda at: 1,
+    "cft": lambda at: at.mask,
+    "label-smoothing": lambda at: 0.9,
+    "sft+kl": lambda at: 1 / 1.1,
+    "asft": lambda at: at.b / (at.b + 0.1),
+    "psft": lambda at: 1,
+    "kd": lambda at: 0,
+    "kd-hybrid": lambda at: 0.5,
+    "target-sft": lambda at: at.b,
+    "gift": lambda at: 1 - 1 / (1 + max(at.b, 1e-10) * (math.exp(20) - 1)),
+    "flow": lambda at: at.b ** (1 / FLOW_TAU),
+    "stm": lambda at: float(at.b >= 0.4),
+    "token-cleaning": lambda at: float(math.log(at.q / at.b) >= CLEANING_THRESHOLD),
+    "contrast": lambda at: 0,
+    "idft": idft_trust,
+    "trsft": lambda at: min(1, at.b / 0.1),
+}
+ONE_HOT = ("sft", "iw-sft", "psft")
+WEIGHTS_WHERE_LIVE = ("cft", "flow", "stm", "token-cleaning")
+
+
+def residual_of(choice: Choice, at: Position) -> list[float]:
+    size = len(at.base)
+    match choice.method.name:
+        case "label-smoothing":
+            return [1 / size] * size
+        case "kd" | "kd-hybrid":
+            return at.teacher
+        case "target-sft":
+            pairs = zip(at.base, at.teacher, strict=True)
+            return powered([math.sqrt(b * q) for b, q in pairs], 1)
+        case "contrast":
+            least = 0.2 * max(at.teacher)
+            pairs = zip(at.base, at.teacher, strict=True)
+            return powered([q / b if q >= least else 0.0 for b, q in pairs], 1)
+        case _:
+            return at.base
+
+
+def target_at_start(choice: Choice, at: Position) -> tuple[float, list[float]]:
+    """γ and Q; where γ is a weight from the data, Q is one-hot."""
+    name = choice.method.name
+    trust = TRUST[name](at)
+    share = trust
+    is_weight = choice.form == "frozen-weight" or (
+        choice.form == "live" and name in WEIGHTS_WHERE_LIVE
+    )
+    if is_weight or name in ONE_HOT:
+        share = 1.0
+    target = [(1 - share) * prob for prob in residual_of(choice, at)]
+    target[at.observed] += share
+    return trust, target
+
+
+def divergence(of: Sequence[float], to: Sequence[float]) -> float:
+    return math.fsum(p * math.log(p / q) for p, q in zip(of, to, strict=True) if p)
+
+
+def two_outcomes(probs: Sequence[float], observed: int) -> list[float]:
+    return [probs[observed], 1 - probs[observed]]
+
+
+def wanted_at(choice: Choice, at: Position) -> dict[str, float]:
+    trust, target = target_at_start(choice, at)
+    own = target[at.observed]
+    others = [prob for token, prob in enumerate(target) if token != at.observed]
+    base = at.scored_base
+    if choice.method.name == "label-smoothing":  # its other tokens are not stored one by one
+        divergent = divergence(two_outcomes(target, at.observed), two_outcomes(base, at.observed))
+    else:
+        divergent = divergence(target, base)
+    return {
+        "nll": -math.log(max(own, 1e-10)),
+        "learnable": float(own > max(others)),
+        "starved": float(trust < 0.05),
+        "divergence": divergent,
+    }
+
+
+def wanted_ceilings(choice: Choice, demonstrations: Sequence[Demonstration]) -> list[Ceiling]:
+    rows: list[list[dict[str, float]]] = [[] for _ in NAMES]
+    for at in (at for each in demonstrations for at in each):
+        base = at.scored_base[at.observed]
+        bucket = next(place for place, (low, high) in enumerate(BUCKETS) if low <= base < high)
+        for row in (0, 1 + bucket):
+            rows[row].append(wanted_at(choice, at))
+    return [
+        Ceiling(
+            name,
+            len(values),
+            **{
+                key: math.fsum(value[key] for value in values) / max(len(values), 1)
+                for key in ("nll", "learnable", "starved", "divergence")
+            },
+        )
+        for name, values in zip(NAMES, rows, strict=True)
+    ]
+
+
+def wanted_share(choice: Choice, demonstrations: Sequence[Demonstration]) -> float:
+    whole = [all(wanted_at(choice, at)["learnable"] for at in each) for each in demonstrations]
+    return sum(whole) / len(whole)
+
+
+def assert_ceilings(found: Sequence[Ceiling], wanted: Sequence[Ceiling]) -> None:
+    assert [(row.name, row.positions) for row in found] == [
+        (row.name, row.positions) for row in wanted
+    ]
+    for row, other in zip(found, wanted, strict=True):
+        assert row.nll == pytest.approx(other.nll, rel=1e-9, abs=1e-10)
+        assert row.learnable == pytest.approx(other.learnable, abs=1e-14)
+        assert row.starved == pytest.approx(other.starved, abs=1e-14)
+        assert row.divergence == pytest.approx(other.divergence, rel=1e-9, abs=1e-10)
+
+
+def settled(choice: Choice) -> Choice:
+    if choice.unresolved is None:
+        return choice
+    return choice.resolved(FLOW_TAU if choice.method.name == "flow" else CLEANING_THRESHOLD)
+
+
+def name_of(choice: Choice) -> str:
+    return f"{choice.method.name} {choice.form}"
+
+
+CHOICES = [settled(choice) for choice in choices() if choice.method.name != "gem"]
+each_choice = pytest.mark.parametrize("choice", CHOICES, ids=name_of)
+DEMONSTRATIONS = random_demonstrations(0) + random_demonstrations(1)
+
+
+def test_the_demonstrations_are_in_all_buckets() -> None:
+    found = Counter(
+        next(place for place, (low, high) in enumerate(BUCKETS) if low <= at.b < high)
+        for each in DEMONSTRATIONS
+        for at in each
+    )
+    assert min(found[bucket] for bucket in range(5)) >= 3
+    shares = [wanted_share(choice, DEMONSTRATIONS) for choice in CHOICES]
+    assert 0 < sorted(shares)[3] < 1  # some methods teach some demonstrations whole, not all
+
+
+@each_choice
+def test_on_full_supports_the_ceiling_is_the_dense_one(choice: Choice) -> None:
+    sums = sums_of(evidence_of(DEMONSTRATIONS), choice)
+
+    assert_ceilings(ceilings(sums), wanted_ceilings(choice, DEMONSTRATIONS))
+    share = reproducible_share(sums, len(DEMONSTRATIONS))
+    assert share == wanted_share(choice, DEMONSTRATIONS)
+
+
+@each_choice
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("teacher_temperature", [1.0, 3.0])
+def test_at_a_temperature_it_is_compared_with_the_base_as_it_was_scored(
+    choice: Choice, temperature: float, teacher_temperature: float
+) -> None:
+    evidence = evidence_of(DEMONSTRATIONS, 10**9, temperature, teacher_temperature)
+    tempered = [[at.at(temperature, teacher_temperature) for at in each] for each in DEMONSTRATIONS]
+
+    sums = sums_of(evidence, choice)
+    assert_ceilings(ceilings(sums), wanted_ceilings(choice, tempered))
+    assert reproducible_share(sums, len(tempered)) == wanted_share(choice, tempered)
+
+
+OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast")
+# idft's weight reads the entropy over the whole vocabulary
+LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in (*OF_A_TEACHER, "idft")]
+
+
+@pytest.mark.parametrize("choice", LIKE_THE_BASE, ids=name_of)
+@pytest.mark.parametrize(("top_k", "truncation"), [(20, Truncation(0.5, 2)), (25, WHOLE)])
+def test_where_the_rest_goes_to_the_base_truncation_changes_nothing(
+    choice: Choice, top_k: int, truncation: Truncation
+) -> None:
+    sums = sums_of(evidence_of(DEMONSTRATIONS, top_k), choice, truncation)
+
+    assert_ceilings(ceilings(sums), wanted_ceilings(choice, DEMONSTRATIONS))
+    share = reproducible_share(sums, len(DEMONSTRATIONS))
+    assert share == wanted_share(choice, DEMONSTRATIONS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    top_k=st.integers(1, 12),
+    name=st.sampled_from(["kd", "kd-hybrid"]),
+    max_support=st.sampled_from([1, 3, 100]),
+    temperature=st.sampled_from([1.0, 0.5]),
+)
+def test_where_it_goes_to_a_teacher_only_the_divergence_is_too_low(
+    seed: int, top_k: int, name: str, max_support: int, temperature: float
+) -> None:
+    """Whatever the base's temperature: buckets and divergence are of the base as it was scored."""
+    demonstrations = random_demonstrations(seed, 12)
+    choice = choose(name)
+    evidence = evidence_of(demonstrations, top_k, temperature)
+    found = ceilings(sums_of(evidence, choice, Truncation(0.9, max_support)))
+
+    for row, dense in zip(found, wanted_ceilings(choice, demonstrations), strict=True):
+        assert row.name == dense.name
+        assert -1e-12 <= row.divergence <= dense.divergence + 1e-12
+        assert (row.positions, row.learnable) == (dense.positions, dense.learnable)
+        assert row.nll == pytest.approx(dense.nll, rel=1e-9)
+
+
+@each_choice
+@pytest.mark.parametrize("most_positions", [1, 4, 13])
+def test_the_sums_of_any_cutting_add_up_to_the_same(choice: Choice, most_positions: int) -> None:
+    whole = evidence_of(DEMONSTRATIONS, 20 if choice.method.name != "contrast" else 30)
+    assert whole.teacher_scores is not None
+    truncation = Truncation(0.9, 6)
+    schema = schema_of("score", VOCAB_SIZE)
+    pieces = zip(
+        cut(schema, whole.scores, most_positions),
+        cut(schema, whole.teacher_scores, most_positions),
+        strict=True,
+    )
+    apart = [
+        sums_of(Evidence(own, whole.base_model, other, whole.teacher_model), choice, truncation)
+        for own, other in pieces
+    ]
+
+    together = sums_of(whole, choice, truncation)
+    assert len(apart) > 3
+    assert {name: math.fsum(each[name] for each in apart) for name in together} == pytest.approx(
+        together, rel=1e-12, abs=1e-12
+    )
+    assert all(set(each) == set(together) for each in apart)
+
+
+# By hand.
+
+
+def overall(choice: Choice, *demonstrations: Demonstration) -> tuple[Ceiling, float]:
+    sums = sums_of(evidence_of(demonstrations), choice)
+    return ceilings(sums)[0], reproducible_share(sums, len(demonstrations))
+
+
+def test_a_token_that_shares_the_highest_probability_is_not_learnt() -> None:
+    tied = Position([0.4, 0.4, 0.2], [0.375, 0.375, 0.25], observed=0)
+    above = Position([0.4, 0.4, 0.2], [0.5, 0.375, 0.125], observed=0)
+
+    assert overall(choose("kd"), [tied])[0].learnable == 0
+    assert overall(choose("kd"), [above])[0].learnable == 1
+    row, share = overall(choose("kd"), [above, tied], [above])
+    assert (row.learnable, share) == (pytest.approx(2 / 3), 0.5)
+
+
+def test_a_target_of_next_to_nothing_counts_as_1e_10() -> None:
+    unlikely = Position([0.5, 0.25, 0.25], [0.5, 0.5 - 1e-30, 1e-30], observed=2)
+
+    for name in ("kd", "contrast"):
+        row, _ = overall(choose(name), [unlikely])
+        assert row.nll == pytest.approx(-math.log(1e-10))
+    assert overall(choose("sft+kl"), [unlikely])[0].nll == pytest.approx(
+        -math.log(1 / 1.1 + (1 - 1 / 1.1) * 0.25)
+    )
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_a_uniform_rest_leaves_each_other_token_its_part_only(share: float) -> None:
+    unlikely = Position([0.9, 0.06, 0.04], [0.9, 0.06, 0.04], observed=2)
+    row, _ = overall(choose("label-smoothing", given={"lam": share}), [unlikely])
+
+    assert row.nll == pytest.approx(-math.log(1 - share + share / 3))
+    assert row.learnable == 1
+
+
+def test_a_weight_is_starved_but_its_target_is_one_hot() -> None:
+    unlikely = Position([0.9, 0.06, 0.04], [0.9, 0.06, 0.04], observed=2)
+    weighted, share = overall(choose("dft", "frozen-weight"), [unlikely])
+    soft, soft_share = overall(choose("dft", "frozen-target"), [unlikely])
+    live, live_share = overall(choose("dft", "live"), [unlikely])
+
+    assert (weighted.nll, weighted.learnable, weighted.starved, share) == (0, 1, 1, 1)
+    assert weighted.divergence == pytest.approx(-math.log(0.04))
+    assert soft.nll == pytest.approx(-math.log(0.04 + 0.96 * 0.04))
+    assert (soft.learnable, soft.starved, soft_share) == (0, 1, 0)
+    assert (live, live_share) == (soft, soft_share)
+
+
+def test_trust_is_small_below_a_twentieth() -> None:
+    def starved(mask: float) -> float:
+        at = Position([0.5, 0.5], [0.5, 0.5], 0, mask)
+        return overall(choose("cft", "frozen-target"), [at])[0].starved
+
+    assert [starved(mask) for mask in (0.0, 0.0499, 0.05, 1.0)] == [1, 1, 0, 0]
+
+
+def test_a_certain_token_is_in_the_last_bucket() -> None:
+    sums = sums_of(evidence_of([[Position([1 - 1e-17, 1e-17], [0.5, 0.5], 0)]]), choose("sft"))
+
+    assert [row.positions for row in ceilings(sums)] == [1, 0, 0, 0, 0, 1]
+    assert [row.name for row in ceilings(sums)] == NAMES
+
+
+def test_a_demonstration_without_supervised_tokens_counts_as_reproducible() -> None:
+    unlikely = Position([0.9, 0.1], [0.9, 0.1], observed=1)
+
+    assert overall(choose("kd"), [unlikely], [], [])[1] == pytest.approx(2 / 3)
+
+
+@each_choice
+def test_no_demonstrations_have_a_ceiling_of_zeros(choice: Choice) -> None:
+    sums = sums_of(evidence_of([]), choice)
+
+    assert ceilings(sums) == [Ceiling(name, 0, 0.0, 0.0, 0.0, 0.0) for name in NAMES]
+    assert reproducible_share(sums, 0) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@each_choice
+def test_a_base_that_is_certain_of_another_token_has_a_finite_ceiling(
+    choice: Choice, temperature: float
+) -> None:
+    rest = 1e-300 / 2
+    sure = Position([1.0, 1e-300, rest, rest], [0.25] * 4, observed=1)
+    evidence = evidence_of([[sure]], 4, temperature, temperature)
+    evidence.scores["topk_log_probs"][2:] = -math.inf  # ids that the base can never write
+    sums = sums_of(evidence, choice)
+
+    assert np.isfinite(list(sums.values())).all()
+
+
+def test_gem_has_no_ceiling() -> None:
+    gem = choose("gem", "live")
+
+    assert not has_ceiling(gem)
+    assert sums_of(evidence_of(DEMONSTRATIONS), gem) == {}
+    assert ceilings({}) == ceilings({"trust": 1.0}) == []
+    assert all(has_ceiling(choice) for choice in CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("learnable", "reproducible", "is_said"),
+    [
+        (1.0, 1.0, False),
+        (2 / 3, 0.5, False),
+        (0.6666, 0.5, True),
+        (2 / 3, 0.4999, True),
+        (1.0, 0.0, True),
+        (0.0, 1.0, True),
+    ],
+)
+def test_advice_is_given_where_a_third_of_the_tokens_or_most_demonstrations_cannot_be_learnt(
+    learnable: float, reproducible: float, is_said: bool
+) -> None:
+    advice = ceiling_advice(Ceiling("all", 9, 1.0, learnable, 0.0, 0.0), reproducible)
+
+    assert bool(advice) == is_said
+    if is_said:
+        assert f"{1 - learnable:.0%} of the tokens" in advice
+        assert f"{1 - reproducible:.0%} of the demonstrations" in advice
+        assert "sft+kl" in advice

@@ -1,0 +1,694 @@
+"""Targets of every method against ones worked out by hand over the whole vocabulary."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pytest
+from qpipe.pipeline.choice import Choice
+from qpipe.pipeline.codec import FlatBatch, cut, flatten, join, split
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.methods import choices, choose
+from qpipe.pipeline.records import ScoredExample, TargetExample
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.supports import Supports, truncated
+from qpipe.pipeline.targets import (
+    SMALLEST_PROB,
+    Evidence,
+    Model,
+    Targets,
+    Truncation,
+    flat_targets,
+    targets_of,
+)
+
+VOCAB_SIZE = 20
+WHOLE = Truncation(1.0, 10**9)
+Rows = list[list[float]]  # a distribution, or its logs, at each position
+
+
+# Demonstrations under models that are known in full.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A demonstration under models known in full."""
+
+    name: str
+    input_ids: list[int]
+    positions: list[int]
+    base: Rows  # log-probabilities
+    teacher: Rows
+    token_weights: list[float]
+
+    @property
+    def observed(self) -> list[int]:
+        return [self.input_ids[position] for position in self.positions]
+
+    def scored(
+        self, log_probs: Rows, top_k: int, gathered: Sequence[int] = (), dtype: type = np.float64
+    ) -> ScoredExample:
+        """The example as a scorer stores it, but for the rounding."""
+        ids, tails, ranks = [], [], []
+        for row, observed in zip(log_probs, self.observed, strict=True):
+            order = sorted(range(len(row)), key=lambda token: -row[token])
+            top = {*order[:top_k], *gathered}
+            ids.append([token for token in order if token in top])
+            tails.append(math.fsum(math.exp(row[token]) for token in order if token not in top))
+            ranks.append(sum(each >= row[observed] for each in row))
+        observed_log_probs = [
+            row[observed] for row, observed in zip(log_probs, self.observed, strict=True)
+        ]
+        entries = [
+            row[token] for row, tokens in zip(log_probs, ids, strict=True) for token in tokens
+        ]
+        return ScoredExample(
+            id=self.name,
+            input_ids=np.array(self.input_ids, np.int32),
+            positions=np.array(self.positions, np.int32),
+            observed_log_probs=np.array(observed_log_probs, dtype),
+            observed_ranks=np.array(ranks, np.int32),
+            counts=np.array([len(tokens) for tokens in ids], np.int32),
+            topk_ids=np.array([token for tokens in ids for token in tokens], np.int32),
+            topk_log_probs=np.array(entries, dtype),
+            tail_mass=np.array(tails, dtype),
+            token_weights=np.array(self.token_weights, dtype),
+        )
+
+
+def log_softmax(logits: Sequence[float]) -> list[float]:
+    log_norm = math.log(math.fsum(math.exp(logit) for logit in logits))
+    return [logit - log_norm for logit in logits]
+
+
+def random_dense(
+    seed: int,
+    positions: int = 6,
+    teacher_size: int = VOCAB_SIZE,
+    spread: float = 2.0,
+    weights: Sequence[float] = (0.0, 0.25, 1.0),
+) -> Dense:
+    rng = np.random.default_rng(seed)
+    tokens = positions + 3
+    base = spread * rng.standard_normal((positions, VOCAB_SIZE))
+    teacher = spread * rng.standard_normal((positions, teacher_size))
+    teacher[:, :VOCAB_SIZE] += 0.5 * base
+    return Dense(
+        name=f"chats:{seed}",
+        input_ids=rng.integers(0, VOCAB_SIZE, tokens).tolist(),
+        positions=sorted(rng.choice(np.arange(1, tokens), positions, replace=False).tolist()),
+        base=[log_softmax(row) for row in base.tolist()],
+        teacher=[log_softmax(row) for row in teacher.tolist()],
+        token_weights=rng.choice(list(weights), positions).tolist(),
+    )
+
+
+def one_position(base: Sequence[float], observed: int, teacher: Sequence[float] = ()) -> Dense:
+    """Of probabilities, 0 among them."""
+    logs = [[math.log(p) if p else -math.inf for p in probs] for probs in (base, teacher or base)]
+    return Dense("one", [0, observed], [1], [logs[0]], [logs[1]], [1.0])
+
+
+def evidence_of(
+    demonstrations: Sequence[Dense],
+    top_k: int = VOCAB_SIZE,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    gathered: Sequence[int] = (),
+    dtype: type = np.float64,
+) -> Evidence:
+    """Both models' scores; ids are gathered at the base alone."""
+    base_size = max(len(row) for each in demonstrations for row in each.base)
+    teacher_size = max(len(row) for each in demonstrations for row in each.teacher)
+    own = [each.scored(each.base, top_k, gathered, dtype) for each in demonstrations]
+    other = [each.scored(each.teacher, top_k, (), dtype) for each in demonstrations]
+    return Evidence(
+        flatten(schema_of("score", base_size), own),
+        Model(top_k, base_size, temperature),
+        flatten(schema_of("score", teacher_size), other),
+        Model(top_k, teacher_size, teacher_temperature),
+    )
+
+
+# The table of methods, written out position by position.
+
+
+@dataclass(frozen=True)
+class Position:
+    base: list[float]  # probabilities
+    teacher: list[float]
+    observed: int
+    mask: float
+
+    @property
+    def b(self) -> float:
+        return self.base[self.observed]
+
+    @property
+    def q(self) -> float:
+        return self.teacher[self.observed]
+
+    @property
+    def top_entropy(self) -> float:
+        top = sorted(self.base, reverse=True)[:20]
+        total = math.fsum(top)
+        return -math.fsum(p / total * math.log(p / total) for p in top if p)
+
+    @property
+    def divergence(self) -> float:
+        pairs = zip(self.teacher, self.base, strict=False)
+        return math.fsum(q * math.log(q / b) for q, b in pairs if q)
+
+
+def powered(log_probs: Sequence[float], temperature: float) -> list[float]:
+    return [math.exp(each) for each in log_softmax([each / temperature for each in log_probs])]
+
+
+def positions_of(
+    demonstrations: Sequence[Dense], temperature: float = 1.0, teacher_temperature: float = 1.0
+) -> list[Position]:
+    return [
+        Position(powered(base, temperature), powered(teacher, teacher_temperature), observed, mask)
+        for each in demonstrations
+        for base, teacher, observed, mask in zip(
+            each.base, each.teacher, each.observed, each.token_weights, strict=True
+        )
+    ]
+
+
+TRUST: dict[str, Callable[[Position, float], float]] = {  # of a position and the data's statistic
+    "sft": lambda at, _: 1,
+    "dft": lambda at, _: at.b,
+    "beyond-log": lambda at, _: at.b**8,
+    "profit": lambda at, _: float(at.b >= 0.1),
+    "eaft": lambda at, _: at.top_entropy / 3,
+    "cft": lambda at, _: at.mask,
+    "label-smoothing": lambda at, _: 0.9,
+    "sft+kl": lambda at, _: 1 / 1.1,
+    "asft": lambda at, _: at.b / (at.b + 0.1),
+    "kd": lambda at, _: 0,
+    "kd-hybrid": lambda at, _: 0.5,
+    "target-sft": lambda at, _: at.b,
+    "gift": lambda at, _: 1 - 1 / (1 + max(at.b, 1e-10) * (math.exp(20) - 1)),
+    "flow": lambda at, tau: at.b ** (1 / tau),
+    "stm": lambda at, _: float(at.b >= 0.4),
+    "token-cleaning": lambda at, least: float(math.log(at.q) - math.log(at.b) >= least),
+    "contrast": lambda at, _: 0,
+}
+SCALE: dict[str, Callable[[Position], float]] = {
+    "sft+kl": lambda at: 1.1,
+    "asft": lambda at: at.b + 0.1,
+    "contrast": lambda at: float(at.divergence >= 0.4),
+}
+
+
+def mixed(at: Position) -> list[float]:
+    pairs = list(zip(at.base, at.teacher, strict=False))
+    weights = [math.sqrt(b * q) for b, q in pairs]
+    total = math.fsum(weights)  # of tokens beyond the base's vocabulary the base has none
+    return [weight / total for weight in weights]
+
+
+def contrasting(at: Position) -> list[float]:
+    teacher = at.teacher[: len(at.base)]
+    ratios = [
+        q / b if q >= 0.2 * max(teacher) else 0.0 for q, b in zip(teacher, at.base, strict=True)
+    ]
+    total = math.fsum(ratios)
+    return [ratio / total for ratio in ratios]
+
+
+def residual_of(choice: Choice, at: Position) -> list[float]:
+    """π̃ over the vocabulary; what it has beyond the base's is left out."""
+    name, size = choice.method.name, len(at.base)
+    if name == "label-smoothing":
+        return [1 / size] * size
+    if name in ("kd", "kd-hybrid"):
+        return at.teacher[:size]
+    if name == "target-sft":
+        return mixed(at)
+    if name == "contrast":
+        return contrasting(at)
+    if name in ("sft+kl", "asft", "gift") or (choice.form == "frozen-target" and name != "sft"):
+        return at.base
+    return [float(token == at.observed) for token in range(size)]
+
+
+def is_weight(choice: Choice) -> bool:
+    """Whether γ is a weight of the observed token's loss."""
+    of_mask_or_base = choice.method.name in ("cft", "flow", "stm", "token-cleaning")
+    return choice.form == "frozen-weight" or (choice.form == "live" and of_mask_or_base)
+
+
+def wanted_target(choice: Choice, at: Position, statistic: float) -> tuple[list[float], float]:
+    """Q over the vocabulary, and the weight of the loss."""
+    name = choice.method.name
+    trust = TRUST[name](at, statistic)
+    scale = SCALE.get(name, lambda _: 1.0)(at)
+    mask = 1 if name == "cft" else at.mask
+    if is_weight(choice):
+        return [float(token == at.observed) for token in range(len(at.base))], trust * scale * mask
+    target = [(1 - trust) * prob for prob in residual_of(choice, at)]
+    target[at.observed] += trust
+    return target, scale * mask
+
+
+def statistic_of(choice: Choice, positions: Sequence[Position]) -> float:
+    """The median loss of the base for flow, the least excess loss of the top 60 % for cleaning."""
+    if choice.method.name == "flow":
+        return float(np.median([-math.log(at.b) for at in positions]))
+    if choice.method.name == "token-cleaning":
+        excess = sorted((math.log(at.q) - math.log(at.b) for at in positions), reverse=True)
+        return excess[int(0.6 * len(excess)) - 1]
+    return math.nan
+
+
+def settled(choice: Choice, positions: Sequence[Position]) -> tuple[Choice, float]:
+    """The choice with its statistic, a last bit lower where it is an indicator's threshold."""
+    statistic = statistic_of(choice, positions)
+    if choice.unresolved is None:
+        return choice, statistic
+    statistic -= 1e-9
+    return choice.resolved(statistic), statistic
+
+
+# What the code made.
+
+
+def by_position(counts: Any, values: Any) -> list[list[Any]]:
+    ends = np.cumsum(counts)
+    return [values[end - count : end].tolist() for end, count in zip(ends, counts, strict=True)]
+
+
+def supports_of(counts: Any, ids: Any, probs: Any) -> list[dict[int, float]]:
+    """Each position's support as token: probability."""
+    pairs = zip(by_position(counts, ids), by_position(counts, probs), strict=True)
+    return [dict(zip(*pair, strict=True)) for pair in pairs]
+
+
+def residuals(residual: Supports) -> list[dict[int, float]]:
+    return supports_of(residual.counts, residual.ids, residual.probs)
+
+
+def rebuilt(targets: Targets, positions: Sequence[Position]) -> tuple[Rows, list[float]]:
+    """Q over the vocabulary from what is stored, and its mass outside of the support; what a
+    uniform residual has there is spread evenly."""
+    rows, tails = [], []
+    for at, trust, support, tail in zip(
+        positions,
+        targets.trust.tolist(),
+        residuals(targets.residual),
+        targets.residual.tail_mass.tolist(),
+        strict=True,
+    ):
+        size = len(at.base)
+        spread = 0.0
+        if targets.choice.stored == "uniform":
+            spread, tail = tail / (size - len(support)), 0.0
+        row = [(1 - trust) * support.get(token, spread) for token in range(size)]
+        row[at.observed] += trust
+        assert at.observed in support
+        rows.append(row)
+        tails.append((1 - trust) * tail)
+    return rows, tails
+
+
+def stored(
+    evidence: Evidence, choice: Choice, truncation: Truncation = WHOLE
+) -> list[TargetExample]:
+    made = flat_targets(evidence, targets_of(evidence, choice, truncation))
+    schema = schema_of("build-targets", evidence.base_model.vocab_size)
+    return list(split(schema, made))
+
+
+def as_bytes(record: Any) -> dict[str, Any]:
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: value if name == "id" else value.tobytes() for name, value in values.items()}
+
+
+def name_of(choice: Choice) -> str:
+    return f"{choice.method.name} {choice.form}"
+
+
+ALL = list(choices())
+READ_STUDENT = {  # and what methods.md says must be stored for it
+    "dft": "observed",
+    "beyond-log": "observed",
+    "profit": "observed",
+    "eaft": "observed",
+    "gem": "observed",
+    "idft": "observed",
+    "trsft": "observed",
+    "iw-sft": "base-observed",
+    "psft": "base-observed",
+    "asft": "base",
+    "target-sft": "teacher",
+}
+SETTLED = [c for c in ALL if c.form != "live" or c.method.name not in READ_STUDENT]
+LIVE = [c for c in ALL if c.form == "live" and c.method.name in READ_STUDENT]
+each_choice = pytest.mark.parametrize("choice", ALL, ids=name_of)
+each_settled = pytest.mark.parametrize("choice", SETTLED, ids=name_of)
+
+
+def test_every_choice_is_tested_one_way_or_the_other() -> None:
+    assert {c.method.name for c in SETTLED} == set(TRUST)
+    assert {c.method.name for c in LIVE} == set(READ_STUDENT)
+    assert [c.reads_student for c in SETTLED] == [False] * len(SETTLED)
+    assert len(SETTLED) + len(LIVE) == len(ALL) == 48
+
+
+# Every method that reads no student.
+
+
+@each_settled
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
+def test_on_full_supports_the_target_is_the_definition(choice: Choice, spread: float) -> None:
+    demonstrations = [random_dense(seed, spread=spread) for seed in range(5)]
+    positions = positions_of(demonstrations)
+    choice, statistic = settled(choice, positions)
+    targets = targets_of(evidence_of(demonstrations), choice, WHOLE)
+    found, tails = rebuilt(targets, positions)
+
+    wanted = [wanted_target(choice, at, statistic) for at in positions]
+    np.testing.assert_allclose(found, [target for target, _ in wanted], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(tails, 0, atol=1e-10)
+    np.testing.assert_allclose(targets.weights, [weight for _, weight in wanted], rtol=1e-9)
+    for row in found:
+        assert math.fsum(row) == pytest.approx(1, abs=1e-12)
+
+
+@each_settled
+def test_what_is_stored_is_the_definition_in_single_precision(choice: Choice) -> None:
+    demonstrations = [random_dense(seed) for seed in range(4)]
+    positions = positions_of(demonstrations)
+    choice, statistic = settled(choice, positions)
+    made = stored(evidence_of(demonstrations, dtype=np.float32), choice)
+
+    wanted = iter([wanted_target(choice, at, statistic) for at in positions])
+    for example, demonstration in zip(made, demonstrations, strict=True):
+        assert example.id == demonstration.name
+        assert example.input_ids.tolist() == demonstration.input_ids
+        assert example.positions.tolist() == demonstration.positions
+        supports = supports_of(example.counts, example.support_ids, example.support_probs)
+        for n, support in enumerate(supports):
+            target, weight = next(wanted)
+            trust = float(example.trust[n])
+            for token, prob in support.items():
+                observed = trust * (token == demonstration.observed[n])
+                assert observed + (1 - trust) * prob == pytest.approx(target[token], abs=1e-6)
+            outside = math.fsum(p for token, p in enumerate(target) if token not in support)
+            assert (1 - trust) * example.tail_mass[n] == pytest.approx(outside, abs=1e-6)
+            assert example.weights[n] == pytest.approx(weight, rel=2e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+@pytest.mark.parametrize(
+    "choice", [choose("sft+kl"), choose("asft"), choose("gift"), choose("kd-hybrid")], ids=name_of
+)
+def test_on_truncated_supports_it_is_the_definition_on_the_support_and_in_its_tail(
+    choice: Choice, top_k: int
+) -> None:
+    demonstrations = [random_dense(seed) for seed in range(4)]
+    positions = positions_of(demonstrations)
+    targets = targets_of(evidence_of(demonstrations, top_k), choice, Truncation(0.8, 3))
+    found, tails = rebuilt(targets, positions)
+
+    supports = residuals(targets.residual)
+    assert max(map(len, supports)) <= 4
+    for at, row, tail, support in zip(positions, found, tails, supports, strict=True):
+        target, _ = wanted_target(choice, at, math.nan)
+        for token in support:
+            assert row[token] == pytest.approx(target[token], abs=1e-12)
+        outside = math.fsum(p for token, p in enumerate(target) if token not in support)
+        assert tail == pytest.approx(outside, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@pytest.mark.parametrize("teacher_temperature", [1.0, 2.0])
+@each_settled
+def test_models_are_read_at_their_temperatures(
+    choice: Choice, temperature: float, teacher_temperature: float
+) -> None:
+    demonstrations = [random_dense(seed) for seed in range(4)]
+    positions = positions_of(demonstrations, temperature, teacher_temperature)
+    choice, statistic = settled(choice, positions)
+    evidence = evidence_of(demonstrations, VOCAB_SIZE, temperature, teacher_temperature)
+    targets = targets_of(evidence, choice, WHOLE)
+
+    wanted = [wanted_target(choice, at, statistic) for at in positions]
+    found, _ = rebuilt(targets, positions)
+    np.testing.assert_allclose(found, [target for target, _ in wanted], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(targets.weights, [weight for _, weight in wanted], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [choose("kd"), choose("kd-hybrid"), choose("target-sft"), choose("contrast")],
+    ids=name_of,
+)
+@pytest.mark.parametrize("teacher_temperature", [1.0, 0.7])
+def test_a_teachers_larger_vocabulary_is_its_tail(
+    choice: Choice, teacher_temperature: float
+) -> None:
+    demonstrations = [random_dense(seed, teacher_size=27, weights=[1]) for seed in range(4)]
+    positions = positions_of(demonstrations, 1.0, teacher_temperature)
+    evidence = evidence_of(demonstrations, 27, teacher_temperature=teacher_temperature)
+    targets = targets_of(evidence, choice, WHOLE)
+    found, tails = rebuilt(targets, positions)
+
+    assert (targets.residual.ids < VOCAB_SIZE).all()
+    for at, row, tail in zip(positions, found, tails, strict=True):
+        wanted, _ = wanted_target(choice, at, math.nan)
+        np.testing.assert_allclose(row, wanted, rtol=1e-9, atol=1e-10)
+        assert tail == pytest.approx(1 - math.fsum(wanted), abs=1e-10)
+        if choice.residual == "teacher":
+            assert tail > 1e-6
+
+
+@each_settled
+def test_a_certain_prior_of_another_token_gives_finite_targets(choice: Choice) -> None:
+    dense = one_position([0.0, 1.0, 0.0, 0.0], 3, [0.25, 0.25, 0.25, 0.25])
+    dense.base[0][3] = -200.0  # a scorer refuses an observed token without a number
+    choice = choice.resolved(5.0) if choice.unresolved else choice
+    for top_p in (0.99, 1.0):
+        evidence = evidence_of([dense], 4, dtype=np.float32)
+        [made] = stored(evidence, choice, Truncation(top_p, 64))
+        [support] = supports_of(made.counts, made.support_ids, made.support_probs)
+
+        values = [*support.values(), *made.tail_mass, *made.trust, *made.weights]
+        assert np.isfinite(values).all()
+        assert math.fsum([*support.values(), *made.tail_mass]) == pytest.approx(1)
+        assert 3 in support
+        if choice.residual == "base":
+            assert (support[1], support[3], made.tail_mass[0]) == (1, 0, 0)
+
+
+# Weights.
+
+
+@each_choice
+def test_token_weights_multiply_the_weights_unless_they_are_the_mask(choice: Choice) -> None:
+    demonstrations = [random_dense(seed, weights=[0.0, 0.5, 1.0]) for seed in range(3)]
+    choice = choice.resolved(2.0) if choice.unresolved else choice
+    evidence = evidence_of(demonstrations)
+    found = targets_of(evidence, choice, WHOLE)
+    plain = evidence_of(demonstrations)
+    plain.scores["token_weights"][:] = 1
+    unweighted = targets_of(plain, choice, WHOLE)
+
+    given = evidence.scores["token_weights"]
+    if choice.method.name == "cft":
+        has_trust = choice.form == "frozen-target"
+        np.testing.assert_array_equal(found.trust, given if has_trust else 1.0)
+        np.testing.assert_array_equal(found.weights, 1.0 if has_trust else given)
+    else:
+        np.testing.assert_array_equal(found.trust, unweighted.trust)
+        np.testing.assert_array_equal(found.weights, unweighted.weights * given)
+
+
+@pytest.mark.parametrize("form", ["frozen-weight", "frozen-target", "live"])
+def test_a_mask_above_1_is_refused_with_the_examples_name(form: str) -> None:
+    demonstrations = [random_dense(seed, positions=seed) for seed in range(5)]
+    evidence = evidence_of(demonstrations)
+    evidence.scores["token_weights"][0 + 1 + 2] = 1.5  # the first position of the fourth
+
+    with pytest.raises(UserError, match=r"example chats:3: a token has the weight 1\.5"):
+        targets_of(evidence, choose("cft", form), WHOLE)
+    assert targets_of(evidence, choose("sft"), WHOLE).weights[3] == 1.5
+
+
+# Methods that read the student as it trains.
+
+
+@pytest.mark.parametrize("choice", LIVE, ids=name_of)
+def test_what_reads_the_student_is_stored_with_trust_1_and_what_it_needs(choice: Choice) -> None:
+    demonstrations = [random_dense(seed) for seed in range(4)]
+    positions = positions_of(demonstrations)
+    targets = targets_of(evidence_of(demonstrations), choice, WHOLE)
+
+    assert targets.trust.tolist() == [1.0] * len(positions)
+    assert targets.weights.tolist() == [at.mask for at in positions]
+    supports, tails = residuals(targets.residual), targets.residual.tail_mass.tolist()
+    for at, support, tail in zip(positions, supports, tails, strict=True):
+        wanted = {
+            "observed": {at.observed: 1.0},
+            "base-observed": {at.observed: at.b},
+            "base": dict(enumerate(at.base)),
+            "teacher": dict(enumerate(at.teacher)),
+        }[READ_STUDENT[choice.method.name]]
+        assert support == pytest.approx(wanted, rel=1e-10)
+        assert tail == pytest.approx(1 - math.fsum(wanted.values()), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["iw-sft", "psft"])
+@pytest.mark.parametrize("log_prob", [-88.0, -200.0, -1e4])
+def test_a_probability_that_single_precision_loses_is_stored_as_its_smallest(
+    name: str, log_prob: float
+) -> None:
+    dense = one_position([0.5, 0.5, 1e-9, 0.0], observed=3)
+    dense.base[0][3] = log_prob
+    [made] = stored(evidence_of([dense], 2), choose(name, "live"))
+
+    assert made.support_ids.tolist() == [3]
+    assert made.support_probs.tolist() == [pytest.approx(2.0**-126, rel=1e-6)]
+    assert made.support_probs[0] >= np.finfo(np.float32).smallest_normal == SMALLEST_PROB
+    assert made.tail_mass.tolist() == [1.0]
+
+
+def test_an_observed_probability_that_rounding_puts_above_1_counts_as_1() -> None:
+    dense = one_position([1.0, 1e-20], observed=0)
+    dense.base[0][0] = 1e-7
+    evidence = evidence_of([dense], 2)
+
+    for name, form in (("dft", "frozen-target"), ("psft", "live"), ("dft", "frozen-weight")):
+        made = targets_of(evidence, choose(name, form), WHOLE)
+        assert (made.trust[0], made.weights[0]) == (1.0, 1.0)
+        assert made.residual.tail_mass[0] >= 0
+
+
+# A contrast needs the base at what the teacher finds likely.
+
+
+def test_a_contrast_of_a_head_that_the_base_is_not_known_at_is_refused() -> None:
+    first = random_dense(0, positions=2)
+    base = [0.4, 0.3, 0.1, 0.1, 0.1] + [0.0] * 15
+    teacher = [0.1, 0.3, 0.1, 0.1, 0.4] + [0.0] * 15
+    logs = [[math.log(p) if p else -50.0 for p in probs] for probs in (base, teacher)]
+    second = Dense("chats:b", [0, 1], [1], [logs[0]], [logs[1]], [1.0])
+    known = [Dense("chats:a", first.input_ids, first.positions, first.base, first.base, [1, 1])]
+
+    # the base's top 2 are tokens 0 and 1: 4 is the teacher's mode
+    with pytest.raises(UserError, match=r"example chats:b: the base's probability of a token"):
+        targets_of(evidence_of([*known, second], 2), choose("contrast"), WHOLE)
+    made = targets_of(evidence_of([second], 2, gathered=[4]), choose("contrast"), WHOLE)
+    assert residuals(made.residual)[0] == pytest.approx({4: 4 / 5, 1: 1 / 5})
+
+
+def test_a_contrast_stores_its_most_probable_token_first_and_the_observed_one() -> None:
+    dense = one_position([0.5, 0.2, 0.2, 0.1], 3, [0.36, 0.3, 0.3, 0.04])
+    targets = targets_of(evidence_of([dense], 4), choose("contrast"), WHOLE)
+
+    ratios = {1: 1.5, 2: 1.5, 0: 0.72, 3: 0.0}
+    [support] = residuals(targets.residual)
+    assert list(support) == list(ratios)
+    wanted = {token: ratio / 3.72 for token, ratio in ratios.items()}
+    assert support == pytest.approx(wanted)
+    assert targets.weights.tolist() == [0.0]  # the two differ by less than beta
+
+
+def test_a_mixture_stores_its_most_probable_tokens() -> None:
+    dense = one_position([0.7, 0.2, 0.1], 0, [0.01, 0.09, 0.9])
+    targets = targets_of(evidence_of([dense], 3), choose("target-sft"), Truncation(1.0, 2))
+
+    weights = [math.sqrt(b * q) for b, q in ((0.7, 0.01), (0.2, 0.09), (0.1, 0.9))]
+    [support] = residuals(targets.residual)
+    total = math.fsum(weights)
+    assert list(support) == [2, 1, 0]  # two, and the observed one
+    wanted = {token: weights[token] / total for token in (2, 1, 0)}
+    assert support == pytest.approx(wanted)
+
+
+# However they are cut.
+
+
+@each_choice
+def test_batches_of_any_cutting_give_the_same_targets(choice: Choice) -> None:
+    demonstrations = [random_dense(seed, positions=seed % 4) for seed in range(9)]
+    choice = choice.resolved(2.0) if choice.unresolved else choice
+    gathered = range(VOCAB_SIZE)  # or contrast is refused
+    whole = evidence_of(demonstrations, 6, gathered=gathered, dtype=np.float32)
+    truncation = Truncation(0.8, 5)
+    together = [as_bytes(example) for example in stored(whole, choice, truncation)]
+
+    assert whole.teacher_scores is not None
+    schema = schema_of("score", VOCAB_SIZE)
+    for most_positions in (1, 4, 7):
+        pieces = zip(
+            cut(schema, whole.scores, most_positions),
+            cut(schema, whole.teacher_scores, most_positions),
+            strict=True,
+        )
+        apart: list[FlatBatch] = []
+        for own, other in pieces:
+            piece = Evidence(own, whole.base_model, other, whole.teacher_model)
+            apart.append(flat_targets(piece, targets_of(piece, choice, truncation)))
+        assert len(apart) > 1
+        made = split(schema_of("build-targets", VOCAB_SIZE), join(apart))
+        assert [as_bytes(example) for example in made] == together
+
+
+def test_the_same_prior_has_the_same_support_wherever_it_stands() -> None:
+    row = [math.log(p) for p in (0.6, 0.2, 0.2)]
+    dense = Dense("a", [0] * 1001, list(range(1, 1001)), [row] * 1000, [row] * 1000, [1.0] * 1000)
+    evidence = evidence_of([dense], 3, dtype=np.float32)
+    top_p = math.exp(float(evidence.scores["topk_log_probs"][0]))  # held by the first, just so
+    [made] = stored(evidence, choose("sft+kl"), Truncation(top_p, 64))
+
+    assert set(made.counts.tolist()) == {1}
+
+
+@each_choice
+def test_no_examples_and_no_positions_make_empty_targets(choice: Choice) -> None:
+    choice = choice.resolved(2.0) if choice.unresolved else choice
+    empty = random_dense(0, positions=0)
+    schema = schema_of("score", VOCAB_SIZE)
+    for examples in ([], [empty.scored([], 5)]):
+        batch = flatten(schema, examples)
+        model = Model(5, VOCAB_SIZE)
+        made = stored(Evidence(batch, model, batch, model), choice)
+
+        assert len(made) == len(examples)
+        for example in made:
+            assert example.counts.tolist() == example.support_ids.tolist() == []
+            assert example.trust.tolist() == example.weights.tolist() == []
+            assert example.input_ids.tolist() == empty.input_ids
+
+
+@each_choice
+def test_targets_have_the_types_of_the_record(choice: Choice) -> None:
+    choice = choice.resolved(2.0) if choice.unresolved else choice
+    evidence = evidence_of([random_dense(0)], 5, gathered=range(VOCAB_SIZE), dtype=np.float32)
+    [made] = stored(evidence, choice)
+
+    assert {field.name: getattr(made, field.name).dtype.name for field in fields(made)[1:]} == {
+        "input_ids": "int32",
+        "positions": "int32",
+        "trust": "float32",
+        "counts": "int32",
+        "support_ids": "int32",
+        "support_probs": "float32",
+        "tail_mass": "float32",
+        "weights": "float32",
+    }
+
+
+def test_the_kept_support_is_that_of_the_truncation() -> None:
+    demonstrations = [random_dense(seed) for seed in range(3)]
+    evidence = evidence_of(demonstrations, 6)
+    targets = targets_of(evidence, choose("kd"), Truncation(0.7, 4))
+
+    wanted = truncated(evidence.teacher, evidence.observed_ids, 0.7, 4)
+    assert residuals(targets.residual) == residuals(wanted)
+    assert targets.residual.tail_mass.tolist() == wanted.tail_mass.tolist()
