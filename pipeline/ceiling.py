@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .choice import Choice
 from .codec import FlatBatch, segment_sums
+from .rules import TOP_ENTROPY_SIZE
 from .supports import (
     SMALLEST_TAIL,
     Common,
@@ -28,7 +29,7 @@ from .supports import (
     observed_only,
     safe_log,
 )
-from .targets import Evidence, Floats, Truncation, stored_residual
+from .targets import Evidence, Floats, Model, Truncation, stored_residual
 
 BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
 SMALL_TRUST = 0.05
@@ -47,16 +48,17 @@ class Ceiling:
     divergence: float  # mean KL(Q ‖ base) in nats, at least: tails count as one outcome
 
 
-def has_ceiling(choice: Choice) -> bool:
-    """Whether the method has a target distribution at all."""
-    return choice.residual != "gem"
+def has_ceiling(choice: Choice, base: Model) -> bool:
+    """Whether the method's target at the start is a distribution, and known from the scores."""
+    enough = base.top_k >= min(TOP_ENTROPY_SIZE, base.vocab_size)
+    return choice.residual != "gem" and (enough or "top_entropy" not in choice.method.reads)
 
 
 def ceiling_sums(
     evidence: Evidence, choice: Choice, residual: Supports, truncation: Truncation
 ) -> dict[str, float]:
     """What to add up over a folder; `residual` is the one stored."""
-    if not has_ceiling(choice):
+    if not has_ceiling(choice, evidence.base_model):
         return {}
     trust, _ = choice.trust_and_scale(evidence.signals(choice.method.reads))
     is_one_hot = choice.is_weight and not choice.reads_student
@@ -100,7 +102,7 @@ def ceiling_advice(overall: Ceiling, reproducible: float) -> str:
     return (
         f"another token than the observed one is the target's mode at {1 - overall.learnable:.0%} "
         f"of the tokens, and {1 - reproducible:.0%} of the demonstrations cannot be learnt whole: "
-        "--method sft+kl always can, any method whose γ is above 0.5 too"
+        "any method whose γ is above 0.5 always can, as --method sft+kl with its own lam"
     )
 
 

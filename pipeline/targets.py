@@ -136,7 +136,7 @@ class Evidence:
             "base_log_prob": lambda: self.base_log_prob,
             "teacher_log_prob": lambda: self.teacher_log_prob,
             "divergence": lambda: common_divergence(self.common),
-            "mask": lambda: self.token_weights,
+            "mask": self._mask,
         }
         return Signals(**{name: compute[name]() for name in reads | {"log_prob"}})
 
@@ -144,6 +144,16 @@ class Evidence:
         """The tail as one outcome: a lower bound."""
         log_probs_NS = padded(self.base.counts, self.base.log_probs, -np.inf)
         return rules.entropy(np.concatenate([log_probs_NS, self.base.log_tail[:, None]], axis=1))
+
+    def _mask(self) -> Floats:
+        """Raises UserError for token weights that are no shares."""
+        too_much = self.token_weights > 1
+        if too_much.any():
+            raise UserError(
+                f"example {_example_at(self.scores, too_much)}: a token has the weight "
+                f"{self.token_weights[too_much][0]:g}, a mask goes from 0 to 1: mend its weights"
+            )
+        return self.token_weights
 
     def _top_entropy(self) -> Floats:
         log_probs_NS = padded(self.base.counts, self.base.log_probs, -np.inf)
@@ -169,8 +179,6 @@ def targets_of(evidence: Evidence, choice: Choice, truncation: Truncation) -> Ta
         trust = np.ones(len(evidence.observed_ids))
         weights = trust
     else:
-        if choice.needs_mask:
-            _refuse_no_mask(evidence)
         trust, weights = choice.trust_and_weight(evidence.signals(choice.method.reads))
     if not choice.needs_mask:  # a mask has had its say as γ
         weights = weights * evidence.token_weights
@@ -216,16 +224,6 @@ def flat_targets(evidence: Evidence, targets: Targets) -> FlatBatch:
     }
     entries = segment_sums(residual.counts, scores.lengths["position"])
     return FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries})
-
-
-def _refuse_no_mask(evidence: Evidence) -> None:
-    """Raises UserError for token weights that are no shares."""
-    too_much = evidence.token_weights > 1
-    if too_much.any():
-        raise UserError(
-            f"example {_example_at(evidence.scores, too_much)}: a token has the weight "
-            f"{evidence.token_weights[too_much][0]:g}, a mask goes from 0 to 1: mend its weights"
-        )
 
 
 def _refuse_unknown_head(evidence: Evidence, alpha: float) -> None:

@@ -20,9 +20,9 @@ def tempered(
     """p^(1/T)/Z, and a bound of its total variation distance from the true one, [N].
 
     Of the M ids in the tail only their mass ρ is known, and that none is more probable than the
-    `top_k`-th entry, or than ρ: c. Their sum Σ p^(1/T) then lies between M·(ρ/M)^(1/T), all alike, and
-    ρ·c^(1/T − 1), as few as possible. The tail's mass is taken in the middle of what the two give;
-    the bound is half of their distance: 0 where there is no tail.
+    `top_k`-th entry, or than ρ: c. Their sum Σ p^(1/T) then lies between M·(ρ/M)^(1/T), all
+    alike, and ρ·c^(1/T − 1), as few as possible. The tail's mass is taken in the middle of what the
+    two give; the bound is half of their distance: 0 where there is no tail.
     """
     power = 1 / temperature
     log_probs = power * supports.log_probs

@@ -88,8 +88,15 @@ def build_targets(settings: BuildSettings) -> StageResult:
         return _run(inputs, choice, settings.truncation, job)
 
 
-def with_statistics(inputs: Inputs, choices: Sequence[Choice]) -> list[Choice]:
-    """The choices with the parameters that the data set decides, found in one pass over it."""
+def with_statistics(
+    inputs: Inputs,
+    choices: Sequence[Choice],
+    leave_out: Callable[[Choice, str], None] | None = None,
+) -> list[Choice]:
+    """The choices with the parameters that the data set decides, found in one pass over it.
+
+    A choice of which nothing can be made so is left out, or an error.
+    """
     numbers = {
         place: OrderStatistics() for place, choice in enumerate(choices) if choice.unresolved
     }
@@ -100,10 +107,15 @@ def with_statistics(inputs: Inputs, choices: Sequence[Choice]) -> list[Choice]:
             statistic = choices[place].unresolved
             assert statistic is not None
             counted.add(statistic.values(evidence.signals(statistic.reads)))
-    return [
-        _resolved(choice, numbers[place]) if place in numbers else choice
-        for place, choice in enumerate(choices)
-    ]
+    resolved = []
+    for place, choice in enumerate(choices):
+        try:
+            resolved.append(_resolved(choice, numbers[place]) if place in numbers else choice)
+        except UserError as error:
+            if leave_out is None:
+                raise
+            leave_out(choice, str(error))
+    return resolved
 
 
 def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:

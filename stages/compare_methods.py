@@ -1,11 +1,15 @@
-"""`qpipe compare-methods`: the ceiling of every method's targets, in one pass, no folders."""
+"""`qpipe compare-methods`: the ceiling of every method's targets, without making folders.
+
+One pass over the scores, and one before it for the methods that read a statistic of them.
+"""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..pipeline.ceiling import Ceiling, ceiling_sums, ceilings, has_ceiling, reproducible_share
 from ..pipeline.choice import Choice
+from ..pipeline.errors import UserError
 from ..pipeline.methods import METHODS, choices
 from ..pipeline.targets import Truncation, stored_residual
 from .build_targets import check_temperatures, with_statistics
@@ -34,35 +38,50 @@ def compare_methods(
     """Build the targets of every method with its defaults, and keep their ceilings alone."""
     check_temperatures(temperature, teacher_temperature, teacher)
     inputs = open_inputs(scores, teacher, temperature, teacher_temperature)
-    usable, left_out = _usable(inputs, all_forms)
-    usable = with_statistics(inputs, usable)
-    sums = [Counter[str]() for _ in usable]
+    left_out = LeftOut()
+    usable = with_statistics(inputs, _usable(inputs, all_forms, left_out), left_out.add)
+    sums: dict[int, Counter[str]] = {place: Counter() for place in range(len(usable))}
     for evidence in inputs.all_evidence("compare-methods"):
-        for choice, total in zip(usable, sums, strict=True):
-            residual = stored_residual(evidence, choice, WHOLE)
-            total.update(ceiling_sums(evidence, choice, residual, WHOLE))
+        for place in list(sums):
+            choice = usable[place]
+            try:
+                residual = stored_residual(evidence, choice, WHOLE)
+                sums[place].update(ceiling_sums(evidence, choice, residual, WHOLE))
+            except UserError as error:
+                del sums[place]
+                left_out.add(choice, str(error))
     totals = inputs.scores.manifest.totals
     rows = [
-        (choice, ceilings(total)[0], reproducible_share(total, totals["rows"]))
-        for choice, total in zip(usable, sums, strict=True)
+        (usable[place], ceilings(total)[0], reproducible_share(total, totals["rows"]))
+        for place, total in sums.items()
     ]
-    return Comparison(rows, left_out, totals["positions"], totals["rows"])
+    return Comparison(rows, left_out.methods, totals["positions"], totals["rows"])
 
 
-def _usable(inputs: Inputs, all_forms: bool) -> tuple[list[Choice], dict[str, list[str]]]:
-    """The choices that can be built, and by what they lack those that cannot."""
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Why methods are left out, and which."""
+
+    methods: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, choice: Choice, reason: str) -> None:
+        """Leave a method out."""
+        names = self.methods.setdefault(reason, [])
+        if choice.method.name not in names:
+            names.append(choice.method.name)
+
+
+def _usable(inputs: Inputs, all_forms: bool, left_out: LeftOut) -> list[Choice]:
+    """The choices that can be built and compared."""
     usable: list[Choice] = []
-    left_out: dict[str, list[str]] = {}
     for choice in choices():
-        name = choice.method.name
-        if not all_forms and choice.form != METHODS[name].forms[0]:
+        if not all_forms and choice.form != METHODS[choice.method.name].forms[0]:
             continue
         lacking = inputs.lacking(choice)
-        if lacking is None and has_ceiling(choice):
+        if lacking is not None:
+            left_out.add(choice, f"needs {lacking[0]}")
+        elif not has_ceiling(choice, inputs.scores.model):
+            left_out.add(choice, "its target is not known")
+        else:
             usable.append(choice)
-            continue
-        reason = f"needs {lacking[0]}" if lacking else "has no target distribution"
-        names = left_out.setdefault(reason, [])
-        if name not in names:
-            names.append(name)
-    return usable, left_out
+    return usable

@@ -15,7 +15,7 @@ from ..options import FOLDER, Command, config_option, teacher_options
 def compare_methods(all_forms: bool, **options: Any) -> None:
     """Compare what the targets of every method can teach at best.
 
-    Reads a score folder once, with a teacher's where given, and writes nothing. For each method
+    Reads a score folder, with a teacher's where given, and writes nothing. For each method
     with its default parameters: what a model that learnt its targets perfectly would still pay, and
     how much of the demonstrations it would write itself.
 

@@ -491,10 +491,18 @@ def test_a_base_that_is_certain_of_another_token_has_a_finite_ceiling(
 def test_gem_has_no_ceiling() -> None:
     gem = choose("gem", "live")
 
-    assert not has_ceiling(gem)
+    assert not has_ceiling(gem, Model(20, 30))
     assert sums_of(evidence_of(DEMONSTRATIONS), gem) == {}
     assert ceilings({}) == ceilings({"trust": 1.0}) == []
-    assert all(has_ceiling(choice) for choice in CHOICES)
+    assert all(has_ceiling(choice, Model(20, 30)) for choice in CHOICES)
+
+
+def test_a_target_that_follows_20_tokens_is_not_known_from_fewer() -> None:
+    eaft = choose("eaft", "live")
+
+    assert not has_ceiling(eaft, Model(19, 30))
+    assert has_ceiling(eaft, Model(5, 5))
+    assert has_ceiling(choose("dft", "live"), Model(1, 30))
 
 
 @pytest.mark.parametrize(
