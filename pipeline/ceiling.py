@@ -25,11 +25,10 @@ from .supports import (
     Supports,
     common_supports,
     contrasted,
-    mixture,
     observed_only,
     safe_log,
 )
-from .targets import Evidence, Floats, Model, Truncation, stored_residual
+from .targets import Evidence, Floats, Model
 
 BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
 SMALL_TRUST = 0.05
@@ -54,16 +53,14 @@ def has_ceiling(choice: Choice, base: Model) -> bool:
     return choice.residual != "gem" and (enough or "top_entropy" not in choice.method.reads)
 
 
-def ceiling_sums(
-    evidence: Evidence, choice: Choice, residual: Supports, truncation: Truncation
-) -> dict[str, float]:
+def ceiling_sums(evidence: Evidence, choice: Choice, residual: Supports) -> dict[str, float]:
     """What to add up over a folder; `residual` is the one stored."""
     if not has_ceiling(choice, evidence.base_model):
         return {}
     trust, _ = choice.trust_and_scale(evidence.signals(choice.method.reads))
     is_one_hot = choice.is_weight and not choice.reads_student
     target_trust = np.ones_like(trust) if is_one_hot else trust
-    support = _residual_at_start(evidence, choice, residual, truncation)
+    support = _residual_at_start(evidence, choice, residual)
     log_target, is_mode = _observed_target(evidence, choice, target_trust, support)
     divergence = _divergence_from_base(evidence, choice, target_trust, support)
     values = {
@@ -121,9 +118,7 @@ def _bucket_name(bucket: int) -> str:
     return f"{BUCKETS[bucket]:g} to {BUCKETS[bucket + 1]:g}"
 
 
-def _residual_at_start(
-    evidence: Evidence, choice: Choice, residual: Supports, truncation: Truncation
-) -> Supports:
+def _residual_at_start(evidence: Evidence, choice: Choice, residual: Supports) -> Supports:
     """π̃ while the student is the base."""
     if choice.residual == "student" and choice.reads_student:
         return evidence.base
@@ -131,7 +126,7 @@ def _residual_at_start(
         observed = evidence.observed_ids
         return observed_only(observed, np.zeros(len(observed)))
     if choice.residual == "mixture" and choice.form == "live":
-        return stored_residual(evidence, choice.frozen, truncation)
+        return evidence.mixture(choice.parameters["eta"])
     return residual
 
 
@@ -182,7 +177,7 @@ def _residual_and_base(
             case "teacher":
                 return common.second, common
             case "mixture":
-                return mixture(common, choice.parameters["eta"]), common
+                return evidence.mixture(choice.parameters["eta"]), common
             case "contrast":
                 return contrasted(common, choice.parameters["alpha"]), common
             case _:

@@ -129,11 +129,6 @@ class Choice:
         return "base" if is_base else self.method.residual
 
     @property
-    def frozen(self) -> "Choice":
-        """The same method with the base in the student's place."""
-        return replace(self, form="frozen-target")
-
-    @property
     def stored(self) -> Stored:
         """The distribution that a target folder must hold."""
         if self.reads_student and self.residual in ("observed", "student", "gem"):

@@ -110,6 +110,16 @@ class Evidence:
         """Base and teacher on the ids at which both are known."""
         return common_supports(self.base, self.teacher)
 
+    def mixture(self, eta: float) -> Supports:
+        """∝ b^(1−η)·q^η on the ids at which both are known."""
+        if eta not in self._mixtures:
+            self._mixtures[eta] = mixture(self.common, eta)
+        return self._mixtures[eta]
+
+    @cached_property
+    def _mixtures(self) -> dict[float, Supports]:
+        return {}
+
     @cached_property
     def base_log_prob(self) -> Floats:
         """log b(y), [N]."""
@@ -202,7 +212,7 @@ def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) 
         case "teacher":
             whole = evidence.teacher
         case "mixture":
-            whole = most_probable_first(mixture(evidence.common, choice.parameters["eta"]))
+            whole = most_probable_first(evidence.mixture(choice.parameters["eta"]))
         case "contrast":
             _refuse_unknown_head(evidence, choice.parameters["alpha"])
             whole = most_probable_first(contrasted(evidence.common, choice.parameters["alpha"]))

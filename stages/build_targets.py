@@ -209,7 +209,7 @@ def _build(
         "trust": float(targets.trust.sum()),
         "tail_mass": float(targets.residual.tail_mass.sum()),
         **bounds(evidence),
-        **ceiling_sums(evidence, choice, targets.residual, truncation),
+        **ceiling_sums(evidence, choice, targets.residual),
     }
     return flat_targets(evidence, targets), sums
 

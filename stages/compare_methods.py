@@ -46,7 +46,7 @@ def compare_methods(
             choice = usable[place]
             try:
                 residual = stored_residual(evidence, choice, WHOLE)
-                sums[place].update(ceiling_sums(evidence, choice, residual, WHOLE))
+                sums[place].update(ceiling_sums(evidence, choice, residual))
             except UserError as error:
                 del sums[place]
                 left_out.add(choice, str(error))

@@ -5,8 +5,8 @@
 Score folders of a base and a teacher are made up (k = 64, vocabulary 49,152, 100 supervised
 positions a demonstration), in two sizes, and kept in FOLDER for the next run. Each method is built
 three times from the larger folder, in turns; the medians are of whole stages: reading and
-verifying, the targets, their ceiling, compressing and writing. Peak memory is that of a process
-which does nothing else.
+verifying, the targets, their ceiling, compressing and writing, after a first small folder has
+loaded the libraries. Peak memory is that of a process which does nothing else.
 """
 
 import json
@@ -45,26 +45,28 @@ METHODS = (
 )
 WITH_TEACHER = ("kd", "target-sft", "token-cleaning")
 _BUILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import BuildSettings, build_targets
-scores, teacher, out, method, form = sys.argv[1:]
-settings = BuildSettings(
-    scores=Path(scores), out=Path(out), choice=choose(method, form),
-    teacher=Path(teacher) if teacher else None,
-)
+folder, shards, out, method, form, has_teacher = sys.argv[1:]
+def build(shards, out):
+    teacher = Path(f"{folder}/teacher-{shards}") if has_teacher == "yes" else None
+    scores = Path(f"{folder}/base-{shards}")
+    return build_targets(BuildSettings(
+        scores=scores, out=Path(out), choice=choose(method, form), teacher=teacher))
+build(1, out + "-warm")
 start = time.perf_counter()
-result = build_targets(settings)
+result = build(shards, out)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 print(json.dumps([result.positions / seconds, peak / 1024]))
 """
 
 
 def main(folder: Path) -> None:
     """Make the folders, then measure."""
-    for shards in (SMALL, LARGE):
+    for shards in (1, SMALL, LARGE):
         for model in ("base", "teacher"):
             make_scores(folder / f"{model}-{shards}", model, shards)
     speeds: dict[tuple[str, str], list[float]] = {each: [] for each in METHODS}
@@ -93,9 +95,9 @@ def main(folder: Path) -> None:
 
 def build(folder: Path, shards: int, method: str, form: str) -> tuple[float, float]:
     """Positions a second and peak MiB of one run of the stage in a process of its own."""
-    teacher = str(folder / f"teacher-{shards}") if method in WITH_TEACHER else ""
+    has_teacher = "yes" if method in WITH_TEACHER else "no"
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        arguments = [str(folder / f"base-{shards}"), teacher, f"{out}/targets", method, form]
+        arguments = [str(folder), str(shards), f"{out}/targets", method, form, has_teacher]
         command = [sys.executable, "-c", _BUILD, *arguments]
         done = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -142,7 +142,7 @@ def evidence_of(
 
 def sums_of(evidence: Evidence, choice: Choice, truncation: Truncation = WHOLE) -> dict[str, float]:
     residual = stored_residual(evidence, choice, truncation)
-    return ceiling_sums(evidence, choice, residual, truncation)
+    return ceiling_sums(evidence, choice, residual)
 
 
 # The targets over the whole vocabulary while the student is the base.

@@ -284,13 +284,6 @@ def test_default_methods() -> None:
     assert choose(DEFAULT_METHOD_WITH_TEACHER).needs_teacher
 
 
-def test_the_frozen_form_of_a_choice_keeps_its_parameters() -> None:
-    choice = choose("asft", LIVE, {"lam": 0.3})
-
-    assert choice.frozen == choose("asft", TARGET, {"lam": 0.3})
-    assert choice.form == LIVE
-
-
 def test_the_table_in_words() -> None:
     rows: dict[str, dict[str, str]] = {row["name"]: row for row in table()}
 
