@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from .collate import Batch
+from .collate import Batch, SparseTargets
 from .loss import observed_losses, residual_divergences
 from .objective import Objective
 from .student import Student
@@ -39,13 +40,14 @@ def evaluate(
     student.eval()
     sums = [0.0, 0.0, 0.0, 0.0]
     for batch in (batch.to(device) for batch in batches):
-        logits_NV = student(batch)
-        batch_sums = [
-            objective(logits_NV, batch.targets).sum,
-            observed_losses(logits_NV, batch.targets).sum(),
-            residual_divergences(logits_NV, batch.targets).sum() if residual_is_base else 0.0,
-        ]
-        sums = [a + float(b) for a, b in zip(sums, [batch.tokens, *batch_sums], strict=True)]
+        for logits_nV, targets in _chunks(student, batch, objective):
+            chunk_sums = [
+                len(logits_nV),
+                objective(logits_nV, targets).sum,
+                observed_losses(logits_nV, targets).sum(),
+                residual_divergences(logits_nV, targets).sum() if residual_is_base else 0.0,
+            ]
+            sums = [a + float(b) for a, b in zip(sums, chunk_sums, strict=True)]
     student.train(was_training)
     tokens, target_loss, nll, divergence = map(sum, zip(*gather_object([sums]), strict=True))
     return Evaluation(
@@ -54,3 +56,12 @@ def evaluate(
         nll=nll / tokens,
         kl_to_base=divergence / tokens if residual_is_base else None,
     )
+
+
+def _chunks(
+    student: Student, batch: Batch, objective: Objective
+) -> Iterable[tuple[Tensor, SparseTargets]]:
+    """The logits of a batch in parts, but in one where a method reads whole examples."""
+    if "sequence_log_ratio" in objective.choice.method.reads:
+        return [(student.logits(batch), batch.targets)]
+    return student.logit_chunks(batch)

@@ -4,6 +4,7 @@ The samples of all epochs form one sequence, cut into optimizer steps; only the 
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -74,6 +75,12 @@ def train(settings: TrainSettings) -> TrainResult:
             open_folder(settings.out, identity)
         set_seed(settings.seed, device_specific=True)
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
+        if student.head_form is None and accelerator.is_main_process:
+            print(
+                f"model {base.name}: the fused loss does not know its output head: the plain one "
+                "runs, which takes more memory and time",
+                file=sys.stderr,
+            )
         run = Run(settings, accelerator, student, train_stream, eval_stream)
         result = run.train(saved_dtype(base))
         if accelerator.is_main_process:

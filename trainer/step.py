@@ -94,12 +94,12 @@ class Stepper:
             is_last = index == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 batch = batch.to(self.accelerator.device)
-                loss = self.objective(self.model(batch), batch.targets)
+                loss_sum, error_bounds = self.model(batch, self.objective)
                 # the mean that is taken of the processes' gradients must become their sum
-                self.accelerator.backward(loss.sum * (self.accelerator.num_processes / tokens))
-            sums.append(loss.sum.detach())
-            if loss.error_bounds is not None:
-                bounds.append(loss.error_bounds.sum())
+                self.accelerator.backward(loss_sum * (self.accelerator.num_processes / tokens))
+            sums.append(loss_sum.detach())
+            if error_bounds is not None:
+                bounds.append(error_bounds.sum())
         bound = float(self._sum(torch.stack(bounds).sum())) / tokens if bounds else None
         return torch.stack(sums), bound
 

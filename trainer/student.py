@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,52 @@ import torch
 from torch import Tensor
 
 from ..pipeline.errors import UserError
-from .collate import Batch
+from .collate import Batch, SparseTargets
+from .fused import chunks, fused_loss, rows_of
+from .heads import hidden_states, recognise
 from .models import ModelFiles, load_model, logits_at
+from .objective import Objective
 
 
 class Student(torch.nn.Module):
-    """A causal language model that returns the logits of supervised tokens only.
+    """A causal language model with its loss, which runs on supervised tokens only.
 
-    They are picked inside of what accelerate wraps, so that its conversion of the output to float32
-    sees [N, V] and not [B, T, V].
+    The loss is computed inside of what accelerate wraps: there the logits, if any, are [N, V] and
+    not [B, T, V], and the head's weights are whole where they are sharded outside.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.head_form = recognise(model)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
+        """Σ weight·loss of a batch, and the bounds of `Loss`."""
+        if self.head_form is None:
+            loss = objective(self.logits(batch), batch.targets)
+        else:
+            head = self.head_form.head(self.model)
+            loss = fused_loss(self._hidden(batch), head, batch.targets, objective)
+        return loss.sum, loss.error_bounds
+
+    def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
         columns_C, place_of_N = batch.columns.unique(return_inverse=True)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        logits_BCV = logits_at(self.model, columns_C, **inputs)
+        logits_BCV = logits_at(self.model, columns_C, **_inputs(batch))
         return logits_BCV[batch.rows, place_of_N]
+
+    def logit_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, SparseTargets]]:
+        """The logits a few positions at a time, each with its targets."""
+        if self.head_form is None:
+            yield self.logits(batch), batch.targets
+            return
+        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
+        for rows in chunks(len(hidden_ND), len(head.weight)):
+            yield head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The states that go into the head at the supervised positions, [N, D]."""
+        return hidden_states(self.model, **_inputs(batch))[batch.rows, batch.columns]
 
     def finish(self, dtype: torch.dtype) -> None:
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
@@ -37,6 +63,10 @@ class Student(torch.nn.Module):
             self.model = self.model.merge_and_unload()
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
 def load_student(

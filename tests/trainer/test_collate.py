@@ -88,7 +88,7 @@ def test_student_logits_are_those_of_each_example_alone(
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     examples = make_examples(6)
     with torch.no_grad():
-        found = Student(loaded)(collate(examples))
+        found = Student(loaded).logits(collate(examples))
         expected = []
         for one in examples:
             for position in one.positions:

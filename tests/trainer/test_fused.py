@@ -1,0 +1,292 @@
+"""The fused loss against the plain one, and both against float64."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qpipe.pipeline.choice import Choice
+from qpipe.pipeline.methods import choices, choose
+from qpipe.trainer import fused
+from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.fused import Head, fused_loss
+from qpipe.trainer.heads import HeadForm, recognise
+from qpipe.trainer.objective import Loss, Objective
+from qpipe.trainer.student import load_student
+from torch import Tensor
+
+SIZE, VOCAB_SIZE, WIDTH, SUPPORT = 23, 50, 8, 6
+CHOICES = [*choices(), choose("gem", "live", {"h": "logsigmoid"})]
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "capped": {"scale": 0.5, "softcap": 3.0, "bias": True},
+}
+Gradients = tuple[Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHUNK_VALUES", 7 * VOCAB_SIZE)  # 23 rows in four chunks
+
+
+def objective_of(choice: Choice) -> Objective:
+    return Objective(choice, "uniform" if choice.stored == "uniform" else "student", choice.stored)
+
+
+def random_targets(choice: Choice, seed: int = 0, support: int = SUPPORT) -> SparseTargets:
+    """Targets in float64 on ragged supports; one entry where the choice stores no more."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    if choice.stored in ("observed", "base-observed", "uniform"):
+        support = 1
+    ids = rand(SIZE, VOCAB_SIZE).argsort(1)[:, :support]
+    counts = torch.randint(1, support + 1, (SIZE, 1), generator=generator)
+    mask = torch.arange(support) < counts
+    ids = torch.where(mask, ids, ids[:, :1])
+    masses = torch.where(mask, rand(SIZE, support), 0)
+    tail = rand(SIZE)
+    total = masses.sum(1) + tail
+    return SparseTargets(
+        observed_ids=ids[:, 0],
+        example_of=torch.arange(SIZE) // 6,  # torn by the chunks
+        trust=rand(SIZE),
+        weights=rand(SIZE) + 0.5,
+        support_ids=ids,
+        support_mask=mask,
+        support_probs=masses / total[:, None],
+        tail_mass=tail / total,
+    )
+
+
+def to_dtype(targets: SparseTargets, dtype: torch.dtype) -> SparseTargets:
+    values = (getattr(targets, field.name) for field in fields(targets))
+    return SparseTargets(*(v.to(dtype) if v.is_floating_point() else v for v in values))
+
+
+def random_head(seed: int = 1, bias: bool = False, **form: Any) -> tuple[Tensor, Head]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = randn(SIZE, WIDTH), randn(VOCAB_SIZE, WIDTH)
+    return hidden, Head(weight, randn(VOCAB_SIZE) if bias else None, **form)
+
+
+def run(
+    loss: Callable[[Tensor, Head], Loss], hidden: Tensor, head: Head, dtype: torch.dtype
+) -> tuple[Loss, Gradients]:
+    """The loss at these values in some precision, and the gradients of 1.7 times it."""
+    leaves = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+    leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves]
+    bias = leaves[2] if len(leaves) > 2 else None
+    result = loss(leaves[0], replace(head, weight=leaves[1], bias=bias))
+    return result, torch.autograd.grad(1.7 * result.sum, leaves)
+
+
+def both(
+    choice: Choice, targets: SparseTargets, hidden: Tensor, head: Head, dtype: torch.dtype
+) -> tuple[tuple[Loss, Gradients], tuple[Loss, Gradients]]:
+    """The plain path and the fused one."""
+    objective, targets = objective_of(choice), to_dtype(targets, dtype)
+    plain = run(lambda h, head: objective(head.logits(h), targets), hidden, head, dtype)
+    mine = run(lambda h, head: fused_loss(h, head, targets, objective), hidden, head, dtype)
+    return plain, mine
+
+
+@pytest.mark.parametrize("form", HEADS)
+@pytest.mark.parametrize(
+    "choice", CHOICES, ids=[f"{c.method.name}-{c.form}-{i}" for i, c in enumerate(CHOICES)]
+)
+def test_value_and_gradients_are_those_of_the_plain_path(choice: Choice, form: str) -> None:
+    hidden, head = random_head(**HEADS[form])
+    plain, mine = both(choice, random_targets(choice), hidden, head, torch.float64)
+
+    torch.testing.assert_close(mine[0].sum, plain[0].sum, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(mine[1], plain[1], rtol=1e-9, atol=1e-10)
+    if plain[0].error_bounds is None:
+        assert mine[0].error_bounds is None
+    else:
+        torch.testing.assert_close(mine[0].error_bounds, plain[0].error_bounds)
+
+
+@pytest.mark.parametrize("name", ["sft+kl", "label-smoothing", "target-sft", "gem", "iw-sft"])
+def test_float32_is_as_near_to_float64_as_the_plain_path(name: str) -> None:
+    choice = choose(name, "live")
+    hidden, head = random_head()
+    targets = random_targets(choice)
+    truth = both(choice, targets, hidden, head, torch.float64)[0]
+    plain, mine = both(choice, targets, hidden, head, torch.float32)
+
+    def errors(result: tuple[Loss, Gradients]) -> list[float]:
+        pairs = zip([result[0].sum, *result[1]], [truth[0].sum, *truth[1]], strict=True)
+        return [
+            float(((got - wanted).abs().max() / wanted.abs().max()).detach())
+            for got, wanted in pairs
+        ]
+
+    for own, theirs in zip(errors(mine), errors(plain), strict=True):
+        assert own <= 2 * theirs + 3e-7
+
+
+def test_a_support_that_is_the_whole_vocabulary_has_no_tail() -> None:
+    choice = choose("sft+kl")
+    targets = random_targets(choice, support=VOCAB_SIZE)
+    everything = replace(
+        targets,
+        support_ids=torch.arange(VOCAB_SIZE).repeat(SIZE, 1),
+        support_mask=torch.ones(SIZE, VOCAB_SIZE, dtype=torch.bool),
+        support_probs=torch.full((SIZE, VOCAB_SIZE), 1 / VOCAB_SIZE, dtype=torch.float64),
+        tail_mass=torch.full((SIZE,), 1e-8, dtype=torch.float64),  # as rounding leaves it
+    )
+    hidden, head = random_head()
+    plain, mine = both(choice, everything, hidden, head, torch.float64)
+
+    # the plain path adds up to 1 without the last 1e-8
+    torch.testing.assert_close(mine[0].sum, plain[0].sum)
+    torch.testing.assert_close(mine[1], plain[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_tail_that_the_student_hardly_sees() -> None:
+    """float32 holds no p_C of e^−200; its log and its gradient are there all the same."""
+    choice = choose("sft+kl")
+    hidden, head = random_head()
+    targets = random_targets(choice)
+    weight = head.weight.clone()
+    hidden = hidden.abs()
+    weight[:] = -40.0
+    weight[targets.support_ids.unique()] = 0.0
+    plain, mine = both(choice, targets, hidden, replace(head, weight=weight), torch.float32)
+
+    assert mine[0].sum.isfinite()
+    torch.testing.assert_close(mine[0].sum, plain[0].sum)
+    torch.testing.assert_close(mine[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_frozen_body_none_either() -> None:
+    choice = choose("sft+kl")
+    hidden, head = random_head()
+    targets, objective = random_targets(choice), objective_of(choice)
+    hidden.requires_grad_()
+    fused_loss(hidden, head, targets, objective).sum.backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+    head.weight.requires_grad_()
+    fused_loss(hidden.detach(), head, targets, objective).sum.backward()
+    assert head.weight.grad is not None
+
+
+def test_no_positions_give_a_zero_with_gradients() -> None:
+    choice = choose("iw-sft")
+    targets = fused.rows_of(random_targets(choice), slice(0, 0))
+    hidden, head = random_head()
+    result, gradients = run(
+        lambda h, head: fused_loss(h[:0], head, targets, objective_of(choice)),
+        hidden,
+        head,
+        torch.float64,
+    )
+    assert result.sum == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_bfloat16_sums_over_the_chunks_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, a bfloat16 sum of 23 gradients would lose more than one of them alone does."""
+    monkeypatch.setattr(fused, "_CHUNK_VALUES", 1)
+    choice = choose("sft")
+    hidden, head = random_head()
+    targets = random_targets(choice)
+    objective = objective_of(choice)
+    truth = run(lambda h, head: objective(head.logits(h), targets), hidden, head, torch.float64)
+    leaves = [hidden.bfloat16().requires_grad_(), head.weight.float().requires_grad_()]
+    loss = fused_loss(leaves[0], Head(leaves[1]), to_dtype(targets, torch.float32), objective)
+    (gradient,) = torch.autograd.grad(1.7 * loss.sum, leaves[1:])
+
+    assert gradient.dtype == torch.float32
+    error = (gradient - truth[1][1]).abs().max() / truth[1][1].abs().max()
+    assert error < 0.02
+
+
+Make = Callable[..., Path]
+
+
+def _granite(**config: Any) -> Any:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    return GraniteForCausalLM(GraniteConfig(**_SHAPE, **config))
+
+
+def _gemma(**config: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**_SHAPE, head_dim=8, **config))
+
+
+def _cohere(**config: Any) -> Any:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return CohereForCausalLM(CohereConfig(**_SHAPE, **config))
+
+
+_SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (lambda: _granite(logits_scaling=4.0), HeadForm(scale=0.25)),
+        (lambda: _gemma(final_logit_softcapping=2.0), HeadForm(softcap=2.0)),
+        (lambda: _gemma(final_logit_softcapping=None), HeadForm()),
+        (lambda: _cohere(logit_scale=0.125), HeadForm(scale=0.125)),
+    ],
+    ids=["granite", "gemma", "gemma-uncapped", "cohere"],
+)
+def test_heads_are_recognised_by_what_they_compute(make: Callable[[], Any], form: HeadForm) -> None:
+    torch.manual_seed(0)
+    assert recognise(make()) == form
+
+
+def test_a_head_that_does_something_else_is_not_recognised() -> None:
+    model = _granite(logits_scaling=4.0)
+    forward = model.forward
+
+    def shifted(*arguments: Any, **inputs: Any) -> Any:
+        output = forward(*arguments, **inputs)
+        output.logits = output.logits.flip(-1)
+        return output
+
+    model.forward = shifted
+    assert recognise(model) is None
+
+
+def test_a_model_whose_head_is_not_recognised_trains_on_the_plain_path(
+    model: Path, make_examples: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qpipe.trainer.collate import collate
+    from qpipe.trainer.models import find_model
+
+    batch = collate(make_examples(3))
+    objective = Objective(choose("sft+kl"), "student", "base")
+    student = load_student(find_model(str(model)), gradient_checkpointing=False)
+    assert student.head_form == HeadForm()
+    fused_sum, _ = student(batch, objective)
+    student.head_form = None
+    plain_sum, _ = student(batch, objective)
+    torch.testing.assert_close(fused_sum, plain_sum)

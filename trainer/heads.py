@@ -1,0 +1,78 @@
+"""The output heads that the fused loss understands, recognised by what they compute.
+
+A head is a linear layer, its logits perhaps scaled and softly capped. Which of these a model does
+is not taken from its name: a few tokens go through the model and through each candidate, and the
+one whose logits are the model's own is taken. None may be: then the plain path runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fused import Head
+
+_PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """What a model does to the output of its last linear layer."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self, model: Any) -> Head:
+        """The model's head as it is now."""
+        layer = causal_model(model).get_output_embeddings()
+        return Head(layer.weight, layer.bias, self.scale, self.softcap)
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model, out of its adapters if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
+    """What goes into the head, [B, T, D]."""
+    return causal_model(model).get_decoder()(use_cache=False, **inputs).last_hidden_state
+
+
+@torch.no_grad()
+def recognise(model: Any) -> HeadForm | None:
+    """The form of the model's head, or None where no candidate gives the model's own logits."""
+    causal = causal_model(model)
+    layer = causal.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear) or causal.get_decoder() is causal:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        input_ids = torch.arange(_PROBE_TOKENS, device=layer.weight.device)[None]
+        own = causal(input_ids=input_ids, use_cache=False).logits
+        hidden = hidden_states(model, input_ids=input_ids)
+        for form in _candidates(causal.config.get_text_config()):
+            logits = form.head(model).logits(hidden)
+            if logits.shape == own.shape and torch.allclose(logits, own.float(), 1e-4, 1e-4):
+                return form
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # another architecture altogether
+        return None
+    finally:
+        model.train(was_training)
+    return None
+
+
+def _candidates(config: Any) -> Iterator[HeadForm]:
+    """The plain head, then what the configuration names."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value:
+            scales += [float(value), 1 / float(value)]
+    for scale in scales:
+        yield HeadForm(scale)
+        if softcap:
+            yield HeadForm(scale, float(softcap))
