@@ -124,7 +124,7 @@ class _FusedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = scores_nV @ cast.weight
             if grad_weight is not None:
-                grad_weight += scores_nV.T @ hidden_nD
+                _add_product(grad_weight, scores_nV.T, hidden_nD)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(bounds_N)
@@ -224,6 +224,14 @@ def _sequence_log_ratios(
     ]
     log_probs_N = -torch.cat(losses) if losses else hidden_ND.new_zeros(0)
     return example_means(log_probs_N - stored_log_prob(targets), targets.example_of)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product, without room for it where the types allow."""
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _finite(values: Tensor) -> Tensor:
