@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError
@@ -116,6 +118,30 @@ def read_shard(
                 yield decode(schema, batch, f"{path}, record batch {number}")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
+
+
+def read_rows(
+    folder: Path,
+    manifest: Manifest,
+    shard: int,
+    wanted: Iterable[tuple[int, NDArray[np.integer]]],
+) -> Iterator[FlatBatch]:
+    """Some rows of some record batches of a shard, decoded; compares no hash.
+
+    `wanted` names a record batch and the rows of it, as often as there are batches to read.
+    """
+    path = folder / manifest.shards[shard].file
+    schema = folder_schema(manifest)
+    try:
+        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+            for number, rows in wanted:
+                batch = reader.get_batch(number)
+                batch.validate(full=True)  # or lists that point astray would end the process
+                if not np.array_equal(rows, np.arange(batch.num_rows)):
+                    batch = batch.take(pa.array(rows))
+                yield decode(schema, batch, f"{path}, record batch {number}")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: missing or damaged: {error}") from error
 
 
 def shard_ids(folder: Path, entry: ShardEntry) -> list[list[str]]:

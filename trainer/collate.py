@@ -40,56 +40,91 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Examples padded on the right, and where in them the logits of supervised tokens stand.
+    """Examples as the rows of a batch, and where in it the logits of supervised tokens stand.
 
-    The logits at column t predict token t + 1, so the token at position p is scored at column
-    p − 1.
+    Padded, every example has a row, filled up on the right. Packed, all stand end to end in one
+    row; the position ids start again with each, by which a model tells them apart.
+
+    The logits at column t predict token t + 1, so the token at position p of an example is scored
+    one column before it.
     """
 
     ids: list[str]
-    input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
+    input_ids: Tensor  # [B, T], [1, T of all] if packed
+    attention_mask: Tensor | None  # [B, T], None if packed
     rows: Tensor  # [N]
     columns: Tensor  # [N]
     targets: SparseTargets
+    position_ids: Tensor | None = None  # [1, T of all], None if padded
 
     @property
     def tokens(self) -> int:
         """The number of supervised tokens, N."""
         return len(self.rows)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with.
+
+        It keeps packed examples apart only without an attention mask and with `use_cache=False`.
+        """
+        if self.position_ids is not None:
+            return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        assert self.attention_mask is not None
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
+        mask, position_ids = self.attention_mask, self.position_ids
         return Batch(
             self.ids,
             self.input_ids.to(device),
-            self.attention_mask.to(device),
+            None if mask is None else mask.to(device),
             self.rows.to(device),
             self.columns.to(device),
             self.targets.to(device),
+            None if position_ids is None else position_ids.to(device),
         )
 
 
 def collate(examples: Sequence[TargetExample]) -> Batch:
-    """Join examples into a batch.
+    """Join examples into a padded batch.
 
     No examples give a batch of one token and N = 0: a rank that has run out of samples can still
     take its part in the others' gradient.
     """
-    lengths_B = np.array([len(example.input_ids) for example in examples] or [1])
+    lengths_B = _lengths(examples)
     is_token_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
     input_ids_BT = np.zeros(is_token_BT.shape, np.int64)  # causal attention never looks right
     if examples:
         input_ids_BT[is_token_BT] = _join(examples, "input_ids", np.int64)
-    positions_per_row = [len(example.positions) for example in examples]
-    rows = torch.from_numpy(np.repeat(np.arange(len(examples)), positions_per_row))
+    example_of = torch.from_numpy(_example_of(examples))
     return Batch(
         ids=[example.id for example in examples],
         input_ids=torch.from_numpy(input_ids_BT),
         attention_mask=torch.from_numpy(is_token_BT.astype(np.int64)),
-        rows=rows,
+        rows=example_of,
         columns=torch.from_numpy(_join(examples, "positions", np.int64) - 1),
-        targets=_sparse_targets(examples, rows),
+        targets=_sparse_targets(examples, example_of),
+    )
+
+
+def pack(examples: Sequence[TargetExample]) -> Batch:
+    """Join examples into a packed batch, of one token and N = 0 if there are none."""
+    lengths_B = _lengths(examples)
+    starts_B = np.cumsum(lengths_B) - lengths_B
+    input_ids_T = _join(examples, "input_ids", np.int64) if examples else np.zeros(1, np.int64)
+    position_ids_T = np.arange(len(input_ids_T)) - np.repeat(starts_B, lengths_B)
+    example_of_N = _example_of(examples)
+    columns_N = starts_B[example_of_N] + _join(examples, "positions", np.int64) - 1
+    return Batch(
+        ids=[example.id for example in examples],
+        input_ids=torch.from_numpy(input_ids_T[None]),
+        attention_mask=None,
+        rows=torch.zeros(len(columns_N), dtype=torch.int64),
+        columns=torch.from_numpy(columns_N),
+        targets=_sparse_targets(examples, torch.from_numpy(example_of_N)),
+        position_ids=torch.from_numpy(position_ids_T[None]),
     )
 
 
@@ -102,7 +137,7 @@ def observed_only(batch: Batch) -> Batch:
     return replace(batch, targets=replace(batch.targets, trust=ones_N, weights=ones_N))
 
 
-def _sparse_targets(examples: Sequence[TargetExample], rows: Tensor) -> SparseTargets:
+def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> SparseTargets:
     observed_ids_N = _join(examples, "observed_ids", np.int64)
     counts_N = _join(examples, "counts", np.int64)
     support_mask_NS = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
@@ -112,7 +147,7 @@ def _sparse_targets(examples: Sequence[TargetExample], rows: Tensor) -> SparseTa
     support_probs_NS[support_mask_NS] = _join(examples, "support_probs", np.float32)
     return SparseTargets(
         observed_ids=torch.from_numpy(observed_ids_N),
-        example_of=rows,
+        example_of=example_of,
         trust=torch.from_numpy(_join(examples, "trust", np.float32)),
         weights=torch.from_numpy(_join(examples, "weights", np.float32)),
         support_ids=torch.from_numpy(support_ids_NS),
@@ -120,6 +155,17 @@ def _sparse_targets(examples: Sequence[TargetExample], rows: Tensor) -> SparseTa
         support_probs=torch.from_numpy(support_probs_NS),
         tail_mass=torch.from_numpy(_join(examples, "tail_mass", np.float32)),
     )
+
+
+def _lengths(examples: Sequence[TargetExample]) -> NDArray[np.int64]:
+    """The tokens of each example; those of the one that stands in where there is none."""
+    return np.array([len(example.input_ids) for example in examples] or [1])
+
+
+def _example_of(examples: Sequence[TargetExample]) -> NDArray[np.int64]:
+    """The example of each position, [N]."""
+    positions_B = [len(example.positions) for example in examples]
+    return np.repeat(np.arange(len(examples)), positions_B)
 
 
 def _join(examples: Sequence[TargetExample], name: str, dtype: type) -> NDArray[Any]:

@@ -24,14 +24,16 @@ LOG = "log.jsonl"
 Log = Callable[..., None]  # takes the fields of an event
 
 _PLACES = {"targets", "model", "revision", "out"}  # known by their content instead
-_CUT = {"batch_size", "gradient_accumulation", "gradient_checkpointing"}  # same gradient any way
+# these leave every gradient as it is
+_CUT = {"forward_tokens", "pack", "gradient_checkpointing"}
+_SAVING = {"save_every", "keep_checkpoints", "resume"}
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
     """What determines the trained model; `resolved` holds what the settings leave open."""
     given = asdict(settings)
     for field in fields(settings):
-        if field.name in _PLACES | _CUT:
+        if field.name in _PLACES | _CUT | _SAVING:
             del given[field.name]
         elif isinstance(field.default, float):
             given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON
@@ -74,10 +76,28 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def open_log(folder: Path, is_main: bool) -> Iterator[Log]:
-    """A function that logs an event as one line of JSON; silent but on the main process."""
+def open_log(folder: Path, is_main: bool, step: int = 0) -> Iterator[Log]:
+    """A function that logs an event as one line of JSON; silent but on the main process.
+
+    What an earlier try of the run logged until `step` stays.
+    """
     if not is_main:
         yield lambda **event: None
         return
+    kept = _logged_until(folder / LOG, step) if step else ""
     with open(folder / LOG, "w", encoding="utf-8", buffering=1) as file:
+        file.write(kept)
         yield lambda **event: print(json.dumps(event), file=file)
+
+
+def _logged_until(path: Path, step: int) -> str:
+    """The lines of a log until a step; a last one that was cut short is none."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break
+        if event["step"] <= step:
+            kept.append(line + "\n")
+    return "".join(kept)

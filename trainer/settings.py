@@ -10,14 +10,16 @@ from ..pipeline.errors import UserError
 from .schedule import Schedule
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """The settings of `qpipe train`.
 
-    An optimizer step takes `batch_size` examples, `gradient_accumulation` times, on every process.
-    Raises UserError for a value that is out of its range.
+    An optimizer step takes `batch_size` examples over all processes, or as many as have
+    `step_tokens` tokens; each process cuts its share into forward passes of `forward_tokens` padded
+    tokens, which leaves the gradient as it is. Raises UserError for a value out of its range.
     """
 
     targets: Path
@@ -31,7 +33,9 @@ class TrainSettings:
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.03  # share of the steps
     batch_size: int = 8
-    gradient_accumulation: int = 1
+    step_tokens: int | None = None  # instead of batch_size
+    forward_tokens: int = 8192
+    pack: bool = False  # examples end to end without padding
     weight_decay: float = 0.0  # of matrices only
     max_grad_norm: float = 1.0
     precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
@@ -39,6 +43,9 @@ class TrainSettings:
     lora_rank: int | None = None  # None: all weights learn
     eval_fraction: float = 0.0  # share of the examples that is held out
     eval_every: int | None = None  # steps; before the first and after the last in any case
+    save_every: int | None = 500  # steps between checkpoints
+    keep_checkpoints: int = 2
+    resume: Resume = "auto"  # from the latest checkpoint, if there is one
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +72,11 @@ _ALLOWED: dict[str, _Rule] = {
     "schedule": (", ".join(get_args(Schedule)), lambda value: value in get_args(Schedule)),
     "warmup_ratio": ("0 to 1", lambda value: 0 <= value <= 1),
     "batch_size": _ONE_OR_MORE,
-    "gradient_accumulation": _ONE_OR_MORE,
+    "step_tokens": _NONE_OR_MORE,
+    "forward_tokens": _ONE_OR_MORE,
+    "save_every": _NONE_OR_MORE,
+    "keep_checkpoints": _ONE_OR_MORE,
+    "resume": (", ".join(get_args(Resume)), lambda value: value in get_args(Resume)),
     "weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
     "max_grad_norm": ("a number above 0", lambda value: value > 0),
     "precision": (", ".join(get_args(Precision)), lambda value: value in get_args(Precision)),

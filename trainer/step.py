@@ -67,9 +67,8 @@ class Stepper:
             sums, bound = self._backward(batches, int(tokens))
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"step {number}: the device is out of memory: give a smaller --batch-size with "
-                "more --gradient-accumulation, which leaves the gradient as it is, or "
-                "--gradient-checkpointing"
+                f"step {number}: the device is out of memory: give fewer --forward-tokens, which "
+                "leaves the gradient as it is, or --gradient-checkpointing"
             ) from error
         loss = float(self._sum(sums.sum())) / int(tokens)
         parameters = self.model.parameters()

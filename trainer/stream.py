@@ -1,69 +1,145 @@
-"""Streams a sealed target folder, one shard in memory at a time.
+"""Streams sealed target folders, a window of record batches in memory at a time.
 
-The order of the samples is a function of the data, the seed and the epoch alone: shards are
-permuted, then the rows within each. Ranks take every `world_size`-th sample of that one order, so
-any number of them sees the same samples, step by step.
+The samples of all epochs form one endless sequence, numbered from 0: with n samples an epoch,
+sample s belongs to epoch s // n. What sample s is depends on the seed, its epoch and the folder
+alone, so the state of a stream is a number, and any processes may read any samples.
 
-Opening a folder reads it once, to check every shard's hash and to learn which rows are held out;
-what stays in memory is eight bytes a row.
+The order of an epoch: the blocks (record batches of all shards) are permuted and cut into windows
+of `WINDOW_BLOCKS`, then the rows of each window are permuted. A window is the most that is read at
+once, and nothing is read of what lies before the first sample wanted.
+
+Opening a folder reads it once, to check every shard's hash and to learn which rows are held out and
+how long each is; twelve bytes a row stay in memory.
+
+B blocks, R rows of a stream, W windows of an epoch.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.codec import split
-from ..pipeline.manifest import Manifest, ShardEntry
-from ..pipeline.records import TargetExample
-from ..pipeline.shards import folder_schema, read_shard
+from ..pipeline.codec import FlatBatch, split
+from ..pipeline.manifest import Manifest
+from ..pipeline.records import Ints, TargetExample
+from ..pipeline.shards import folder_schema, read_rows, read_shard
 
-Rows = NDArray[np.int64]
+WINDOW_BLOCKS = 16  # about a thousand rows to shuffle among
+
+Rows = NDArray[np.int64]  # indices into the rows of a stream
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """The rows of a stream, block by block; every block has some.
+
+    Those of block b stand at `starts[b]` up to `starts[b + 1]`, in the order of the folder.
+    """
+
+    shards: Ints  # [B] the block's shard
+    numbers: Ints  # [B] the block's record batch, within the shard
+    starts: Rows  # [B + 1]
+    places: Ints  # [R] the row's place in its record batch
+    tokens: Ints  # [R]
+    positions: Ints  # [R] supervised ones
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Epoch:
+    """The order of the samples of one epoch."""
+
+    outline: Outline
+    seed: int
+    index: int
+    blocks: Rows  # [B] permuted
+    window_starts: list[int]  # [W + 1], in samples since the start of the epoch
+
+    def rows(self, window: int) -> Rows:
+        """The rows of a window in the order of its samples."""
+        first = window * WINDOW_BLOCKS
+        starts = self.outline.starts
+        blocks = self.blocks[first : first + WINDOW_BLOCKS]
+        rows = np.concatenate([np.arange(starts[block], starts[block + 1]) for block in blocks])
+        return rows[permutation(len(rows), self.seed, self.index, window)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetStream:
-    """Some of the examples of a target folder: those at `rows[shard]` of each shard."""
+    """Some of the examples of a target folder."""
 
     folder: Path
     manifest: Manifest
-    rows: tuple[Rows, ...]
-    positions: int  # supervised positions of these examples
+    outline: Outline
 
     def __len__(self) -> int:
-        return sum(map(len, self.rows))
+        """Samples an epoch."""
+        return len(self.outline.places)
+
+    @property
+    def positions(self) -> int:
+        """Supervised positions an epoch."""
+        return int(self.outline.positions.sum(dtype=np.int64))
+
+    def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
+        """The samples of these numbers, which ascend, so that no window is read twice.
+
+        The numbers are asked for up to a window ahead. Raises UserError where a shard is missing or
+        damaged.
+        """
+        for rows in self._windows(seed, numbers):
+            yield from self._read(rows)
+
+    def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
+        """How many tokens the samples of these numbers have; reads nothing."""
+        for rows in self._windows(seed, numbers):
+            yield from self.outline.tokens[rows].tolist()
 
     def shuffled(self, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
-        """The rank's share of an endless run of epochs, each in an order of its own."""
-        for epoch in count():
-            order = shuffle(self.rows, seed, epoch)
-            yield from self._read(order, epoch * len(self), rank, world_size)
+        """The rank's share of an endless run of epochs: every `world_size`-th sample."""
+        return self.samples(seed, count(rank, world_size))
 
     def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
         """The rank's share of the examples, as they stand in the folder."""
-        return self._read(enumerate(self.rows), 0, rank, world_size)
+        return self._read_ascending(np.arange(rank, len(self), world_size))
 
-    def _read(
-        self, order: Iterable[tuple[int, Rows]], start: int, rank: int, world_size: int
-    ) -> Iterator[TargetExample]:
-        """Each sample whose number, counted from `start`, is `rank` modulo `world_size`."""
-        for shard, rows in order:
-            mine = rows[(rank - start) % world_size :: world_size]
-            start += len(rows)
-            if len(mine):
-                yield from self._read_rows(shard, mine)
+    def _windows(self, seed: int, numbers: Iterable[int]) -> Iterator[Rows]:
+        """The rows that samples stand at, a window at a time."""
+        for (epoch, window), group in groupby(self._located(seed, numbers), itemgetter(0, 1)):
+            yield epoch.rows(window)[[place for *_, place in group]]
 
-    def _read_rows(self, shard: int, rows: Rows) -> Iterator[TargetExample]:
-        schema = folder_schema(self.manifest)
-        # opening the folder has compared the hash already
-        batches = read_shard(self.folder, self.manifest, self.manifest.shards[shard], verify=False)
-        examples = [example for batch in batches for example in split(schema, batch)]
-        for row in rows:
-            yield examples[row]
+    def _located(self, seed: int, numbers: Iterable[int]) -> Iterator[tuple[Epoch, int, int]]:
+        """Each sample's epoch, its window there and its place in that."""
+        epoch = None
+        for number in numbers:
+            index, place = divmod(number, len(self))
+            if epoch is None or epoch.index != index:
+                epoch = epoch_of(self.outline, seed, index)
+            window = bisect_right(epoch.window_starts, place) - 1
+            yield epoch, window, place - epoch.window_starts[window]
+
+    def _read(self, rows: Rows) -> Iterator[TargetExample]:
+        """The examples at some rows, all held at once."""
+        by_row = np.argsort(rows)
+        examples = list(self._read_ascending(rows[by_row]))
+        return (examples[index] for index in np.argsort(by_row))
+
+    def _read_ascending(self, rows: Rows) -> Iterator[TargetExample]:
+        """The examples at ascending rows, a block at a time, each shard opened once."""
+        outline, schema = self.outline, folder_schema(self.manifest)
+        block_of_row = np.searchsorted(outline.starts, rows, side="right") - 1
+        blocks, firsts = np.unique(block_of_row, return_index=True)
+        # not strict: no rows at all still split into one part
+        parts = zip(blocks, np.split(outline.places[rows], firsts[1:]), strict=False)
+        for shard, of_shard in groupby(parts, lambda part: int(outline.shards[part[0]])):
+            wanted = ((int(outline.numbers[block]), places) for block, places in of_shard)
+            for batch in read_rows(self.folder, self.manifest, shard, wanted):
+                yield from split(schema, batch)
 
 
 def open_streams(
@@ -73,19 +149,19 @@ def open_streams(
 
     Raises UserError where a shard is missing or damaged.
     """
-    train_rows: list[Rows] = []
-    eval_rows: list[Rows] = []
-    train_positions = eval_positions = 0
-    for entry in manifest.shards:
-        ids, positions = _outline(folder, manifest, entry)
-        held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in ids], bool)
-        train_rows.append(np.flatnonzero(~held_out & (positions > 0)))
-        eval_rows.append(np.flatnonzero(held_out & (positions > 0)))
-        train_positions += int(positions[~held_out].sum())
-        eval_positions += int(positions[held_out].sum())
+    train_blocks: list[_Block] = []
+    eval_blocks: list[_Block] = []
+    for shard, entry in enumerate(manifest.shards):
+        for number, batch in enumerate(read_shard(folder, manifest, entry)):
+            held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
+            has_positions = batch.lengths["position"] > 0
+            for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):
+                places = np.flatnonzero(mask & has_positions)
+                if len(places):
+                    blocks.append(_block(shard, number, batch, places))
     return (
-        TargetStream(folder, manifest, tuple(train_rows), train_positions),
-        TargetStream(folder, manifest, tuple(eval_rows), eval_positions),
+        TargetStream(folder, manifest, _outline(train_blocks)),
+        TargetStream(folder, manifest, _outline(eval_blocks)),
     )
 
 
@@ -95,16 +171,46 @@ def is_held_out(example_id: str, eval_fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < eval_fraction * 2**64
 
 
-def shuffle(rows: tuple[Rows, ...], seed: int, epoch: int) -> Iterator[tuple[int, Rows]]:
-    """The shards in the order of an epoch, each with its rows in theirs."""
-    generator = np.random.default_rng((seed, epoch))
-    for shard in generator.permutation(len(rows)):
-        yield int(shard), generator.permutation(rows[shard])
+def epoch_of(outline: Outline, seed: int, index: int) -> Epoch:
+    """The order of epoch `index`."""
+    blocks_B = permutation(len(outline.shards), seed, index)
+    ends_B = np.cumsum(np.diff(outline.starts)[blocks_B])
+    window_ends = np.unique([*ends_B[WINDOW_BLOCKS - 1 :: WINDOW_BLOCKS], *ends_B[-1:]])
+    return Epoch(outline, seed, index, blocks_B, [0, *window_ends.tolist()])
 
 
-def _outline(folder: Path, manifest: Manifest, entry: ShardEntry) -> tuple[list[str], Rows]:
-    """The ids of a shard's rows and how many supervised positions each has."""
-    batches = list(read_shard(folder, manifest, entry))
-    ids = [row_id for batch in batches for row_id in batch.ids]
-    lengths = [batch.lengths["position"] for batch in batches]
-    return ids, np.concatenate([np.empty(0, np.int64), *lengths])
+def permutation(size: int, seed: int, *key: int) -> Rows:
+    """The numbers below `size`, in an order of its own for each seed and key.
+
+    Sorted by raw random bits, which numpy promises to keep from version to version, as it does not
+    for its own permutations.
+    """
+    source = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
+    return np.argsort(source.random_raw(size), kind="stable")
+
+
+_Block = tuple[int, int, Ints, Ints, Ints]  # shard, record batch, and the columns of its rows
+
+
+def _block(shard: int, number: int, batch: FlatBatch, places: Rows) -> _Block:
+    tokens, positions = (batch.lengths[level][places] for level in ("token", "position"))
+    return (
+        shard,
+        number,
+        places.astype(np.int32),
+        tokens.astype(np.int32),
+        positions.astype(np.int32),
+    )
+
+
+def _outline(blocks: Sequence[_Block]) -> Outline:
+    none = np.empty(0, np.int32)
+    shards, numbers, places, tokens, positions = zip(*blocks, strict=True) if blocks else [()] * 5
+    return Outline(
+        shards=np.array(shards, np.int32),
+        numbers=np.array(numbers, np.int32),
+        starts=np.cumsum([0, *map(len, places)]),
+        places=np.concatenate([none, *places]),
+        tokens=np.concatenate([none, *tokens]),
+        positions=np.concatenate([none, *positions]),
+    )

@@ -41,7 +41,7 @@ class Student(torch.nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
         columns_C, place_of_N = batch.columns.unique(return_inverse=True)
-        logits_BCV = logits_at(self.model, columns_C, **_inputs(batch))
+        logits_BCV = logits_at(self.model, columns_C, **batch.inputs)
         return logits_BCV[batch.rows, place_of_N]
 
     def logit_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, SparseTargets]]:
@@ -55,7 +55,7 @@ class Student(torch.nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The states that go into the head at the supervised positions, [N, D]."""
-        return hidden_states(self.model, **_inputs(batch))[batch.rows, batch.columns]
+        return hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
 
     def finish(self, dtype: torch.dtype) -> None:
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
@@ -63,10 +63,6 @@ class Student(torch.nn.Module):
             self.model = self.model.merge_and_unload()
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
 def load_student(

@@ -30,9 +30,27 @@ from ..options import FOLDER, Command, config_option, one_of
     help="How the learning rate falls after the warm-up.",
 )
 @click.option("--warmup-ratio", type=float, default=0.03, help="Share of the steps that warm up.")
-@click.option("--batch-size", type=int, default=8, help="Demonstrations in a forward pass.")
 @click.option(
-    "--gradient-accumulation", type=int, default=1, help="Forward passes in an optimizer step."
+    "--batch-size",
+    type=int,
+    default=8,
+    help="Demonstrations in an optimizer step, over all processes.",
+)
+@click.option(
+    "--step-tokens",
+    type=int,
+    default=None,
+    metavar="TOKENS",
+    help="Instead: as many demonstrations as have so many tokens.",
+)
+@click.option(
+    "--forward-tokens",
+    type=int,
+    default=8192,
+    help="Most tokens of a forward pass, padding included; the gradient stays the same.",
+)
+@click.option(
+    "--pack", is_flag=True, help="Put demonstrations end to end in a forward pass, not padded."
 )
 @click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
 @click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm.")
@@ -58,6 +76,16 @@ from ..options import FOLDER, Command, config_option, one_of
     default=None,
     metavar="STEPS",
     help="Evaluate this often, besides before and after.",
+)
+@click.option(
+    "--save-every", type=int, default=500, metavar="STEPS", help="Write a checkpoint this often."
+)
+@click.option("--keep-checkpoints", type=int, default=2, help="Checkpoints that stay, the latest.")
+@click.option(
+    "--resume",
+    type=one_of("auto", "never"),
+    default="auto",
+    help="Go on from the latest checkpoint in --out, or start over.",
 )
 @click.option("--seed", type=int, default=0, help="Of the sample order and of dropout.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")

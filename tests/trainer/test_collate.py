@@ -1,12 +1,16 @@
 """Batches against what was worked out by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from qpipe.pipeline.records import TargetExample
-from qpipe.trainer.collate import collate, observed_only
+from qpipe.trainer.collate import Batch, SparseTargets, collate, observed_only, pack
+from qpipe.trainer.loss import target_losses
 from qpipe.trainer.student import Student
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +57,33 @@ def test_collate_by_hand() -> None:
     assert targets.weights.tolist() == [2, 2, 2]
 
 
+def test_pack_by_hand() -> None:
+    batch = pack([SHORT, LONG])
+    assert batch.ids == ["short", "long"]
+    assert batch.tokens == 3
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert batch.attention_mask is None
+    assert batch.rows.tolist() == [0, 0, 0]
+    # position 1 of the first; positions 2 and 3 of the second, which starts at column 2
+    assert batch.columns.tolist() == [0, 3, 4]
+    for name in SparseTargets.__dataclass_fields__:
+        packed, padded = (getattr(f([SHORT, LONG]).targets, name) for f in (pack, collate))
+        assert torch.equal(packed, padded), name
+
+
+def test_inputs_of_the_model() -> None:
+    assert list(collate([SHORT]).inputs) == ["input_ids", "attention_mask"]
+    assert list(pack([SHORT]).inputs) == ["input_ids", "position_ids"]
+    for batch in (collate([SHORT, LONG]), pack([SHORT, LONG])):
+        moved = batch.to(torch.device("meta"))
+        assert {value.device.type for value in moved.inputs.values()} == {"meta"}
+        assert {name: value.shape for name, value in moved.inputs.items()} == {
+            name: value.shape for name, value in batch.inputs.items()
+        }
+
+
 def test_large_ids_stay_exact() -> None:
     token = 2**24 + 1  # the first that float32 cannot hold
     batch = collate([example("large", [token, token], [1], [{token: 1.0}])])
@@ -60,10 +91,11 @@ def test_large_ids_stay_exact() -> None:
     assert batch.targets.support_ids.tolist() == [[token]]
 
 
-def test_no_examples() -> None:
-    batch = collate([])
+@pytest.mark.parametrize("join", [collate, pack])
+def test_no_examples(join: Callable[..., Batch]) -> None:
+    batch = join([])
     assert batch.tokens == 0
-    assert batch.input_ids.shape == batch.attention_mask.shape == (1, 1)
+    assert all(value.shape == (1, 1) for value in batch.inputs.values())
 
 
 def test_examples_without_positions_keep_their_number() -> None:
@@ -95,3 +127,43 @@ def test_student_logits_are_those_of_each_example_alone(
                 context = torch.tensor(one.input_ids[:position][None].astype(np.int64))
                 expected.append(loaded(context).logits[0, -1])
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def logits_of(loaded: Any, batch: Batch) -> torch.Tensor:
+    """The logits of the supervised tokens, [N, V]."""
+    with torch.no_grad():
+        logits_BTV = loaded(**batch.inputs, use_cache=False).logits
+    return logits_BTV[batch.rows, batch.columns]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_logits_and_loss_are_those_of_the_padded_batch(
+    model: Path, make_examples: Callable[..., list[TargetExample]], attention: str
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
+    examples = make_examples(7)
+    packed, padded = pack(examples), collate(examples)
+    packed_NV, padded_NV = logits_of(loaded, packed), logits_of(loaded, padded)
+    torch.testing.assert_close(packed_NV, padded_NV, atol=1e-5, rtol=0)
+    losses = [
+        (batch.targets.weights * target_losses(logits_NV, batch.targets, "student")).sum()
+        for batch, logits_NV in ((packed, packed_NV), (padded, padded_NV))
+    ]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_do_not_see_each_other(
+    model: Path, make_examples: Callable[..., list[TargetExample]], attention: str
+) -> None:
+    """Another text in one of them moves its own logits, and not the least bit of the others'."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
+    examples = make_examples(5)
+    batch = pack(examples)
+    before_NV = logits_of(loaded, batch)
+    for number, changed in enumerate(examples):
+        other = replace(changed, input_ids=(changed.input_ids + 1) % 200)
+        after_NV = logits_of(loaded, pack([*examples[:number], other, *examples[number + 1 :]]))
+        is_own_N = batch.targets.example_of == number
+        assert (after_NV[is_own_N] - before_NV[is_own_N]).abs().max() > 1e-2
+        torch.testing.assert_close(after_NV[~is_own_N], before_NV[~is_own_N], atol=1e-6, rtol=0)

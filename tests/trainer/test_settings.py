@@ -1,12 +1,13 @@
 """The learning rate over a run, and settings that are refused."""
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.loop import count_examples
+from qpipe.trainer.run import run_size
 from qpipe.trainer.schedule import Schedule, learning_rate_factor
 from qpipe.trainer.settings import TrainSettings
 
@@ -39,18 +40,34 @@ def test_warm_up_to_the_end() -> None:
     assert factors == pytest.approx([0.25, 0.5, 0.75])
 
 
+class Twenty:
+    """Twenty samples an epoch, of 3, 4 and 5 tokens in turn."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
+        return (3 + number % 20 % 3 for number in numbers)
+
+    def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[Any]:
+        raise AssertionError("nothing is read")
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "steps", "samples"),
     [
-        ({}, 20),
-        ({"epochs": 2.5}, 50),
-        ({"epochs": 0.01}, 1),
-        ({"max_steps": 2}, 16),
-        ({"max_steps": 99}, 20),
+        ({}, 3, 20),
+        ({"epochs": 2.5}, 7, 50),
+        ({"epochs": 0.01}, 1, 1),
+        ({"max_steps": 2}, 2, 16),
+        ({"max_steps": 99}, 3, 20),
+        ({"step_tokens": 12}, 7, 20),  # of lengths 3, 4, 5, 3, ...: three each, the last of two
+        ({"step_tokens": 12, "max_steps": 2}, 2, 6),
+        ({"step_tokens": 1}, 20, 20),
     ],
 )
-def test_count_examples(given: dict[str, Any], expected: int) -> None:
-    assert count_examples(settings(**given), in_epoch=20, per_step=8) == expected
+def test_the_size_of_a_run(given: dict[str, Any], steps: int, samples: int) -> None:
+    assert run_size(settings(**given), Twenty()) == (steps, samples)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +81,11 @@ def test_count_examples(given: dict[str, Any], expected: int) -> None:
         {"epochs": math.nan},
         {"max_steps": 0},
         {"batch_size": 0},
-        {"gradient_accumulation": 0},
+        {"step_tokens": 0},
+        {"forward_tokens": 0},
+        {"save_every": 0},
+        {"keep_checkpoints": 0},
+        {"resume": "always"},
         {"warmup_ratio": 1.5},
         {"warmup_ratio": math.nan},
         {"weight_decay": -0.1},

@@ -1,0 +1,155 @@
+"""How fast a target folder streams: read, decoded, planned and collated on one core.
+
+    python tests/benchmarks/stream.py [FOLDER]
+
+A folder is made up (200 tokens and 100 supervised positions a row, supports of 1 to 64 ids, 30 in
+the mean) and kept in FOLDER for the next run. Steps of 65,536 tokens are cut into micro-batches of
+8,192, padded and packed; a resumed stream starts in the middle of the folder. Medians of the runs,
+all layouts in turns; no model and no prefetching take part.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from qpipe.pipeline.codec import FlatBatch
+from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.runner import Job, ShardRun, open_folder
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
+from qpipe.trainer.collate import Batch, collate, pack
+from qpipe.trainer.plan import micro_batches, read_steps, steps_of_tokens
+from qpipe.trainer.stream import TargetStream, open_streams
+
+VOCAB_SIZE, TOKENS, POSITIONS = 49152, 200, 100
+MEAN_SUPPORT, MAX_SUPPORT = 30, 64
+SHARDS, SHARD_BATCHES = 16, 8
+STEP_TOKENS, BATCH_TOKENS = 65536, 8192
+RUNS = 7
+
+
+def main(folder: Path) -> None:
+    """Make the folder, then measure."""
+    make_targets(folder / "targets")
+    one_core()
+    start = perf_counter()
+    stream, _ = open_streams(folder / "targets", read_manifest(folder / "targets"), 0.0)
+    opening = perf_counter() - start
+    print(f"{stream.positions:,} positions, one of {os.cpu_count()} cores, load {os.getloadavg()}")
+    print(f"opened and verified at {stream.positions / opening:,.0f} positions/s")
+    half = len(stream) // 2
+    ways = {
+        "padded": lambda: batches(stream, 0, False),
+        "packed": lambda: batches(stream, 0, True),
+        "padded, resumed at the middle": lambda: batches(stream, half, False),
+        "padded, rank 0 of 2": lambda: batches(stream, 0, False, world_size=2),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    firsts: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(RUNS):
+        for name, way in ways.items():
+            speed, first = measure(way)
+            speeds[name].append(speed)
+            firsts[name].append(first)
+    for name in ways:
+        low, high = min(speeds[name]), max(speeds[name])
+        print(
+            f"{name:30} {median(speeds[name]):9,.0f} positions/s ({low:,.0f} to {high:,.0f}), "
+            f"first batch after {median(firsts[name]):.3f} s"
+        )
+
+
+def one_core() -> None:
+    """Keep the process, and the threads of its libraries, on one core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+
+
+def batches(stream: TargetStream, start: int, packed: bool, world_size: int = 1) -> Iterator[Batch]:
+    """The batches of the first rank, from a sample to the end of the epoch."""
+    lengths = stream.lengths(0, range(start, len(stream)))
+    steps = steps_of_tokens(lengths, start, STEP_TOKENS)
+    plans = (micro_batches(step, 0, world_size, BATCH_TOKENS, packed) for step in steps)
+    join = pack if packed else collate
+    return (join(batch) for step in read_steps(stream, 0, plans) for batch in step)
+
+
+def measure(way: Callable[[], Iterator[Batch]]) -> tuple[float, float]:
+    """Supervised positions a second, and the seconds until the first batch."""
+    start = perf_counter()
+    made = way()
+    positions = next(made).tokens
+    first = perf_counter() - start
+    positions += sum(batch.tokens for batch in made)
+    return positions / (perf_counter() - start), first
+
+
+def make_targets(folder: Path) -> None:
+    """A sealed folder of made-up targets."""
+    schema = schema_of("build-targets", VOCAB_SIZE)
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "mean_support": MEAN_SUPPORT}
+    identity = Identity("build-targets", settings, {"made": "up"}, identity_schema(schema))
+    job = Job(folder, schema, identity, parents={}, provenance={})
+    if open_folder(folder, identity) is not None:
+        return
+    run = ShardRun(job)
+
+    def shard(index: int) -> ShardContent:
+        first = index * SHARD_BATCHES
+        return ShardContent([made_up(number) for number in range(first, first + SHARD_BATCHES)])
+
+    for _ in run.shards((index, lambda index=index: shard(index)) for index in range(SHARDS)):
+        pass
+    run.seal()
+
+
+def made_up(number: int) -> FlatBatch:
+    """A batch of targets: ids of a narrow range at each position, probabilities that fall off."""
+    rng = np.random.default_rng(number)
+    size = BATCH_ROWS * POSITIONS
+    # most supports are small, some as wide as can be: 30 in the mean
+    counts = np.clip(rng.gamma(1.3, 27.5, size), 1, MAX_SUPPORT).astype(np.int32)
+    position_of = np.repeat(np.arange(size), counts)
+    rank_of = np.arange(counts.sum()) - (np.cumsum(counts) - counts)[position_of]
+    first_id = rng.integers(0, VOCAB_SIZE - 2 * MAX_SUPPORT, size)
+    step = rng.choice([1, 3, 5, 7], size)  # odd: a permutation of the 128 ids
+    ids = first_id[position_of] + (rank_of * step[position_of]) % (2 * MAX_SUPPORT)
+    falls = np.exp(-0.3 * rank_of - rng.exponential(0.3, len(ids)))
+    totals = np.bincount(position_of, falls, size)
+    lengths = np.ones(BATCH_ROWS, np.int64)
+    tokens = rng.integers(0, VOCAB_SIZE, (BATCH_ROWS, TOKENS))
+    tokens[:, -POSITIONS:] = first_id.reshape(BATCH_ROWS, POSITIONS)  # the first of each support
+    return FlatBatch(
+        [f"{number}-{row}" for row in range(BATCH_ROWS)],
+        {
+            "input_ids": tokens.ravel().astype(np.int32),
+            "positions": np.tile(np.arange(TOKENS - POSITIONS, TOKENS, dtype=np.int32), BATCH_ROWS),
+            "trust": rng.uniform(0, 1, size).astype(np.float32),
+            "counts": counts,
+            "support_ids": ids.astype(np.int32),
+            "support_probs": (0.99 * falls / totals[position_of]).astype(np.float32),
+            "tail_mass": np.full(size, 0.01, np.float32),
+            "weights": np.ones(size, np.float32),
+        },
+        {
+            "token": lengths * TOKENS,
+            "position": lengths * POSITIONS,
+            "entry": counts.reshape(BATCH_ROWS, -1).sum(axis=1).astype(np.int64),
+        },
+    )
+
+
+if __name__ == "__main__":
+    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
+    chosen.mkdir(parents=True, exist_ok=True)
+    main(chosen)

@@ -1,0 +1,214 @@
+"""Checkpoints: what a run must know to go on as if it had never stopped.
+
+A checkpoint is a folder `checkpoints/step-00000120` with the trained weights, the optimizer, the
+loss scaler, each process' random state and the progress. The place in the data is a number of
+samples, so a run may go on with another number of processes. It is written under a temporary name
+by all processes together and renamed when it is whole; then older ones are removed.
+
+The tensors are torch's distributed checkpoint, sharded as the model is.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ..pipeline.errors import UserError, one_line
+from ..pipeline.manifest import Identity, parse_identity
+from ..pipeline.runner import refuse_other
+from ..pipeline.storage import read_json, sync_folder, write_json
+from .evaluate import Evaluation
+
+CHECKPOINTS = "checkpoints"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is; the sums are over the steps so far."""
+
+    step: int = 0
+    samples: int = 0  # taken from the stream
+    tokens: int = 0  # supervised ones
+    seconds: float = 0.0
+    before: Evaluation | None = None  # of the model as it was at the start
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, the latest last."""
+    return sorted((folder / CHECKPOINTS).glob("step-*"))
+
+
+def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
+    """The checkpoint that a run goes on from, if there is one.
+
+    Raises UserError where it is another run's.
+    """
+    found = checkpoints_in(folder)
+    if not found:
+        return None
+    record = read_json(found[-1] / _PROGRESS)
+    try:
+        theirs = parse_identity(found[-1] / _PROGRESS, record["identity"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{found[-1]}: damaged: remove it, and run again") from error
+    refuse_other(folder, identity, theirs)
+    return found[-1]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what a run would go on from."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    identity: Identity,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: Any,
+    progress: Progress,
+    keep: int,
+) -> None:
+    """Write a checkpoint of all processes and keep the last `keep`.
+
+    Raises UserError where it cannot be written; what was there before stays.
+    """
+    name = f"step-{progress.step:08d}"
+    temporary = folder / CHECKPOINTS / f".{name}.tmp"
+    error: BaseException | None = None
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        with _quiet():
+            save(_state(accelerator, model, optimizer), checkpoint_id=temporary)
+        _save_random_state(temporary / f"random-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            record = {"identity": asdict(identity), "progress": asdict(progress)}
+            write_json(temporary / _PROGRESS, record)
+    except (OSError, RuntimeError, UserError, CheckpointException) as failure:
+        error = failure  # a full disk comes as any of these
+    failures: Any = accelerator.reduce(torch.tensor(int(error is not None)).to(accelerator.device))
+    failed = int(failures) > 0
+    if accelerator.is_main_process:
+        if failed:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            _commit(temporary, folder / CHECKPOINTS / name)
+            for old in checkpoints_in(folder)[:-keep]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    if failed:
+        reason = one_line(error) if error else "another process failed"
+        raise UserError(
+            f"{folder / CHECKPOINTS / name}: cannot be written: {reason}: make room, then run the "
+            "same command again"
+        )
+
+
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, model: torch.nn.Module, optimizer: Any
+) -> Progress:
+    """Put a checkpoint's state into the model and the optimizer; how far it was.
+
+    Raises UserError where it is damaged.
+    """
+    try:
+        state = _state(accelerator, model, optimizer)
+        with _quiet():
+            load(state, checkpoint_id=path)
+        set_state_dict(
+            accelerator.unwrap_model(model),
+            _plain(optimizer),
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
+        )
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        progress = _progress_from(read_json(path / _PROGRESS)["progress"])
+        _restore_random_state(path / f"random-{accelerator.process_index}.pt")
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, CheckpointException) as error:
+        raise UserError(
+            f"{path}: damaged: {one_line(error)}: remove it, and the same command goes on from the "
+            "one before"
+        ) from error
+    return progress
+
+
+# frozen weights are the base model's
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def _progress_from(record: dict[str, Any]) -> Progress:
+    before = record["before"]
+    return Progress(**{**record, "before": None if before is None else Evaluation(**before)})
+
+
+def _state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    weights, moments = get_state_dict(
+        accelerator.unwrap_model(model), _plain(optimizer), options=_OPTIONS
+    )
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    return state
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside of accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    """Give a checkpoint its name; its files are synced already."""
+    sync_folder(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def _save_random_state(path: Path) -> None:
+    """What dropout draws from; nothing else here draws anything."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _restore_random_state(path: Path) -> None:
+    """A process that was not there when the checkpoint was written keeps its own state."""
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's remark that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

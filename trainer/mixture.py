@@ -1,0 +1,127 @@
+"""Several streams as one, each with its share of the samples.
+
+Which stream the k-th sample comes from depends on k and the weights alone, so a mixture has no
+state but the number of samples consumed, as a single stream. Each stream goes through its own
+epochs. After any number of samples, a stream has given within one of its exact share: Balinski and
+Young's quota method (The quota method of apportionment, 1975).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, tee
+from math import gcd, lcm
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.errors import UserError
+from ..pipeline.records import Ints, TargetExample
+from .stream import TargetStream
+
+LONGEST_PERIOD = 1_000_000  # samples until the pattern repeats: it is worked out when opened
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """Streams, and whose turn it is at each sample of a period; see `mix`."""
+
+    streams: tuple[TargetStream, ...]
+    shares: tuple[int, ...]  # samples a period
+    turns: Ints  # [sum(shares)] the stream
+    places: Ints  # [sum(shares)] how many of its samples stand before, in the period
+
+    def __len__(self) -> int:
+        """Samples an epoch: as many as the streams have in all, whatever their shares."""
+        return sum(map(len, self.streams))
+
+    @property
+    def positions(self) -> int:
+        """Supervised positions of all streams, each once."""
+        return sum(stream.positions for stream in self.streams)
+
+    def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
+        """The samples of these numbers, ascending; every stream keeps a window in memory."""
+        return self._merged(TargetStream.samples, seed, numbers)
+
+    def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
+        """How many tokens the samples of these numbers have; reads nothing."""
+        return self._merged(TargetStream.lengths, seed, numbers)
+
+    def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
+        """The rank's share of the examples, each once, stream after stream."""
+        return chain.from_iterable(stream.in_order(rank, world_size) for stream in self.streams)
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """The stream that a sample comes from, and its number there."""
+        period, place = divmod(number, len(self.turns))
+        stream = int(self.turns[place])
+        return stream, period * self.shares[stream] + int(self.places[place])
+
+    def _merged(
+        self,
+        read: Callable[[TargetStream, int, Iterable[int]], Iterator[Any]],
+        seed: int,
+        numbers: Iterable[int],
+    ) -> Iterator[Any]:
+        """What `read` gives of each stream, in the order of the samples."""
+        order, *copies = tee(map(self.turn, numbers), len(self.streams) + 1)
+        parts = [
+            # a seed of its own for each: folders made of the same data must not run in step
+            read(stream, seed + (index << 32), _of_stream(index, turns))
+            for index, (stream, turns) in enumerate(zip(self.streams, copies, strict=True))
+        ]
+        return (next(parts[stream]) for stream, _ in order)
+
+
+def mix(streams: Sequence[TargetStream], weights: Sequence[float]) -> Mixture:
+    """Streams in proportion to their weights, which need not add up to anything.
+
+    Raises UserError for weights that are not positive or too finely set against each other.
+    """
+    shares = shares_of(weights)
+    turns = turns_of(shares)
+    places = np.empty_like(turns)
+    for stream, share in enumerate(shares):
+        places[turns == stream] = np.arange(share)
+    return Mixture(tuple(streams), shares, turns, places)
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest whole numbers in exact proportion to the weights, as these are written."""
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise UserError(f"weights {_words(weights)}: give each folder a weight above 0")
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = [int(weight * lcm(*(each.denominator for each in exact))) for weight in exact]
+    shares = tuple(weight // gcd(*whole) for weight in whole)
+    if sum(shares) > LONGEST_PERIOD:
+        raise UserError(
+            f"weights {_words(weights)}: only repeat after {sum(shares):,} samples: give rounder "
+            f"ones, {LONGEST_PERIOD:,} is the most"
+        )
+    return shares
+
+
+def turns_of(shares: Sequence[int]) -> Ints:
+    """Whose turn each sample of a period is, by the quota method.
+
+    Of the streams that this sample would not put above their exact share rounded up, it is the turn
+    of the one with the greatest share for each sample it would then have had.
+    """
+    period = sum(shares)
+    given = [0] * len(shares)
+    turns = np.empty(period, np.int32)
+    for number in range(period):
+        due = [i for i, share in enumerate(shares) if given[i] * period < share * (number + 1)]
+        turn = max(due, key=lambda i: shares[i] / (given[i] + 1))
+        given[turn] += 1
+        turns[number] = turn
+    return turns
+
+
+def _of_stream(index: int, turns: Iterable[tuple[int, int]]) -> Iterator[int]:
+    return (number for stream, number in turns if stream == index)
+
+
+def _words(weights: Sequence[float]) -> str:
+    return ", ".join(map(str, weights))

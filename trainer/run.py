@@ -1,0 +1,240 @@
+"""A student in training: its steps, its place in the data, its checkpoints.
+
+The samples of all epochs form one sequence, cut into optimizer steps; only the last may be smaller.
+A step's samples, and so its gradient, are the same on any number of processes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import tee
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..pipeline.manifest import Identity
+from ..pipeline.progress import progress_bar
+from ..pipeline.records import TargetExample
+from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checks import SFT
+from .collate import Batch, collate, observed_only, pack
+from .evaluate import Evaluation, evaluate
+from .objective import objective_of
+from .plan import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
+from .prefetch import Prefetch
+from .run_folder import Log, open_log
+from .schedule import learning_rate_factor
+from .settings import TrainSettings
+from .step import Stepper
+from .stream import TargetStream
+from .student import Student
+
+STEPS_AHEAD = 2  # that are read and collated while one is computed
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run went; `tokens` and `seconds` are of its optimizer steps, evaluations left out."""
+
+    steps: int
+    examples: int
+    tokens: int  # supervised ones
+    seconds: float
+    before: Evaluation | None
+    after: Evaluation | None
+    was_done: bool = False  # by an earlier run: nothing was trained now
+
+
+class Run:
+    """A student in training, on one of the processes."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        identity: Identity,
+        accelerator: Accelerator,
+        student: Student,
+        train_stream: TargetStream,
+        eval_stream: TargetStream,
+    ) -> None:
+        assert settings.method is not None  # settled
+        self.settings = settings
+        self.identity = identity
+        self.accelerator = accelerator
+        self.student = student
+        self.train_stream = train_stream
+        self.eval_stream = eval_stream
+        self.objective = objective_of(train_stream.manifest.settings, settings.method)
+        self.stepper = Stepper(accelerator, student, settings, self.objective)
+        self.steps, self.samples = run_size(settings, train_stream)
+
+    def train(self, final_dtype: torch.dtype) -> TrainResult:
+        """Take every step that is left; the weights end rounded to `final_dtype`."""
+        progress = self._resumed()
+        is_main = self.accelerator.is_main_process
+        bar = progress_bar(
+            total=self.steps,
+            initial=progress.step,
+            desc="train",
+            unit="step",
+            disable=not is_main,
+        )
+        with open_log(self.settings.out, is_main, progress.step) as log, bar as shown:
+            if progress.step == 0:
+                progress = replace(progress, before=self._evaluate(0, log))
+            with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
+                for step, batches in ready:
+                    progress = self._step(progress, step, batches, ready.waited, log, shown)
+            self.student.finish(final_dtype)
+            after = self._evaluate(self.steps, log)
+        return TrainResult(
+            self.steps, self.samples, progress.tokens, progress.seconds, progress.before, after
+        )
+
+    def _step(
+        self,
+        progress: Progress,
+        step: Step,
+        batches: list[Batch],
+        waited: float,
+        log: Log,
+        shown: tqdm,
+    ) -> Progress:
+        """Take one step and what is due after it."""
+        number = progress.step + 1
+        learning_rate = self._learning_rate(number)
+        start = perf_counter()
+        result = self.stepper.step(number, batches, learning_rate)
+        seconds = perf_counter() - start
+        speed = result.tokens / seconds
+        log(
+            event="step",
+            step=number,
+            learning_rate=learning_rate,
+            tokens_per_second=speed,
+            seconds_waited_in_all=waited,
+            **asdict(result),
+        )
+        shown.set_postfix_str(f"loss {result.loss:.4f}, {speed:.0f} tok/s")
+        shown.update()
+        progress = replace(
+            progress,
+            step=number,
+            samples=step.stop,
+            tokens=progress.tokens + result.tokens,
+            seconds=progress.seconds + seconds,
+        )
+        if self._is_due(self.settings.eval_every, number):
+            self._evaluate(number, log)
+        if self._is_due(self.settings.save_every, number):
+            self._save(progress)
+        return progress
+
+    def _resumed(self) -> Progress:
+        """The progress of the latest checkpoint, its state taken over; none at the start."""
+        path = latest_checkpoint(self.settings.out, self.identity)
+        if path is None:
+            return Progress()
+        return load_checkpoint(path, self.accelerator, self.stepper.model, self.stepper.optimizer)
+
+    def _save(self, progress: Progress) -> None:
+        save_checkpoint(
+            self.settings.out,
+            self.identity,
+            self.accelerator,
+            self.stepper.model,
+            self.stepper.optimizer,
+            progress,
+            self.settings.keep_checkpoints,
+        )
+
+    def _plans(self, progress: Progress) -> Iterator[tuple[Step, list[list[int]]]]:
+        """The steps that are left, and this process' micro-batches in each."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        tokens, packed = self.settings.forward_tokens, self.settings.pack
+        for step in cut(self.settings, self.train_stream, progress.samples, self.samples):
+            yield step, micro_batches(step, rank, world_size, tokens, packed)
+
+    def _batches(
+        self, plans: Iterable[tuple[Step, list[list[int]]]]
+    ) -> Iterator[tuple[Step, list[Batch]]]:
+        """The steps with their micro-batches, read."""
+        plans, ahead = tee(plans)
+        numbers = (numbers for _, numbers in ahead)
+        examples = read_steps(self.train_stream, self.settings.seed, numbers)
+        for (step, _), chunks in zip(plans, examples, strict=True):
+            yield step, [self._batch(chunk) for chunk in chunks]
+
+    def _batch(self, examples: list[TargetExample]) -> Batch:
+        """Examples as a batch with the targets of the method."""
+        batch = pack(examples) if self.settings.pack and examples else collate(examples)
+        return observed_only(batch) if self.settings.method == SFT else batch
+
+    def _learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        warmup_steps = round(self.settings.warmup_ratio * self.steps)
+        factor = learning_rate_factor(step - 1, self.steps, warmup_steps, self.settings.schedule)
+        return self.settings.learning_rate * factor
+
+    def _is_due(self, every: int | None, step: int) -> bool:
+        """Whether something is due between this step and the next."""
+        return every is not None and step % every == 0 and step < self.steps
+
+    def _evaluate(self, step: int, log: Log) -> Evaluation | None:
+        """How the student does on the held-out examples, if there are any, after a step."""
+        if len(self.eval_stream) == 0:
+            return None
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        examples = self.eval_stream.in_order(rank, world_size)
+        evaluation = evaluate(
+            self.student,
+            (self._batch(chunk) for chunk in by_tokens(examples, self.settings.forward_tokens)),
+            self.accelerator.device,
+            self.objective,
+        )
+        log(event="evaluation", step=step, **asdict(evaluation))
+        return evaluation
+
+
+def run_size(settings: TrainSettings, stream: Samples) -> tuple[int, int]:
+    """The steps of a run and the samples they take, repetitions counted."""
+    samples = max(1, round(settings.epochs * len(stream)))
+    steps = taken = 0
+    for step in cut(settings, stream, 0, samples):
+        if steps == settings.max_steps:
+            break
+        steps, taken = steps + 1, step.stop
+    return steps, taken
+
+
+def cut(settings: TrainSettings, stream: Samples, start: int, stop: int) -> Iterator[Step]:
+    """The samples from `start` to `stop` as steps."""
+    lengths = stream.lengths(settings.seed, range(start, stop))
+    if settings.step_tokens is not None:
+        return steps_of_tokens(lengths, start, settings.step_tokens)
+    return steps_of_samples(lengths, start, settings.batch_size)
+
+
+def by_tokens(examples: Iterable[TargetExample], tokens: int) -> Iterator[list[TargetExample]]:
+    """Consecutive examples of at most so many padded tokens, but at least one."""
+    chunk: list[TargetExample] = []
+    longest = 0
+    for example in examples:
+        longest = max(longest, len(example.input_ids))
+        if chunk and longest * (len(chunk) + 1) > tokens:
+            yield chunk
+            chunk, longest = [], len(example.input_ids)
+        chunk.append(example)
+    if chunk:
+        yield chunk
+
+
+def result_from(results: dict[str, Any]) -> TrainResult:
+    """The results of an earlier run, from its record."""
+    evaluations = {
+        name: None if results[name] is None else Evaluation(**results[name])
+        for name in ("before", "after")
+    }
+    return TrainResult(**{**results, **evaluations, "was_done": True})
