@@ -32,8 +32,8 @@ def cli() -> None:
     qpipe build-targets  scores/        -> targets/   sparse target distributions
     qpipe train          targets/       -> run/       a fine-tuned model
 
-    Each command takes a folder and makes a folder. Run again after a crash, score and build-targets
-    go on where they stopped and train starts over; run again when done, they do nothing.
+    Each command takes a folder and makes a folder. Run again after a crash, they go on where they
+    stopped (train at its last checkpoint); run again when done, they do nothing.
     """
 
 
@@ -47,8 +47,8 @@ def main() -> None:
         sys.exit(_run())
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "Stopped: finished shards are kept, the same command goes on after them "
-            "(`qpipe train` starts over).",
+            "Stopped: finished shards and checkpoints are kept, the same command goes on after "
+            "them.",
             err=True,
         )
         sys.exit(130)
