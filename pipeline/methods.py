@@ -34,6 +34,7 @@ _SPELLINGS = {
     "η": "eta",
     "τ": "tau",
     "ε": "eps_hi",
+    "eps": "eps_hi",
     "epsilon": "eps_hi",
 }
 

@@ -20,7 +20,7 @@ from .models import find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
 from .settings import TrainSettings
-from .step import precision_of, start_accelerator
+from .step import NOT_FINITE, precision_of, start_accelerator
 from .stream import open_streams
 from .student import load_student, save_student, saved_dtype
 
@@ -73,9 +73,12 @@ def train(settings: TrainSettings) -> TrainResult:
 
 
 def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> None:
-    """Open the output folder, and forget the checkpoints that are not to be gone on from."""
+    """Open the output folder, and forget what an earlier try left that is of no use now."""
     open_folder(settings.out, identity)
-    if settings.resume == "never" and is_main:
+    if not is_main:
+        return
+    (settings.out / NOT_FINITE).unlink(missing_ok=True)
+    if settings.resume == "never":
         remove_checkpoints(settings.out)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
 from ..pipeline.records import TargetExample
+from ..pipeline.storage import write_json
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from .checks import SFT
 from .collate import Batch, collate, observed_only, pack
@@ -27,7 +28,7 @@ from .prefetch import Prefetch
 from .run_folder import Log, open_log
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
-from .step import Stepper
+from .step import NOT_FINITE, NotFiniteError, Stepper
 from .stream import TargetStream
 from .student import Student
 
@@ -106,7 +107,12 @@ class Run:
         number = progress.step + 1
         learning_rate = self._learning_rate(number)
         start = perf_counter()
-        result = self.stepper.step(number, batches, learning_rate)
+        try:
+            result = self.stepper.step(number, batches, learning_rate)
+        except NotFiniteError as error:
+            if self.accelerator.is_main_process:
+                write_json(self.settings.out / NOT_FINITE, error.record)
+            raise
         seconds = perf_counter() - start
         speed = result.tokens / seconds
         log(

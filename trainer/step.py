@@ -25,6 +25,7 @@ from .objective import Objective
 from .settings import Precision, TrainSettings
 from .student import Student
 
+NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
 _ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -40,6 +41,19 @@ class StepResult:
     grad_norm: float
     tokens: int
     error_bound: float | None = None
+
+
+class NotFiniteError(UserError):
+    """A loss or a gradient that is no number, and the examples that it comes from."""
+
+    def __init__(self, step: int, loss: float, examples: list[str]) -> None:
+        what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
+        super().__init__(
+            f"step {step}: the {what} is not finite on examples {', '.join(examples)}: look at "
+            f"them (their ids are in {NOT_FINITE}), or give a lower --learning-rate and another "
+            "--out"
+        )
+        self.record = {"step": step, "what": what, "examples": examples}
 
 
 class Stepper:
@@ -60,7 +74,8 @@ class Stepper:
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take step `number` on this process' micro-batches, at least one.
 
-        Raises UserError, before any weight changes, where the loss or its gradient is not finite.
+        Raises NotFiniteError, before any weight changes, where the loss or its gradient is not
+        finite.
         """
         tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
         try:
@@ -78,7 +93,7 @@ class Stepper:
         # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
         may_overflow = self.accelerator.scaler is not None
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
-            raise UserError(_not_finite(number, loss, batches, sums))
+            raise NotFiniteError(number, loss, _at_fault(batches, sums))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -141,15 +156,10 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
-def _not_finite(number: int, loss: float, batches: Sequence[Batch], sums: Tensor) -> str:
-    """What to say of a step; the examples are those of the micro-batches at fault, if known."""
+def _at_fault(batches: Sequence[Batch], sums: Tensor) -> list[str]:
+    """The examples of the micro-batches whose loss is not finite; of all where none stands out."""
     own = [
         batch for batch, is_finite in zip(batches, sums.isfinite(), strict=True) if not is_finite
     ]
     at_fault = gather_object([example for batch in own for example in batch.ids])
-    examples = at_fault or gather_object([example for batch in batches for example in batch.ids])
-    what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
-    return (
-        f"step {number}: the {what} is not finite on examples {', '.join(examples)}: "
-        "look at them, or give a lower --learning-rate and another --out"
-    )
+    return at_fault or gather_object([example for batch in batches for example in batch.ids])

@@ -124,7 +124,11 @@ def our_steps(base: Any, batches: list[Batch], method: str, form: str) -> Callab
 
 
 def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
-    """Steps of plain distillation from a frozen copy that runs in the loop."""
+    """Steps of plain distillation from a frozen copy that runs in the loop.
+
+    As trainers do it that take whole batches of logits: the divergence at all positions, of which
+    the supervised ones count.
+    """
     student, teacher = (load_model(base, torch.float32) for _ in range(2))
     student.train()
     teacher.eval()
@@ -133,9 +137,10 @@ def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[flo
     def step(batch: Batch) -> None:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with torch.no_grad():
-            wanted = teacher(**inputs).logits[batch.rows, batch.columns].log_softmax(-1)
-        log_probs = student(**inputs).logits[batch.rows, batch.columns].log_softmax(-1)
-        kl_div(log_probs, wanted, reduction="batchmean", log_target=True).backward()
+            wanted = teacher(**inputs).logits.log_softmax(-1)
+        log_probs = student(**inputs).logits.log_softmax(-1)
+        losses = kl_div(log_probs, wanted, reduction="none", log_target=True).sum(-1)
+        losses[batch.rows, batch.columns].mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -469,7 +469,7 @@ SPELLINGS = {
     "beta": ("β",),
     "eta": ("η",),
     "tau": ("τ",),
-    "eps_hi": ("ε", "epsilon"),
+    "eps_hi": ("ε", "eps", "epsilon"),
 }
 
 

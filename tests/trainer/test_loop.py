@@ -200,7 +200,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(UserError, match=r"^step \d: the loss \(inf\) .* example-1: ") as caught:
         train(replace(settings, targets=folder, batch_size=1))
     assert "example-0" not in str(caught.value)
-    assert {path.name for path in settings.out.iterdir()} == {"plan.json", "log.jsonl"}
+    names = {path.name for path in settings.out.iterdir()}
+    assert names == {"plan.json", "log.jsonl", "not-finite.json"}
+    record = json.loads((settings.out / "not-finite.json").read_text())
+    assert record["examples"] == ["example-1"]
+    assert record["what"] == "loss (inf)"
 
 
 # The run
