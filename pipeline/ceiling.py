@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import Choice
-from .codec import FlatBatch, segment_sums
+from .codec import FlatBatch
+from .ragged import segment_sums
 from .rules import TOP_ENTROPY_SIZE
 from .supports import (
     SMALLEST_TAIL,

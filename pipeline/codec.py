@@ -10,8 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import UserError
+from .packing import pack, unpack
+from .ragged import segment_sums
 from .records import Example
-from .schema import Schema
+from .schema import Schema, lists
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +99,13 @@ def _rows_between(schema: Schema, batch: FlatBatch, rows: slice) -> FlatBatch:
 def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:
     """The Arrow form of a batch, ids narrowed to their stored type."""
     columns: list[pa.Array] = [pa.array(batch.ids, pa.string())]
-    for column in schema.lists:
+    arrays = batch.arrays if schema.packing is None else pack(batch.arrays, schema.packing)
+    for column in lists(schema.stored):
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[column.level])]).astype(np.int32)
-        values = batch.arrays[column.name]
+        values = arrays[column.name]
         stored = values.astype(column.stored, copy=False)
-        fits = column.stored is column.dtype or np.array_equal(stored, values)
-        assert fits, f"{column.name} holds ids outside of the vocabulary"
+        fits = stored.dtype == values.dtype or np.array_equal(stored, values)
+        assert fits, f"{column.name} holds values that its type does not"
         columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(stored)))
     return pa.RecordBatch.from_arrays(columns, schema=schema.arrow)
 
@@ -116,17 +119,19 @@ def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
         raise UserError(f"{where}: its columns are not those of this format")
     arrays = {}
     lengths: dict[str, NDArray[np.int64]] = {}
-    for column in schema.lists:
-        lists = batch.column(column.name)
-        if lists.null_count or lists.flatten().null_count:
+    for column in lists(schema.stored):
+        values = batch.column(column.name)
+        if values.null_count or values.flatten().null_count:
             raise UserError(f"{where}: column {column.name} has empty values: the shard is damaged")
-        length = np.diff(lists.offsets.to_numpy()).astype(np.int64)
+        length = np.diff(values.offsets.to_numpy()).astype(np.int64)
         if not np.array_equal(lengths.setdefault(column.level, length), length):
             raise UserError(f"{where}: column {column.name} differs in length from its neighbours")
-        arrays[column.name] = lists.flatten().to_numpy().astype(column.dtype, copy=False)
+        arrays[column.name] = values.flatten().to_numpy().astype(column.dtype, copy=False)
     if batch.column("id").null_count:
         raise UserError(f"{where}: column id has empty values: the shard is damaged")
     _check_references(arrays, lengths, where)
+    if schema.packing is not None:
+        arrays = unpack(arrays, schema.packing, where)
     return FlatBatch(batch.column("id").to_pylist(), arrays, lengths)
 
 
@@ -141,13 +146,3 @@ def _check_references(
     tokens_N = np.repeat(lengths["token"], lengths["position"])
     if ((positions < 1) | (positions >= tokens_N)).any():
         raise UserError(f"{where}: column positions points outside of the tokens of its row")
-
-
-def segment_sums(values: NDArray[Any], lengths: NDArray[np.integer]) -> NDArray[Any]:
-    """The sum of each run of `lengths[i]` values, 0 for an empty run."""
-    starts = np.cumsum(lengths) - lengths
-    sums = np.zeros(len(lengths), values.dtype)
-    filled = lengths > 0
-    if filled.any():
-        sums[filled] = np.add.reduceat(values, starts[filled])
-    return sums

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .schema import FORMAT_VERSION, Schema
-from .storage import read_json, sha256_of_json
+from .schema import FORMAT_VERSION, READABLE_VERSIONS, Schema
+from .storage import read_json, sha256_of_json, write_json
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -65,6 +65,7 @@ class Manifest:
     the demonstrations stays readable where those folders are not at hand. `provenance` names what
     made it and leaves the content as it is: model, revision, package versions. `totals` adds up the
     shards: read, rejected, rows, tokens, positions, entries, bytes, and the stage's own sums.
+    `frequent_ids` are the first ranks of a packed folder's ids (`packing.Packing`).
     """
 
     identity: Identity
@@ -73,6 +74,7 @@ class Manifest:
     provenance: dict[str, Any]
     totals: dict[str, Any]
     shards: list[ShardEntry]
+    frequent_ids: tuple[int, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Manifest:
 
 def identity_schema(schema: Schema) -> dict[str, str]:
     """A schema in the form that an identity carries."""
-    return {column.name: str(column.arrow_type) for column in schema.columns}
+    return {column.name: str(column.arrow_type) for column in schema.stored}
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
@@ -105,15 +107,25 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
     return manifest
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Seal a folder: write its manifest, with a hash over all that it says."""
+    value = asdict(manifest) | {"frequent_ids": " ".join(map(str, manifest.frequent_ids))}
+    write_json(folder / MANIFEST, value | {"seal": sha256_of_json(value)})
+
+
 def parse_manifest(path: Path, value: Any) -> Manifest:
-    """The manifest in a JSON value, its fingerprint checked against its identity."""
+    """The manifest in a JSON value, its seal and its fingerprint checked."""
     try:
-        identity = Identity(**value["identity"])
-        shards = [ShardEntry(**entry) for entry in value["shards"]]
-        manifest = Manifest(**{**value, "identity": identity, "shards": shards})
-    except (TypeError, KeyError, AttributeError) as error:
+        said = {name: each for name, each in value.items() if name != "seal"}
+        identity = Identity(**said["identity"])
+        check_version(path, identity)
+        shards = [ShardEntry(**entry) for entry in said["shards"]]
+        ids = tuple(map(int, said.get("frequent_ids", "").split()))
+        manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: damaged, not a manifest ({error})") from error
-    check_version(path, identity)
+    if identity.format_version > 2 and value.get("seal") != sha256_of_json(said):
+        raise UserError(f"{path}: damaged or changed, its seal is not that of its content")
     if manifest.fingerprint != identity.fingerprint:
         raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
     if manifest.totals != totals_of(shards):
@@ -146,10 +158,11 @@ def parse_identity(path: Path, value: Any) -> Identity:
 
 def check_version(path: Path, identity: Identity) -> None:
     """Refuse a folder of another format version."""
-    if identity.format_version != FORMAT_VERSION:
+    if identity.format_version not in READABLE_VERSIONS:
         raise UserError(
             f"{path}: format version {identity.format_version}, this qpipe reads "
-            f"{FORMAT_VERSION}: use the qpipe that made it, or make it again"
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the qpipe that made it, or make it "
+            "again"
         )
 
 

@@ -54,7 +54,7 @@ class TargetExample(Example):
 
     trust: Floats  # [N] γ in [0, 1]
     counts: Ints  # [N] entries of the residual's support, the observed token always among them
-    support_ids: Ints  # [K] vocabulary ids, most probable first at each position
+    support_ids: Ints  # [K] vocabulary ids, each once at each position, in any order
     support_probs: Floats  # [K] the residual's probabilities at them
     tail_mass: Floats  # [N] the residual's probability outside its support
     weights: Floats  # [N] the per-token factor of the loss (s in the table of methods)

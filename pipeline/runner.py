@@ -22,6 +22,7 @@ from .manifest import (
     parse_identity,
     read_manifest,
     totals_of,
+    write_manifest,
 )
 from .records import Reject
 from .schema import Schema
@@ -125,8 +126,9 @@ class ShardRun:
             provenance=job.provenance,
             totals=totals_of(shards),
             shards=shards,
+            frequent_ids=() if job.schema.packing is None else job.schema.packing.frequent_ids,
         )
-        write_json(job.folder / MANIFEST, asdict(manifest))
+        write_manifest(job.folder, manifest)
         _tidy(job.folder)
         return StageResult(manifest, self.positions, self.seconds)
 

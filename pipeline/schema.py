@@ -5,15 +5,18 @@ one a supervised position (N) or one a support entry (K). A list column is a pla
 pyarrow, `datasets` and polars open a shard without this package.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from .packing import Packing, Precision
 from .records import Example, ScoredExample, TargetExample
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
 
 Level = Literal["example", "token", "position", "entry"]
 
@@ -36,23 +39,34 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The columns of one stage's shards, and the record that a row decodes to."""
+    """The columns of one stage's records, and how a shard holds them: as they are, or packed."""
 
     record: type[Example]
     columns: tuple[Column, ...]
+    packing: Packing | None = None
+
+    @property
+    def stored(self) -> tuple[Column, ...]:
+        """The columns of a shard."""
+        return self.columns if self.packing is None else _packed(self.columns, self.packing)
 
     @property
     def arrow(self) -> pa.Schema:
         """The Arrow schema of a shard."""
-        return pa.schema([(column.name, column.arrow_type) for column in self.columns])
+        return pa.schema([(column.name, column.arrow_type) for column in self.stored])
 
     @property
     def lists(self) -> tuple[Column, ...]:
         """The columns that hold a list in each row."""
-        return tuple(column for column in self.columns if column.level != "example")
+        return lists(self.columns)
 
 
-def schema_of(stage: str, vocab_size: int) -> Schema:
+def lists(columns: Iterable[Column]) -> tuple[Column, ...]:
+    """Those of the columns that hold a list in each row."""
+    return tuple(column for column in columns if column.level != "example")
+
+
+def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Schema:
     """The schema of a stage's shards; vocabulary ids take two bytes where they fit."""
     narrow = np.uint16 if vocab_size <= 2**16 else np.int32
     record, columns = _OF_STAGE[stage]
@@ -62,7 +76,48 @@ def schema_of(stage: str, vocab_size: int) -> Schema:
             Column(name, level, dtype, narrow if name.endswith("_ids") else dtype)
             for name, level, dtype in _EXAMPLE + columns
         ),
+        packing,
     )
+
+
+def packing_of(settings: dict[str, Any], frequent_ids: tuple[int, ...]) -> Packing | None:
+    """The packing that a stage's settings tell; none in score folders and before version 3."""
+    if settings.get("precision") is None:
+        return None
+    return Packing(
+        settings["precision"],
+        settings["vocab_size"],
+        # what is cut keeps the observed token besides, what is not is that token alone
+        min(1 + (settings["max_support"] or 0), settings["vocab_size"]),
+        frequent_ids,
+    )
+
+
+def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]:
+    """The stored columns in place of the records'."""
+    high = _narrowest(packing.vocab_size >> 8)
+    log_prob = _STORED_AS[packing.precision]
+    instead = {
+        "counts": (Column("counts", "position", np.int32, _narrowest(packing.most_entries)),),
+        "support_ids": (
+            Column("rank_steps_low", "entry", np.uint8, np.uint8),
+            Column("rank_steps_high", "entry", high, high),
+        ),
+        "support_probs": (Column("support_log_probs", "entry", log_prob, log_prob),),
+        "tail_mass": (Column("tail_log_probs", "position", log_prob, log_prob),),
+    }
+    return tuple(stored for column in columns for stored in instead.get(column.name, (column,)))
+
+
+def _narrowest(largest: int) -> type:
+    return next(each for each in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(each).max)
+
+
+_STORED_AS: dict[Precision, type] = {
+    "uint8": np.uint8,
+    "float16": np.float16,
+    "float32": np.float32,
+}
 
 
 _Columns = tuple[tuple[str, Level, type], ...]

@@ -18,7 +18,7 @@ from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError
 from .manifest import Manifest, ShardEntry, read_manifest
 from .records import Example, Reject, ScoredExample, TargetExample
-from .schema import Schema, schema_of
+from .schema import Schema, packing_of, schema_of
 from .storage import atomic_file, read_json, sha256_of_file, write_json
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
@@ -158,7 +158,8 @@ def shard_ids(folder: Path, entry: ShardEntry) -> list[list[str]]:
 
 def folder_schema(manifest: Manifest) -> Schema:
     """The schema of a sealed folder's shards."""
-    return schema_of(manifest.identity.stage, manifest.settings["vocab_size"])
+    packing = packing_of(manifest.settings, manifest.frequent_ids)
+    return schema_of(manifest.identity.stage, manifest.settings["vocab_size"], packing)
 
 
 def read_scores(folder: str | Path) -> Iterator[ScoredExample]:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rules
-from .codec import FlatBatch, segment_sums
+from .codec import FlatBatch
+from .ragged import segment_sums
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

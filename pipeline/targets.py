@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from . import rules
 from .choice import Choice
-from .codec import FlatBatch, segment_sums
+from .codec import FlatBatch
 from .errors import UserError
+from .ragged import segment_sums
 from .rules import Signals
 from .supports import (
     Common,

@@ -13,13 +13,14 @@ from ..pipeline.codec import FlatBatch, join
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity, Manifest, identity_schema
 from ..pipeline.order_statistics import OrderStatistics
+from ..pipeline.packing import PRECISIONS, Precision
 from ..pipeline.parallel import in_order
 from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
-from ..pipeline.schema import schema_of
+from ..pipeline.schema import packing_of, schema_of
 from ..pipeline.shards import ShardContent
-from ..pipeline.storage import locked
+from ..pipeline.storage import locked, sha256_of_json
 from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
 from .inputs import Inputs, open_inputs
 
@@ -29,7 +30,8 @@ class BuildSettings:
     """What to make of the scores.
 
     The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
-    of the probability, at most `max_support` entries, and the observed token.
+    of the probability, at most `max_support` entries, and the observed token. `precision` is that
+    of their logarithms; what is no such distribution is stored in float32 in any case.
     """
 
     scores: Path
@@ -38,11 +40,16 @@ class BuildSettings:
     teacher: Path | None = None
     top_p: float = 0.99
     max_support: int = 64
+    precision: Precision = "uint8"
     temperature: float = 1.0
     teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_truncation(self.top_p, self.max_support)
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"--precision {self.precision} is not known: give {', '.join(PRECISIONS)}"
+            )
         check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
         if self.teacher is not None and not self.choice.needs_teacher:
             raise UserError(
@@ -127,37 +134,43 @@ def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:
 
 
 def _job(settings: BuildSettings, inputs: Inputs, choice: Choice) -> Job:
-    vocab_size = inputs.scores.model.vocab_size
-    schema = schema_of("build-targets", vocab_size)
     is_cut = choice.stored in ("base", "teacher", "mixture", "contrast")
-    folders = {"scores": inputs.scores.manifest}
+    folders = {"scores": inputs.scores}
     if inputs.teacher is not None:
-        folders["teacher"] = inputs.teacher.folder.manifest
+        folders["teacher"] = inputs.teacher.folder
+    manifests = {name: folder.manifest for name, folder in folders.items()}
+    vocab_size = inputs.scores.model.vocab_size
+    likely = folders.get("teacher", inputs.scores)
+    frequent_ids = likely.frequent_ids(vocab_size) if is_cut else ()
+    described = {
+        "method": choice.method.name,
+        "form": choice.form,
+        "parameters": choice.parameters,
+        "residual": choice.stored,
+        "tail_shape": "uniform" if choice.stored == "uniform" else "student",
+        # these say nothing of a residual that is the observed token alone
+        "top_p": float(settings.top_p) if is_cut else None,
+        "max_support": settings.max_support if is_cut else None,
+        "precision": settings.precision if is_cut else "float32",
+        "support_order": sha256_of_json(frequent_ids),
+        "temperature": settings.temperature,
+        "teacher_temperature": settings.teacher_temperature,
+        "vocab_size": vocab_size,
+        "tokenizer_hash": inputs.scores.manifest.settings["tokenizer_hash"],
+    }
+    schema = schema_of("build-targets", vocab_size, packing_of(described, frequent_ids))
     identity = Identity(
         stage="build-targets",
-        settings={
-            "method": choice.method.name,
-            "form": choice.form,
-            "parameters": choice.parameters,
-            "residual": choice.stored,
-            "tail_shape": "uniform" if choice.stored == "uniform" else "student",
-            # these say nothing of a residual that is the observed token alone
-            "top_p": float(settings.top_p) if is_cut else None,
-            "max_support": settings.max_support if is_cut else None,
-            "temperature": settings.temperature,
-            "teacher_temperature": settings.teacher_temperature,
-            "vocab_size": vocab_size,
-            "tokenizer_hash": inputs.scores.manifest.settings["tokenizer_hash"],
-        },
-        inputs={name: manifest.fingerprint for name, manifest in folders.items()},
+        settings=described,
+        inputs={name: manifest.fingerprint for name, manifest in manifests.items()},
         schema=identity_schema(schema),
     )
     return Job(
         settings.out,
         schema,
         identity,
-        parents={name: _parent(manifest) for name, manifest in folders.items()},
-        provenance=_provenance(folders),
+        parents={name: _parent(manifest) for name, manifest in manifests.items()},
+        provenance=_provenance(manifests),
     )
 
 

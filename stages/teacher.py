@@ -8,7 +8,7 @@ an example, and is quick where its order is much like the base's.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from ..pipeline.shards import folder_schema, read_shard, shard_ids
 from ..pipeline.targets import Model
 
 PIECE_POSITIONS = 2048  # fewer, and Python takes more of the time than numpy
+SAMPLED_BATCHES, SAMPLED_ENTRIES = 64, 32
+FREQUENT_IDS = 4096  # more would take more room in a small folder than they save
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ class ScoreFolder:
     def batches(self, index: int) -> Iterator[FlatBatch]:
         """The batches of a shard."""
         return read_shard(self.path, self.manifest, self.manifest.shards[index])
+
+    def frequent_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """The ids below a limit that are most often among the likely ones of a position.
+
+        They are told from a sample, spread evenly over the folder and the same whoever takes it.
+        """
+        shards = self.manifest.shards[:: max(1, len(self.manifest.shards) // SAMPLED_BATCHES)]
+        each = max(1, SAMPLED_BATCHES // len(shards)) if shards else 0
+        times_V = np.zeros(self.model.vocab_size, np.int64)
+        for entry in shards:
+            for batch in islice(read_shard(self.path, self.manifest, entry, verify=False), each):
+                starts = np.cumsum(batch["counts"]) - batch["counts"]
+                places = np.arange(len(batch["topk_ids"])) - np.repeat(starts, batch["counts"])
+                ids = batch["topk_ids"][places < SAMPLED_ENTRIES]
+                times_V += np.bincount(ids, minlength=len(times_V))
+        most = np.argsort(-times_V[:vocab_size], kind="stable")[:FREQUENT_IDS]
+        return tuple(most[times_V[most] > 0].tolist())
 
     def pieces(self, batch: FlatBatch) -> list[FlatBatch]:
         """A batch cut into pieces whose arrays stay small."""

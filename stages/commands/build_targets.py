@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, log_option, teacher_options
+from ..options import FOLDER, Command, config_option, log_option, one_of, teacher_options
 
 
 @click.command(cls=Command)
@@ -41,6 +41,12 @@ from ..options import FOLDER, Command, config_option, log_option, teacher_option
     type=int,
     default=64,
     help="Most entries of that support; the observed token is kept besides.",
+)
+@click.option(
+    "--precision",
+    type=one_of("uint8", "float16", "float32"),
+    default="uint8",
+    help="Of the stored log-probabilities; in uint8 none is off by more than 8 %.",
 )
 @log_option
 @config_option

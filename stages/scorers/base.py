@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ...pipeline.codec import segment_sums
 from ...pipeline.errors import UserError
+from ...pipeline.ragged import segment_sums
 from ...pipeline.records import Example, Floats, Ints, ScoredExample
 from ...trainer.models import ModelFiles
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.codec import decode, encode, flatten, segment_sums, split
+from qpipe.pipeline.codec import decode, encode, flatten, split
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.ragged import segment_sums
 from qpipe.pipeline.records import ScoredExample
 from qpipe.pipeline.schema import Schema, schema_of
 from qpipe.pipeline.shards import ShardContent, commit_shard

@@ -22,6 +22,7 @@ from qpipe.pipeline.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
+from qpipe.pipeline.storage import sha256_of_json
 from qpipe.stages import build_targets as stage
 from qpipe.stages import teacher as teacher_module
 from qpipe.stages.build_targets import BuildSettings, build_targets
@@ -158,7 +159,9 @@ class Made:
 
     def settings(self, out: Path, choice: Choice, **options: Any) -> BuildSettings:
         teacher = self.teacher if choice.needs_teacher else None
-        return BuildSettings(self.scores, out, choice, **{"teacher": teacher} | options)
+        return BuildSettings(
+            self.scores, out, choice, **{"teacher": teacher, "precision": "float32"} | options
+        )
 
     def build(self, out: Path, choice: Choice, **options: Any) -> StageResult:
         return build_targets(self.settings(out, choice, **options))
@@ -194,7 +197,9 @@ def scores(tmp_path: Path) -> Path:
 
 
 def build(scores: Path, out: Path, method: str = "gift", **options: Any) -> StageResult:
-    return build_targets(BuildSettings(scores, out, choose(method), **options))
+    return build_targets(
+        BuildSettings(scores, out, choose(method), **{"precision": "float32"} | options)
+    )
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -280,6 +285,8 @@ def test_the_manifest_says_what_the_targets_are_and_where_from(
     assert list(found) == statistics.get(choice.method.name, [])
     stored = STORED[choice.method.name][choice.form]
     is_cut = stored in ("base", "teacher", "mixture", "contrast")
+    assert settings.pop("support_order") == sha256_of_json(manifest.frequent_ids)
+    assert sorted(manifest.frequent_ids) == (list(range(VOCAB)) if is_cut else [])
     assert settings == {
         "method": choice.method.name,
         "form": choice.form,
@@ -287,6 +294,7 @@ def test_the_manifest_says_what_the_targets_are_and_where_from(
         "tail_shape": "uniform" if choice.method.name == "label-smoothing" else "student",
         "top_p": 0.9 if is_cut else None,
         "max_support": 8 if is_cut else None,
+        "precision": "float32",
         "temperature": 1.25,
         "teacher_temperature": 0.8 if choice.method.name in WITH_TEACHER else 1.0,
         "vocab_size": VOCAB,
@@ -571,7 +579,6 @@ def test_targets_are_those_worked_out_over_the_whole_vocabulary(
             assert support.keys() == {known.observed, *alone}
             stored = residual[list(support)]
             np.testing.assert_allclose(list(support.values()), stored, rtol=2e-6)
-            assert list(support.values()) == sorted(support.values(), reverse=True)
             assert example.tail_mass[n] == pytest.approx(1 - stored.sum(), abs=1e-6)
             assert example.trust[n] == pytest.approx(trust, rel=2e-6)
             assert example.weights[n] == pytest.approx(weight, rel=2e-6)
