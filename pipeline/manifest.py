@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .packing import PRECISIONS
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, Schema
-from .storage import read_json, sha256_of_json, write_json
+from .storage import (
+    json_bytes,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256_of_json,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+
+
+def shard_name(index: int) -> str:
+    """The Arrow file of shard `index`."""
+    return f"shard-{index:05d}.arrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
                 f"{folder}: not finished yet: run `qpipe {made_by}` with the same options again"
             )
         raise UserError(f"{folder}: not a qpipe folder, it has no {MANIFEST}")
-    manifest = parse_manifest(folder / MANIFEST, read_json(folder / MANIFEST))
+    manifest = parse_manifest(folder / MANIFEST, read_bytes(folder / MANIFEST))
     if stage is not None and manifest.identity.stage != stage:
         raise UserError(
             f"{folder}: made by `qpipe {manifest.identity.stage}`, but the output of "
@@ -113,8 +126,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, value | {"seal": sha256_of_json(value)})
 
 
-def parse_manifest(path: Path, value: Any) -> Manifest:
-    """The manifest in a JSON value, its seal and its fingerprint checked."""
+def parse_manifest(path: Path, content: bytes) -> Manifest:
+    """The manifest in a file's content, everything about it checked that needs no other file."""
+    value = parse_json(path, content)
     try:
         said = {name: each for name, each in value.items() if name != "seal"}
         identity = Identity(**said["identity"])
@@ -122,15 +136,44 @@ def parse_manifest(path: Path, value: Any) -> Manifest:
         shards = [ShardEntry(**entry) for entry in said["shards"]]
         ids = tuple(map(int, said.get("frequent_ids", "").split()))
         manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
+        is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
+        _check_shards(path, shards)
+        _check_settings(path, manifest)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: damaged, not a manifest ({error})") from error
-    if identity.format_version > 2 and value.get("seal") != sha256_of_json(said):
-        raise UserError(f"{path}: damaged or changed, its seal is not that of its content")
     if manifest.fingerprint != identity.fingerprint:
         raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
     if manifest.totals != totals_of(shards):
         raise UserError(f"{path}: damaged, its totals are not those of its shards")
+    if identity.format_version > 2 and not is_sealed:
+        raise UserError(f"{path}: damaged or changed, its seal is not that of its content")
     return manifest
+
+
+def _check_shards(path: Path, shards: list[ShardEntry]) -> None:
+    """Refuse files that are not the folder's own, and counts that are none."""
+    for index, entry in enumerate(shards):
+        counts = (entry.rows, entry.tokens, entry.positions, entry.entries, entry.bytes)
+        if entry.file != shard_name(index) or not all(_is_count(count) for count in counts):
+            raise UserError(f"{path}: damaged, what it says of shard {index} cannot be")
+
+
+def _check_settings(path: Path, manifest: Manifest) -> None:
+    """Refuse settings that the shards cannot be read by."""
+    settings, ids = manifest.settings, manifest.frequent_ids
+    vocab_size, max_support = settings["vocab_size"], settings.get("max_support")
+    if (
+        not (_is_count(vocab_size) and 0 < vocab_size < 2**31)
+        or not (max_support is None or _is_count(max_support))
+        or settings.get("precision") not in (None, *PRECISIONS)
+        or len(set(ids)) < len(ids)
+        or not all(0 <= each < vocab_size for each in ids)
+    ):
+        raise UserError(f"{path}: damaged, its settings cannot be")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:

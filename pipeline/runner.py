@@ -117,8 +117,7 @@ class ShardRun:
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
         with atomic_file(job.folder / REJECTS) as file:
-            for reject in (Reject(**each) for entry in shards for each in entry.rejects):
-                file.write(json.dumps(asdict(reject), ensure_ascii=False).encode() + b"\n")
+            file.write(rejects_bytes(shards))
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
@@ -131,6 +130,12 @@ class ShardRun:
         write_manifest(job.folder, manifest)
         _tidy(job.folder)
         return StageResult(manifest, self.positions, self.seconds)
+
+
+def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
+    """The content of the file of rejects."""
+    rejects = (asdict(Reject(**each)) for entry in shards for each in entry.rejects)
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rejects).encode()
 
 
 def _committed_shards(job: Job) -> dict[int, ShardEntry]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError
-from .manifest import Manifest, ShardEntry, read_manifest
+from .manifest import Manifest, ShardEntry, read_manifest, shard_name
 from .records import Example, Reject, ScoredExample, TargetExample
 from .schema import Schema, packing_of, schema_of
 from .storage import atomic_file, read_json, sha256_of_file, write_json
@@ -44,11 +44,6 @@ def batches_of(schema: Schema, examples: Sequence[Example]) -> list[FlatBatch]:
         flatten(schema, examples[start : start + BATCH_ROWS])
         for start in range(0, len(examples), BATCH_ROWS)
     ]
-
-
-def shard_name(index: int) -> str:
-    """The Arrow file of shard `index`."""
-    return f"shard-{index:05d}.arrow"
 
 
 def sidecar_path(folder: Path, index: int) -> Path:
