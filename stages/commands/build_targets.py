@@ -1,11 +1,17 @@
 """The words of `qpipe build-targets`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, log_option, teacher_options
+from ..options import (
+    FOLDER,
+    Command,
+    config_option,
+    execution_options,
+    take_execution,
+    teacher_options,
+)
 
 
 @click.command(cls=Command)
@@ -42,13 +48,12 @@ from ..options import FOLDER, Command, config_option, log_option, teacher_option
     default=64,
     help="Most entries of that support; the observed token is kept besides.",
 )
-@log_option
+@execution_options
 @config_option
 def build_targets(
     params: tuple[str, ...],
     method: str | None,
     form: str | None,
-    log_json: Path | None,
     **options: Any,
 ) -> None:
     """Turn scores into sparse target distributions.
@@ -70,10 +75,9 @@ def build_targets(
         raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
     default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
     choice = choose(method or default, form, given)
-    result = build_targets(BuildSettings(choice=choice, **options))
-    summary.print_targets(options["out"], result)
-    if log_json:
-        summary.log_result(log_json, result)
+    execution = take_execution(options)
+    result = build_targets(BuildSettings(choice=choice, **options), execution)
+    summary.report(options["out"], result, execution.log_json)
 
 
 def _name_and_value(param: str) -> tuple[str, str]:
