@@ -95,6 +95,33 @@ class Manifest:
         return self.identity.settings
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a folder under work is to become.
+
+    `shards` and `demonstrations` are how many there will be, where that is known before the end;
+    they only tell how far the work has come.
+    """
+
+    identity: Identity
+    shards: int | None = None
+    demonstrations: int | None = None
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write `plan.json`."""
+    counts = {"shards": plan.shards, "demonstrations": plan.demonstrations}
+    write_json(folder / PLAN, asdict(plan.identity) | {"counts": counts})
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read `plan.json`."""
+    path = folder / PLAN
+    value = read_json(path)
+    counts = value.pop("counts", {}) if isinstance(value, dict) else {}
+    return Plan(parse_identity(path, value), counts.get("shards"), counts.get("demonstrations"))
+
+
 def identity_schema(schema: Schema) -> dict[str, str]:
     """A schema in the form that an identity carries."""
     return {column.name: str(column.arrow_type) for column in schema.stored}
@@ -106,7 +133,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
         raise UserError(f"{folder}: no such folder")
     if not (folder / MANIFEST).exists():
         if (folder / PLAN).exists():
-            made_by = parse_identity(folder / PLAN, read_json(folder / PLAN)).stage
+            made_by = read_plan(folder).identity.stage
             raise UserError(
                 f"{folder}: not finished yet: run `qpipe {made_by}` with the same options again"
             )

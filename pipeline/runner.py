@@ -5,7 +5,8 @@ missing shards; a folder made with other settings is refused, never overwritten.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,22 +18,28 @@ from .manifest import (
     PLAN,
     Identity,
     Manifest,
+    Plan,
     ShardEntry,
     first_difference,
-    parse_identity,
     read_manifest,
+    read_plan,
+    shard_name,
     totals_of,
     write_manifest,
+    write_plan,
 )
 from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
-from .storage import TEMPORARY, atomic_file, read_json, write_json
+from .storage import TEMPORARY, atomic_file, read_json
 
 REJECTS = "rejects.jsonl"
 
 
-Task = tuple[int, Callable[[], ShardContent]]  # a shard's index, and what makes it
+# a shard's index, and what makes it; that gives None behind the last shard
+Task = tuple[int, Callable[[], ShardContent | None]]
+Claim = Callable[[Path], AbstractContextManager[bool]]  # holds a shard; whether it is ours to make
+OnCommit = Callable[[int, ShardEntry, float], None]  # index, sidecar, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,68 +63,116 @@ class StageResult:
     was_done: bool = False  # by an earlier run
 
 
-def open_folder(folder: Path, identity: Identity) -> Manifest | None:
+def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Manifest | None:
     """Make ready to work in a folder; its manifest, if the work is done already.
 
-    Raises UserError where the folder holds something else, or the same stage with other settings.
+    `alone` says that nobody else works in it. Raises UserError where the folder holds something
+    else, or the same stage with other settings.
     """
+    plan = Plan(plan) if isinstance(plan, Identity) else plan
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file: --out needs a folder")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        refuse_other(folder, identity, manifest.identity)
+        refuse_other(folder, plan.identity, manifest.identity)
         _refuse_incomplete(folder, manifest)
-        _tidy(folder)
+        if alone:
+            _tidy(folder)
         return manifest
     if (folder / PLAN).exists():
-        found = parse_identity(folder / PLAN, read_json(folder / PLAN))
-        if _holds_rows(folder):  # a plan that led to nothing binds nobody
-            refuse_other(folder, identity, found)
-        if found != identity:
-            write_json(folder / PLAN, asdict(identity))
+        try:
+            found = read_plan(folder)
+        except UserError:
+            if (folder / MANIFEST).exists():  # another task has sealed it just now
+                return open_folder(folder, plan, alone)
+            raise
+        if not alone or _holds_rows(folder):  # a plan that led to nothing binds nobody else
+            refuse_other(folder, plan.identity, found.identity)
+        if found != plan and alone:
+            write_plan(folder, plan)
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = next((path for path in folder.iterdir() if not path.match(TEMPORARY)), None)
+        present = {path.name for path in folder.iterdir() if not path.match(TEMPORARY)}
     except OSError as error:
         raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
-    if present is not None:
+    if present & {PLAN, MANIFEST}:  # another task has opened or sealed it just now
+        return open_folder(folder, plan, alone)
+    if present:
         raise UserError(
-            f"{folder}: holds something else ({present.name}): give an empty or a new folder"
+            f"{folder}: holds something else ({min(present)}): give an empty or a new folder"
         )
-    write_json(folder / PLAN, asdict(identity))
+    write_plan(folder, plan)
     return None
 
 
 class ShardRun:
-    """One run of a job: the shards that are there already, and those that it makes."""
+    """One run of a job: the shards that are there already, and those that it makes.
 
-    def __init__(self, job: Job) -> None:
+    `wanted` holds the indices of the shards that the run is about, if not all.
+    """
+
+    def __init__(self, job: Job, wanted: Container[int] | None = None) -> None:
         self.job = job
-        self.committed = _committed_shards(job)
-        self.positions = 0
-        self.seconds = 0.0
+        self.committed = _committed_shards(job, wanted)
+        self.made = 0  # shards, by this run
+        self.positions = 0  # supervised positions of these
+        self.seconds = 0.0  # spent on them
 
-    def shards(self, tasks: Iterable[Task]) -> Iterator[ShardEntry]:
-        """Every shard of the plan in its order, made first where it is missing."""
+    def shards(
+        self,
+        tasks: Iterable[Task],
+        claim: Claim | None = None,
+        on_commit: OnCommit | None = None,
+    ) -> Iterator[ShardEntry]:
+        """The shards of the tasks in their order, made first where they are missing.
+
+        It leaves out those that another process has claimed, and ends behind the last one.
+        """
         job = self.job
         for index, make in tasks:
             if index not in self.committed:
-                start = perf_counter()
-                entry = commit_shard(
-                    job.folder, index, job.schema, job.identity.fingerprint, make()
-                )
-                self.seconds += perf_counter() - start
-                self.positions += entry.positions
-                self.committed[index] = entry
+                path = job.folder / shard_name(index)
+                with claim(path) if claim else nullcontext(True) as is_ours:
+                    if not is_ours or self.find(index):
+                        continue
+                    start = perf_counter()
+                    content = make()
+                    if content is None:
+                        return
+                    entry = commit_shard(
+                        job.folder, index, job.schema, job.identity.fingerprint, content
+                    )
+                    seconds = perf_counter() - start
+                    self.add(index, entry, seconds)
+                    if on_commit is not None:
+                        on_commit(index, entry, seconds)
             yield self.committed[index]
 
-    def seal(self) -> StageResult:
-        """Write the rejects and the manifest, the last file of a folder."""
+    def add(self, index: int, entry: ShardEntry, seconds: float) -> None:
+        """Take note of a shard that this run made and committed."""
+        self.committed[index] = entry
+        self.made += 1
+        self.positions += entry.positions
+        self.seconds += seconds
+
+    def find(self, index: int) -> bool:
+        """Whether a shard is there, looked up where this run does not know of it."""
+        if index not in self.committed:
+            job = self.job
+            entry = committed_shard(job.folder, index, job.identity.fingerprint)
+            if entry is not None:
+                self.committed[index] = entry
+        return index in self.committed
+
+    def seal(self, alone: bool = True) -> StageResult:
+        """Write the rejects and the manifest, the last file of a folder.
+
+        Several processes may do so at a time: they write the same. `alone` says that nobody else
+        works in the folder, whose temporary files are then removed.
+        """
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
-        with atomic_file(job.folder / REJECTS) as file:
-            file.write(rejects_bytes(shards))
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
@@ -127,8 +182,18 @@ class ShardRun:
             shards=shards,
             frequent_ids=() if job.schema.packing is None else job.schema.packing.frequent_ids,
         )
-        write_manifest(job.folder, manifest)
-        _tidy(job.folder)
+        try:
+            with atomic_file(job.folder / REJECTS) as file:
+                file.write(rejects_bytes(shards))
+            write_manifest(job.folder, manifest)
+        except UserError:
+            # another task has sealed it meanwhile, and tidied our temporary file away
+            if not (job.folder / MANIFEST).exists():
+                raise
+        if alone:
+            _tidy(job.folder)
+        else:
+            (job.folder / PLAN).unlink(missing_ok=True)
         return StageResult(manifest, self.positions, self.seconds)
 
 
@@ -138,16 +203,21 @@ def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
     return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rejects).encode()
 
 
-def _committed_shards(job: Job) -> dict[int, ShardEntry]:
+def _committed_shards(job: Job, wanted: Container[int] | None) -> dict[int, ShardEntry]:
     found = {}
-    for sidecar in job.folder.glob("shard-*.json"):
-        digits = sidecar.stem.removeprefix("shard-")
-        if not digits.isdecimal():
-            continue  # not of our making
-        entry = committed_shard(job.folder, int(digits), job.identity.fingerprint)
+    for index in sidecar_indices(job.folder):
+        if wanted is not None and index not in wanted:
+            continue
+        entry = committed_shard(job.folder, index, job.identity.fingerprint)
         if entry is not None:
-            found[int(digits)] = entry
+            found[index] = entry
     return found
+
+
+def sidecar_indices(folder: Path) -> list[int]:
+    """The shards of which there are sidecars, in their order."""
+    digits = [path.stem.removeprefix("shard-") for path in folder.glob("shard-*.json")]
+    return sorted(int(each) for each in digits if each.isdecimal())  # others are not of our making
 
 
 def _refuse_incomplete(folder: Path, manifest: Manifest) -> None:

@@ -1,9 +1,9 @@
 """Files that appear whole or not at all."""
 
-import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     It is written beside `path` under a temporary name, synced, then renamed; whatever goes wrong in
     between leaves `path` as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # no two writers share it, whatever machines they are on
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -34,34 +35,6 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
     sync_folder(path.parent)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made where it is missing, against other processes on this machine.
-
-    The lock ends with the process, however that ends. Raises UserError where another holds it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file: --out needs a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"{folder}: another qpipe works in it: wait for it, or give another --out"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`qpipe build-targets`: score shards in, target shards out, one for one."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,20 @@ from ..pipeline.ceiling import ceiling_sums
 from ..pipeline.choice import Choice
 from ..pipeline.codec import FlatBatch, join
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import Identity, Manifest, identity_schema
+from ..pipeline.executors import PartResult
+from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema
+from ..pipeline.methods import choose
 from ..pipeline.order_statistics import OrderStatistics
 from ..pipeline.packing import PRECISIONS, Precision
 from ..pipeline.parallel import in_order
-from ..pipeline.progress import progress_bar
+from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
-from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
+from ..pipeline.runner import Job, StageResult
 from ..pipeline.schema import packing_of, schema_of
 from ..pipeline.shards import ShardContent
-from ..pipeline.storage import locked, sha256_of_json
+from ..pipeline.storage import sha256_of_json
 from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
+from .execution import Execution, run_stage
 from .inputs import Inputs, open_inputs
 
 
@@ -80,19 +83,76 @@ def check_temperatures(base: float, teacher: float, folder: Path | None) -> None
         raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
 
 
-def build_targets(settings: BuildSettings) -> StageResult:
+def build_targets(
+    settings: BuildSettings, execution: Execution | None = None
+) -> StageResult | PartResult:
     """Make the target folder, or what is missing of it."""
-    inputs = open_inputs(
-        settings.scores, settings.teacher, settings.temperature, settings.teacher_temperature
-    )
+    inputs = _open_inputs(settings)
     inputs.check(settings.choice)
     (choice,) = with_statistics(inputs, [settings.choice])
-    job = _job(settings, inputs, choice)
-    with locked(settings.out):
-        done = open_folder(settings.out, job.identity)
-        if done is not None:
-            return StageResult(done, was_done=True)
-        return _run(inputs, choice, settings.truncation, job)
+    settings = replace(settings, choice=choice)
+    return run_stage(BuildStage(settings, inputs, _job(settings, inputs)), execution)
+
+
+def _open_inputs(settings: BuildSettings) -> Inputs:
+    return open_inputs(
+        settings.scores, settings.teacher, settings.temperature, settings.teacher_temperature
+    )
+
+
+class BuildStage:
+    """The work of one `qpipe build-targets`; the method's parameters are settled."""
+
+    gpus = 0
+
+    def __init__(self, settings: BuildSettings, inputs: Inputs, job: Job) -> None:
+        self.settings = settings
+        self.inputs = inputs
+        self.job = job
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a pickle: the method by its name, as its rules are functions."""
+        settings = {each.name: getattr(self.settings, each.name) for each in fields(BuildSettings)}
+        choice = settings.pop("choice")
+        return _rebuilt, (settings, choice.method.name, choice.form, choice.parameters, self.job)
+
+    @property
+    def shard_count(self) -> int | None:
+        return self.inputs.shard_count
+
+    @property
+    def demonstrations(self) -> int | None:
+        return self.inputs.scores.manifest.totals["rows"]
+
+    def start(self) -> None:
+        """Nothing needs to be started."""
+
+    def make(self, index: int, report: Report) -> ShardContent | None:
+        """Build a shard's targets."""
+        settings = self.settings
+
+        def build(pieces: list[Evidence]) -> list[tuple[FlatBatch, dict[str, float]]]:
+            return [_build(evidence, settings.choice, settings.truncation) for evidence in pieces]
+
+        content = ShardContent()
+        for pieces in in_order(build, self.inputs.evidence(index)):
+            batch = join([batch for batch, _ in pieces])
+            content.batches.append(batch)
+            report(len(batch.ids), int(batch.lengths["position"].sum()))
+            for _, sums in pieces:
+                content.add_sums(**sums)
+        return content
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        """Scores that could be sealed make targets that can be."""
+
+
+def _rebuilt(
+    settings: dict[str, Any], method: str, form: str, parameters: dict[str, Any], job: Job
+) -> BuildStage:
+    choice = replace(choose(method, form), parameters=parameters)
+    built = BuildSettings(choice=choice, **settings)
+    return BuildStage(built, _open_inputs(built), job)
 
 
 def with_statistics(
@@ -133,7 +193,8 @@ def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:
     return choice.resolved(sum(values) / len(values) if values else statistic.otherwise)
 
 
-def _job(settings: BuildSettings, inputs: Inputs, choice: Choice) -> Job:
+def _job(settings: BuildSettings, inputs: Inputs) -> Job:
+    choice = settings.choice
     is_cut = choice.stored in ("base", "teacher", "mixture", "contrast")
     folders = {"scores": inputs.scores}
     if inputs.teacher is not None:
@@ -182,35 +243,6 @@ def _provenance(folders: dict[str, Manifest]) -> dict[str, Any]:
     own = folders["scores"].provenance | {"build_versions": package_versions("qpipe", "pyarrow")}
     teacher = folders.get("teacher")
     return own if teacher is None else own | {"teacher": teacher.provenance}
-
-
-def _run(inputs: Inputs, choice: Choice, truncation: Truncation, job: Job) -> StageResult:
-    def task(index: int) -> Callable[[], ShardContent]:
-        return lambda: _build_shard(inputs.evidence(index), choice, truncation)
-
-    run = ShardRun(job)
-    tasks = ((index, task(index)) for index in range(inputs.shard_count))
-    positions = inputs.scores.manifest.totals["positions"]
-    with progress_bar(
-        total=positions, desc="build-targets", unit="tok", unit_scale=True
-    ) as progress:
-        for entry in run.shards(tasks):
-            progress.update(entry.positions)
-    return run.seal()
-
-
-def _build_shard(
-    batches: Iterator[list[Evidence]], choice: Choice, truncation: Truncation
-) -> ShardContent:
-    def build(pieces: list[Evidence]) -> list[tuple[FlatBatch, dict[str, float]]]:
-        return [_build(evidence, choice, truncation) for evidence in pieces]
-
-    content = ShardContent()
-    for pieces in in_order(build, batches):
-        content.batches.append(join([batch for batch, _ in pieces]))
-        for _, sums in pieces:
-            content.add_sums(**sums)
-    return content
 
 
 def _build(

@@ -66,7 +66,7 @@ def read_demonstrations(
     `format` is one of FORMATS, or "auto" to recognise that of each row by its fields.
     """
     for source, line, raw in rows_from(sources, start):
-        yield _demonstration(source.name, line, raw, format)
+        yield parse_row(source, line, raw, format)
 
 
 def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
@@ -86,7 +86,8 @@ def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
             )
 
 
-def _demonstration(source: str, line: int, raw: Any, format: str) -> Demonstration | Reject:
+def parse_row(source: Source, line: int, raw: Any, format: str) -> Demonstration | Reject:
+    """What a row of a source holds; `format` is one of FORMATS, or "auto" to recognise it."""
     try:
         row = _parse(raw) if isinstance(raw, bytes) else raw
         if not isinstance(row, dict):
@@ -95,16 +96,16 @@ def _demonstration(source: str, line: int, raw: Any, format: str) -> Demonstrati
             format = _recognise(row)
         messages = _checked(FORMATS[format].convert(row))
         demonstration = Demonstration(
-            id=_row_id(row) or f"{source}:{line}",
+            id=_row_id(row) or f"{source.name}:{line}",
             weights=_take_weights(messages),
             messages=messages,
             tools=_tools(row),
-            source=source,
+            source=source.name,
             line=line,
         )
         _check_characters(demonstration)
     except UnusableError as error:
-        return Reject(source, line, str(error))
+        return Reject(source.name, line, str(error))
     return demonstration
 
 

@@ -1,9 +1,13 @@
 """What the commands' options have in common."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from .execution import Execution
 
 FOLDER = click.Path(path_type=Path)
 
@@ -87,15 +91,67 @@ def _check_parent(ctx: click.Context, parameter: click.Parameter, path: Path | N
     return path
 
 
-def log_option(command: Any) -> Any:
-    return click.option(
-        "--log-json",
-        type=click.Path(path_type=Path, dir_okay=False, writable=True),
-        callback=_check_parent,
-        default=None,
-        metavar="FILE",
-        help="Append what the run did to this file, as a JSON line.",
-    )(command)
+def execution_options(command: Any) -> Any:
+    """The options that `take_execution` makes an Execution of."""
+    options = (
+        click.option(
+            "--executor",
+            type=one_of("local", "ray"),
+            default="local",
+            help="Where it runs: in this process, or on Ray, which makes shards on several workers "
+            "and gives those of one that dies to another.",
+        ),
+        click.option(
+            "--workers",
+            type=int,
+            default=None,
+            metavar="N",
+            help="Workers on Ray, an engine each.  [default: one for each GPU, or group of GPUs "
+            "that share the model; without GPUs one a machine]",
+        ),
+        click.option(
+            "--ray-address",
+            default=None,
+            metavar="auto|HOST:PORT",
+            help="A Ray cluster that is there; its machines must share --out.  [default: one on "
+            "this machine, for this command]",
+        ),
+        click.option(
+            "--rank",
+            type=int,
+            default=None,
+            metavar="R",
+            help="This task's number, from 0, of --world-size: it makes shards R, R+W, R+2W, … and "
+            "the last task to finish seals the folder.  [default: a Slurm array task's, or RANK]",
+        ),
+        click.option(
+            "--world-size",
+            type=int,
+            default=None,
+            metavar="W",
+            help="Tasks that share the work, on one machine or many. The shards are the same "
+            "whatever their number.  [default: the Slurm array's, or WORLD_SIZE; 1 without]",
+        ),
+        click.option(
+            "--log-json",
+            type=click.Path(path_type=Path, dir_okay=False, writable=True),
+            callback=_check_parent,
+            default=None,
+            metavar="FILE",
+            help="Append JSON lines to this file as it runs: `start`, a `shard` for each that is "
+            "committed, and `done`, or `part` where other tasks still have shards to make.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_execution(options: dict[str, Any]) -> "Execution":
+    """The settings of `execution_options`, which are taken out of the options."""
+    from .execution import Execution
+
+    return Execution(**{each.name: options.pop(each.name) for each in fields(Execution)})
 
 
 def teacher_options(command: Any) -> Any:

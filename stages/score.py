@@ -1,32 +1,32 @@
 """`qpipe score`: examples in, score shards out.
 
-`_Scoring` makes the folder, whatever its examples come from: here from demonstrations, in
+`ScoreStage` makes the folder, whatever its examples come from: here from demonstrations, in
 `score_at` from another score folder. Shard i covers demonstrations i·size to (i+1)·size - 1 of the
 sources in the order given, rejected ones included, so the plan is the same whatever was scored
 before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from ..pipeline.errors import UserError
+from ..pipeline.executors import PartResult
 from ..pipeline.manifest import Identity, ShardEntry, identity_schema
-from ..pipeline.progress import progress_bar
+from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import Example, Floats, Reject, ScoredExample
-from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
+from ..pipeline.runner import Job, StageResult
 from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, batches_of
-from ..pipeline.storage import locked, sha256_of_json
+from ..pipeline.storage import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
-from .demonstrations import Demonstration, check_readable, read_demonstrations
+from .demonstrations import check_readable, parse_row
+from .execution import Execution, run_stage
 from .scorers.base import (
     GivenIds,
     Scorer,
@@ -35,7 +35,7 @@ from .scorers.base import (
     choose_engine,
     make_scorer,
 )
-from .sources import Source, open_sources
+from .sources import Facts, RowReader, Source, open_sources
 from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
@@ -52,10 +52,11 @@ class ModelSettings:
     dtype: str = "auto"
     top_k: int = 64
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "tensor_parallel_size"):
+        for name in ("top_k", "tensor_parallel_size", "pipeline_parallel_size"):
             _require_count(name, getattr(self, name))
         utilization = self.gpu_memory_utilization
         _require(0 < utilization <= 1, "gpu_memory_utilization", utilization, "above 0, up to 1")
@@ -112,39 +113,59 @@ class ExampleSource(Protocol):
         """The folders they come from, as a manifest names them."""
         ...
 
+    def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
+        """A function and its arguments that make the stage of these examples elsewhere."""
+        ...
+
+    @property
     def count(self) -> int | None:
         """How many there are, rejected ones included; None where only reading tells."""
         ...
 
-    def shards(self, first: int) -> Iterator[Callable[[], Unscored]]:
-        """What reads each shard, from shard `first` on."""
+    @property
+    def shard_count(self) -> int | None:
+        """How many shards they make; None where only reading tells."""
+        ...
+
+    def read(self, index: int) -> Unscored | None:
+        """Read a shard; None behind the last."""
         ...
 
 
-def score(settings: ScoreSettings) -> StageResult:
+def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | PartResult:
     """Make the score folder of demonstrations, or what is missing of it."""
-    sources = open_sources(settings.demonstrations)
-    check_readable(sources, settings.format)
-    model = find_model(settings.model, settings.revision)
-    result = score_source(settings, _Demonstrations(settings, sources, model), model)
+    result = run_stage(_stage(settings), execution)
+    if isinstance(result, PartResult):
+        return result
     rejects = [reject for entry in result.manifest.shards for reject in entry.rejects]
     if settings.strict and rejects:
         raise _unusable(Reject(**rejects[0]))
     return result
 
 
-def score_source(settings: ModelSettings, source: ExampleSource, model: ModelFiles) -> StageResult:
-    """Make the score folder of a source, or what is missing of it."""
-    stage = _Scoring(settings, source, model)
-    with locked(settings.out):
-        done = open_folder(settings.out, stage.job.identity)
-        return stage.run() if done is None else StageResult(done, was_done=True)
+def _stage(
+    settings: ScoreSettings, job: Job | None = None, facts: Sequence[Facts] | None = None
+) -> "ScoreStage":
+    """The stage of these settings; another process that knows of it gives its job and facts."""
+    sources = open_sources(settings.demonstrations)
+    if facts is None:
+        check_readable(sources, settings.format)
+    else:
+        sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
+    model = find_model(settings.model, settings.revision)
+    return ScoreStage(settings, _Demonstrations(settings, sources, model), model, job)
 
 
-class _Scoring:
+class ScoreStage:
     """The work of one `qpipe score`; the engine starts when the first missing shard needs it."""
 
-    def __init__(self, settings: ModelSettings, source: ExampleSource, model: ModelFiles) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        source: ExampleSource,
+        model: ModelFiles,
+        job: Job | None = None,
+    ) -> None:
         self.settings = settings
         self.source = source
         self.model = model
@@ -159,48 +180,63 @@ class _Scoring:
             dtype=choose_dtype(settings.dtype, model.config),
             max_length=source.max_length,
             tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
         )
-        self.job = self._job()
+        self.job = job or self._job()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a pickle: what was settled here, above all the engine and the number format."""
+        settled = replace(
+            self.settings, engine=self.scorer_settings.engine, dtype=self.scorer_settings.dtype
+        )
+        return self.source.rebuild(settled, self.job)
+
+    @property
+    def shard_count(self) -> int | None:
+        return self.source.shard_count
+
+    @property
+    def demonstrations(self) -> int | None:
+        return self.source.count
+
+    @property
+    def gpus(self) -> int:
+        return self.settings.tensor_parallel_size * self.settings.pipeline_parallel_size
 
     @cached_property
     def scorer(self) -> Scorer:
         """The engine, started once."""
         return make_scorer(self.model, self.scorer_settings)
 
-    def run(self) -> StageResult:
-        """Score what is missing and seal the folder."""
-        run = ShardRun(self.job)
-        total = self.source.count()
-        read = sum(entry.rows + len(entry.rejects) for entry in run.committed.values())
-        rejected = 0
-        if total is None or read < total:
-            _ = self.scorer  # started here: its own progress would tear ours apart
-        with progress_bar(total=total, initial=read, desc="score", unit="demo") as progress:
-            for entry in run.shards(self._tasks(run.committed, progress)):
-                rejected += len(entry.rejects)
-                progress.set_postfix(rejected=rejected)
-        _refuse_nothing_scored(run.committed)
-        return run.seal()
+    def start(self) -> None:
+        _ = self.scorer
 
-    def _tasks(self, committed: dict[int, ShardEntry], progress: tqdm) -> Iterator[Task]:
-        """Every shard of the plan; those before the first missing one are not even read."""
-        first = next(index for index in count() if index not in committed)
-        for index in range(first):
-            yield index, ShardContent  # committed: never made
-        for index, read in enumerate(self.source.shards(first), first):
-            yield index, lambda read=read: self._score_shard(read(), progress)
-
-    def _score_shard(self, shard: Unscored, progress: tqdm) -> ShardContent:
-        progress.update(len(shard.content.rejects))
+    def make(self, index: int, report: Report) -> ShardContent | None:
+        """Score a shard."""
+        shard = self.source.read(index)
+        if shard is None:
+            return None
+        rejects = len(shard.content.rejects)
+        report(demonstrations=rejects, rejects=rejects)
         scored: dict[int, ScoredExample] = {}
         for place, example in self.scorer.score(shard.examples, self.settings.top_k, shard.at):
             scored[place] = replace(example, token_weights=shard.token_weights[place])
-            progress.update()
+            report(demonstrations=1, positions=len(example.positions))
         in_order = [scored[place] for place in range(len(shard.examples))]
         shard.content.batches = batches_of(self.schema, in_order)
         shard.content.add_sums(**_sums(in_order))
         return shard.content
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        """Raises UserError where no shard holds any scores."""
+        if any(entry.rows for entry in shards):
+            return
+        first = next(reject for entry in shards for reject in entry.rejects)
+        raise UserError(
+            f"none of the demonstrations could be used; the first: {first['source']}, line "
+            f"{first['line']}: {first['reason']}"
+        )
 
     def _job(self) -> Job:
         model = self.model
@@ -235,7 +271,7 @@ class _Demonstrations:
 
     def __init__(self, settings: ScoreSettings, sources: list[Source], model: ModelFiles) -> None:
         self.options = settings
-        self.sources = sources
+        self.rows = RowReader(sources)
         self.max_length = _max_length(settings, model)
         self.encoder = Encoder(
             model.tokenizer,
@@ -258,25 +294,31 @@ class _Demonstrations:
         }
 
     def inputs(self) -> dict[str, str]:
-        return {source.name: source.fingerprint() for source in self.sources}
+        return {source.name: source.fingerprint() for source in self.rows.sources}
 
     def parents(self) -> dict[str, Any]:
         return {}
 
+    def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
+        return _stage, (settings, job, [source.facts for source in self.rows.sources])
+
+    @property
     def count(self) -> int | None:
-        counts = [source.count() for source in self.sources]
-        known = [number for number in counts if number is not None]
-        return sum(known) if len(known) == len(counts) else None
+        return self.rows.count
 
-    def shards(self, first: int) -> Iterator[Callable[[], Unscored]]:
+    @property
+    def shard_count(self) -> int | None:
+        rows = self.rows.count
+        return None if rows is None else -(-rows // self.options.shard_size)
+
+    def read(self, index: int) -> Unscored | None:
         size = self.options.shard_size
-        rows = read_demonstrations(self.sources, self.options.format, start=first * size)
-        while chunk := list(islice(rows, size)):
-            yield lambda chunk=chunk: self._encode_all(chunk)
-
-    def _encode_all(self, rows: list[Demonstration | Reject]) -> Unscored:
+        rows = self.rows.read(index * size, (index + 1) * size)
+        if not rows:
+            return None
         shard = Unscored()
-        for row in rows:
+        for source, line, raw in rows:
+            row = parse_row(source, line, raw, self.options.format)
             encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
             if isinstance(encoded, Encoded):
                 shard.examples.append(encoded.example)
@@ -309,16 +351,6 @@ def _sums(scored: list[ScoredExample]) -> dict[str, float]:
         "tail_mass": sum(float(e.tail_mass.sum(dtype=np.float64)) for e in scored),
         "weighted": sum(int((e.token_weights != 1).sum()) for e in scored),
     }
-
-
-def _refuse_nothing_scored(committed: dict[int, ShardEntry]) -> None:
-    if any(entry.rows for entry in committed.values()):
-        return
-    first = next(reject for entry in committed.values() for reject in entry.rejects)
-    raise UserError(
-        f"none of the demonstrations could be used; the first: {first['source']}, line "
-        f"{first['line']}: {first['reason']}"
-    )
 
 
 def _unusable(reject: Reject) -> UserError:

@@ -4,19 +4,20 @@ Shard i covers shard i of that folder. Each position holds this model's top k an
 log-probabilities at the ids that the folder holds there: the two models share a support.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.codec import split
 from ..pipeline.errors import UserError
+from ..pipeline.executors import PartResult
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.records import Example, ScoredExample
-from ..pipeline.runner import StageResult
+from ..pipeline.runner import Job, StageResult
 from ..pipeline.shards import folder_schema, read_scores, read_shard
 from ..trainer.models import ModelFiles, find_model
-from .score import ModelSettings, Unscored, score_source
+from .execution import Execution, run_stage
+from .score import ModelSettings, ScoreStage, Unscored
 from .scorers.base import GivenIds
 
 
@@ -32,13 +33,21 @@ class ScoreAtSettings(ModelSettings):
             raise UserError(f"--out {self.out}: is the folder of --at: give another --out")
 
 
-def score_at(settings: ScoreAtSettings) -> StageResult:
+def score_at(
+    settings: ScoreAtSettings, execution: Execution | None = None
+) -> StageResult | PartResult:
     """Make the score folder of another one's examples, or what is missing of it."""
+    return run_stage(_stage(settings), execution)
+
+
+def _stage(settings: ScoreAtSettings, job: Job | None = None) -> ScoreStage:
+    """The stage of these settings; another process that knows of it gives its job."""
     manifest = read_manifest(settings.at, "score")
     model = find_model(settings.model, settings.revision)
-    _check_tokenizer(settings.at, manifest, model)
-    _check_examples(settings.at, manifest, model)
-    return score_source(settings, _ScoreFolder(settings.at, manifest, model), model)
+    if job is None:
+        _check_tokenizer(settings.at, manifest, model)
+        _check_examples(settings.at, manifest, model)
+    return ScoreStage(settings, _ScoreFolder(settings.at, manifest, model), model, job)
 
 
 class _ScoreFolder:
@@ -63,14 +72,18 @@ class _ScoreFolder:
         identity, parents = asdict(self.manifest.identity), self.manifest.parents
         return {"at": {"identity": identity, "parents": parents}}
 
+    def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
+        return _stage, (settings, job)
+
+    @property
     def count(self) -> int | None:
         return self.manifest.totals["rows"]
 
-    def shards(self, first: int) -> Iterator[Callable[[], Unscored]]:
-        for index in range(first, len(self.manifest.shards)):
-            yield lambda index=index: self._read(index)
+    @property
+    def shard_count(self) -> int | None:
+        return len(self.manifest.shards)
 
-    def _read(self, index: int) -> Unscored:
+    def read(self, index: int) -> Unscored | None:
         at: list[GivenIds] = []
         shard = Unscored(at=at)
         schema = folder_schema(self.manifest)

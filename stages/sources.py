@@ -40,27 +40,43 @@ class Source:
     name: str
     origin: str  # as the user gave it, for messages
     reader: "_Reader"
+    known: "Facts | None" = None  # where another process has found them
+
+    @property
+    def finds_rows(self) -> bool:
+        """Whether a row is read without those before it."""
+        return self.reader.finds_rows
+
+    @cached_property
+    def facts(self) -> "Facts":
+        """What is known of the whole source; for a file, it is read for this."""
+        if self.known is not None:
+            return self.known
+        with _reading(self.origin):
+            return Facts(*self.reader.facts())
 
     def fingerprint(self) -> str:
         """A sha256 of the content, independent of its path and, for text, of its compression.
 
         For a data set on the hub: of its name, configuration, split and revision.
         """
-        return self._facts[0]
+        return self.facts.fingerprint
 
     def count(self) -> int | None:
         """The number of rows; None where nothing but reading them all would tell."""
-        return self._facts[1]
+        return self.facts.rows
 
     def rows(self, start: int = 0) -> Lines:
         """Rows from `start` on, each with its line. Raises UserError where it is damaged."""
         with _reading(self.origin):
             yield from self.reader.rows(start)
 
-    @cached_property
-    def _facts(self) -> tuple[str, int | None]:
-        with _reading(self.origin):
-            return self.reader.facts()
+
+class Facts(NamedTuple):
+    """A source's fingerprint, and its number of rows where that is known."""
+
+    fingerprint: str
+    rows: int | None
 
 
 class _Reader(NamedTuple):
@@ -68,6 +84,7 @@ class _Reader(NamedTuple):
 
     rows: Callable[[int], Lines]
     facts: Callable[[], tuple[str, int | None]]  # fingerprint and count
+    finds_rows: bool = False
 
 
 def open_sources(names: Sequence[str]) -> list[Source]:
@@ -100,6 +117,41 @@ def rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, i
             for line, raw in source.rows(start):
                 yield source, line, raw
         start = max(0, start - count)
+
+
+class RowReader:
+    """Rows of all sources by their numbers, from 0: cheap as long as these ascend.
+
+    What lies between is passed over without being parsed, or not read at all where a source's
+    format allows that.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self._rows: Iterator[tuple[Source, int, Any]] | None = None
+        self._next = 0  # the row that comes next, of those open
+        self._end: int | None = None
+
+    @property
+    def count(self) -> int | None:
+        """The number of rows; None where only reading tells, and has not yet come to the end."""
+        counts = [source.count() for source in self.sources]
+        known = [number for number in counts if number is not None]
+        return sum(known) if len(known) == len(counts) else self._end
+
+    def read(self, start: int, stop: int) -> list[tuple[Source, int, Any]]:
+        """Rows `start` to `stop` - 1, fewer at the end: source, line, and what each holds."""
+        behind = start < self._next
+        ahead = start > self._next and all(source.finds_rows for source in self.sources)
+        if self._rows is None or behind or ahead:
+            self._next = 0 if self.count is None else start
+            self._rows = rows_from(self.sources, self._next)
+        self._next += sum(1 for _ in islice(self._rows, start - self._next))
+        rows = list(islice(self._rows, stop - start))
+        self._next += len(rows)
+        if len(rows) < stop - start and self.count is None:
+            self._end = self._next
+        return rows
 
 
 def _open(name: str) -> Source:
@@ -251,7 +303,7 @@ def _array_facts(path: Path) -> tuple[str, int]:
 
 
 def _parquet_reader(path: Path) -> _Reader:
-    return _Reader(lambda start: _parquet_rows(path, start), lambda: _parquet_facts(path))
+    return _Reader(lambda start: _parquet_rows(path, start), lambda: _parquet_facts(path), True)
 
 
 def _parquet_rows(path: Path, start: int) -> Lines:
@@ -274,7 +326,7 @@ def _parquet_facts(path: Path) -> tuple[str, int]:
 
 
 def _arrow_reader(path: Path) -> _Reader:
-    return _Reader(lambda start: _arrow_rows(path, start), lambda: _arrow_facts(path))
+    return _Reader(lambda start: _arrow_rows(path, start), lambda: _arrow_facts(path), True)
 
 
 def _arrow_rows(path: Path, start: int) -> Lines:

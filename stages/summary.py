@@ -1,7 +1,5 @@
 """What the commands say when they are done, as a few aligned lines, and as JSON for machines."""
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..pipeline.ceiling import Ceiling, ceiling_advice, ceilings, reproducible_share
-from ..pipeline.errors import UserError
+from ..pipeline.executors import PartResult
 from ..pipeline.manifest import Manifest
 from ..pipeline.methods import table
+from ..pipeline.progress import log_event
 from ..pipeline.runner import REJECTS, StageResult
 
 if TYPE_CHECKING:
@@ -25,6 +24,17 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
+
+
+def report(folder: Path, result: StageResult | PartResult, log: Path | None) -> None:
+    """Say what a run did; append the same to a file of JSON lines, where one is asked for."""
+    if isinstance(result, PartResult):
+        print_part(result)
+    elif result.manifest.identity.stage == "score":
+        print_scores(folder, result)
+    else:
+        print_targets(folder, result)
+    _log_end(log, result)
 
 
 def print_scores(folder: Path, result: StageResult) -> None:
@@ -175,22 +185,29 @@ def bytes_per_token(manifest: Manifest) -> float:
     return manifest.totals["bytes"] / manifest.totals["positions"]
 
 
-def log_result(path: Path, result: StageResult) -> None:
-    """Append what a run did to a file of JSON lines."""
-    event: dict[str, Any] = {
-        "time": time.time(),
-        "event": "done",
-        "stage": result.manifest.identity.stage,
-        "fingerprint": result.manifest.fingerprint,
-        "positions": result.positions,
-        "seconds": result.seconds,
-        "totals": result.manifest.totals,
-    }
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(event) + "\n")
-    except OSError as error:
-        raise UserError(f"--log-json {path}: cannot be written: {error.strerror}") from error
+def print_part(result: PartResult) -> None:
+    """What one of several tasks did for a folder that is not finished."""
+    rows = [
+        ("folder", f"{result.folder}  (not finished: the last task to finish seals it)"),
+        ("this task", f"{result.share}: {result.made:,} shards made"),
+        ("shards", f"{result.there:,} of {result.shards:,} are there"),
+    ]
+    if result.seconds:
+        speed = result.positions / result.seconds
+        rows.append(("speed", f"{speed:,.0f} supervised tokens/s"))
+    print_table(rows)
+
+
+def _log_end(log: Path | None, result: StageResult | PartResult) -> None:
+    own = {"positions": result.positions, "seconds": result.seconds}
+    if isinstance(result, PartResult):
+        counts = {"made": result.made, "there": result.there, "shards": result.shards}
+        share = {"rank": result.share.rank, "world_size": result.share.world_size}
+        log_event(log, "part", **own, **counts, **share)
+        return
+    manifest = result.manifest
+    named = {"stage": manifest.identity.stage, "fingerprint": manifest.fingerprint}
+    log_event(log, "done", **named, **own, totals=manifest.totals)
 
 
 def _already(result: StageResult) -> str:

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..pipeline.errors import UserError
+from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, Manifest, read_manifest
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
-from ..pipeline.storage import locked
 from .checkpoint import remove_checkpoints
 from .checks import check_fit, check_streams, settled_method
 from .heads import keeps_apart

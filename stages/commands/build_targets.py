@@ -1,11 +1,18 @@
 """The words of `qpipe build-targets`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, log_option, one_of, teacher_options
+from ..options import (
+    FOLDER,
+    Command,
+    config_option,
+    execution_options,
+    one_of,
+    take_execution,
+    teacher_options,
+)
 
 
 @click.command(cls=Command)
@@ -48,13 +55,12 @@ from ..options import FOLDER, Command, config_option, log_option, one_of, teache
     default="uint8",
     help="Of the stored log-probabilities; in uint8 none is off by more than 8 %.",
 )
-@log_option
+@execution_options
 @config_option
 def build_targets(
     params: tuple[str, ...],
     method: str | None,
     form: str | None,
-    log_json: Path | None,
     **options: Any,
 ) -> None:
     """Turn scores into sparse target distributions.
@@ -76,10 +82,9 @@ def build_targets(
         raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
     default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
     choice = choose(method or default, form, given)
-    result = build_targets(BuildSettings(choice=choice, **options))
-    summary.print_targets(options["out"], result)
-    if log_json:
-        summary.log_result(log_json, result)
+    execution = take_execution(options)
+    result = build_targets(BuildSettings(choice=choice, **options), execution)
+    summary.report(options["out"], result, execution.log_json)
 
 
 def _name_and_value(param: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..options import FOLDER, Command, config_option, log_option, one_of
+from ..options import FOLDER, Command, config_option, execution_options, one_of, take_execution
 
 
 @click.command(cls=Command)
@@ -75,7 +75,16 @@ from ..options import FOLDER, Command, config_option, log_option, one_of
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
 @click.option("--shard-size", type=int, default=512, help="Demonstrations in a shard.")
 @click.option(
-    "--tensor-parallel-size", type=int, default=1, help="GPUs that share the model (vLLM)."
+    "--tensor-parallel-size",
+    type=int,
+    default=1,
+    help="GPUs that share each layer of the model (vLLM).",
+)
+@click.option(
+    "--pipeline-parallel-size",
+    type=int,
+    default=1,
+    help="Groups of such GPUs that share the layers out (vLLM).",
 )
 @click.option(
     "--gpu-memory-utilization",
@@ -83,14 +92,13 @@ from ..options import FOLDER, Command, config_option, log_option, one_of
     default=0.8,
     help="Share of the GPU's memory that vLLM plans with.",
 )
-@log_option
+@execution_options
 @config_option
 @click.pass_context
 def score(
     ctx: click.Context,
     demonstrations: tuple[str, ...],
     at: Path | None,
-    log_json: Path | None,
     **options: Any,
 ) -> None:
     """Score demonstrations under a base model's prior.
@@ -110,15 +118,15 @@ def score(
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
 
+    execution = take_execution(options)
     if at is not None:
-        result = score_at(ScoreAtSettings(at=at, **_without_row_options(ctx, options)))
+        settings = ScoreAtSettings(at=at, **_without_row_options(ctx, options))
+        result = score_at(settings, execution)
     elif demonstrations:
-        result = score(ScoreSettings(demonstrations=demonstrations, **options))
+        result = score(ScoreSettings(demonstrations=demonstrations, **options), execution)
     else:
         raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
-    summary.print_scores(options["out"], result)
-    if log_json:
-        summary.log_result(log_json, result)
+    summary.report(options["out"], result, execution.log_json)
 
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:

@@ -29,13 +29,14 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 class ScorerSettings:
     """What an engine is started with.
 
-    `tensor_parallel_size` and `gpu_memory_utilization` are vLLM's own and change nothing stored.
+    The last three are vLLM's own and change nothing stored.
     """
 
     engine: str
     dtype: Dtype
     max_length: int  # tokens of the longest example
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
 
 

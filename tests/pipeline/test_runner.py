@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.locks import locked
 from qpipe.pipeline.manifest import ShardEntry, read_manifest
 from qpipe.pipeline.records import Reject
 from qpipe.pipeline.runner import open_folder, totals_of
-from qpipe.pipeline.storage import locked
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 FILES = [
@@ -449,7 +449,7 @@ def test_a_plan_that_led_to_nothing_gives_way_to_another(toy: Any, folder: Path)
 
 def test_a_folder_that_another_process_works_in_is_refused(folder: Path) -> None:
     with locked(folder):
-        code = "import sys, pathlib; from qpipe.pipeline.storage import locked\n"
+        code = "import sys, pathlib; from qpipe.pipeline.locks import locked\n"
         code += "with locked(pathlib.Path(sys.argv[1])): pass"
         done = subprocess.run(
             [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False

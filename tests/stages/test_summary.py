@@ -456,7 +456,7 @@ def test_scores_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines["mean loss"] == f"{-math.log(0.6 * 0.04 * 0.25) / 3:.4f} nats"
 
 
-def test_what_a_run_did_is_appended_as_a_json_line(
+def test_what_a_run_does_is_appended_as_json_lines(
     scores: Path, tmp_path: Path, qpipe: Command
 ) -> None:
     log = tmp_path / "log.jsonl"
@@ -465,9 +465,14 @@ def test_what_a_run_did_is_appended_as_a_json_line(
     qpipe(*command)
     qpipe(*command)
 
-    earlier, first, second = map(json.loads, log.read_text().splitlines())
+    earlier, start, shard, first, second = map(json.loads, log.read_text().splitlines())
     manifest: Any = read_manifest(tmp_path / "t")
     assert earlier == {"event": "earlier"}
+    assert (start["event"], start["shards"], start["committed"]) == ("start", 1, 0)
+    (entry,) = manifest.shards
+    assert (shard["event"], shard["index"], shard["rejects"]) == ("shard", 0, 0)
+    for name in ("rows", "tokens", "positions", "bytes"):
+        assert shard[name] == getattr(entry, name)
     for each, positions in ((first, 3), (second, 0)):
         assert (each["event"], each["stage"]) == ("done", "build-targets")
         assert each["fingerprint"] == manifest.fingerprint

@@ -1,0 +1,161 @@
+"""Where a stage runs: in this process, or as one task of several that share the shards.
+
+Both are short ways over the same thing: a `Stage`, which says what is to be made and makes any one
+shard of it, in this process or, sent there as a pickle, in another. (On a Ray cluster:
+`stages/executors/ray_cluster`, as this floor of the house does not know ray.)
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+from .errors import UserError
+from .locks import FolderLock, claimed, locked
+from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
+from .progress import Report, Watcher
+from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices
+from .shards import ShardContent
+
+
+class Stage(Protocol):
+    """The work of a stage. A pickle of it is made of plain settings, so it can be sent anywhere."""
+
+    @property
+    def job(self) -> Job:
+        """What is made, and where."""
+        ...
+
+    @property
+    def shard_count(self) -> int | None:
+        """How many shards there are; None where only reading to the end tells."""
+        ...
+
+    @property
+    def demonstrations(self) -> int | None:
+        """How many demonstrations there are, those that get rejected included."""
+        ...
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs one worker takes, where there are any."""
+        ...
+
+    def start(self) -> None:
+        """Start what the making needs, an engine above all."""
+        ...
+
+    def make(self, index: int, report: Report) -> ShardContent | None:
+        """Make shard `index`; None behind the last. It is quickest in ascending order."""
+        ...
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        """Raises UserError where these shards, which are all, are not worth sealing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several tasks makes: the shards `rank`, `rank` + `world_size`, and so on.
+
+    The row plan is the same whatever the number of tasks, which may differ from run to run.
+    """
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise UserError(f"--world-size {self.world_size} is out of range: give 1 or more")
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"--rank {self.rank} is out of range: ranks of --world-size {self.world_size} are "
+                f"0 to {self.world_size - 1}"
+            )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size}"
+
+    def __contains__(self, index: int) -> bool:
+        return index % self.world_size == self.rank
+
+    def indices(self, shard_count: int | None) -> Iterable[int]:
+        """The shards of this task, in their order; endless where their number is not known."""
+        if shard_count is None:
+            return count(self.rank, self.world_size)
+        return range(self.rank, shard_count, self.world_size)
+
+
+ALL = Share(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PartResult:
+    """What one of several tasks has done for a folder that others still work for."""
+
+    folder: Path
+    share: Share
+    made: int  # shards, by this run
+    there: int  # shards, whoever made them
+    shards: int  # that the folder will have
+    positions: int  # supervised positions of those made
+    seconds: float  # spent on them
+
+
+def run_alone(stage: Stage, watcher: Watcher) -> StageResult:
+    """Make what is missing of a folder in this process, and seal it."""
+    folder = stage.job.folder
+    with locked(folder):
+        done = open_folder(folder, plan_of(stage))
+        if done is not None:
+            return StageResult(done, was_done=True)
+        run = ShardRun(stage.job)
+        _make_missing(stage, ALL, run, watcher)
+        stage.check(list(run.committed.values()))
+        return run.seal()
+
+
+def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | PartResult:
+    """Make what is missing of one task's share; a task that finds all there seals the folder."""
+    folder = stage.job.folder
+    with FolderLock(folder) as lock:
+        alone = lock.alone()
+        if not alone:
+            lock.share()
+        done = open_folder(folder, plan_of(stage), alone)
+        if done is not None:
+            return StageResult(done, was_done=True)
+        lock.share()  # the task that has opened the folder lets the others in
+        run = ShardRun(stage.job, share)
+        _make_missing(stage, share, run, watcher, claimed)
+        shards = stage.shard_count
+        assert shards is not None, "a task reads to the end"
+        there = len(sidecar_indices(folder))
+        if there < shards or not all(run.find(index) for index in range(shards)):
+            return PartResult(folder, share, run.made, there, shards, run.positions, run.seconds)
+        if (folder / MANIFEST).exists():
+            return StageResult(read_manifest(folder), run.positions, run.seconds)
+        stage.check(list(run.committed.values()))
+        return run.seal(lock.alone())
+
+
+def plan_of(stage: Stage) -> Plan:
+    """The plan of a stage's folder."""
+    return Plan(stage.job.identity, stage.shard_count, stage.demonstrations)
+
+
+def _make_missing(
+    stage: Stage, share: Share, run: ShardRun, watcher: Watcher, claim: Claim | None = None
+) -> None:
+    shards, demonstrations = stage.shard_count, stage.demonstrations
+    indices = share.indices(shards)
+    if shards is None or any(index not in run.committed for index in indices):
+        stage.start()  # before there is a bar, which its own progress would tear apart
+    if shards and demonstrations:
+        demonstrations = demonstrations * len(list(indices)) // shards
+    with watcher.watch(run.committed.values(), demonstrations, shards) as watch:
+        tasks = ((index, partial(stage.make, index, watch.report)) for index in indices)
+        for _ in run.shards(tasks, claim, watch.committed):
+            pass

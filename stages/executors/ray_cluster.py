@@ -1,0 +1,259 @@
+"""A stage on Ray: workers with an engine each, which take shard after shard as they get done.
+
+A worker commits its shards itself, so the output folder must be one that all machines share. The
+shard of a worker that dies is made by another one.
+"""
+
+import os
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.executors import Stage, plan_of
+from ...pipeline.locks import locked
+from ...pipeline.manifest import PLAN, ShardEntry
+from ...pipeline.progress import Watch, Watcher
+from ...pipeline.runner import ShardRun, StageResult, open_folder
+from ...pipeline.shards import commit_shard
+from ..quiet import quiet_libraries
+
+_TRIES = 3  # workers that a shard may end
+_STORE_BYTES = 100 * 2**20  # for objects in transit, of which there are only small ones
+
+
+def run_on_ray(
+    stage: Stage, workers: int | None, address: str | None, watcher: Watcher
+) -> StageResult:
+    """Make what is missing of a folder on Ray workers, and seal it.
+
+    Raises UserError where Ray is not installed or not to be reached, where it has no room for the
+    workers, and where one shard has ended three of them.
+    """
+    if find_spec("ray") is None:
+        raise UserError("--executor ray: Ray is not installed: pip install 'qpipe[ray]'")
+    folder = stage.job.folder
+    with locked(folder):
+        done = open_folder(folder, plan_of(stage))
+        if done is not None:
+            return StageResult(done, was_done=True)
+        run = ShardRun(stage.job)
+        shards = stage.shard_count
+        if shards is None or len(run.committed) < shards:
+            with _ray(address) as ray:
+                room = _room(ray, stage, workers)
+                with watcher.watch(run.committed.values(), stage.demonstrations, shards) as watch:
+                    _HandOut(ray, stage, run, room, watch).make_missing(shards)
+        stage.check(list(run.committed.values()))
+        return run.seal()
+
+
+class _Worker:
+    """Makes shards in a process of its own, as a Ray actor."""
+
+    def __init__(self, stage: bytes, folder: str) -> None:
+        quiet_libraries()
+        self.pickled = stage
+        self.folder = folder
+
+    def start(self) -> None:
+        """Rebuild the stage from its settings, and start what it needs."""
+        machine = os.uname().nodename
+        if not Path(self.folder).is_dir():
+            raise UserError(
+                f"{self.folder}: the folder that the command runs in is not there on {machine}: "
+                "the machines of a cluster must share it"
+            )
+        os.chdir(self.folder)
+        self.stage: Stage = pickle.loads(self.pickled)
+        out = self.stage.job.folder
+        if not (out / PLAN).exists():
+            raise UserError(
+                f"{out}: not there on {machine}: --out must be a folder that all machines of the "
+                "cluster share"
+            )
+        self.stage.start()
+
+    def make(self, index: int) -> tuple[ShardEntry, float] | None:
+        """Make and commit a shard: its sidecar, and how many seconds it took."""
+        job = self.stage.job
+        start = perf_counter()
+        content = self.stage.make(index, _unseen)
+        if content is None:
+            return None
+        entry = commit_shard(job.folder, index, job.schema, job.identity.fingerprint, content)
+        return entry, perf_counter() - start
+
+
+def _unseen(demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None:
+    """The driver counts whole shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How many workers there are, and what each takes."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+class _HandOut:
+    """Gives each worker the lowest shard that nobody has, until none is left."""
+
+    def __init__(self, ray: Any, stage: Stage, run: ShardRun, room: _Room, watch: Watch) -> None:
+        self.ray = ray
+        self.run = run
+        self.watch = watch
+        self.room = room
+        self.arguments = (ray.put(pickle.dumps(stage)), str(Path.cwd()))
+        self.actor = ray.remote(_Worker).options(
+            num_cpus=room.cpus, num_gpus=room.gpus, scheduling_strategy="SPREAD"
+        )
+        self.tasks: dict[Any, tuple[Any, int | None]] = {}  # worker, and shard or None: it starts
+        self.idle: list[Any] = []
+        self.returned: list[int] = []  # shards of dead workers, a heap
+        self.fresh: Iterator[int] = iter(())
+        self.deaths: Counter[int | None] = Counter()  # by what the worker was at
+
+    def make_missing(self, shards: int | None) -> None:
+        """Make what is missing of so many shards; of all up to the last, where None."""
+        indices = count() if shards is None else range(shards)
+        self.fresh = (index for index in indices if index not in self.run.committed)
+        missing = None if shards is None else shards - len(self.run.committed)
+        for _ in range(min(self.room.workers, missing or self.room.workers)):
+            self._start_worker()
+        began = None
+        while not (self.idle and all(index is None for _, index in self.tasks.values())):
+            (task,), _ = self.ray.wait(list(self.tasks), num_returns=1)
+            worker, index = self.tasks.pop(task)
+            if self._took_result(task, index):
+                began = began or perf_counter()
+                self.idle.append(worker)
+            else:
+                self._start_worker()
+            self._assign()
+        self.run.seconds = perf_counter() - began if began else 0.0
+
+    def _took_result(self, task: Any, index: int | None) -> bool:
+        """Take note of what a worker has done; False if it has died."""
+        try:
+            result = self.ray.get(task)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+        except self.ray.exceptions.RayActorError as error:
+            self._note_death(index, error)
+            return False
+        if index is None:
+            self.deaths[None] = 0
+        elif result is None:
+            self.fresh = iter(())  # behind the last shard
+        else:
+            entry, seconds = result
+            self.run.add(index, entry, seconds)
+            self.watch.report_shard(entry)
+            self.watch.committed(index, entry, seconds)
+        return True
+
+    def _note_death(self, index: int | None, error: Exception) -> None:
+        self.deaths[index] += 1
+        if self.deaths[index] == _TRIES:
+            what = "starting" if index is None else f"making shard {index}"
+            raise UserError(
+                f"{_TRIES} Ray workers died while {what}, of memory as a rule: {one_line(error)}: "
+                "finished shards are kept: run again with fewer --workers, a smaller "
+                "--gpu-memory-utilization or --max-length"
+            )
+        if index is not None:
+            heappush(self.returned, index)
+
+    def _start_worker(self) -> None:
+        worker = self.actor.remote(*self.arguments)
+        self.tasks[worker.start.remote()] = worker, None
+
+    def _assign(self) -> None:
+        while self.idle and (index := self._next_shard()) is not None:
+            worker = self.idle.pop()
+            self.tasks[worker.make.remote(index)] = worker, index
+
+    def _next_shard(self) -> int | None:
+        return heappop(self.returned) if self.returned else next(self.fresh, None)
+
+
+def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
+    """How many workers there are to be. Raises UserError where Ray has no room for them."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [int(machine.get("GPU", 0)) for machine in machines]
+    cpus = [int(machine.get("CPU", 0)) for machine in machines]
+    if stage.gpus and any(gpus):
+        room = sum(number // stage.gpus for number in gpus)
+        if room < (workers or 1):
+            raise UserError(
+                f"Ray has GPUs for {room} workers of {stage.gpus}, machine by machine "
+                f"{', '.join(map(str, gpus))}: give fewer --workers or a smaller "
+                "--tensor-parallel-size"
+            )
+        return _Room(workers or room, cpus=1, gpus=stage.gpus)
+    workers = workers or len(machines)
+    if workers > sum(cpus):
+        raise UserError(f"--workers {workers}: Ray has {sum(cpus)} CPU cores: give that or less")
+    each = -(-workers // len(machines))  # on a machine
+    return _Room(workers, cpus=max(1, min(cpus) // each), gpus=0)
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster or with one of its own, which ends with the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would phone home
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of it
+    import ray
+
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is None:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": _STORE_BYTES,
+            # or what an engine has started would outlive its worker, with its GPU's memory
+            "_system_config": {"kill_child_processes_on_worker_exit_with_raylet_subreaper": True},
+        }
+    else:
+        options["address"] = address
+    try:
+        with _ends_when_terminated():
+            try:
+                ray.init(**options)
+            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+                where = "on this machine" if address is None else f"at --ray-address {address}"
+                raise UserError(
+                    f"Ray cannot be reached {where}: {one_line(error)}: start a cluster with `ray "
+                    "start --head`, or leave --ray-address out"
+                ) from error
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _ends_when_terminated() -> Iterator[None]:
+    """Make SIGTERM an exception, so that what this command has started ends with it."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

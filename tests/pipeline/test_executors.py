@@ -1,0 +1,265 @@
+"""A stage in one process or shared by several tasks: the same bytes, whoever makes what."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.locks import claimed, locked
+from qpipe.pipeline.manifest import ShardEntry, read_manifest, read_plan
+from qpipe.pipeline.progress import Speed, Watcher
+from qpipe.pipeline.runner import Job, ShardRun, StageResult
+
+FolderBytes = Callable[[Path], dict[str, bytes]]
+WATCHER = Watcher("score", "0123")
+
+
+class ToyStage:
+    """The toy as a stage; `known` says whether its number of shards is known from the start."""
+
+    gpus = 0
+
+    def __init__(self, toy: Any, folder: Path, known: bool = True, **options: Any) -> None:
+        self.toy = toy(folder, **options)
+        self.shard_count = 3 if known else None
+        self.started = 0
+
+    @property
+    def job(self) -> Job:
+        return self.toy.job
+
+    @property
+    def demonstrations(self) -> int | None:
+        return None if self.shard_count is None else 6
+
+    def start(self) -> None:
+        self.started += 1
+
+    def make(self, index: int, report: Any) -> Any:
+        if index >= 3:
+            self.shard_count = 3
+            return None
+        return self.toy.content(index)
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        assert len(shards) == 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "scores"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_one_process_makes_all(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes, known: bool
+) -> None:
+    stage = ToyStage(toy, folder, known)
+    result = run_alone(stage, WATCHER)
+
+    assert (stage.toy.calls, stage.started) == ([0, 1, 2], 1)
+    assert isinstance(result, StageResult)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("order", [1, -1])
+def test_tasks_share_the_shards_and_the_last_seals(
+    toy: Any,
+    folder: Path,
+    undisturbed: Path,
+    folder_bytes: FolderBytes,
+    known: bool,
+    world_size: int,
+    order: int,
+) -> None:
+    made = []
+    for rank in list(range(world_size))[::order]:
+        there = len(made)
+        stage = ToyStage(toy, folder, known)
+        result = run_share(stage, Share(rank, world_size), WATCHER)
+        assert stage.toy.calls == list(range(rank, 3, world_size))
+        made += stage.toy.calls
+        if isinstance(result, PartResult):
+            assert (result.made, result.there, result.shards) == (len(made) - there, len(made), 3)
+        else:
+            assert len(made) == 3
+
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_the_number_of_tasks_may_change_and_a_plain_run_finishes_their_work(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    run_share(ToyStage(toy, folder), Share(2, 5), WATCHER)
+    second = ToyStage(toy, folder)
+    run_share(second, Share(0, 2), WATCHER)
+    last = ToyStage(toy, folder)
+    run_alone(last, WATCHER)
+
+    assert (second.toy.calls, last.toy.calls) == ([0], [1])
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_a_task_without_shards_to_make_starts_no_engine(toy: Any, folder: Path) -> None:
+    stage = ToyStage(toy, folder)
+    result = run_share(stage, Share(4, 5), WATCHER)
+
+    assert isinstance(result, PartResult)
+    assert (stage.started, result.made, result.there) == (0, 0, 0)
+
+
+def test_the_plan_says_how_much_there_will_be(toy: Any, folder: Path) -> None:
+    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    plan = read_plan(folder)
+    assert (plan.shards, plan.demonstrations) == (3, 6)
+    assert plan.identity == toy(folder).job.identity
+
+
+@contextmanager
+def another_process(code: str, folder: Path) -> Any:
+    """Hold something of the folder in a process of its own while the block runs."""
+    words = [sys.executable, "-c", code + "\nprint('held', flush=True); input()", str(folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            process.communicate(b"\n")
+
+
+HOLD = "import fcntl, os, sys; d = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(d, fcntl.{})"
+CLAIM = (
+    "import fcntl, os, sys; d = os.open(sys.argv[1] + '/.shard-00001.arrow.claim.tmp', "
+    "os.O_RDWR | os.O_CREAT); fcntl.flock(d, fcntl.LOCK_EX)"
+)
+
+
+def test_a_plain_command_and_a_task_exclude_each_other(
+    toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpipe.pipeline.locks._PATIENCE", 0.1)
+    folder.mkdir()
+    with (
+        another_process(HOLD.format("LOCK_SH"), folder),
+        pytest.raises(UserError, match="another qpipe works in it"),
+        locked(folder),
+    ):
+        pass
+    stage = ToyStage(toy, folder)
+    with (
+        another_process(HOLD.format("LOCK_EX"), folder),
+        pytest.raises(UserError, match="another qpipe works in it"),
+    ):
+        run_share(stage, Share(0, 2), WATCHER)
+    assert stage.toy.calls == []
+
+
+def test_tasks_work_side_by_side_and_a_claimed_shard_is_left_to_its_maker(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    folder.mkdir()
+    with another_process(HOLD.format("LOCK_SH"), folder), another_process(CLAIM, folder):
+        stage = ToyStage(toy, folder)
+        # as if every shard were this task's: one of another array size claims shard 1
+        result = run_share(stage, Share(0, 1), WATCHER)
+    assert stage.toy.calls == [0, 2]
+    assert isinstance(result, PartResult)
+    assert (result.there, result.shards) == (2, 3)
+    run_alone(ToyStage(toy, folder), WATCHER)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_tasks_of_other_settings_are_refused_even_before_there_is_a_shard(
+    toy: Any, folder: Path
+) -> None:
+    folder.mkdir()
+    with another_process(HOLD.format("LOCK_SH"), folder):
+        run_share(ToyStage(toy, folder), Share(4, 5), WATCHER)  # has none to make
+        with pytest.raises(UserError, match="top_k is 5 there and 7 now"):
+            run_share(ToyStage(toy, folder, settings={"top_k": 7}), Share(0, 5), WATCHER)
+
+
+def test_a_shard_committed_meanwhile_is_not_made_again(toy: Any, folder: Path) -> None:
+    other = ToyStage(toy, folder)
+    stage = ToyStage(toy, folder)
+    stage.start = lambda: run_share(other, Share(0, 1), WATCHER)  # between looking and making
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcntl.flock", lambda *_: None)  # as on a file system without locks
+        run_share(stage, Share(0, 1), WATCHER)
+    assert (other.toy.calls, stage.toy.calls) == ([0, 1, 2], [])
+
+
+def test_sealing_twice_at_a_time_gives_the_same_folder(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    """The second finds its temporary file gone: the first has tidied it away."""
+    first, second = ToyStage(toy, folder), ToyStage(toy, folder)
+    run_share(first, Share(0, 2), WATCHER)
+    run_share(ToyStage(toy, folder, fail_at=None), Share(1, 2), WATCHER)
+    wanted = read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    run = ShardRun(second.job)
+    replace = os.replace
+
+    def seals_first(source: Path, target: Path) -> None:
+        if Path(target).name == "rejects.jsonl":
+            os.replace = replace
+            ShardRun(first.job).seal(alone=True)
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", seals_first)
+        result = run.seal(alone=False)
+    assert result.manifest == wanted
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_a_claim_is_exclusive_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.arrow"
+    with claimed(path) as ours, claimed(path) as others:
+        assert (ours, others) == (True, False)
+    assert list(tmp_path.iterdir()) == []
+    with claimed(path) as ours:
+        assert ours
+
+
+def test_file_systems_without_locks_hold_nobody_off(
+    toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for rank in range(2):
+        run_share(ToyStage(toy, folder), Share(rank, 2), WATCHER)
+    assert (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_its_world_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(UserError, match=r"--(rank|world-size) -?\d is out of range"):
+        Share(rank, world_size)
+
+
+def test_the_speed_is_that_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    speed = Speed()
+    for _ in range(100):
+        now += 1
+        slow = speed.add(10)
+    for _ in range(40):
+        now += 1
+        fast = speed.add(30)
+    assert slow == pytest.approx(10)
+    assert fast == pytest.approx(30)
