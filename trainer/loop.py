@@ -19,10 +19,11 @@ from .heads import keeps_apart
 from .models import find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
+from .saving import save_adapter, save_model, saved_dtype
 from .settings import TrainSettings
 from .step import NOT_FINITE, precision_of, start_accelerator
 from .stream import open_streams
-from .student import load_student, save_student, saved_dtype
+from .student import load_student
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -64,8 +65,9 @@ def train(settings: TrainSettings) -> TrainResult:
             )
         run = Run(settings, identity, accelerator, student, train_stream, eval_stream)
         result = run.train(saved_dtype(base))
+        save = save_adapter if settings.keep_adapter else save_model
+        save(student, base, settings.out, accelerator.is_main_process)
         if accelerator.is_main_process:
-            save_student(student, base, settings.out)
             remove_checkpoints(settings.out)
             finish(settings.out, _record(settings, manifest, identity, accelerator, result))
         accelerator.wait_for_everyone()

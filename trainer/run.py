@@ -72,7 +72,7 @@ class Run:
         self.steps, self.samples = run_size(settings, train_stream)
 
     def train(self, final_dtype: torch.dtype) -> TrainResult:
-        """Take every step that is left; the weights end rounded to `final_dtype`."""
+        """Take every step that is left; a whole model's weights end rounded to `final_dtype`."""
         progress = self._resumed()
         is_main = self.accelerator.is_main_process
         bar = progress_bar(
@@ -88,7 +88,8 @@ class Run:
             with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
                 for step, batches in ready:
                     progress = self._step(progress, step, batches, ready.waited, log, shown)
-            self.student.finish(final_dtype)
+            if not self.settings.keep_adapter:
+                self.student.finish(final_dtype)
             after = self._evaluate(self.steps, log)
         return TrainResult(
             self.steps, self.samples, progress.tokens, progress.seconds, progress.before, after

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError
+from .optimizers import OptimizerName
 from .schedule import Schedule
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -36,11 +37,13 @@ class TrainSettings:
     step_tokens: int | None = None  # instead of batch_size
     forward_tokens: int = 8192
     pack: bool = False  # examples end to end without padding
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0  # of matrices only
     max_grad_norm: float = 1.0
     precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
     gradient_checkpointing: bool = False
     lora_rank: int | None = None  # None: all weights learn
+    keep_adapter: bool = False  # save it by itself, not merged
     eval_fraction: float = 0.0  # share of the examples that is held out
     eval_every: int | None = None  # steps; before the first and after the last in any case
     save_every: int | None = 500  # steps between checkpoints
@@ -57,6 +60,8 @@ class TrainSettings:
                 raise UserError(f"{option} {value} cannot be used: give {allowed}")
         if self.eval_every is not None and self.eval_fraction == 0:
             raise UserError("--eval-every needs held-out examples: give --eval-fraction too")
+        if self.keep_adapter and self.lora_rank is None:
+            raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
 
 
 _Rule = tuple[str, Callable[[Any], bool]]  # comparisons with NaN are false, so it is never allowed
@@ -69,6 +74,10 @@ _ALLOWED: dict[str, _Rule] = {
     "epochs": _POSITIVE,
     "max_steps": _NONE_OR_MORE,
     "learning_rate": _POSITIVE,
+    "optimizer": (
+        ", ".join(get_args(OptimizerName)),
+        lambda value: value in get_args(OptimizerName),
+    ),
     "schedule": (", ".join(get_args(Schedule)), lambda value: value in get_args(Schedule)),
     "warmup_ratio": ("0 to 1", lambda value: 0 <= value <= 1),
     "batch_size": _ONE_OR_MORE,

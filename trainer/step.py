@@ -22,6 +22,7 @@ from torch import Tensor
 from ..pipeline.errors import UserError
 from .collate import Batch
 from .objective import Objective
+from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
 from .student import Student
 
@@ -69,7 +70,10 @@ class Stepper:
         self.accelerator = accelerator
         self.max_grad_norm = settings.max_grad_norm
         self.objective = objective
-        self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, settings))
+        optimizer = make_optimizer(
+            settings.optimizer, student, settings.learning_rate, settings.weight_decay
+        )
+        self.model, self.optimizer = accelerator.prepare(student, optimizer)
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take step `number` on this process' micro-batches, at least one.
@@ -142,18 +146,6 @@ def precision_of(accelerator: Accelerator) -> str:
     """The precision that the forward pass runs in."""
     names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
     return names[accelerator.mixed_precision]
-
-
-def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on biases and the scales of norms."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
 def _at_fault(batches: Sequence[Batch], sums: Tensor) -> list[str]:

@@ -1,9 +1,6 @@
-"""The model that is trained: loading it, its logits where they count, saving it."""
+"""The model that is trained: loading it, its loss, its logits where they count."""
 
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,9 +54,14 @@ class Student(torch.nn.Module):
         """The states that go into the head at the supervised positions, [N, D]."""
         return hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is what learns, and is still by itself."""
+        return hasattr(self.model, "merge_and_unload")
+
     def finish(self, dtype: torch.dtype) -> None:
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
-        if hasattr(self.model, "merge_and_unload"):
+        if self.has_adapter:
             self.model = self.model.merge_and_unload()
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
@@ -82,40 +84,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
-
-def saved_dtype(base: ModelFiles) -> torch.dtype:
-    """The type in which the base's weights came, and the student's will be saved."""
-    return base.config.dtype or torch.float32
-
-
-def save_student(student: Student, base: ModelFiles, folder: Path) -> None:
-    """Put the model and the base's tokenizer into a folder that transformers and vLLM load.
-
-    All is written aside first; `config.json`, without which nothing loads a model, comes last.
-    """
-    from transformers import GenerationConfig
-
-    aside = folder / ".model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    generation = base.folder / "generation_config.json"
-    if generation.exists():
-        # the base's own, as it is: saving one refuses settings that loading one accepts
-        student.model.generation_config = GenerationConfig()
-    student.model.to(saved_dtype(base)).save_pretrained(aside)
-    base.tokenizer.save_pretrained(aside)
-    if generation.exists():
-        shutil.copyfile(generation, aside / generation.name)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_file():
-            _sync(path)
-        os.replace(path, folder / path.name)
-    aside.rmdir()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    return get_peft_model(model, config)

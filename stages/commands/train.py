@@ -52,7 +52,18 @@ from ..options import FOLDER, Command, config_option, one_of
 @click.option(
     "--pack", is_flag=True, help="Put demonstrations end to end in a forward pass, not padded."
 )
-@click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
+@click.option(
+    "--optimizer",
+    type=one_of("adamw", "adamw-8bit", "adamw-paged-8bit"),
+    default="adamw",
+    help="8-bit ones, for less memory, are those of bitsandbytes: pip install 'qpipe[8bit]'.",
+)
+@click.option(
+    "--weight-decay",
+    type=float,
+    default=0.0,
+    help="On matrices only: not on biases, norms and embeddings.",
+)
 @click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm.")
 @click.option(
     "--precision",
@@ -65,6 +76,9 @@ from ..options import FOLDER, Command, config_option, one_of
     type=int,
     default=None,
     help="Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
+)
+@click.option(
+    "--keep-adapter", is_flag=True, help="Save the adapter by itself, for peft: not merged."
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
 @click.option(
