@@ -198,7 +198,7 @@ class Run:
         evaluation = evaluate(
             self.student,
             (self._batch(chunk) for chunk in by_tokens(examples, self.settings.forward_tokens)),
-            self.accelerator.device,
+            self.accelerator,
             self.objective,
         )
         log(event="evaluation", step=step, **asdict(evaluation))

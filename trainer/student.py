@@ -1,6 +1,6 @@
 """The model that is trained: loading it, its loss, its logits where they count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,20 +35,30 @@ class Student(torch.nn.Module):
             loss = fused_loss(self._hidden(batch), head, batch.targets, objective)
         return loss.sum, loss.error_bounds
 
+    def measure(
+        self,
+        batch: Batch,
+        read: Callable[[Tensor, SparseTargets], Tensor],
+        whole_examples: bool = False,
+    ) -> Tensor:
+        """What `read` makes of the logits and targets of a few positions at a time, added up.
+
+        Of all positions at once with `whole_examples`, or where the head is not understood.
+        """
+        if self.head_form is None or whole_examples:
+            return read(self.logits(batch), batch.targets)
+        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
+        parts = chunks(len(hidden_ND), len(head.weight)) if len(hidden_ND) else [slice(0)]
+        total, *others = (
+            read(head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)) for rows in parts
+        )
+        return sum(others, total)
+
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
         columns_C, place_of_N = batch.columns.unique(return_inverse=True)
         logits_BCV = logits_at(self.model, columns_C, **batch.inputs)
         return logits_BCV[batch.rows, place_of_N]
-
-    def logit_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, SparseTargets]]:
-        """The logits a few positions at a time, each with its targets."""
-        if self.head_form is None:
-            yield self.logits(batch), batch.targets
-            return
-        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
-        for rows in chunks(len(hidden_ND), len(head.weight)):
-            yield head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The states that go into the head at the supervised positions, [N, D]."""
