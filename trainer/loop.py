@@ -19,7 +19,7 @@ from .heads import keeps_apart
 from .models import find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
-from .saving import save_adapter, save_model, saved_dtype
+from .saving import save_adapter, save_model
 from .settings import TrainSettings
 from .step import NOT_FINITE, precision_of, start_accelerator
 from .stream import open_streams
@@ -36,7 +36,9 @@ def train(settings: TrainSettings) -> TrainResult:
     settings = replace(settings, method=settled_method(settings, manifest))
     base = find_model(settings.model, settings.revision)
     check_fit(settings, manifest, base)
-    accelerator = start_accelerator(settings.precision)
+    accelerator = start_accelerator(
+        settings.precision, waits_long=settings.eval_command is not None
+    )
     identity = run_identity(
         settings,
         inputs={"targets": manifest.fingerprint, "model": base.weights_hash()},
@@ -63,8 +65,8 @@ def train(settings: TrainSettings) -> TrainResult:
                 "runs, which takes more memory and time",
                 file=sys.stderr,
             )
-        run = Run(settings, identity, accelerator, student, train_stream, eval_stream)
-        result = run.train(saved_dtype(base))
+        run = Run(settings, identity, accelerator, student, base, train_stream, eval_stream)
+        result = run.train()
         save = save_adapter if settings.keep_adapter else save_model
         save(student, base, settings.out, accelerator.is_main_process)
         if accelerator.is_main_process:

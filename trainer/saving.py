@@ -6,14 +6,18 @@ it is, however it is spread over them, so that it can be saved in the middle of 
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ..pipeline.errors import UserError, one_line
 from .heads import causal_model
 from .models import ModelFiles
 from .student import Student
@@ -46,13 +50,12 @@ def save_adapter(student: Student, base: ModelFiles, folder: Path, is_main: bool
     weights = _whole_weights(student, torch.float32, trained_only=True)
     if not is_main:
         return
-    aside = _new_aside(folder)
     config = student.model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.origin, base.revision
-    student.model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
-    (aside / "README.md").unlink()  # a form to fill in
-    base.tokenizer.save_pretrained(aside)
-    _move(aside, folder, last="adapter_config.json")
+    with _aside(folder, last="adapter_config.json") as aside:
+        student.model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
+        (aside / "README.md").unlink()  # a form to fill in
+        base.tokenizer.save_pretrained(aside)
 
 
 def _whole_weights(
@@ -84,33 +87,43 @@ def _save(model: Any, base: ModelFiles, folder: Path) -> None:
     """Written aside first; `config.json`, without which nothing loads a model, comes last."""
     from transformers import GenerationConfig
 
-    aside = _new_aside(folder)
     generation = base.folder / "generation_config.json"
     if generation.exists():
         # the base's own, as it is: saving one refuses settings that loading one accepts
         model.generation_config = GenerationConfig()
-    model.save_pretrained(aside)
-    base.tokenizer.save_pretrained(aside)
-    if generation.exists():
-        shutil.copyfile(generation, aside / generation.name)
-    _move(aside, folder, last="config.json")
+    with _aside(folder, last="config.json") as aside:
+        model.save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        if generation.exists():
+            shutil.copyfile(generation, aside / generation.name)
 
 
-def _new_aside(folder: Path) -> Path:
+@contextmanager
+def _aside(folder: Path, last: str) -> Iterator[Path]:
+    """A folder whose files, when the block ends well, move into another: synced, `last` the last.
+
+    Raises UserError where they cannot be written; the other folder then has none of them.
+    """
     aside = folder / _ASIDE
     shutil.rmtree(aside, ignore_errors=True)
-    return aside
-
-
-def _move(aside: Path, folder: Path, last: str) -> None:
-    """Move the files, synced, into the folder, the one named last."""
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
-        if path.is_file():
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        paths = sorted(aside.iterdir(), key=lambda path: path.name == last)
+        for path in paths:
             _sync(path)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{folder}: the model cannot be written: {one_line(error)}: make room, then run the "
+            "same command again"
+        ) from error
+    for path in paths:
         os.replace(path, folder / path.name)
     aside.rmdir()
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

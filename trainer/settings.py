@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError
+from .eval_command import parse_command
 from .optimizers import OptimizerName
 from .schedule import Schedule
+from .trackers import TrackerName, check_trackers
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Resume = Literal["auto", "never"]
@@ -46,6 +48,8 @@ class TrainSettings:
     keep_adapter: bool = False  # save it by itself, not merged
     eval_fraction: float = 0.0  # share of the examples that is held out
     eval_every: int | None = None  # steps; before the first and after the last in any case
+    eval_command: str | None = None  # run on a model folder at each evaluation
+    track: tuple[TrackerName, ...] = ()  # that show what log.jsonl holds
     save_every: int | None = 500  # steps between checkpoints
     keep_checkpoints: int = 2
     resume: Resume = "auto"  # from the latest checkpoint, if there is one
@@ -58,8 +62,13 @@ class TrainSettings:
             if not is_allowed(value):
                 option = "--" + field.name.replace("_", "-")
                 raise UserError(f"{option} {value} cannot be used: give {allowed}")
-        if self.eval_every is not None and self.eval_fraction == 0:
-            raise UserError("--eval-every needs held-out examples: give --eval-fraction too")
+        if self.eval_every is not None and self.eval_fraction == 0 and self.eval_command is None:
+            raise UserError(
+                "--eval-every needs held-out examples: give --eval-fraction too, or --eval-command"
+            )
+        if self.eval_command is not None:
+            parse_command(self.eval_command)
+        check_trackers(self.track)
         if self.keep_adapter and self.lora_rank is None:
             raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
 

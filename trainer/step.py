@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ..pipeline.errors import UserError
@@ -126,8 +127,10 @@ class Stepper:
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
 
 
-def start_accelerator(precision: Precision) -> Accelerator:
+def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
     """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
+
+    A process that does not answer is given up after some minutes, after a day with `waits_long`.
 
     Raises UserError for float16 without a GPU.
     """
@@ -139,7 +142,10 @@ def start_accelerator(precision: Precision) -> Accelerator:
     AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
     # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
     on_cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision])
+    patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
+    return Accelerator(
+        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience
+    )
 
 
 def precision_of(accelerator: Accelerator) -> str:

@@ -92,6 +92,21 @@ from ..options import FOLDER, Command, config_option, one_of
     help="Evaluate this often, besides before and after.",
 )
 @click.option(
+    "--eval-command",
+    default=None,
+    metavar="COMMAND",
+    help="Run this before, after and every --eval-every steps, as in 'python my_eval.py "
+    "{checkpoint}': {checkpoint} becomes a model folder, removed afterwards. The numbers of the "
+    "JSON object on its last line of output are logged. Where it fails, a warning is. The other "
+    "processes wait for it.",
+)
+@click.option(
+    "--track",
+    type=one_of("tensorboard", "wandb"),
+    multiple=True,
+    help="Show what log.jsonl gets there too: pip install 'qpipe[tensorboard]' or 'qpipe[wandb]'.",
+)
+@click.option(
     "--save-every", type=int, default=500, metavar="STEPS", help="Write a checkpoint this often."
 )
 @click.option("--keep-checkpoints", type=int, default=2, help="Checkpoints that stay, the latest.")
