@@ -6,7 +6,7 @@ A step's samples, and so its gradient, are the same on any number of processes.
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from time import perf_counter
@@ -26,13 +26,14 @@ from .collate import Batch, collate, observed_only, pack
 from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
 from .models import ModelFiles
-from .objective import objective_of
+from .objective import Objective
 from .plan import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
 from .prefetch import Prefetch
 from .run_folder import Log, open_log
 from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
+from .sources import in_order
 from .step import NOT_FINITE, NotFiniteError, Stepper
 from .stream import TargetStream
 from .student import Student
@@ -64,20 +65,20 @@ class Run:
         accelerator: Accelerator,
         student: Student,
         base: ModelFiles,
-        train_stream: TargetStream,
-        eval_stream: TargetStream,
+        objective: Objective,
+        train_samples: Samples,
+        eval_streams: Sequence[TargetStream],
     ) -> None:
-        assert settings.method is not None  # settled
         self.settings = settings
         self.identity = identity
         self.accelerator = accelerator
         self.student = student
         self.base = base
-        self.train_stream = train_stream
-        self.eval_stream = eval_stream
-        self.objective = objective_of(train_stream.manifest.settings, settings.method)
+        self.objective = objective
+        self.train_samples = train_samples
+        self.eval_streams = eval_streams
         self.stepper = Stepper(accelerator, student, settings, self.objective)
-        self.steps, self.samples = run_size(settings, train_stream)
+        self.steps, self.samples = run_size(settings, train_samples)
 
     def train(self) -> TrainResult:
         """Take every step that is left; a whole model's weights end rounded to what is saved."""
@@ -170,7 +171,7 @@ class Run:
         """The steps that are left, and this process' micro-batches in each."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         tokens, packed = self.settings.forward_tokens, self.settings.pack
-        for step in cut(self.settings, self.train_stream, progress.samples, self.samples):
+        for step in cut(self.settings, self.train_samples, progress.samples, self.samples):
             yield step, micro_batches(step, rank, world_size, tokens, packed)
 
     def _batches(
@@ -179,7 +180,7 @@ class Run:
         """The steps with their micro-batches, read."""
         plans, ahead = tee(plans)
         numbers = (numbers for _, numbers in ahead)
-        examples = read_steps(self.train_stream, self.settings.seed, numbers)
+        examples = read_steps(self.train_samples, self.settings.seed, numbers)
         for (step, _), chunks in zip(plans, examples, strict=True):
             yield step, [self._batch(chunk) for chunk in chunks]
 
@@ -200,7 +201,7 @@ class Run:
 
     def _evaluate(self, step: int, log: Log) -> Evaluation | None:
         """How the student does after a step, on the held-out examples and by the user's command."""
-        evaluation = self._on_held_out() if len(self.eval_stream) else None
+        evaluation = self._on_held_out() if any(map(len, self.eval_streams)) else None
         if evaluation is not None:
             log(event="evaluation", step=step, **asdict(evaluation))
         if self.settings.eval_command is not None:
@@ -209,7 +210,7 @@ class Run:
 
     def _on_held_out(self) -> Evaluation:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        examples = self.eval_stream.in_order(rank, world_size)
+        examples = in_order(self.eval_streams, rank, world_size)
         chunks = by_tokens(examples, self.settings.forward_tokens)
         batches = (self._batch(chunk) for chunk in chunks)
         return evaluate(self.student, batches, self.accelerator, self.objective)

@@ -16,6 +16,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity
 from ..pipeline.runner import refuse_other
 from ..pipeline.storage import read_json, write_json
+from .mixture import shares_of
 from .settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
@@ -39,6 +40,8 @@ def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: An
             del given[field.name]
         elif isinstance(field.default, float):
             given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON
+    weights = settings.mixture_weights
+    given["mixture_weights"] = list(shares_of(weights)) if weights else None  # 6,2 is 3,1
     return Identity(stage="train", settings=given | resolved, inputs=inputs, schema={})
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError
 from .eval_command import parse_command
+from .mixture import shares_of
 from .optimizers import OptimizerName
 from .schedule import Schedule
 from .trackers import TrackerName, check_trackers
@@ -25,10 +26,11 @@ class TrainSettings:
     tokens, which leaves the gradient as it is. Raises UserError for a value out of its range.
     """
 
-    targets: Path
+    targets: Path | tuple[Path, ...]  # several are mixed
     model: str
     out: Path
     revision: str | None = None
+    mixture_weights: tuple[float, ...] = ()  # one a folder; none: by the folders' sizes
     method: str | None = None  # None: the folder's own; "sft" trains any folder on its tokens alone
     epochs: float = 1.0
     max_steps: int | None = None  # stop there, if the epochs would take longer
@@ -55,6 +57,11 @@ class TrainSettings:
     resume: Resume = "auto"  # from the latest checkpoint, if there is one
     seed: int = 0
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The target folders."""
+        return (self.targets,) if isinstance(self.targets, Path) else self.targets
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -69,6 +76,13 @@ class TrainSettings:
         if self.eval_command is not None:
             parse_command(self.eval_command)
         check_trackers(self.track)
+        if self.mixture_weights:
+            if len(self.mixture_weights) != len(self.folders):
+                raise UserError(
+                    f"--mixture-weights: {len(self.mixture_weights)} given for "
+                    f"{len(self.folders)} folders of targets: give one for each, as in 3,1"
+                )
+            shares_of(self.mixture_weights)
         if self.keep_adapter and self.lora_rank is None:
             raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
 

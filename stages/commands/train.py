@@ -8,8 +8,31 @@ import click
 from ..options import FOLDER, Command, config_option, one_of
 
 
+def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(",")) if text else ()
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text} is no list of numbers: give one a folder, as in 3,1", ctx, parameter
+        ) from error
+
+
 @click.command(cls=Command)
-@click.option("--targets", required=True, type=FOLDER, help="Folder made by `qpipe build-targets`.")
+@click.option(
+    "--targets",
+    required=True,
+    multiple=True,
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder made by `qpipe build-targets`. Several are mixed: each step takes of all.",
+)
+@click.option(
+    "--mixture-weights",
+    callback=_weights,
+    default=None,
+    metavar="W,W,…",
+    help="Shares of the samples, one a folder, as in 3,1.  [default: the folders' sizes]",
+)
 @click.option(
     "--model", required=True, help="Model to train, the scored one as a rule: a folder or a name."
 )
