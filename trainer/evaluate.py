@@ -12,6 +12,7 @@ from ..pipeline import rules
 from .collate import Batch, SparseTargets, collate
 from .loss import at_least_float32, observed_losses, residual_divergences
 from .objective import Objective
+from .sharding import let_go
 from .student import Student
 
 
@@ -51,6 +52,7 @@ def evaluate(
         found = student.measure(batch.to(accelerator.device), read, objective.reads_examples)
         sums = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
     student.train(was_training)
+    let_go(student)
     tokens, target_loss, nll, divergence, trust, tail_mass, entropy = _of_all(sums, accelerator)
     residual_is_base = objective.residual == "base"
     return Evaluation(

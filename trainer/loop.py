@@ -56,8 +56,9 @@ def train(settings: TrainSettings) -> TrainResult:
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             _make_ready(settings, identity, accelerator.is_main_process)
-        set_seed(settings.seed, device_specific=True)
+        set_seed(settings.seed)  # new adapters are the same everywhere
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
+        set_seed(settings.seed, device_specific=True)  # dropout is not
         if settings.pack and not keeps_apart(student.model):
             raise UserError(
                 f"--pack: model {base.name} mixes demonstrations that stand end to end: leave it "

@@ -33,6 +33,7 @@ from .run_folder import Log, open_log
 from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
+from .sharding import is_sharded
 from .sources import in_order
 from .step import NOT_FINITE, NotFiniteError, Stepper
 from .stream import TargetStream
@@ -98,7 +99,8 @@ class Run:
             with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
                 for step, batches in ready:
                     progress = self._step(progress, step, batches, ready.waited, log, shown)
-            if not self.settings.keep_adapter:
+            stays_apart = self.settings.keep_adapter or is_sharded(self.student)
+            if not (self.student.has_adapter and stays_apart):  # merged when saved, if at all
                 self.student.finish(saved_dtype(self.base))
             after = self._evaluate(self.steps, log)
         return TrainResult(

@@ -27,7 +27,7 @@ Log = Callable[..., None]  # takes the fields of an event
 
 _PLACES = {"targets", "model", "revision", "out"}  # known by their content instead
 # these leave every gradient as it is
-_CUT = {"forward_tokens", "pack", "gradient_checkpointing"}
+_CUT = {"forward_tokens", "pack", "gradient_checkpointing", "fsdp"}
 _SAVING = {"save_every", "keep_checkpoints", "resume"}
 _SHOWING = {"track", "eval_command"}
 

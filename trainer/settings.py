@@ -46,6 +46,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
     gradient_checkpointing: bool = False
+    fsdp: bool = False  # spread the weights over the processes
     lora_rank: int | None = None  # None: all weights learn
     keep_adapter: bool = False  # save it by itself, not merged
     eval_fraction: float = 0.0  # share of the examples that is held out
@@ -83,6 +84,13 @@ class TrainSettings:
                     f"{len(self.folders)} folders of targets: give one for each, as in 3,1"
                 )
             shares_of(self.mixture_weights)
+        if self.fsdp and self.optimizer != "adamw":
+            raise UserError(
+                f"--fsdp: the moments of --optimizer {self.optimizer} cannot be spread over "
+                "processes: give adamw"
+            )
+        if self.fsdp and self.precision == "float16":
+            raise UserError("--fsdp has no loss scaling for --precision float16: give bfloat16")
         if self.keep_adapter and self.lora_rank is None:
             raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
 

@@ -25,6 +25,7 @@ from .collate import Batch
 from .objective import Objective
 from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
+from .sharding import shard, whole
 from .student import Student
 
 NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
@@ -71,10 +72,13 @@ class Stepper:
         self.accelerator = accelerator
         self.max_grad_norm = settings.max_grad_norm
         self.objective = objective
-        optimizer = make_optimizer(
-            settings.optimizer, student, settings.learning_rate, settings.weight_decay
-        )
-        self.model, self.optimizer = accelerator.prepare(student, optimizer)
+        given = (settings.optimizer, student, settings.learning_rate, settings.weight_decay)
+        if settings.fsdp and accelerator.num_processes > 1:
+            shard(student, accelerator)
+            self.model: Any = student
+            self.optimizer: Any = accelerator.prepare(make_optimizer(*given))
+        else:
+            self.model, self.optimizer = accelerator.prepare(student, make_optimizer(*given))
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take step `number` on this process' micro-batches, at least one.
@@ -94,7 +98,7 @@ class Stepper:
         parameters = self.model.parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
         assert norm is not None  # only DeepSpeed keeps it to itself
-        grad_norm = float(norm)
+        grad_norm = float(whole(norm))
         # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
         may_overflow = self.accelerator.scaler is not None
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
@@ -113,7 +117,8 @@ class Stepper:
             is_last = index == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 batch = batch.to(self.accelerator.device)
-                loss_sum, error_bounds = self.model(batch, self.objective)
+                with self.accelerator.autocast():
+                    loss_sum, error_bounds = self.model(batch, self.objective)
                 # the mean that is taken of the processes' gradients must become their sum
                 self.accelerator.backward(loss_sum * (self.accelerator.num_processes / tokens))
             sums.append(loss_sum.detach())

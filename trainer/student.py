@@ -73,8 +73,9 @@ class Student(torch.nn.Module):
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
         if self.has_adapter:
             self.model = self.model.merge_and_unload()
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(parameter.to(dtype))
 
 
 def load_student(

@@ -103,6 +103,11 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 @click.option(
     "--keep-adapter", is_flag=True, help="Save the adapter by itself, for peft: not merged."
 )
+@click.option(
+    "--fsdp",
+    is_flag=True,
+    help="Under torchrun: spread weights, gradients and moments over the processes.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
 @click.option(
     "--eval-fraction", type=float, default=0.0, help="Share of the demonstrations held out."
