@@ -95,14 +95,23 @@ def open_log(
     kept = _logged_until(folder / LOG, step) if step else ""
     with (
         open_trackers(trackers, folder, step, identity) as track,
-        open(folder / LOG, "w", encoding="utf-8", buffering=1) as file,
+        open(folder / LOG, "wb", buffering=0) as file,
     ):
-        file.write(kept)
+
+        def write(text: str) -> None:
+            try:
+                file.write(text.encode())
+            except OSError as error:
+                raise UserError(
+                    f"{folder / LOG}: cannot be written: {error.strerror}: make room, then run the "
+                    "same command again"
+                ) from error
 
         def log(**event: Any) -> None:
-            print(json.dumps(event), file=file)
+            write(json.dumps(event) + "\n")
             track(event["step"], scalars(event))
 
+        write(kept)
         yield log
 
 
