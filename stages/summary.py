@@ -171,6 +171,7 @@ def print_training(folder: Path, result: "TrainResult") -> None:
             words = f"target loss {evaluation.target_loss:.4f}, NLL {evaluation.nll:.4f}"
             if evaluation.kl_to_base is not None:
                 words += f", KL to base {evaluation.kl_to_base:z.4f}"
+            words += f", entropy {evaluation.entropy:.4f}"
             rows.append((f"held out, {when}", words))
     print_table(rows)
 

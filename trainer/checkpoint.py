@@ -116,7 +116,7 @@ def save_checkpoint(
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     if failed:
-        reason = one_line(error) if error else "another process failed"
+        reason = one_line(_cause(error)) if error else "another process failed"
         raise UserError(
             f"{folder / CHECKPOINTS / name}: cannot be written: {reason}: make room, then run the "
             "same command again"
@@ -147,8 +147,8 @@ def load_checkpoint(
         _restore_random_state(path / f"random-{accelerator.process_index}.pt")
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, CheckpointException) as error:
         raise UserError(
-            f"{path}: damaged: {one_line(error)}: remove it, and the same command goes on from the "
-            "one before"
+            f"{path}: damaged: {one_line(_cause(error))}: remove it, and the same command goes on "
+            "from the one before"
         ) from error
     return progress
 
@@ -175,6 +175,13 @@ def _state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside of accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, without the library's account of where."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def _commit(temporary: Path, path: Path) -> None:

@@ -1,67 +1,108 @@
 """How a model does on held-out targets."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from torch import Tensor
 
-from .collate import Batch, SparseTargets
-from .loss import observed_losses, residual_divergences
+from ..pipeline import rules
+from .collate import Batch, SparseTargets, collate
+from .loss import at_least_float32, observed_losses, residual_divergences
 from .objective import Objective
+from .sharding import let_go
 from .student import Student
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over all supervised tokens, in nats.
+    """Means over all supervised tokens of all processes; losses and entropy in nats.
 
-    `kl_to_base` is the divergence KL(base ‖ student), where the targets' residual is the base prior
-    (over its stored support, the rest as one bucket).
+    - `target_loss`: what the training minimises.
+    - `nll`: −log p(y), of the demonstrations alone.
+    - `kl_to_base`: KL(base ‖ student) over the stored support, the rest as one bucket; None where
+      the targets' residual is not the base prior.
+    - `trust`: the method's γ, that of the student as it is now if the method is live; 1 where the
+      folder holds γ in its weights (frozen-weight), None where a method has none (gem).
+    - `tail_mass`: what the target puts outside the stored support, where only its sum is known.
+    - `entropy`: the student's, over the whole vocabulary: does it grow too sure of itself?
     """
 
     tokens: int
     target_loss: float
     nll: float
     kl_to_base: float | None
+    trust: float | None
+    tail_mass: float
+    entropy: float
 
 
 @torch.no_grad()
 def evaluate(
-    student: Student,
-    batches: Iterable[Batch],
-    device: torch.device,
-    objective: Objective,
+    student: Student, batches: Iterable[Batch], accelerator: Accelerator, objective: Objective
 ) -> Evaluation:
     """Evaluate on the batches of all processes; every one of them calls it with its own."""
-    residual_is_base = objective.residual == "base"
     was_training = student.training
     student.eval()
-    sums = [0.0, 0.0, 0.0, 0.0]
-    for batch in (batch.to(device) for batch in batches):
-        for logits_nV, targets in _chunks(student, batch, objective):
-            chunk_sums = [
-                len(logits_nV),
-                objective(logits_nV, targets).sum,
-                observed_losses(logits_nV, targets).sum(),
-                residual_divergences(logits_nV, targets).sum() if residual_is_base else 0.0,
-            ]
-            sums = [a + float(b) for a, b in zip(sums, chunk_sums, strict=True)]
+    read = partial(_sums, objective=objective)
+    sums = [0.0] * 7
+    for batch in _in_step(batches, accelerator):
+        found = student.measure(batch.to(accelerator.device), read, objective.reads_examples)
+        sums = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
     student.train(was_training)
-    tokens, target_loss, nll, divergence = map(sum, zip(*gather_object([sums]), strict=True))
+    let_go(student)
+    tokens, target_loss, nll, divergence, trust, tail_mass, entropy = _of_all(sums, accelerator)
+    residual_is_base = objective.residual == "base"
     return Evaluation(
-        tokens=int(tokens),
+        tokens=round(tokens),
         target_loss=target_loss / tokens,
         nll=nll / tokens,
         kl_to_base=divergence / tokens if residual_is_base else None,
+        trust=trust / tokens if objective.has_trust else None,
+        tail_mass=tail_mass / tokens,
+        entropy=entropy / tokens,
     )
 
 
-def _chunks(
-    student: Student, batch: Batch, objective: Objective
-) -> Iterable[tuple[Tensor, SparseTargets]]:
-    """The logits of a batch in parts, but in one where a method reads whole examples."""
-    if "sequence_log_ratio" in objective.choice.method.reads:
-        return [(student.logits(batch), batch.targets)]
-    return student.logit_chunks(batch)
+def _sums(logits_nV: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
+    """What the means are taken of, summed over some positions, [7]."""
+    logits_nV = at_least_float32(logits_nV)
+    followed, _ = objective.followed(logits_nV, targets)
+    nothing = logits_nV.new_zeros(())
+    residual_is_base = objective.residual == "base"
+    return torch.stack(
+        [
+            nothing + len(logits_nV),
+            objective(logits_nV, targets).sum,
+            observed_losses(logits_nV, targets).sum(),
+            residual_divergences(logits_nV, targets).sum() if residual_is_base else nothing,
+            objective.trust(logits_nV, targets).sum() if objective.has_trust else nothing,
+            ((1 - followed.trust) * followed.tail_mass).sum(),
+            rules.entropy(logits_nV.log_softmax(1)).sum(),
+        ]
+    )
+
+
+def _in_step(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+    """The batches, then empty ones until every process is through: sharded weights are gathered by
+    all processes together."""
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        (is_left,) = _of_all([float(batch is not None)], accelerator)
+        if not is_left:
+            return
+        yield batch or collate([])
+
+
+def _of_all(values: list[float], accelerator: Accelerator) -> list[float]:
+    """The sums over all processes, in float64 where the device has it."""
+    if accelerator.num_processes == 1:
+        return values
+    has_float64 = accelerator.device.type != "mps"
+    dtype = torch.float64 if has_float64 else torch.float32
+    local: Tensor = torch.tensor(values, dtype=dtype, device=accelerator.device)
+    total: Tensor = accelerator.reduce(local, "sum")  # pyright: ignore[reportAssignmentType]
+    return total.tolist()

@@ -216,7 +216,7 @@ def _sequence_log_ratios(
 
     It takes all positions of an example, which chunks may tear apart: a pass of its own.
     """
-    if "sequence_log_ratio" not in objective.choice.method.reads:
+    if not objective.reads_examples:
         return None
     losses = [
         observed_losses(head.logits(hidden_ND[rows]), rows_of(targets, rows))

@@ -1,6 +1,8 @@
 """The training run, from its settings to a saved model."""
 
+import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,19 +12,20 @@ from accelerate.utils import set_seed
 
 from ..pipeline.errors import UserError
 from ..pipeline.locks import locked
-from ..pipeline.manifest import Identity, Manifest, read_manifest
+from ..pipeline.manifest import Identity, Manifest
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
 from .checkpoint import remove_checkpoints
-from .checks import check_fit, check_streams, settled_method
+from .checks import settled_method
 from .heads import keeps_apart
 from .models import find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
+from .saving import save_adapter, save_model
 from .settings import TrainSettings
+from .sources import Source, find_sources, open_sources, settled
 from .step import NOT_FINITE, precision_of, start_accelerator
-from .stream import open_streams
-from .student import load_student, save_student, saved_dtype
+from .student import load_student
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -31,26 +34,31 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss stops being finite.
     """
-    manifest = read_manifest(settings.targets, "build-targets")
-    settings = replace(settings, method=settled_method(settings, manifest))
+    sources = find_sources(settings)
     base = find_model(settings.model, settings.revision)
-    check_fit(settings, manifest, base)
-    accelerator = start_accelerator(settings.precision)
+    objective = settled(settings, sources, base)
+    first = sources[0]
+    method = settled_method(settings.method, first.folder, first.manifest)
+    settings = replace(settings, method=method)
+    accelerator = start_accelerator(
+        settings.precision, waits_long=settings.eval_command is not None
+    )
     identity = run_identity(
         settings,
-        inputs={"targets": manifest.fingerprint, "model": base.weights_hash()},
+        inputs={source.name: source.manifest.fingerprint for source in sources}
+        | {"model": base.weights_hash()},
         precision=precision_of(accelerator),
     )
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(record["results"])
-    train_stream, eval_stream = open_streams(settings.targets, manifest, settings.eval_fraction)
-    check_streams(settings, train_stream, eval_stream)
+    samples, held_out = open_sources(settings, sources)
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             _make_ready(settings, identity, accelerator.is_main_process)
-        set_seed(settings.seed, device_specific=True)
+        set_seed(settings.seed)  # new adapters are the same everywhere
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
+        set_seed(settings.seed, device_specific=True)  # dropout is not
         if settings.pack and not keeps_apart(student.model):
             raise UserError(
                 f"--pack: model {base.name} mixes demonstrations that stand end to end: leave it "
@@ -62,12 +70,13 @@ def train(settings: TrainSettings) -> TrainResult:
                 "runs, which takes more memory and time",
                 file=sys.stderr,
             )
-        run = Run(settings, identity, accelerator, student, train_stream, eval_stream)
-        result = run.train(saved_dtype(base))
+        run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
+        result = run.train()
+        save = save_adapter if settings.keep_adapter else save_model
+        save(student, base, settings.out, accelerator.is_main_process)
         if accelerator.is_main_process:
-            save_student(student, base, settings.out)
             remove_checkpoints(settings.out)
-            finish(settings.out, _record(settings, manifest, identity, accelerator, result))
+            finish(settings.out, _record(settings, sources, identity, accelerator, result))
         accelerator.wait_for_everyone()
     return result
 
@@ -84,22 +93,30 @@ def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> N
 
 def _record(
     settings: TrainSettings,
-    manifest: Manifest,
+    sources: Sequence[Source],
     identity: Identity,
     accelerator: Accelerator,
     result: TrainResult,
 ) -> dict[str, Any]:
     """What `qpipe.json` says: what was asked, what made the model, and how it went."""
-    targets = {"identity": asdict(manifest.identity), "parents": manifest.parents}
     return {
         "identity": asdict(identity),
         "fingerprint": identity.fingerprint,
-        "settings": asdict(settings) | {"targets": str(settings.targets), "out": str(settings.out)},
-        "parents": {"targets": targets | {"fingerprint": manifest.fingerprint}},
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "parents": {source.name: _chain(source.manifest) for source in sources},
         "provenance": {
             "device": str(accelerator.device),
             "processes": accelerator.num_processes,
             "versions": package_versions("qpipe", "torch", "transformers", "accelerate"),
         },
         "results": asdict(result),
+    }
+
+
+def _chain(manifest: Manifest) -> dict[str, Any]:
+    """What a folder was made from, back to the demonstrations."""
+    return {
+        "identity": asdict(manifest.identity),
+        "fingerprint": manifest.fingerprint,
+        "parents": manifest.parents,
     }

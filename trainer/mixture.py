@@ -2,7 +2,9 @@
 
 Which stream the k-th sample comes from depends on k and the weights alone, so a mixture has no
 state but the number of samples consumed, as a single stream. Each stream goes through its own
-epochs. After any number of samples, a stream has given within one of its exact share: Balinski and
+epochs: with weights other than their sizes, an epoch of the mixture, which has as many samples as
+the streams have in all, shows the examples of one stream more than once and not all of another's.
+After any number of samples, a stream has given within one of its exact share: Balinski and
 Young's quota method (The quota method of apportionment, 1975).
 """
 

@@ -26,6 +26,12 @@ class ModelFiles:
     tokenizer: "PreTrainedTokenizerFast"
 
     @property
+    def origin(self) -> str:
+        """What names it anywhere on this machine: the path of a folder, or the name on the hub."""
+        folder = self.folder.resolve()
+        return str(folder) if folder.name == self.name else self.name
+
+    @property
     def vocab_size(self) -> int:
         """The number of logits, which may exceed the tokenizer's vocabulary."""
         return self.config.get_text_config().vocab_size

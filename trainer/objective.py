@@ -46,6 +46,11 @@ class Objective:
         """Whether a truncated support moves the gradient, by no more than a known bound."""
         return self.choice.reads_student and self.choice.residual == "mixture"
 
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the target at a position depends on its whole example."""
+        return "sequence_log_ratio" in self.choice.method.reads
+
     def __call__(self, logits_NV: Tensor, targets: SparseTargets) -> Loss:
         """Σ weight·loss over the batch, to be divided by the supervised tokens of the step."""
         if not self.choice.reads_student:
@@ -54,9 +59,28 @@ class Objective:
         if self.choice.residual == "gem":
             losses = matching_losses(logits_NV, targets.observed_ids, self.choice)
             return Loss((targets.weights * losses).sum())
-        live, bounds = live_targets(self.choice, logits_NV.detach(), targets)
+        live, bounds = self.followed(logits_NV.detach(), targets)
         losses = target_losses(logits_NV, live, self.tail_shape)
         return Loss((live.weights * losses).sum(), bounds)
+
+    def followed(
+        self, logits_NV: Tensor, targets: SparseTargets
+    ) -> tuple[SparseTargets, Tensor | None]:
+        """The targets that are followed at these logits, and the bound of their error."""
+        if not self.choice.reads_student or self.choice.residual == "gem":
+            return targets, None
+        return live_targets(self.choice, logits_NV, targets)
+
+    @property
+    def has_trust(self) -> bool:
+        """Whether the method has a γ: a trust in the observed token."""
+        return self.choice.residual != "gem"
+
+    def trust(self, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
+        """The method's γ at these logits, also where a live loss carries it as a weight, [N]."""
+        if not self.choice.reads_student:
+            return targets.trust
+        return self.choice.trust_and_scale(_signals(self.choice, logits_NV, targets))[0]
 
 
 def objective_of(settings: dict[str, Any], method: str) -> Objective:

@@ -4,16 +4,18 @@ The samples of all epochs form one sequence, cut into optimizer steps; only the 
 A step's samples, and so its gradient, are the same on any number of processes.
 """
 
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from time import perf_counter
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
 from ..pipeline.records import TargetExample
@@ -21,17 +23,23 @@ from ..pipeline.storage import write_json
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from .checks import SFT
 from .collate import Batch, collate, observed_only, pack
+from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
-from .objective import objective_of
+from .models import ModelFiles
+from .objective import Objective
 from .plan import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
 from .prefetch import Prefetch
 from .run_folder import Log, open_log
+from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
+from .sharding import is_sharded
+from .sources import in_order
 from .step import NOT_FINITE, NotFiniteError, Stepper
 from .stream import TargetStream
 from .student import Student
 
+EVAL_MODEL = ".eval-model.tmp"  # in the run's folder, while --eval-command runs
 STEPS_AHEAD = 2  # that are read and collated while one is computed
 
 
@@ -57,22 +65,24 @@ class Run:
         identity: Identity,
         accelerator: Accelerator,
         student: Student,
-        train_stream: TargetStream,
-        eval_stream: TargetStream,
+        base: ModelFiles,
+        objective: Objective,
+        train_samples: Samples,
+        eval_streams: Sequence[TargetStream],
     ) -> None:
-        assert settings.method is not None  # settled
         self.settings = settings
         self.identity = identity
         self.accelerator = accelerator
         self.student = student
-        self.train_stream = train_stream
-        self.eval_stream = eval_stream
-        self.objective = objective_of(train_stream.manifest.settings, settings.method)
+        self.base = base
+        self.objective = objective
+        self.train_samples = train_samples
+        self.eval_streams = eval_streams
         self.stepper = Stepper(accelerator, student, settings, self.objective)
-        self.steps, self.samples = run_size(settings, train_stream)
+        self.steps, self.samples = run_size(settings, train_samples)
 
-    def train(self, final_dtype: torch.dtype) -> TrainResult:
-        """Take every step that is left; the weights end rounded to `final_dtype`."""
+    def train(self) -> TrainResult:
+        """Take every step that is left; a whole model's weights end rounded to what is saved."""
         progress = self._resumed()
         is_main = self.accelerator.is_main_process
         bar = progress_bar(
@@ -82,13 +92,16 @@ class Run:
             unit="step",
             disable=not is_main,
         )
-        with open_log(self.settings.out, is_main, progress.step) as log, bar as shown:
+        log_to = (self.settings.out, is_main, progress.step, self.settings.track, self.identity)
+        with open_log(*log_to) as log, bar as shown:
             if progress.step == 0:
                 progress = replace(progress, before=self._evaluate(0, log))
             with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
                 for step, batches in ready:
                     progress = self._step(progress, step, batches, ready.waited, log, shown)
-            self.student.finish(final_dtype)
+            stays_apart = self.settings.keep_adapter or is_sharded(self.student)
+            if not (self.student.has_adapter and stays_apart):  # merged when saved, if at all
+                self.student.finish(saved_dtype(self.base))
             after = self._evaluate(self.steps, log)
         return TrainResult(
             self.steps, self.samples, progress.tokens, progress.seconds, progress.before, after
@@ -160,7 +173,7 @@ class Run:
         """The steps that are left, and this process' micro-batches in each."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         tokens, packed = self.settings.forward_tokens, self.settings.pack
-        for step in cut(self.settings, self.train_stream, progress.samples, self.samples):
+        for step in cut(self.settings, self.train_samples, progress.samples, self.samples):
             yield step, micro_batches(step, rank, world_size, tokens, packed)
 
     def _batches(
@@ -169,7 +182,7 @@ class Run:
         """The steps with their micro-batches, read."""
         plans, ahead = tee(plans)
         numbers = (numbers for _, numbers in ahead)
-        examples = read_steps(self.train_stream, self.settings.seed, numbers)
+        examples = read_steps(self.train_samples, self.settings.seed, numbers)
         for (step, _), chunks in zip(plans, examples, strict=True):
             yield step, [self._batch(chunk) for chunk in chunks]
 
@@ -189,19 +202,38 @@ class Run:
         return every is not None and step % every == 0 and step < self.steps
 
     def _evaluate(self, step: int, log: Log) -> Evaluation | None:
-        """How the student does on the held-out examples, if there are any, after a step."""
-        if len(self.eval_stream) == 0:
-            return None
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        examples = self.eval_stream.in_order(rank, world_size)
-        evaluation = evaluate(
-            self.student,
-            (self._batch(chunk) for chunk in by_tokens(examples, self.settings.forward_tokens)),
-            self.accelerator.device,
-            self.objective,
-        )
-        log(event="evaluation", step=step, **asdict(evaluation))
+        """How the student does after a step, on the held-out examples and by the user's command."""
+        evaluation = self._on_held_out() if any(map(len, self.eval_streams)) else None
+        if evaluation is not None:
+            log(event="evaluation", step=step, **asdict(evaluation))
+        if self.settings.eval_command is not None:
+            self._run_eval_command(self.settings.eval_command, step, log)
         return evaluation
+
+    def _on_held_out(self) -> Evaluation:
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        examples = in_order(self.eval_streams, rank, world_size)
+        chunks = by_tokens(examples, self.settings.forward_tokens)
+        batches = (self._batch(chunk) for chunk in chunks)
+        return evaluate(self.student, batches, self.accelerator, self.objective)
+
+    def _run_eval_command(self, command: str, step: int, log: Log) -> None:
+        """Let the user's command look at the model as it is, while the other processes wait."""
+        folder = self.settings.out / EVAL_MODEL
+        is_main = self.accelerator.is_main_process
+        said: dict[str, Any] = {}
+        try:
+            save_model(self.student, self.base, folder, is_main)
+            if is_main:
+                said = run_command(command, folder)
+        except UserError as error:
+            said = {"error": str(error)}
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        log(event="eval_command", step=step, **said)
+        if "error" in said:
+            tqdm.write(f"step {step}: --eval-command failed: {said['error']}", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
 
 
 def run_size(settings: TrainSettings, stream: Samples) -> tuple[int, int]:

@@ -16,7 +16,9 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity
 from ..pipeline.runner import refuse_other
 from ..pipeline.storage import read_json, write_json
+from .mixture import shares_of
 from .settings import TrainSettings
+from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
 RUN = "qpipe.json"
 LOG = "log.jsonl"
@@ -25,18 +27,21 @@ Log = Callable[..., None]  # takes the fields of an event
 
 _PLACES = {"targets", "model", "revision", "out"}  # known by their content instead
 # these leave every gradient as it is
-_CUT = {"forward_tokens", "pack", "gradient_checkpointing"}
+_CUT = {"forward_tokens", "pack", "gradient_checkpointing", "fsdp"}
 _SAVING = {"save_every", "keep_checkpoints", "resume"}
+_SHOWING = {"track", "eval_command"}
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
     """What determines the trained model; `resolved` holds what the settings leave open."""
     given = asdict(settings)
     for field in fields(settings):
-        if field.name in _PLACES | _CUT | _SAVING:
+        if field.name in _PLACES | _CUT | _SAVING | _SHOWING:
             del given[field.name]
         elif isinstance(field.default, float):
             given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON
+    weights = settings.mixture_weights
+    given["mixture_weights"] = list(shares_of(weights)) if weights else None  # 6,2 is 3,1
     return Identity(stage="train", settings=given | resolved, inputs=inputs, schema={})
 
 
@@ -66,7 +71,8 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
     """Declare a run finished; the record gets the names and sizes of the model's files."""
-    names = sorted(path.name for path in folder.iterdir() if path.name not in (PLAN, LOG))
+    others = (PLAN, LOG, *TRACKER_FOLDERS)
+    names = sorted(path.name for path in folder.iterdir() if path.name not in others)
     write_json(folder / RUN, record | {"files": {name: _size(folder / name) for name in names}})
     (folder / PLAN).unlink(missing_ok=True)
 
@@ -76,18 +82,37 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def open_log(folder: Path, is_main: bool, step: int = 0) -> Iterator[Log]:
-    """A function that logs an event as one line of JSON; silent but on the main process.
+def open_log(
+    folder: Path, is_main: bool, step: int, trackers: tuple[str, ...], identity: Identity
+) -> Iterator[Log]:
+    """A function that logs an event as one line of JSON, and tells the trackers.
 
-    What an earlier try of the run logged until `step` stays.
+    What an earlier try of the run logged until `step` stays. Silent but on the main process.
     """
     if not is_main:
         yield lambda **event: None
         return
     kept = _logged_until(folder / LOG, step) if step else ""
-    with open(folder / LOG, "w", encoding="utf-8", buffering=1) as file:
-        file.write(kept)
-        yield lambda **event: print(json.dumps(event), file=file)
+    with (
+        open_trackers(trackers, folder, step, identity) as track,
+        open(folder / LOG, "wb", buffering=0) as file,
+    ):
+
+        def write(text: str) -> None:
+            try:
+                file.write(text.encode())
+            except OSError as error:
+                raise UserError(
+                    f"{folder / LOG}: cannot be written: {error.strerror}: make room, then run the "
+                    "same command again"
+                ) from error
+
+        def log(**event: Any) -> None:
+            write(json.dumps(event) + "\n")
+            track(event["step"], scalars(event))
+
+        write(kept)
+        yield log
 
 
 def _logged_until(path: Path, step: int) -> str:

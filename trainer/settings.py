@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError
+from .eval_command import parse_command
+from .mixture import shares_of
+from .optimizers import OptimizerName
 from .schedule import Schedule
+from .trackers import TrackerName, check_trackers
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Resume = Literal["auto", "never"]
@@ -22,10 +26,11 @@ class TrainSettings:
     tokens, which leaves the gradient as it is. Raises UserError for a value out of its range.
     """
 
-    targets: Path
+    targets: Path | tuple[Path, ...]  # several are mixed
     model: str
     out: Path
     revision: str | None = None
+    mixture_weights: tuple[float, ...] = ()  # one a folder; none: by the folders' sizes
     method: str | None = None  # None: the folder's own; "sft" trains any folder on its tokens alone
     epochs: float = 1.0
     max_steps: int | None = None  # stop there, if the epochs would take longer
@@ -36,17 +41,27 @@ class TrainSettings:
     step_tokens: int | None = None  # instead of batch_size
     forward_tokens: int = 8192
     pack: bool = False  # examples end to end without padding
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0  # of matrices only
     max_grad_norm: float = 1.0
     precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
     gradient_checkpointing: bool = False
+    fsdp: bool = False  # spread the weights over the processes
     lora_rank: int | None = None  # None: all weights learn
+    keep_adapter: bool = False  # save it by itself, not merged
     eval_fraction: float = 0.0  # share of the examples that is held out
     eval_every: int | None = None  # steps; before the first and after the last in any case
+    eval_command: str | None = None  # run on a model folder at each evaluation
+    track: tuple[TrackerName, ...] = ()  # that show what log.jsonl holds
     save_every: int | None = 500  # steps between checkpoints
     keep_checkpoints: int = 2
     resume: Resume = "auto"  # from the latest checkpoint, if there is one
     seed: int = 0
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The target folders."""
+        return (self.targets,) if isinstance(self.targets, Path) else self.targets
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -55,8 +70,29 @@ class TrainSettings:
             if not is_allowed(value):
                 option = "--" + field.name.replace("_", "-")
                 raise UserError(f"{option} {value} cannot be used: give {allowed}")
-        if self.eval_every is not None and self.eval_fraction == 0:
-            raise UserError("--eval-every needs held-out examples: give --eval-fraction too")
+        if self.eval_every is not None and self.eval_fraction == 0 and self.eval_command is None:
+            raise UserError(
+                "--eval-every needs held-out examples: give --eval-fraction too, or --eval-command"
+            )
+        if self.eval_command is not None:
+            parse_command(self.eval_command)
+        check_trackers(self.track)
+        if self.mixture_weights:
+            if len(self.mixture_weights) != len(self.folders):
+                raise UserError(
+                    f"--mixture-weights: {len(self.mixture_weights)} given for "
+                    f"{len(self.folders)} folders of targets: give one for each, as in 3,1"
+                )
+            shares_of(self.mixture_weights)
+        if self.fsdp and self.optimizer != "adamw":
+            raise UserError(
+                f"--fsdp: the moments of --optimizer {self.optimizer} cannot be spread over "
+                "processes: give adamw"
+            )
+        if self.fsdp and self.precision == "float16":
+            raise UserError("--fsdp has no loss scaling for --precision float16: give bfloat16")
+        if self.keep_adapter and self.lora_rank is None:
+            raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
 
 
 _Rule = tuple[str, Callable[[Any], bool]]  # comparisons with NaN are false, so it is never allowed
@@ -69,6 +105,10 @@ _ALLOWED: dict[str, _Rule] = {
     "epochs": _POSITIVE,
     "max_steps": _NONE_OR_MORE,
     "learning_rate": _POSITIVE,
+    "optimizer": (
+        ", ".join(get_args(OptimizerName)),
+        lambda value: value in get_args(OptimizerName),
+    ),
     "schedule": (", ".join(get_args(Schedule)), lambda value: value in get_args(Schedule)),
     "warmup_ratio": ("0 to 1", lambda value: 0 <= value <= 1),
     "batch_size": _ONE_OR_MORE,

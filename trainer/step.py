@@ -11,18 +11,21 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch
 from .objective import Objective
+from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
+from .sharding import shard, whole
 from .student import Student
 
 NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
@@ -69,7 +72,13 @@ class Stepper:
         self.accelerator = accelerator
         self.max_grad_norm = settings.max_grad_norm
         self.objective = objective
-        self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, settings))
+        given = (settings.optimizer, student, settings.learning_rate, settings.weight_decay)
+        if settings.fsdp and accelerator.num_processes > 1:
+            shard(student, accelerator)
+            self.model: Any = student
+            self.optimizer: Any = accelerator.prepare(make_optimizer(*given))
+        else:
+            self.model, self.optimizer = accelerator.prepare(student, make_optimizer(*given))
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take step `number` on this process' micro-batches, at least one.
@@ -89,7 +98,7 @@ class Stepper:
         parameters = self.model.parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
         assert norm is not None  # only DeepSpeed keeps it to itself
-        grad_norm = float(norm)
+        grad_norm = float(whole(norm))
         # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
         may_overflow = self.accelerator.scaler is not None
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
@@ -108,7 +117,8 @@ class Stepper:
             is_last = index == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 batch = batch.to(self.accelerator.device)
-                loss_sum, error_bounds = self.model(batch, self.objective)
+                with self.accelerator.autocast():
+                    loss_sum, error_bounds = self.model(batch, self.objective)
                 # the mean that is taken of the processes' gradients must become their sum
                 self.accelerator.backward(loss_sum * (self.accelerator.num_processes / tokens))
             sums.append(loss_sum.detach())
@@ -122,8 +132,10 @@ class Stepper:
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
 
 
-def start_accelerator(precision: Precision) -> Accelerator:
+def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
     """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
+
+    A process that does not answer is given up after some minutes, after a day with `waits_long`.
 
     Raises UserError for float16 without a GPU.
     """
@@ -135,25 +147,16 @@ def start_accelerator(precision: Precision) -> Accelerator:
     AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
     # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
     on_cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision])
+    patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
+    return Accelerator(
+        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience
+    )
 
 
 def precision_of(accelerator: Accelerator) -> str:
     """The precision that the forward pass runs in."""
     names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
     return names[accelerator.mixed_precision]
-
-
-def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on biases and the scales of norms."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
 def _at_fault(batches: Sequence[Batch], sums: Tensor) -> list[str]:

@@ -1,9 +1,6 @@
-"""The model that is trained: loading it, its logits where they count, saving it."""
+"""The model that is trained: loading it, its loss, its logits where they count."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,31 +35,47 @@ class Student(torch.nn.Module):
             loss = fused_loss(self._hidden(batch), head, batch.targets, objective)
         return loss.sum, loss.error_bounds
 
+    def measure(
+        self,
+        batch: Batch,
+        read: Callable[[Tensor, SparseTargets], Tensor],
+        whole_examples: bool = False,
+    ) -> Tensor:
+        """What `read` makes of the logits and targets of a few positions at a time, added up.
+
+        Of all positions at once with `whole_examples`, or where the head is not understood.
+        """
+        if self.head_form is None or whole_examples:
+            return read(self.logits(batch), batch.targets)
+        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
+        parts = chunks(len(hidden_ND), len(head.weight)) if len(hidden_ND) else [slice(0)]
+        total, *others = (
+            read(head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)) for rows in parts
+        )
+        return sum(others, total)
+
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
         columns_C, place_of_N = batch.columns.unique(return_inverse=True)
         logits_BCV = logits_at(self.model, columns_C, **batch.inputs)
         return logits_BCV[batch.rows, place_of_N]
 
-    def logit_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, SparseTargets]]:
-        """The logits a few positions at a time, each with its targets."""
-        if self.head_form is None:
-            yield self.logits(batch), batch.targets
-            return
-        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
-        for rows in chunks(len(hidden_ND), len(head.weight)):
-            yield head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)
-
     def _hidden(self, batch: Batch) -> Tensor:
         """The states that go into the head at the supervised positions, [N, D]."""
         return hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is what learns, and is still by itself."""
+        return hasattr(self.model, "merge_and_unload")
+
     def finish(self, dtype: torch.dtype) -> None:
         """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
-        if hasattr(self.model, "merge_and_unload"):
+        if self.has_adapter:
             self.model = self.model.merge_and_unload()
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(parameter.to(dtype))
 
 
 def load_student(
@@ -82,40 +95,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
-
-def saved_dtype(base: ModelFiles) -> torch.dtype:
-    """The type in which the base's weights came, and the student's will be saved."""
-    return base.config.dtype or torch.float32
-
-
-def save_student(student: Student, base: ModelFiles, folder: Path) -> None:
-    """Put the model and the base's tokenizer into a folder that transformers and vLLM load.
-
-    All is written aside first; `config.json`, without which nothing loads a model, comes last.
-    """
-    from transformers import GenerationConfig
-
-    aside = folder / ".model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    generation = base.folder / "generation_config.json"
-    if generation.exists():
-        # the base's own, as it is: saving one refuses settings that loading one accepts
-        student.model.generation_config = GenerationConfig()
-    student.model.to(saved_dtype(base)).save_pretrained(aside)
-    base.tokenizer.save_pretrained(aside)
-    if generation.exists():
-        shutil.copyfile(generation, aside / generation.name)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_file():
-            _sync(path)
-        os.replace(path, folder / path.name)
-    aside.rmdir()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    return get_peft_model(model, config)

@@ -8,8 +8,31 @@ import click
 from ..options import FOLDER, Command, config_option, one_of
 
 
+def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(",")) if text else ()
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text} is no list of numbers: give one a folder, as in 3,1", ctx, parameter
+        ) from error
+
+
 @click.command(cls=Command)
-@click.option("--targets", required=True, type=FOLDER, help="Folder made by `qpipe build-targets`.")
+@click.option(
+    "--targets",
+    required=True,
+    multiple=True,
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder made by `qpipe build-targets`. Several are mixed: each step takes of all.",
+)
+@click.option(
+    "--mixture-weights",
+    callback=_weights,
+    default=None,
+    metavar="W,W,…",
+    help="Shares of the samples, one a folder, as in 3,1.  [default: the folders' sizes]",
+)
 @click.option(
     "--model", required=True, help="Model to train, the scored one as a rule: a folder or a name."
 )
@@ -52,7 +75,18 @@ from ..options import FOLDER, Command, config_option, one_of
 @click.option(
     "--pack", is_flag=True, help="Put demonstrations end to end in a forward pass, not padded."
 )
-@click.option("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only.")
+@click.option(
+    "--optimizer",
+    type=one_of("adamw", "adamw-8bit", "adamw-paged-8bit"),
+    default="adamw",
+    help="8-bit ones, for less memory, are those of bitsandbytes: pip install 'qpipe[8bit]'.",
+)
+@click.option(
+    "--weight-decay",
+    type=float,
+    default=0.0,
+    help="On matrices only: not on biases, norms and embeddings.",
+)
 @click.option("--max-grad-norm", type=float, default=1.0, help="Clip gradients to this norm.")
 @click.option(
     "--precision",
@@ -66,6 +100,14 @@ from ..options import FOLDER, Command, config_option, one_of
     default=None,
     help="Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
 )
+@click.option(
+    "--keep-adapter", is_flag=True, help="Save the adapter by itself, for peft: not merged."
+)
+@click.option(
+    "--fsdp",
+    is_flag=True,
+    help="Under torchrun: spread weights, gradients and moments over the processes.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, about a third slower.")
 @click.option(
     "--eval-fraction", type=float, default=0.0, help="Share of the demonstrations held out."
@@ -76,6 +118,21 @@ from ..options import FOLDER, Command, config_option, one_of
     default=None,
     metavar="STEPS",
     help="Evaluate this often, besides before and after.",
+)
+@click.option(
+    "--eval-command",
+    default=None,
+    metavar="COMMAND",
+    help="Run this before, after and every --eval-every steps, as in 'python my_eval.py "
+    "{checkpoint}': {checkpoint} becomes a model folder, removed afterwards. The numbers of the "
+    "JSON object on its last line of output are logged. Where it fails, a warning is. The other "
+    "processes wait for it.",
+)
+@click.option(
+    "--track",
+    type=one_of("tensorboard", "wandb"),
+    multiple=True,
+    help="Show what log.jsonl gets there too: pip install 'qpipe[tensorboard]' or 'qpipe[wandb]'.",
 )
 @click.option(
     "--save-every", type=int, default=500, metavar="STEPS", help="Write a checkpoint this often."

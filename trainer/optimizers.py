@@ -1,0 +1,59 @@
+"""The optimizers, by name."""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+from ..pipeline.errors import UserError
+
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
+
+
+def make_optimizer(
+    name: OptimizerName, model: torch.nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer of a model's trained weights; weight decay on matrices alone.
+
+    Raises UserError for one that comes from a library which is not installed.
+    """
+    groups = parameter_groups(model, weight_decay)
+    match name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=learning_rate)
+        case "adamw-8bit":
+            return _bitsandbytes(name).AdamW8bit(groups, lr=learning_rate)
+        case "adamw-paged-8bit":
+            return _bitsandbytes(name).PagedAdamW8bit(groups, lr=learning_rate)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained weights in two groups: the matrices, which decay, and all others.
+
+    Others are biases, the scales of norms, and embeddings: the row of a token that no example has
+    is without a gradient, and decay alone would wear it away. Tied to the head, they are embeddings
+    still.
+    """
+    embeddings = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decays = [parameter.ndim >= 2 and parameter not in embeddings for parameter in trained]
+    matrices = [parameter for parameter, does in zip(trained, decays, strict=True) if does]
+    others = [parameter for parameter, does in zip(trained, decays, strict=True) if not does]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _bitsandbytes(name: OptimizerName) -> Any:
+    """The library's optimizers, AdamW with its moments in 8 bits among them."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"--optimizer {name} needs bitsandbytes: pip install 'qpipe[8bit]'")
+    from bitsandbytes import optim  # pyright: ignore[reportMissingImports]
+
+    return optim

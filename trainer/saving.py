@@ -1,0 +1,129 @@
+"""A student on disk: a model folder for transformers and vLLM, or an adapter's for peft.
+
+The weights are first gathered, whole, on the main process' CPU: the student on its devices stays as
+it is, however it is spread over them, so that it can be saved in the middle of its training.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ..pipeline.errors import UserError, one_line
+from .heads import causal_model
+from .models import ModelFiles
+from .student import Student
+
+_ASIDE = ".model.tmp"
+
+
+def saved_dtype(base: ModelFiles) -> torch.dtype:
+    """The type in which the base's weights came, and the student's will be saved."""
+    return base.config.dtype or torch.float32
+
+
+def save_model(student: Student, base: ModelFiles, folder: Path, is_main: bool) -> None:
+    """Put the model, adapters merged, and the base's tokenizer into a folder.
+
+    All processes call it together. transformers and vLLM load the folder.
+    """
+    dtype = saved_dtype(base)
+    # adapters are merged in float32
+    weights = _whole_weights(student, torch.float32 if student.has_adapter else dtype)
+    if is_main:
+        model = _cpu_copy(student.model, weights)
+        if student.has_adapter:
+            model = model.merge_and_unload()
+        _save(model.to(dtype), base, folder)
+
+
+def save_adapter(student: Student, base: ModelFiles, folder: Path, is_main: bool) -> None:
+    """Put the adapter alone, in float32, and the base's tokenizer into a folder that peft loads."""
+    weights = _whole_weights(student, torch.float32, trained_only=True)
+    if not is_main:
+        return
+    config = student.model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.origin, base.revision
+    with _aside(folder, last="adapter_config.json") as aside:
+        student.model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
+        (aside / "README.md").unlink()  # a form to fill in
+        base.tokenizer.save_pretrained(aside)
+
+
+def _whole_weights(
+    student: Student, dtype: torch.dtype, trained_only: bool = False
+) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU of the main process; nothing on the others."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only
+    )
+    weights: dict[str, Any] = get_model_state_dict(student.model, options=options)
+    return {name: value.to("cpu", dtype, copy=True) for name, value in weights.items()}
+
+
+def _cpu_copy(model: Any, weights: dict[str, Tensor]) -> Any:
+    """The same model with other weights, its buffers left out: good for nothing but saving."""
+    causal = causal_model(model)
+    with torch.device("meta"):
+        copy = type(causal)(deepcopy(causal.config))
+        if causal is not model:
+            from peft import get_peft_model
+
+            copy = get_peft_model(copy, deepcopy(model.peft_config["default"]))
+    copy.load_state_dict(weights, assign=True)
+    causal_model(copy).tie_weights()
+    return copy
+
+
+def _save(model: Any, base: ModelFiles, folder: Path) -> None:
+    """Written aside first; `config.json`, without which nothing loads a model, comes last."""
+    from transformers import GenerationConfig
+
+    generation = base.folder / "generation_config.json"
+    if generation.exists():
+        # the base's own, as it is: saving one refuses settings that loading one accepts
+        model.generation_config = GenerationConfig()
+    with _aside(folder, last="config.json") as aside:
+        model.save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        if generation.exists():
+            shutil.copyfile(generation, aside / generation.name)
+
+
+@contextmanager
+def _aside(folder: Path, last: str) -> Iterator[Path]:
+    """A folder whose files, when the block ends well, move into another: synced, `last` the last.
+
+    Raises UserError where they cannot be written; the other folder then has none of them.
+    """
+    aside = folder / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        paths = sorted(aside.iterdir(), key=lambda path: path.name == last)
+        for path in paths:
+            _sync(path)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{folder}: the model cannot be written: {one_line(error)}: make room, then run the "
+            "same command again"
+        ) from error
+    for path in paths:
+        os.replace(path, folder / path.name)
+    aside.rmdir()
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,120 @@
+"""The target folders of a run: one, or several that are mixed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from ..pipeline.errors import UserError
+from ..pipeline.manifest import Manifest, read_manifest
+from ..pipeline.records import TargetExample
+from .checks import check_fit, settled_method
+from .mixture import mix
+from .models import ModelFiles
+from .objective import Objective, objective_of
+from .plan import Samples
+from .settings import TrainSettings
+from .stream import TargetStream, open_streams
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A sealed target folder."""
+
+    name: str  # among the inputs of the run: targets, targets-2, ...
+    folder: Path
+    manifest: Manifest
+
+
+def find_sources(settings: TrainSettings) -> list[Source]:
+    """The folders that the settings name. Raises UserError where one is not sealed."""
+    manifests = [read_manifest(folder, "build-targets") for folder in settings.folders]
+    return [
+        Source(f"targets-{number}" if number > 1 else "targets", folder, manifest)
+        for number, (folder, manifest) in enumerate(
+            zip(settings.folders, manifests, strict=True), start=1
+        )
+    ]
+
+
+def settled(settings: TrainSettings, sources: Sequence[Source], base: ModelFiles) -> Objective:
+    """What is minimised on all of the folders.
+
+    Raises UserError where one does not fit the model, the asked method or the other folders.
+    """
+    for source in sources:
+        check_fit(source.folder, source.manifest, base)
+    objectives = [_objective(settings, source) for source in sources]
+    for source, objective in zip(sources, objectives, strict=True):
+        _refuse_other(sources[0], objectives[0], source, objective)
+    return objectives[0]
+
+
+def open_sources(
+    settings: TrainSettings, sources: Sequence[Source]
+) -> tuple[Samples, list[TargetStream]]:
+    """The samples to train on, and the examples of each folder that are held out.
+
+    Raises UserError where a folder has nothing to train on, or none has anything to evaluate on
+    where that is asked for.
+    """
+    opened = [open_streams(s.folder, s.manifest, settings.eval_fraction) for s in sources]
+    train_streams, eval_streams = (list(streams) for streams in zip(*opened, strict=True))
+    for source, (train_stream, eval_stream) in zip(sources, opened, strict=True):
+        _refuse_empty(settings, source, len(train_stream), len(eval_stream))
+    if settings.eval_fraction > 0 and not any(map(len, eval_streams)):
+        total = sum(map(len, train_streams))
+        words = ", ".join(str(source.folder) for source in sources)
+        raise UserError(
+            f"--eval-fraction {settings.eval_fraction} holds out none of the {total} examples of "
+            f"{words}: give more, or 0"
+        )
+    if len(sources) == 1:
+        return train_streams[0], eval_streams
+    # by their sizes each example comes once an epoch
+    weights = settings.mixture_weights or tuple(map(len, train_streams))
+    return mix(train_streams, weights), eval_streams
+
+
+def in_order(
+    streams: Sequence[TargetStream], rank: int, world_size: int
+) -> Iterator[TargetExample]:
+    """The rank's share of the examples of several folders, one after the other."""
+    return chain.from_iterable(stream.in_order(rank, world_size) for stream in streams)
+
+
+def _objective(settings: TrainSettings, source: Source) -> Objective:
+    method = settled_method(settings.method, source.folder, source.manifest)
+    return objective_of(source.manifest.settings, method)
+
+
+def _refuse_other(first: Source, ours: Objective, source: Source, theirs: Objective) -> None:
+    """Frozen folders may differ in method: what the trainer does with them is the same."""
+    for name, here, there in (
+        ("live method", _live(ours), _live(theirs)),
+        ("residual", ours.residual, theirs.residual),
+        ("tail shape", ours.tail_shape, theirs.tail_shape),
+    ):
+        if here != there:
+            raise UserError(
+                f"{source.folder}: cannot be mixed with {first.folder}: its {name} is {there} and "
+                f"there {here}: build targets that agree in it"
+            )
+
+
+def _live(objective: Objective) -> str:
+    choice = objective.choice
+    if not choice.reads_student:
+        return "none"
+    parameters = "".join(f", {name}={value}" for name, value in choice.parameters.items())
+    return f"{choice.method.name}{parameters}"
+
+
+def _refuse_empty(settings: TrainSettings, source: Source, kept: int, held_out: int) -> None:
+    if kept + held_out == 0:
+        raise UserError(f"{source.folder}: has no supervised token to train on")
+    if kept == 0:
+        raise UserError(
+            f"--eval-fraction {settings.eval_fraction} holds out all of the {held_out} examples of "
+            f"{source.folder}: give less"
+        )
