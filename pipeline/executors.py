@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import UserError
-from .locks import FolderLock, claimed, locked
+from .locks import claimed, lock_of, locked
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
 from .progress import Report, Watcher
 from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices
@@ -120,7 +120,7 @@ def run_alone(stage: Stage, watcher: Watcher) -> StageResult:
 def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | PartResult:
     """Make what is missing of one task's share; a task that finds all there seals the folder."""
     folder = stage.job.folder
-    with FolderLock(folder) as lock:
+    with lock_of(folder) as lock:
         alone = lock.alone()
         if not alone:
             lock.share()

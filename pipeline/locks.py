@@ -2,18 +2,25 @@
 
 The locks end with the process, however that ends. They hold on this machine, and between machines
 where their shared file system passes locks on; on a file system without locks they hold nobody off.
+In a remote folder whoever works there leaves a lease, an object that is renewed as long as the
+process lives. Two that come within the same moment may not see each other: they write the same.
 """
 
 import fcntl
+import json
 import os
+import secrets
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+from .remote import is_remote, remote_file
 
 _PATIENCE = 10.0  # seconds for the task that is opening the folder just now
+_LEASE = 120.0  # seconds that a remote folder stays held after its holder was last heard of
 
 
 @contextmanager
@@ -22,10 +29,15 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises UserError where somebody works in it.
     """
-    with FolderLock(folder) as lock:
+    with lock_of(folder) as lock:
         if not lock.alone():
             raise _busy(folder)
         yield
+
+
+def lock_of(folder: Path) -> "FolderLock | Lease":
+    """The lock on a folder that suits where it lies."""
+    return Lease(folder) if is_remote(folder) else FolderLock(folder)
 
 
 class FolderLock:
@@ -63,9 +75,74 @@ class FolderLock:
             time.sleep(0.05)
 
 
+class Lease:
+    """A lock on a remote folder: one object for each process that works there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / f".lease-{secrets.token_hex(6)}.tmp"
+        self._kind = ""
+        self._ended = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._kind:
+            self._ended.set()
+            self._renewing.join()
+            self._path.unlink(missing_ok=True)
+
+    def alone(self) -> bool:
+        """As `FolderLock.alone`."""
+        return self._take("alone", against=("alone", "share"))
+
+    def share(self) -> None:
+        """As `FolderLock.share`."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self._take("share", against=("alone",)):
+            if time.monotonic() > deadline:
+                raise _busy(self._folder)
+            time.sleep(1)
+
+    def _take(self, kind: str, against: tuple[str, ...]) -> bool:
+        for path in self._folder.glob(".lease-*.tmp"):
+            if path.name != self._path.name and self._holds(path, against):
+                return False
+        is_new, self._kind = not self._kind, kind
+        self._write()
+        if is_new:
+            self._renewing.start()
+        return True
+
+    def _holds(self, path: Path, against: tuple[str, ...]) -> bool:
+        try:
+            lease = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):  # given up just now
+            return False
+        return lease["kind"] in against and lease["until"] > time.time()
+
+    def _write(self) -> None:
+        lease = {"kind": self._kind, "until": time.time() + _LEASE}
+        with remote_file(self._path) as file:
+            file.write(json.dumps(lease).encode())
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_LEASE / 4):
+            with suppress(UserError):  # it still holds for a while
+                self._write()
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Hold a file that is to be made against other tasks; False where one of them makes it."""
+    """Hold a file that is to be made against other tasks; False where one of them makes it.
+
+    In a remote folder nobody is held off: two that make the same file write the same.
+    """
+    if is_remote(path):
+        yield True
+        return
     claim = path.with_name(f".{path.name}.claim.tmp")
     try:
         descriptor = os.open(claim, os.O_RDWR | os.O_CREAT, 0o644)

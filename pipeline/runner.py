@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -93,7 +94,7 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir() if not path.match(TEMPORARY)}
+        present = {path.name for path in folder.iterdir() if not fnmatch(path.name, TEMPORARY)}
     except OSError as error:
         raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
     if present & {PLAN, MANIFEST}:  # another task has opened or sealed it just now

@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .cache import local_copy
 from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError
 from .manifest import Manifest, ShardEntry, read_manifest, shard_name
 from .records import Example, Reject, ScoredExample, TargetExample
+from .remote import is_remote, open_path
 from .schema import Schema, packing_of, schema_of
 from .storage import atomic_file, read_json, sha256_of_file, write_json
 
@@ -48,7 +50,7 @@ def batches_of(schema: Schema, examples: Sequence[Example]) -> list[FlatBatch]:
 
 def sidecar_path(folder: Path, index: int) -> Path:
     """The sidecar of shard `index`."""
-    return folder / Path(shard_name(index)).with_suffix(".json")
+    return folder / shard_name(index).replace(".arrow", ".json")
 
 
 def commit_shard(
@@ -88,8 +90,14 @@ def committed_shard(folder: Path, index: int, fingerprint: str) -> ShardEntry | 
     except TypeError as error:
         raise UserError(f"{sidecar}: damaged, not a sidecar: remove it and run again") from error
     path = folder / shard_name(index)
-    whole = path.exists() and sha256_of_file(path) == entry.sha256
+    whole = path.exists() and _is_whole(path, entry)
     return entry if whole and entry.fingerprint == fingerprint else None
+
+
+def _is_whole(path: Path, entry: ShardEntry) -> bool:
+    if is_remote(path):  # put there whole or not at all
+        return path.stat().st_size == entry.bytes
+    return sha256_of_file(path) == entry.sha256
 
 
 def read_shard(
@@ -102,11 +110,12 @@ def read_shard(
             f"{path}: missing, the manifest names it: restore it, or remove {folder} and make it "
             "again"
         )
-    if verify and sha256_of_file(path) != entry.sha256:
+    local = local_copy(path, entry.sha256)
+    if verify and sha256_of_file(local) != entry.sha256:
         raise UserError(f"{path}: damaged, its hash is not the manifest's: make {folder} again")
     schema = folder_schema(manifest)
     try:
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        with pa.OSFile(str(local)) as file, pa.ipc.open_file(file) as reader:
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)  # or lists that point astray would end the process
@@ -125,10 +134,14 @@ def read_rows(
 
     `wanted` names a record batch and the rows of it, as often as there are batches to read.
     """
-    path = folder / manifest.shards[shard].file
+    entry = manifest.shards[shard]
+    path = folder / entry.file
     schema = folder_schema(manifest)
     try:
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        with (
+            pa.OSFile(str(local_copy(path, entry.sha256))) as file,
+            pa.ipc.open_file(file) as reader,
+        ):
             for number, rows in wanted:
                 batch = reader.get_batch(number)
                 batch.validate(full=True)  # or lists that point astray would end the process
@@ -143,8 +156,9 @@ def shard_ids(folder: Path, entry: ShardEntry) -> list[list[str]]:
     """The ids of a shard's rows, batch by batch; reads nothing else and compares no hash."""
     path = folder / entry.file
     options = pa.ipc.IpcReadOptions(included_fields=[0])
+    local = local_copy(path, entry.sha256)
     try:
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file, options=options) as reader:
+        with pa.OSFile(str(local)) as file, pa.ipc.open_file(file, options=options) as reader:
             batches = range(reader.num_record_batches)
             return [reader.get_batch(number).column("id").to_pylist() for number in batches]
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -162,7 +176,7 @@ def read_scores(folder: str | Path) -> Iterator[ScoredExample]:
 
     Raises UserError where the folder is no sealed score folder or a shard is missing or damaged.
     """
-    yield from _read_records(Path(folder), "score")
+    yield from _read_records(open_path(folder), "score")
 
 
 def read_targets(folder: str | Path) -> Iterator[TargetExample]:
@@ -170,7 +184,7 @@ def read_targets(folder: str | Path) -> Iterator[TargetExample]:
 
     Raises UserError where the folder is no sealed target folder or a shard is missing or damaged.
     """
-    yield from _read_records(Path(folder), "build-targets")
+    yield from _read_records(open_path(folder), "build-targets")
 
 
 def _read_records(folder: Path, stage: str) -> Iterator[Any]:

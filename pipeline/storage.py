@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
+from .remote import is_remote, read_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 
@@ -18,9 +19,13 @@ TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when the block ends well.
 
-    It is written beside `path` under a temporary name, synced, then renamed; whatever goes wrong in
-    between leaves `path` as it was.
+    A local one is written beside `path` under a temporary name, synced, then renamed; a remote one
+    is put there as a whole. Whatever goes wrong in between leaves `path` as it was.
     """
+    if is_remote(path):
+        with remote_file(path) as file:
+            yield file
+        return
     # no two writers share it, whatever machines they are on
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -66,7 +71,7 @@ def read_json(path: Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     """A file's content."""
     try:
-        return path.read_bytes()
+        return read_remote(path) if is_remote(path) else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -83,7 +88,7 @@ def parse_json(path: Path, content: bytes) -> Any:
 
 def sha256_of_file(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's content."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

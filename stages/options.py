@@ -9,7 +9,19 @@ import click
 if TYPE_CHECKING:
     from .execution import Execution
 
-FOLDER = click.Path(path_type=Path)
+
+class _Folder(click.ParamType):
+    """A folder's path, or a URL of fsspec."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from ..pipeline.remote import open_path
+
+        return open_path(value)
+
+
+FOLDER = _Folder()
 
 
 class Command(click.Command):
