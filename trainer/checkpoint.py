@@ -195,8 +195,8 @@ def _commit(temporary: Path, path: Path) -> None:
 def _save_random_state(path: Path) -> None:
     """What dropout draws from; nothing else here draws anything."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():
+        state["device"] = torch.get_device_module().get_rng_state()
     with open(path, "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -209,8 +209,8 @@ def _restore_random_state(path: Path) -> None:
         return
     state = torch.load(path, weights_only=True)
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "device" in state and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(state["device"])
 
 
 @contextmanager

@@ -135,6 +135,26 @@ def test_float32_is_as_near_to_float64_as_the_plain_path(name: str) -> None:
         assert own <= 2 * theirs + 3e-7
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize(
+    ("name", "form"), [("sft+kl", "frozen-target"), ("target-sft", "live"), ("gem", "live")]
+)
+def test_compiled_in_one_graph_it_is_the_same(name: str, form: Any) -> None:
+    """No graph break; the chunks become part of the graph."""
+    choice = choose(name, form)
+    objective, targets = objective_of(choice), to_dtype(random_targets(choice), torch.float32)
+    hidden, head = random_head(bias=True, softcap=3.0)
+
+    def loss(hidden: Tensor, head: Head) -> Loss:
+        return fused_loss(hidden, head, targets, objective)
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    mine, theirs = (run(each, hidden, head, torch.float32) for each in (compiled, loss))
+    torch.testing.assert_close(mine[0].sum, theirs[0].sum, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-5, atol=1e-6)
+
+
 def test_a_support_that_is_the_whole_vocabulary_has_no_tail() -> None:
     choice = choose("sft+kl")
     targets = random_targets(choice, support=VOCAB_SIZE)
