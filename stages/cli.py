@@ -7,8 +7,9 @@ import sys
 
 import click
 
-from .. import __version__
 from .commands.build_targets import build_targets
+from .commands.doctor import completion, doctor, print_version
+from .commands.inspect import inspect
 from .commands.methods import compare_methods, methods
 from .commands.score import score
 from .commands.train import train
@@ -23,7 +24,14 @@ class _InOrder(click.Group):
 
 
 @click.group(cls=_InOrder, context_settings={"max_content_width": 96, "show_default": True})
-@click.version_option(__version__, prog_name="qpipe")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version, with the engine's and torch's.",
+)
 def cli() -> None:
     """Offline soft targets for supervised fine-tuning.
 
@@ -37,7 +45,16 @@ def cli() -> None:
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods):
+for _command in (
+    score,
+    build_targets,
+    train,
+    compare_methods,
+    methods,
+    inspect,
+    doctor,
+    completion,
+):
     cli.add_command(_command)
 
 

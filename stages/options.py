@@ -98,6 +98,16 @@ def log_option(command: Any) -> Any:
     )(command)
 
 
+def model_option(command: Any) -> Any:
+    return click.option(
+        "--model",
+        "--tokenizer",
+        default=None,
+        metavar="DIR",
+        help="Whose tokenizer gives the text.  [default: the model that the folder names]",
+    )(command)
+
+
 def teacher_options(command: Any) -> Any:
     options = (
         click.option(
