@@ -11,6 +11,7 @@ from .commands.build_targets import build_targets
 from .commands.doctor import completion, doctor, print_version
 from .commands.inspect import inspect
 from .commands.methods import compare_methods, methods
+from .commands.report import report
 from .commands.score import score
 from .commands.train import train
 from .quiet import quiet_libraries
@@ -52,6 +53,7 @@ for _command in (
     compare_methods,
     methods,
     inspect,
+    report,
     doctor,
     completion,
 ):

@@ -60,8 +60,8 @@ class Overview:
             values_N = np.concatenate([look.values[name] for look in group])
             self.spreads.setdefault(name, Spread()).add(name, values_N)
             if name in _BY_POSITION:
-                sums = np.bincount(bin_N, values_N, len(STARTS))
-                self.by_position[name] = self.by_position.get(name, 0.0) + sums
+                sums = self.by_position.setdefault(name, np.zeros(len(STARTS)))
+                sums += np.bincount(bin_N, values_N, len(STARTS))
 
     def mean(self, name: str) -> float:
         """The mean of a measure over all supervised tokens."""

@@ -157,7 +157,7 @@ def _print_summary(found: Inspection) -> None:
 
 
 def _print_spreads(overview: Overview) -> None:
-    rows = [("", "mean", "lowest", "highest", "histogram", "")]
+    rows: list[tuple[str, ...]] = [("", "mean", "lowest", "highest", "histogram", "")]
     for name, spread in overview.spreads.items():
         measure = MEASURES[name]
         first, last = (

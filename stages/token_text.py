@@ -83,8 +83,8 @@ def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
     `model` is a folder or a name on the hub; None takes the name that the folder knows. Raises
     UserError for a given one that cannot be read or has another tokenizer.
     """
-    name = manifest.provenance.get("model")
-    if model is None and (name is None or "/" not in name):
+    name: str = manifest.provenance.get("model") or ""
+    if model is None and "/" not in name:  # a folder's own name, not one on the hub
         known = f" (the folder of {name})" if name else ""
         return IDS_ONLY, f"Tokens are shown as ids: --model DIR{known} shows their text."
     try:
