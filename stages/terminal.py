@@ -56,7 +56,7 @@ def print_inspection(found: Inspection, alternatives: int, colour: bool) -> None
     for line in found.notes:
         click.echo(line)
     if found.examples:
-        click.echo(f"\n{_legend(found.colour_by, colour)}")
+        click.echo(f"\n{_legend(found.colour_by, colour)}", color=colour)
     for look in found.examples:
         click.echo(f"\n{_head(look, found)}")
         click.echo(tokens_line(look, found.text, found.colour_by, colour), color=colour)

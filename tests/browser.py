@@ -24,7 +24,8 @@ SHA512 = "jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt7dEy7n8
 FOLDER = Path(__file__).parents[1] / ".cache" / "chromium"
 _INFLATE = """
 const [from, to] = process.argv.slice(1);
-require("fs").writeFileSync(to, require("zlib").brotliDecompressSync(require("fs").readFileSync(from)));
+const fs = require("fs");
+fs.writeFileSync(to, require("zlib").brotliDecompressSync(fs.readFileSync(from)));
 """
 _FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
@@ -96,7 +97,6 @@ def browser() -> Iterator[Any]:
                 "--no-sandbox",
                 "--headless=shell",
                 "--disable-gpu",
-                "--force-color-profile=srgb",
             ],
         )
         try:

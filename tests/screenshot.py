@@ -5,11 +5,9 @@ python tests/screenshot.py PAGE.html OUT.png [--dark] [--width 1120] [--height 9
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import browser
+from qpipe.tests.browser import browser
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ function demonstrations() {
     element("div", { id: "list" }),
     element("footer", {},
       element("span", { class: "desk" }, "Keys: ", element("kbd", {}, "/"), " search, ", element("kbd", {}, "1"), "…", element("kbd", {}, String(Math.min(names.length, 9))), " colour, ", element("kbd", {}, "j"), " ", element("kbd", {}, "k"), " demonstration, ", element("kbd", {}, "←"), " ", element("kbd", {}, "→"), " token, ", element("kbd", {}, "t"), " light or dark. "),
-      `Made by qpipe, fingerprint ${page.folder.fingerprint.slice(0, 12)}. Alternatives below 0.2% are left out; shares are rounded to three digits.`),
+      `Made by qpipe, fingerprint ${page.folder.fingerprint.slice(0, 12)}. Alternatives below 0.2% are left out; numbers are rounded.`),
   );
   legend();
   arrange();
@@ -388,7 +388,8 @@ function mark(card) {
 const pop = element("aside", { class: "pop", id: "pop", role: "tooltip", hidden: true });
 let active;
 
-function showPop(node) {
+// `mayScroll` where the pointer does not hover: a page that moves under it would go on and on.
+function showPop(node, mayScroll = false) {
   const card = node.parentNode.card;
   if (!card?.look) return;
   active?.classList.remove("on");
@@ -401,7 +402,7 @@ function showPop(node) {
   const [width, height] = [pop.offsetWidth, pop.offsetHeight];
   if (isPhone.matches) { // a sheet at the bottom: the token must stay in sight above it
     const covered = at.bottom + 16 - (innerHeight - height);
-    if (covered > 0) scrollBy({ top: covered });
+    if (covered > 0 && mayScroll) scrollBy({ top: covered });
     return;
   }
   pop.style.left = `${Math.max(12, Math.min(at.left - 20, innerWidth - width - 12))}px`;
@@ -429,7 +430,10 @@ function about(found, node) {
     return element("div", {}, element("dt", {}, page.measures[name].title), element("dd", {}, shown));
   });
   const rows = Array.from({ length: found.counts[place] }, (_, i) => found.starts[place] + i);
-  const left = page.roles.map((role) => [role, 1 - rows.reduce((sum, row) => sum + share(found, role, row), 0)]);
+  const share = (role, row) => isSame(found.others[row], node.token)
+    ? valueOf(found, role, place) // to three digits, the alternatives to two
+    : (found.probs.get(role)[row] / 255) ** 2;
+  const left = page.roles.map((role) => [role, 1 - rows.reduce((sum, row) => sum + share(role, row), 0)]);
   return [
     element("h4", {}, visible(vocabulary.texts[node.token]), element("small", {}, `id ${vocabulary.ids[node.token]}`)),
     element("dl", {}, ...facts),
@@ -437,17 +441,13 @@ function about(found, node) {
       element("thead", {}, element("tr", {}, element("th", {}, "token"), ...page.roles.map((role) => element("th", {}, ROLE_NAMES[role])))),
       element("tbody", {}, ...rows.map((row) => element("tr", { class: isSame(found.others[row], node.token) ? "seen" : null },
         element("td", {}, visible(vocabulary.texts[found.others[row]])),
-        ...page.roles.map((role) => element("td", {}, meter(role, share(found, role, row)))))))),
+        ...page.roles.map((role) => element("td", {}, meter(role, share(role, row)))))))),
     element("p", {}, `Others: ${left.map(([role, rest]) => `${ROLE_NAMES[role]} ${percent(Math.max(rest, 0))}`).join(", ")}`),
   ];
 }
 
 function isSame(one, other) {
   return vocabulary.ids[one] === vocabulary.ids[other];
-}
-
-function share(found, role, row) {
-  return (found.probs.get(role)[row] / 255) ** 2;
 }
 
 function meter(role, value) {
@@ -473,7 +473,7 @@ function listen() {
   area.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hidePop(); });
   document.addEventListener("click", (event) => {
     const node = tokenUnder(event.target);
-    if (node) showPop(node); else hidePop();
+    if (node) showPop(node, true); else hidePop();
   });
   area.addEventListener("focusin", (event) => {
     const card = event.target.card;
@@ -511,7 +511,7 @@ function step(card, pressed) {
   const place = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last }[pressed];
   const node = card.tokens[Math.max(0, Math.min(last, place))];
   node.scrollIntoView({ block: "nearest" });
-  showPop(node);
+  showPop(node, true);
 }
 
 // To the next demonstration, or the one before.

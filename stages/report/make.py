@@ -52,9 +52,7 @@ def _report_runs(
 ) -> None:
     for name in ("scores", "teacher", "model"):
         if options[name] is not None:
-            raise UserError(
-                f"--{name} {options[name]}: says nothing of training runs: leave it out"
-            )
+            raise UserError(f"--{name} {options[name]}: training runs have none: leave it out")
     runs = read_runs(folders)
     if out is not None:
         blobs = {"head": training_head(runs)}

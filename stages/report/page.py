@@ -46,7 +46,7 @@ def write_page(path: Path, text: str) -> int:
 
 def asset(name: str) -> str:
     """The text of a file beside this one."""
-    return (files(__package__) / name).read_text(encoding="utf-8")
+    return (files(__name__.rpartition(".")[0]) / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

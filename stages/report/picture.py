@@ -44,6 +44,7 @@ def write_picture(path: Path, runs: Sequence[TrainingRun]) -> None:
 
 def _draw(axes: Any, chart: Chart) -> None:
     is_mixed = len({is_noisy for _, is_noisy, _ in chart.curves}) > 1
+    dashes = "--" if is_mixed else "-"
     for run, is_noisy, points in chart.curves:
         steps, values = zip(*points, strict=True)
         if is_noisy:
@@ -51,9 +52,7 @@ def _draw(axes: Any, chart: Chart) -> None:
             axes.plot(steps, [value for _, value in smoothed(points)], color=_colour(run), lw=1.5)
         else:
             marks = {"marker": "o", "ms": 3.5} if len(points) <= 60 else {}
-            axes.plot(
-                steps, values, color=_colour(run), lw=1.5, ls="--" if is_mixed else "-", **marks
-            )
+            axes.plot(steps, values, color=_colour(run), lw=1.5, ls=dashes, **marks)
     axes.set_title(chart.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(chart.unit, fontsize=9)
