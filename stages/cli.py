@@ -7,9 +7,11 @@ import sys
 
 import click
 
-from .. import __version__
 from .commands.build_targets import build_targets
+from .commands.doctor import completion, doctor, print_version
+from .commands.inspect import inspect
 from .commands.methods import compare_methods, methods
+from .commands.report import report
 from .commands.score import score
 from .commands.train import train
 from .commands.verify import verify
@@ -24,7 +26,14 @@ class _InOrder(click.Group):
 
 
 @click.group(cls=_InOrder, context_settings={"max_content_width": 96, "show_default": True})
-@click.version_option(__version__, prog_name="qpipe")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version, with the engine's and torch's.",
+)
 def cli() -> None:
     """Offline soft targets for supervised fine-tuning.
 
@@ -38,7 +47,18 @@ def cli() -> None:
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods, verify):
+for _command in (
+    score,
+    build_targets,
+    train,
+    compare_methods,
+    methods,
+    inspect,
+    report,
+    verify,
+    doctor,
+    completion,
+):
     cli.add_command(_command)
 
 

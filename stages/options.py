@@ -166,6 +166,16 @@ def take_execution(options: dict[str, Any]) -> "Execution":
     return Execution(**{each.name: options.pop(each.name) for each in fields(Execution)})
 
 
+def model_option(command: Any) -> Any:
+    return click.option(
+        "--model",
+        "--tokenizer",
+        default=None,
+        metavar="DIR",
+        help="Whose tokenizer gives the text.  [default: the model that the folder names]",
+    )(command)
+
+
 def teacher_options(command: Any) -> Any:
     options = (
         click.option(

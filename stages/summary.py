@@ -16,6 +16,7 @@ from ..pipeline.runner import REJECTS, StageResult
 if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
     from .compare_methods import Comparison
+    from .doctor import Diagnosis
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -129,6 +130,30 @@ def print_methods() -> None:
         for name in ("parameters", "forms", "needs"):
             if row[name] != "-":
                 click.echo(f"    {name}: {row[name]}")
+
+
+def print_diagnosis(found: "Diagnosis") -> None:
+    """What `qpipe doctor` found."""
+    print_table(
+        [
+            ("qpipe", found.qpipe),
+            ("python", f"{found.python}, {found.system}"),
+            ("machine", f"{found.cores} cores, {found.memory_gib:g} GiB"),
+            *(
+                (f"gpu {index}", f"{device.name}, {device.memory_gib:g} GiB")
+                for index, device in enumerate(found.devices)
+            ),
+            *([("gpu", f"none: {found.problem}")] if found.problem else []),
+            *((name, number or "-") for name, number in found.packages.items()),
+        ]
+    )
+    click.echo("\nWith their default options")
+    print_table([(name, use) for name, use in found.uses.items()])
+    if not found.missing:
+        click.echo("\nNothing is missing.")
+        return
+    click.echo("\nMissing")
+    print_table([(each["package"], each["needed_for"], each["install"]) for each in found.missing])
 
 
 def _ceiling_cells(row: Ceiling) -> tuple[str, ...]:

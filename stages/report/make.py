@@ -1,0 +1,65 @@
+"""Which page a folder gets, and writing it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...pipeline.errors import UserError
+from .data import MEGABYTE, ReportSettings, folder_page
+from .page import page_html, write_page
+from .training import is_run, read_runs, training_head
+
+
+def make_report(
+    folders: Sequence[Path], out: Path | None, png: Path | None, **options: Any
+) -> None:
+    """Write the page, and the picture, of some folders. Raises UserError where they mix."""
+    if out is None and png is None:
+        raise UserError("give --out, the HTML file to write, as in --out report.html")
+    for option, path in (("--out", out), ("--png", png)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{option} {path}: {path.parent} is no folder")
+    are_runs = [is_run(folder) for folder in folders]
+    if all(are_runs):
+        _report_runs(folders, out, png, options)
+    elif any(are_runs) or len(folders) > 1:
+        raise UserError(
+            "one folder of targets or scores makes a page, or one or several training runs: of "
+            f"{', '.join(map(str, folders))} give one kind"
+        )
+    elif png is not None:
+        raise UserError(f"--png {png}: is of training runs alone, {folders[0]} is none")
+    else:
+        assert out is not None
+        _report_folder(out, ReportSettings(folder=folders[0], **options))
+
+
+def _report_folder(out: Path, settings: ReportSettings) -> None:
+    page = folder_page(settings)
+    vocabulary, *chunks = page.chunks
+    blobs = {"head": page.head, "vocabulary": vocabulary}
+    blobs |= {f"chunk-{number}": chunk for number, chunk in enumerate(chunks)}
+    size = write_page(out, page_html(page.title, ["folder.js"], blobs))
+    for note in page.notes:
+        click.echo(note)
+    click.echo(f"{out}: {size / MEGABYTE:.1f} MB")
+
+
+def _report_runs(
+    folders: Sequence[Path], out: Path | None, png: Path | None, options: dict[str, Any]
+) -> None:
+    for name in ("scores", "teacher", "model"):
+        if options[name] is not None:
+            raise UserError(f"--{name} {options[name]}: training runs have none: leave it out")
+    runs = read_runs(folders)
+    if out is not None:
+        blobs = {"head": training_head(runs)}
+        size = write_page(out, page_html(" · ".join(r.name for r in runs), ["training.js"], blobs))
+        click.echo(f"{out}: {size / MEGABYTE:.1f} MB")
+    if png is not None:
+        from .picture import write_picture
+
+        write_picture(png, runs)
+        click.echo(str(png))

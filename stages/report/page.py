@@ -1,0 +1,53 @@
+"""Putting a page together: one HTML file with its style, its scripts and its data inside.
+
+Data stands in the page as base64 alone, so nothing in it can end an element. The page may load
+nothing, and run no script but its own: its Content-Security-Policy names their hashes.
+"""
+
+import base64
+import hashlib
+import html
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from ...pipeline.storage import atomic_file
+
+_BLOB = '<script type="application/octet-stream" id="{name}">{content}</script>\n'
+
+
+def page_html(title: str, scripts: Sequence[str], blobs: dict[str, str]) -> str:
+    """The page; `scripts` are files beside this one, `blobs` base64 text by element id."""
+    style = asset("page.css")
+    script = "\n".join(asset(name) for name in ("page.js", *scripts))
+    filled = {
+        "title": html.escape(title),
+        "policy": (
+            f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+            "base-uri 'none'; form-action 'none'"
+        ),
+        "style": style,
+        "script": script,
+        "blobs": "".join(
+            _BLOB.format(name=name, content=content) for name, content in blobs.items()
+        ),
+    }
+    parts = asset("page.html").split("@@")  # text and names by turns
+    return "".join(filled[part] if place % 2 else part for place, part in enumerate(parts))
+
+
+def write_page(path: Path, text: str) -> int:
+    """Write the page, whole or not at all; its size in bytes."""
+    content = text.encode()
+    with atomic_file(path) as file:
+        file.write(content)
+    return len(content)
+
+
+def asset(name: str) -> str:
+    """The text of a file beside this one."""
+    return (files(__name__.rpartition(".")[0]) / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,216 @@
+"""What the page of training runs shows: their curves, from log.jsonl, and what they differ in."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.errors import UserError
+from ...pipeline.manifest import PLAN
+from ...pipeline.storage import read_json
+from ...trainer.run_folder import LOG, RUN
+from ..token_text import escaped
+from .data import json_text
+
+MOST_POINTS = 1000  # of a curve; more are averaged
+_OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")
+_NO_CURVE = {"step", "tokens", "time"}
+_TITLES = {
+    "loss": "Loss",
+    "target_loss": "Held-out loss",
+    "nll": "Held-out NLL",
+    "kl_to_base": "Held-out KL to the base",
+    "tokens_per_second": "Supervised tokens a second",
+    "grad_norm": "Norm of the gradient",
+    "learning_rate": "Learning rate",
+    "error_bound": "Bound of the truncation's effect",
+}
+_UNITS = {"loss": "nats", "target_loss": "nats", "nll": "nats", "kl_to_base": "nats"}
+_FIRST = ("nll", "kl_to_base", "tokens_per_second")
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """A run's log: its curves by event and field, steps and values, and its settings."""
+
+    name: str
+    path: Path
+    settings: dict[str, Any]
+    curves: dict[tuple[str, str], Points]
+    tokens: int  # supervised ones, of the steps that are logged
+    is_finished: bool
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of `qpipe train`."""
+    return (folder / LOG).exists() or (folder / RUN).exists()
+
+
+def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
+    """The runs in these folders, finished or not, each with a name of its own."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        _read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _read_run(folder: Path, name: str) -> TrainingRun:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not (folder / LOG).exists():
+        raise UserError(f"{folder}: no {LOG} in it: give a folder made by `qpipe train`")
+    curves: dict[tuple[str, str], Points] = {}
+    tokens = 0
+    for event in _events(folder / LOG):
+        kind, step = event["event"], event["step"]
+        tokens += event.get("tokens", 0) if kind == "step" else 0
+        for field, value in event.items():
+            if _is_number(value) and field not in _NO_CURVE and _is_wanted(kind, field):
+                curves.setdefault((kind, field), []).append((step, value))
+    record = next((folder / each for each in (RUN, PLAN) if (folder / each).exists()), None)
+    found = {} if record is None else read_json(record)
+    settings = found.get("identity", found).get("settings", {})
+    return TrainingRun(name, folder, settings, curves, tokens, (folder / RUN).exists())
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """The log's lines; a last one that was cut short is none."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(event, dict) and "event" in event and "step" in event:
+            events.append(event)
+    if not events:
+        raise UserError(f"{path}: nothing is logged yet: wait for the first step")
+    return events
+
+
+def _is_number(value: Any) -> bool:
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and math.isfinite(value)
+
+
+def _is_wanted(event: str, field: str) -> bool:
+    return event == "evaluation" or (event == "step" and field in _OF_STEPS)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves of one kind: run, whether single values are noisy, points."""
+
+    title: str
+    unit: str
+    curves: list[tuple[int, bool, Points]]
+
+
+def charts(runs: Sequence[TrainingRun]) -> list[Chart]:
+    """The charts of some runs together: first losses, then whatever else they log."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.curves))
+    loss = [("step", "loss"), ("evaluation", "target_loss")]
+    rest = [key for key in keys if key not in loss]
+    rest.sort(key=lambda key: _FIRST.index(key[1]) if key[1] in _FIRST else len(_FIRST))
+    groups = [("loss", loss), *((field, [(event, field)]) for event, field in rest)]
+    made = []
+    for field, group in groups:
+        curves = [
+            (place, event == "step" and name != "learning_rate", thinned(run.curves[event, name]))
+            for event, name in group
+            for place, run in enumerate(runs)
+            if run.curves.get((event, name))
+        ]
+        if curves:
+            title = _TITLES.get(field) or f"Held-out {field.replace('_', ' ')}"
+            made.append(Chart(title, _UNITS.get(field, ""), curves))
+    return made
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """A curve of at most so many points, each the mean of its neighbours."""
+    width = math.ceil(len(points) / most)
+    if width <= 1:
+        return points
+    groups = (points[start : start + width] for start in range(0, len(points), width))
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def smoothed(points: Points) -> Points:
+    """A running mean over a thirtieth of the curve, so that its course shows."""
+    reach = max(1, len(points) // 60)
+    found = []
+    for place, (step, _) in enumerate(points):
+        around = points[max(0, place - reach) : place + reach + 1]
+        found.append((step, sum(value for _, value in around) / len(around)))
+    return found
+
+
+def training_head(runs: Sequence[TrainingRun]) -> str:
+    """All that the page draws, as compressed JSON."""
+    return json_text(
+        {
+            "kind": "training",
+            "runs": [_run_json(run, settings) for run, settings in _differing(runs)],
+            "charts": [
+                {
+                    "title": chart.title,
+                    "unit": chart.unit,
+                    "curves": [_curve_json(*curve) for curve in chart.curves],
+                }
+                for chart in charts(runs)
+            ],
+        }
+    )
+
+
+def _curve_json(run: int, is_noisy: bool, points: Points) -> dict[str, Any]:
+    rounded = [[step, float(f"{value:.5g}")] for step, value in points]
+    course = [[step, float(f"{value:.5g}")] for step, value in smoothed(points)]
+    return {
+        "run": run,
+        "noisy": is_noisy,
+        "points": rounded,
+        "course": course if is_noisy else rounded,
+    }
+
+
+def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
+    last = {
+        field: points[-1][1]
+        for (event, field), points in run.curves.items()
+        if event == "evaluation" and points
+    }
+    speeds = [value for _, value in run.curves.get(("step", "tokens_per_second"), [])]
+    return {
+        "name": escaped(run.name),
+        "path": escaped(str(run.path)),
+        "settings": {name: escaped(str(value)) for name, value in settings.items()},
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "last": last,
+        "finished": run.is_finished,
+    }
+
+
+def _differing(runs: Sequence[TrainingRun]) -> list[tuple[TrainingRun, dict[str, Any]]]:
+    """The runs with the settings in which they differ; of one run, those of most interest."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    if len(runs) == 1:
+        wanted = ["method", "learning_rate", "batch_size", "epochs", "seed"]
+    else:
+        wanted = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+    return [
+        (run, {name: run.settings[name] for name in wanted if name in run.settings}) for run in runs
+    ]

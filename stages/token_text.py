@@ -1,0 +1,177 @@
+"""The text of single tokens, fit to be shown: nothing in it can steer a terminal or a page.
+
+A token may hold a part of a character only. In a sequence the token in which a character begins
+shows it, and those that only go on with it show nothing; alone, such a token shows its bytes.
+"""
+
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.errors import UserError, one_line
+from ..pipeline.manifest import Manifest
+from ..pipeline.provenance import tokenizer_hash
+
+_HARMLESS = "\n\t\u200c\u200d"  # line and column; joiners, which scripts need
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that print nothing or steer
+
+
+class TokenText:
+    """The text of token ids; `bytes_of` gives a token's bytes, None for one that has none."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes | None]) -> None:
+        self._bytes_of = cache(bytes_of)
+        self.alone = cache(self._alone)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token of a sequence shows; "" where it goes on with a character before it."""
+        pieces: list[str] = []
+        start = 0
+        while start < len(ids):
+            stop = start + 1
+            while stop < len(ids) and _is_cut(self._joined(ids, start, stop)):
+                if self._bytes_of(ids[stop]) is None or stop - start == 8:
+                    break
+                stop += 1
+            pieces += self._run(ids[start:stop])
+            start = stop
+        return pieces
+
+    def _joined(self, ids: Sequence[int], start: int, stop: int) -> bytes:
+        return b"".join(self._bytes_of(each) or b"" for each in ids[start:stop])
+
+    def _run(self, ids: Sequence[int]) -> list[str]:
+        """The pieces of tokens that share characters, or of one token."""
+        if len(ids) == 1:
+            return [self.alone(ids[0])]
+        contents = [self._bytes_of(each) or b"" for each in ids]
+        pieces = [""] * len(ids)
+        owner = [place for place, content in enumerate(contents) for _ in content]
+        offset = 0
+        for character in b"".join(contents).decode("utf-8", "surrogateescape"):
+            pieces[owner[offset]] += _shown(character)
+            offset += len(character.encode("utf-8", "surrogateescape"))
+        return pieces
+
+    def _alone(self, token_id: int) -> str:
+        """What a token shows by itself."""
+        content = self._bytes_of(token_id)
+        if content is None:
+            return f"⟨{token_id}⟩"
+        return "".join(map(_shown, content.decode("utf-8", "surrogateescape")))
+
+
+IDS_ONLY = TokenText(lambda token_id: None)
+
+
+def escaped(text: str) -> str:
+    """Text in which what steers a terminal, or hides, is written out, as in \\x1b."""
+    return "".join(map(_shown, text))
+
+
+def one_line_of(text: str) -> str:
+    """A piece of text on one line, ends of lines and tabs as signs."""
+    return text.replace("\n", "↵").replace("\t", "⇥")
+
+
+def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
+    """The text of a folder's tokens, and a line to print where there are only ids.
+
+    `model` is a folder or a name on the hub; None takes the name that the folder knows. Raises
+    UserError for a given one that cannot be read or has another tokenizer.
+    """
+    name: str = manifest.provenance.get("model") or ""
+    if model is None and "/" not in name:  # a folder's own name, not one on the hub
+        known = f" (the folder of {name})" if name else ""
+        return IDS_ONLY, f"Tokens are shown as ids: --model DIR{known} shows their text."
+    try:
+        tokenizer = _load(model or name)
+        found, wanted = tokenizer_hash(tokenizer), manifest.settings["tokenizer_hash"]
+        if found != wanted:
+            raise UserError(
+                f"--model {model or name}: has tokenizer {found[:12]}…, the folder was made with "
+                f"{wanted[:12]}…: give the model that was scored"
+            )
+    except UserError as error:
+        if model is not None:
+            raise
+        return IDS_ONLY, f"Tokens are shown as ids, --model DIR shows their text: {error}"
+    return of_tokenizer(tokenizer), ""
+
+
+def of_tokenizer(tokenizer: Any) -> TokenText:
+    """The text of a fast tokenizer's tokens."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    is_byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    size = len(tokenizer)
+
+    def bytes_of(token_id: int) -> bytes | None:
+        if token_id in added:
+            return added[token_id].encode()
+        token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < size else None
+        if token is None:
+            return None
+        return _from_byte_level(token) if is_byte_level else _from_sentencepiece(token)
+
+    return TokenText(bytes_of)
+
+
+def _load(model: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise UserError(f"--model {model}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # damaged files fail in as many ways as there are libraries
+        raise UserError(f"--model {model}: no tokenizer to be had: {one_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"--model {model}: has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether it ends within a character."""
+    for back in range(1, min(4, len(content)) + 1):
+        byte = content[-back]
+        if byte >= 0xC0:
+            return back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+        if byte < 0x80:
+            return False
+    return False
+
+
+@cache
+def _shown(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of no character
+        return f"⟨{code - 0xDC00:02X}⟩"
+    if character in _HARMLESS or unicodedata.category(character) not in _HIDDEN:
+        return character
+    if code < 0x100:
+        return {"\r": "\\r"}.get(character, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes as (Radford et al., 2019)."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in own]
+    letters = {chr(byte): byte for byte in own}
+    return letters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def _from_byte_level(token: str) -> bytes:
+    letters = _byte_of_letter()
+    return b"".join(bytes([letters[each]]) if each in letters else each.encode() for each in token)
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
