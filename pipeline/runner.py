@@ -78,7 +78,7 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
         refuse_other(folder, plan.identity, manifest.identity)
         _refuse_incomplete(folder, manifest)
         if alone:
-            _tidy(folder)
+            tidy(folder)
         return manifest
     if (folder / PLAN).exists():
         try:
@@ -192,7 +192,7 @@ class ShardRun:
             if not (job.folder / MANIFEST).exists():
                 raise
         if alone:
-            _tidy(job.folder)
+            tidy(job.folder)
         else:
             (job.folder / PLAN).unlink(missing_ok=True)
         return StageResult(manifest, self.positions, self.seconds)
@@ -237,7 +237,7 @@ def _holds_rows(folder: Path) -> bool:
     return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
 
 
-def _tidy(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Remove what a sealed folder no longer needs."""
     (folder / PLAN).unlink(missing_ok=True)
     for leftover in folder.glob(TEMPORARY):

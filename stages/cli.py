@@ -13,6 +13,7 @@ from .commands.inspect import inspect
 from .commands.methods import compare_methods, methods
 from .commands.report import report
 from .commands.score import score
+from .commands.share import lineage, list_folders, share
 from .commands.train import train
 from .commands.verify import verify
 from .quiet import quiet_libraries
@@ -56,6 +57,9 @@ for _command in (
     inspect,
     report,
     verify,
+    share,
+    list_folders,
+    lineage,
     doctor,
     completion,
 ):

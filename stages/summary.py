@@ -12,6 +12,7 @@ from ..pipeline.manifest import Manifest
 from ..pipeline.methods import table
 from ..pipeline.progress import log_event
 from ..pipeline.runner import REJECTS, StageResult
+from .lineage import described
 
 if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
@@ -61,14 +62,10 @@ def print_targets(folder: Path, result: StageResult) -> None:
     """What a target folder holds, and what it can teach."""
     settings, totals = result.manifest.settings, result.manifest.totals
     has_tail = settings["top_p"] is not None
-    parameters = "".join(
-        f", {name}={value:.6g}" if isinstance(value, float) else f", {name}={value}"
-        for name, value in settings["parameters"].items()
-    )
     print_table(
         [
             ("targets", f"{folder}{_already(result)}"),
-            ("method", f"{settings['method']} ({settings['form']}{parameters})"),
+            ("method", described(result.manifest.identity)),
             ("supervised tokens", f"{totals['positions']:,}"),
             ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
             ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),

@@ -1,0 +1,90 @@
+"""The words of `qpipe share`, `qpipe list` and `qpipe lineage`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..options import FOLDER, Command
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.argument("target", metavar="URL", type=FOLDER)
+@click.option("--license", "license_id", default=None, help="Licence named in the card, as in mit.")
+@click.option("--title", default=None, help="Title of the card.  [default: the folder's name]")
+def share(folder: Path, target: Path, license_id: str | None, title: str | None) -> None:
+    """Copy a finished folder to another place, as a data set with a card.
+
+    URL is any path or fsspec URL (s3://, gs://, hf://datasets/…, file://). Every shard is hashed at
+    both ends, and the manifest comes last; run again, it copies what is missing.
+
+    \b
+    qpipe share targets/ s3://bucket/targets
+    qpipe share targets/ hf://datasets/name/targets --license cc-by-4.0
+    """
+    from ..share import share
+
+    result = share(folder, target, license_id, title)
+    totals = result.manifest.totals
+    done = "was there already" if result.was_done else f"{result.copied:,} shard(s) copied"
+    click.echo(
+        f"{target}: {done}: {totals['rows']:,} demonstrations, {totals['bytes']:,} bytes, "
+        f"fingerprint {result.manifest.fingerprint[:12]}"
+    )
+
+
+@click.command("list", cls=Command)
+@click.argument("root", metavar="ROOT", type=FOLDER)
+@click.option("--stage", default=None, help="Only folders of this stage.")
+@click.option("--contains", default=None, metavar="TEXT", help="Only lines that hold this text.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line for each folder.")
+def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
+    """List the folders under a path or URL, one line each."""
+    from ..catalogue import Listed, catalogue
+    from ..summary import print_table
+
+    def cells(each: Listed) -> tuple[str, ...]:
+        size = "" if each.bytes_per_token is None else f"{each.bytes_per_token:.1f}"
+        return (
+            each.folder,
+            each.stage if each.is_sealed else f"{each.stage}, not finished",
+            each.model or "",
+            each.made,
+            "" if each.rows is None else f"{each.rows:,}",
+            "" if each.positions is None else f"{each.positions:,}",
+            size,
+            " ".join(parent[:12] for parent in each.parents),
+            _words(each.age),
+        )
+
+    found = [each for each in catalogue(root) if stage is None or each.stage == stage]
+    shown = [each for each in found if contains is None or contains in " ".join(cells(each))]
+    if as_json:
+        for each in shown:
+            click.echo(json.dumps(asdict(each), ensure_ascii=False))
+        return
+    head = ("folder", "stage", "model", "made", "demos", "tokens", "B/token", "from", "age")
+    print_table([head, *map(cells, shown)])
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=FOLDER)
+def lineage(folder: Path) -> None:
+    """Show what a folder was made of, back to the demonstrations."""
+    from ...pipeline.manifest import read_manifest
+    from ..lineage import generations
+
+    for depth, words in generations(read_manifest(folder)):
+        click.echo(f"{'  ' * depth}{words}")
+
+
+def _words(seconds: float | None) -> str:
+    """A time span in its largest unit."""
+    if seconds is None:
+        return ""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,44 @@
+"""What a folder was made of: the chain back to the demonstrations."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..pipeline.manifest import Identity, Manifest
+
+
+def described(identity: Identity) -> str:
+    """A folder's making in a few words."""
+    settings = identity.settings
+    match identity.stage:
+        case "build-targets":
+            parameters = "".join(
+                f", {name}={value:.6g}" if isinstance(value, float) else f", {name}={value}"
+                for name, value in settings["parameters"].items()
+            )
+            return f"{settings['method']} ({settings['form']}{parameters})"
+        case "score":
+            engine = f"{settings.get('engine', '?')} in {settings.get('dtype', '?')}"
+            return (
+                f"top {settings['top_k']} of a vocabulary of {settings['vocab_size']:,}, {engine}"
+            )
+        case other:
+            return other
+
+
+def generations(manifest: Manifest) -> Iterator[tuple[int, str]]:
+    """The folder, what it was made from, and so on: how many steps back, and in words."""
+    yield from _generations(0, "", manifest.identity, manifest.parents)
+
+
+def _generations(
+    depth: int, role: str, identity: Identity, parents: dict[str, Any]
+) -> Iterator[tuple[int, str]]:
+    name = f"{role}: " if role else ""
+    yield depth, f"{name}{identity.stage} {identity.fingerprint[:12]}: {described(identity)}"
+    for role, fingerprint in identity.inputs.items():
+        if role in parents:
+            parent = parents[role]
+            own = Identity(**parent["identity"])
+            yield from _generations(depth + 1, role, own, parent["parents"])
+        else:
+            yield depth + 1, f"{role} {fingerprint[:12]}"
