@@ -54,6 +54,14 @@ class Job:
     provenance: dict[str, Any]
 
 
+def folder_in(out: Path, in_store: bool, identity: Identity) -> Path:
+    """The folder that holds an identity: `out`, or its own place in a store of many folders.
+
+    Whoever wants the same of a store comes to the same folder.
+    """
+    return out / f"{identity.stage}-{identity.fingerprint[:16]}" if in_store else out
+
+
 @dataclass(frozen=True, slots=True)
 class StageResult:
     """A sealed folder's manifest, and what this run did for it (nothing, where it was there)."""

@@ -19,7 +19,7 @@ from ..pipeline.packing import PRECISIONS, Precision
 from ..pipeline.parallel import in_order
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
-from ..pipeline.runner import Job, StageResult
+from ..pipeline.runner import Job, StageResult, folder_in
 from ..pipeline.schema import packing_of, schema_of
 from ..pipeline.shards import ShardContent
 from ..pipeline.storage import sha256_of_json
@@ -34,13 +34,15 @@ class BuildSettings:
 
     The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
     of the probability, at most `max_support` entries, and the observed token. `precision` is that
-    of their logarithms; what is no such distribution is stored in float32 in any case.
+    of their logarithms; what is no such distribution is stored in float32 in any case. With
+    `in_store`, `out` is a store, and the folder's name there is its fingerprint's.
     """
 
     scores: Path
     out: Path
     choice: Choice
     teacher: Path | None = None
+    in_store: bool = False
     top_p: float = 0.99
     max_support: int = 64
     precision: Precision = "uint8"
@@ -227,7 +229,7 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         schema=identity_schema(schema),
     )
     return Job(
-        settings.out,
+        folder_in(settings.out, settings.in_store, identity),
         schema,
         identity,
         parents={name: _parent(manifest) for name, manifest in manifests.items()},

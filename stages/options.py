@@ -159,6 +159,28 @@ def execution_options(command: Any) -> Any:
     return command
 
 
+def out_options(command: Any) -> Any:
+    """Where to: one of `--out` and `--store`, which `take_place` makes settings of."""
+    command = click.option(
+        "--store",
+        type=FOLDER,
+        default=None,
+        metavar="ROOT",
+        help="Instead: a folder of many such folders, each named by its fingerprint; what is there "
+        "already is not made again.",
+    )(command)
+    return click.option("--out", type=FOLDER, default=None, help="Folder to make.")(command)
+
+
+def take_place(options: dict[str, Any]) -> None:
+    """Settle `out_options` among the options: `out`, and whether it is a store."""
+    store = options.pop("store")
+    if (store is None) == (options["out"] is None):
+        raise click.UsageError("give --out DIR, or --store ROOT")
+    options["in_store"] = store is not None
+    options["out"] = options["out"] if store is None else store
+
+
 def take_execution(options: dict[str, Any]) -> "Execution":
     """The settings of `execution_options`, which are taken out of the options."""
     from .execution import Execution

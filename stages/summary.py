@@ -11,7 +11,7 @@ from ..pipeline.executors import PartResult
 from ..pipeline.manifest import Manifest
 from ..pipeline.methods import table
 from ..pipeline.progress import log_event
-from ..pipeline.runner import REJECTS, StageResult
+from ..pipeline.runner import REJECTS, StageResult, folder_in
 from .lineage import described
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def report(folder: Path, result: StageResult | PartResult, log: Path | None) -> None:
+def report(out: Path, in_store: bool, result: StageResult | PartResult, log: Path | None) -> None:
     """Say what a run did; append the same to a file of JSON lines, where one is asked for."""
     if isinstance(result, PartResult):
         print_part(result)
-    elif result.manifest.identity.stage == "score":
-        print_scores(folder, result)
     else:
-        print_targets(folder, result)
+        identity = result.manifest.identity
+        say = print_scores if identity.stage == "score" else print_targets
+        say(folder_in(out, in_store, identity), result)
     _log_end(log, result)
 
 

@@ -10,14 +10,16 @@ from ..options import (
     config_option,
     execution_options,
     one_of,
+    out_options,
     take_execution,
+    take_place,
     teacher_options,
 )
 
 
 @click.command(cls=Command)
 @click.option("--scores", required=True, type=FOLDER, help="Folder made by `qpipe score`.")
-@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@out_options
 @click.option(
     "--method",
     default=None,
@@ -82,9 +84,10 @@ def build_targets(
         raise click.ClickException(f"--param {' '.join(params)}: a parameter is given twice")
     default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
     choice = choose(method or default, form, given)
+    take_place(options)
     execution = take_execution(options)
     result = build_targets(BuildSettings(choice=choice, **options), execution)
-    summary.report(options["out"], result, execution.log_json)
+    summary.report(options["out"], options["in_store"], result, execution.log_json)
 
 
 def _name_and_value(param: str) -> tuple[str, str]:

@@ -6,7 +6,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..options import FOLDER, Command, config_option, execution_options, one_of, take_execution
+from ..options import (
+    FOLDER,
+    Command,
+    config_option,
+    execution_options,
+    one_of,
+    out_options,
+    take_execution,
+    take_place,
+)
 
 
 @click.command(cls=Command)
@@ -25,7 +34,7 @@ from ..options import FOLDER, Command, config_option, execution_options, one_of,
     help="Instead of demonstrations: the examples of this score folder, made with the same "
     "tokenizer; also stores this model's log-probabilities at the ids it holds.",
 )
-@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@out_options
 @click.option(
     "--engine",
     type=one_of("auto", "vllm", "transformers"),
@@ -118,6 +127,7 @@ def score(
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
 
+    take_place(options)
     execution = take_execution(options)
     if at is not None:
         settings = ScoreAtSettings(at=at, **_without_row_options(ctx, options))
@@ -126,7 +136,7 @@ def score(
         result = score(ScoreSettings(demonstrations=demonstrations, **options), execution)
     else:
         raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
-    summary.report(options["out"], result, execution.log_json)
+    summary.report(options["out"], options["in_store"], result, execution.log_json)
 
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
