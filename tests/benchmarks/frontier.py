@@ -1,0 +1,229 @@
+"""Bytes a token against what they are off by, for settings of build-targets, on real scores.
+
+    python tests/benchmarks/frontier.py SCORES
+
+SCORES is a score folder with a top k well above what is kept (128, say). Each row is a target
+folder of `kd`-like residuals (all of the base's distribution, no observed token's share), its whole
+size over its supervised tokens. Two errors, in the mean over the tokens:
+
+- KL: of what is read from what was kept, support and tail, in nats: the codec's own error;
+- gradient: the sum of absolute differences of the target, and so of the gradient with respect to
+  the logits, from the one that all of the scores give, for a student that is flatter than the base
+  (temperature 1.5) and has each tail in its own proportions: what is cut off counts as well.
+
+Beside them targets of fixed size, and ones sampled from the base (n draws, arXiv 2503.16870), which
+are right in the mean over many draws only.
+
+Also how fast the codec is, on this machine's cores, at these supports.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from qpipe.pipeline import read_targets
+from qpipe.pipeline.codec import FlatBatch, cut, decode, encode, flatten
+from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.methods import choose
+from qpipe.pipeline.packing import Packing, Precision
+from qpipe.pipeline.ragged import segment_sums
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.shards import ShardContent, commit_shard, folder_schema, read_shard
+from qpipe.pipeline.supports import Supports, known_supports, truncated
+from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.summary import print_table
+
+SETTINGS: list[tuple[str, float, int, Precision]] = [
+    *((f"mass {p:g}", p, 64, "uint8") for p in (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),
+    ("mass 0.999", 0.999, 128, "uint8"),
+    *((f"fixed k={k}", 1.0, k, "uint8") for k in (8, 16, 32, 64)),
+    ("mass 0.99", 0.99, 64, "float16"),
+    ("mass 0.99", 0.99, 64, "float32"),
+    ("fixed k=64", 1.0, 64, "float32"),
+]
+TEMPERATURE = 1.5
+SAMPLE = 1000  # positions of each of two batches that errors are measured at, densely
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All that the scores know, as [N, V] with one more column for the tail."""
+
+    base: NDArray[np.float32]
+    student: NDArray[np.float32]
+
+
+def main(scores: Path) -> None:
+    """Print the table, then the codec's speed."""
+    manifest = read_manifest(scores, "score")
+    batches = [batch for entry in manifest.shards for batch in read_shard(scores, manifest, entry)]
+    batches = [cut(folder_schema(manifest), batch, SAMPLE)[0] for batch in batches[:2]]
+    whole = [_whole(batch, manifest.settings["vocab_size"]) for batch in batches]
+    positions = manifest.totals["positions"]
+    rows = [("setting", "precision", "entries", "bytes a token", "kept", "KL", "gradient")]
+    with tempfile.TemporaryDirectory() as made:
+        for index, (name, top_p, most, precision) in enumerate(SETTINGS):
+            out = Path(made) / str(index)
+            _build(scores, out, top_p, most, precision)
+            rows.append((name, precision, *_measured(out, batches, whole, top_p, most, positions)))
+        for draws in (12, 50):
+            out = Path(made) / f"sampled{draws}"
+            rows.append((f"{draws} draws", "counts", *_sampled(out, batches, whole, draws)))
+    print_table(rows)
+    _speed(scores)
+
+
+def _build(scores: Path, out: Path, top_p: float, most: int, precision: Precision) -> None:
+    choice = choose("sft+kl", "frozen-target")
+    build_targets(BuildSettings(scores, out, choice, None, False, top_p, most, precision))
+
+
+def _whole(batch: FlatBatch, vocab_size: int) -> Whole:
+    known = known_supports(batch)
+    base = np.zeros((len(known.counts), vocab_size + 1), np.float32)
+    base[known.position_of, known.ids] = known.probs
+    base[:, -1] = known.tail_mass
+    flat = base ** (1 / TEMPERATURE)
+    return Whole(base, flat / flat.sum(1, keepdims=True))
+
+
+def _measured(
+    out: Path,
+    batches: list[FlatBatch],
+    whole: list[Whole],
+    top_p: float,
+    most: int,
+    positions: int,
+) -> tuple[str, ...]:
+    """Entries, bytes, kept mass, KL and gradient error of a folder."""
+    manifest = read_manifest(out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    whole_batches = [b for entry in manifest.shards for b in read_shard(out, manifest, entry)]
+    read = [cut(folder_schema(manifest), b, SAMPLE)[0] for b in whole_batches[: len(batches)]]
+    seen = sum(len(batch["positions"]) for batch in read)
+    divergence = error = 0.0
+    for scores, batch, known in zip(batches, read, whole, strict=True):
+        kept = truncated(known_supports(scores), scores.observed_ids, top_p, most)
+        divergence += _divergence(kept, batch)
+        error += _error(batch["counts"], batch["support_ids"], batch["support_probs"], known)
+    return (
+        f"{manifest.totals['entries'] / positions:.1f}",
+        f"{size / positions:.1f}",
+        f"{1 - manifest.totals['sums']['tail_mass'] / positions:.4f}",
+        f"{divergence / seen:.1e}",
+        f"{error / seen:.4f}",
+    )
+
+
+def _divergence(kept: Supports, batch: FlatBatch) -> float:
+    """KL of what is read from what was kept, added up."""
+    order = np.lexsort((kept.ids, kept.position_of))
+    position_of = np.repeat(np.arange(len(batch["counts"])), batch["counts"])
+    same = np.lexsort((batch["support_ids"], position_of))
+    assert np.array_equal(kept.ids[order], batch["support_ids"][same])
+    wanted, found = kept.probs[order], batch["support_probs"][same].astype(np.float64)
+    tail, found_tail = kept.tail_mass, batch["tail_mass"].astype(np.float64)
+    has_tail = tail > 1e-30
+    terms = wanted * np.log(np.maximum(wanted, 1e-300) / np.maximum(found, 1e-300))
+    tails = tail[has_tail] * np.log(tail[has_tail] / found_tail[has_tail])
+    return float(terms.sum() + tails.sum())
+
+
+def _error(
+    counts: NDArray[np.int32], ids: NDArray[np.int32], probs: NDArray[np.float32], known: Whole
+) -> float:
+    """Sum of absolute differences of the target, its tail spread as the student's, added up."""
+    position_of = np.repeat(np.arange(len(counts)), counts)
+    target = known.student.copy()
+    target[position_of, ids] = 0
+    outside = target.sum(1, keepdims=True)
+    tail = np.maximum(1 - segment_sums(probs.astype(np.float64), counts), 0)[:, None]
+    target *= np.where(outside > 0, tail / np.maximum(outside, 1e-30), 0)
+    target[position_of, ids] = probs
+    return float(np.abs(target - known.base).sum())
+
+
+def _sampled(
+    out: Path, batches: list[FlatBatch], whole: list[Whole], draws: int
+) -> tuple[str, ...]:
+    """The same of targets that are n draws from the base."""
+    rng = np.random.default_rng(0)
+    vocab_size = whole[0].base.shape[1] - 1
+    schema = schema_of("build-targets", vocab_size, Packing("uint8", vocab_size, 255))
+    content, error = ShardContent(), 0.0
+    for scores, known in zip(batches, whole, strict=True):
+        base = known.base[:, :-1].astype(np.float64)
+        times = rng.multinomial(draws, base / base.sum(1, keepdims=True))
+        position_of, ids = np.nonzero(times)
+        counts = np.bincount(position_of, minlength=len(base)).astype(np.int32)
+        probs = (times[position_of, ids] / draws).astype(np.float32)
+        ones = np.ones(len(base), np.float32)
+        arrays = {
+            **{name: scores[name] for name in ("input_ids", "positions")},
+            **{"counts": counts, "support_ids": ids.astype(np.int32), "support_probs": probs},
+            **{"trust": 0 * ones, "tail_mass": 0 * ones, "weights": ones},
+        }
+        entries = segment_sums(counts.astype(np.int64), scores.lengths["position"])
+        content.batches.append(FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries}))
+        error += _error(counts, arrays["support_ids"], probs, known)
+    out.mkdir()
+    entry = commit_shard(out, 0, schema, "", content)
+    size, positions = entry.bytes, entry.positions
+    return (
+        f"{entry.entries / positions:.1f}",
+        f"{size / positions:.1f}",
+        "-",
+        "-",
+        f"{error / positions:.4f}",
+    )
+
+
+def _speed(scores: Path) -> None:
+    """Positions a second through the codec, to and from Arrow's bytes, on two threads."""
+    with tempfile.TemporaryDirectory() as made:
+        _build(scores, Path(made) / "t", 0.99, 64, "uint8")
+        manifest = read_manifest(Path(made) / "t")
+        schema = folder_schema(manifest)
+        examples = list(read_targets(Path(made) / "t"))
+    pieces = [flatten(schema, examples[i : i + 64]) for i in range(0, len(examples), 64)] * 8
+    positions = sum(len(piece["positions"]) for piece in pieces)
+
+    def to_bytes(piece: FlatBatch) -> pa.Buffer:
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
+        with pa.ipc.new_file(sink, schema.arrow, options=options) as writer:
+            writer.write_batch(encode(schema, piece))
+        return sink.getvalue()
+
+    def from_bytes(content: pa.Buffer) -> FlatBatch:
+        with pa.ipc.open_file(content) as reader:
+            return decode(schema, reader.get_batch(0), "here")
+
+    for threads in (1, 2):
+        with ThreadPoolExecutor(threads) as pool:
+            encoding = min(_seconds(lambda p=pool: list(p.map(to_bytes, pieces))) for _ in range(3))
+            contents = list(pool.map(to_bytes, pieces))
+            decoding = min(
+                _seconds(lambda p=pool, c=contents: list(p.map(from_bytes, c))) for _ in range(5)
+            )
+        print(
+            f"{threads} thread(s): encode {positions / encoding:,.0f}, decode "
+            f"{positions / decoding:,.0f} supervised positions/s"
+        )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
