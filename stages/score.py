@@ -160,6 +160,7 @@ class _Scoring:
             max_length=source.max_length,
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
+            top_k=settings.top_k,
         )
         self.job = self._job()
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch, SparseTargets
-from .fused import chunks, fused_loss, rows_of
-from .heads import hidden_states, recognise
-from .models import ModelFiles, load_model, logits_at
+from .fused import fused_loss, rows_of
+from .heads import hidden_states, logit_chunks, logits_of, recognise
+from .models import ModelFiles, load_model
 from .objective import Objective
 
 
@@ -40,18 +40,13 @@ class Student(torch.nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
-        columns_C, place_of_N = batch.columns.unique(return_inverse=True)
-        logits_BCV = logits_at(self.model, columns_C, **batch.inputs)
-        return logits_BCV[batch.rows, place_of_N]
+        return logits_of(self.model, batch.inputs, batch.rows, batch.columns)
 
     def logit_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, SparseTargets]]:
         """The logits a few positions at a time, each with its targets."""
-        if self.head_form is None:
-            yield self.logits(batch), batch.targets
-            return
-        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
-        for rows in chunks(len(hidden_ND), len(head.weight)):
-            yield head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)
+        places = batch.inputs, batch.rows, batch.columns
+        for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
+            yield logits_nV, rows_of(batch.targets, rows)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The states that go into the head at the supervised positions, [N, D]."""

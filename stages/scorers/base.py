@@ -36,7 +36,8 @@ class ScorerSettings:
     dtype: Dtype
     max_length: int  # tokens of the longest example
     tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
+    gpu_memory_utilization: float = 0.8  # at most
+    top_k: int = 64  # that memory is planned for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,10 +135,15 @@ def _vllm_gathers() -> bool:
     return hasattr(SamplingParams, "prompt_logprob_token_ids")
 
 
+def say(line: str) -> None:
+    """Tell the user something without tearing a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
 @cache
 def say_once(line: str) -> None:
-    """Tell the user something, once, without tearing a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """The same, once."""
+    say(line)
 
 
 def choose_dtype(option: str, config: Any) -> Dtype:
