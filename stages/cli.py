@@ -12,6 +12,7 @@ from .commands.build_targets import build_targets
 from .commands.methods import compare_methods, methods
 from .commands.score import score
 from .commands.train import train
+from .commands.verify import verify
 from .quiet import quiet_libraries
 
 
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods):
+for _command in (score, build_targets, train, compare_methods, methods, verify):
     cli.add_command(_command)
 
 

@@ -126,7 +126,7 @@ def score(settings: ScoreSettings) -> StageResult:
     sources = open_sources(settings.demonstrations)
     check_readable(sources, settings.format)
     model = find_model(settings.model, settings.revision)
-    result = score_source(settings, _Demonstrations(settings, sources, model), model)
+    result = score_source(settings, Demonstrations(settings, sources, model), model)
     rejects = [reject for entry in result.manifest.shards for reject in entry.rejects]
     if settings.strict and rejects:
         raise _unusable(Reject(**rejects[0]))
@@ -148,11 +148,7 @@ class _Scoring:
         self.settings = settings
         self.source = source
         self.model = model
-        if settings.top_k > model.vocab_size:
-            raise UserError(
-                f"--top-k {settings.top_k} is above the model's vocabulary of {model.vocab_size}: "
-                f"give {model.vocab_size} or less"
-            )
+        check_top_k(settings.top_k, model)
         self.schema = schema_of("score", model.vocab_size)
         self.scorer_settings = ScorerSettings(
             engine=choose_engine(settings.engine, source.gathers),
@@ -229,7 +225,7 @@ class _Scoring:
         return Job(self.settings.out, self.schema, identity, self.source.parents(), provenance)
 
 
-class _Demonstrations:
+class Demonstrations:
     """Examples from rows of text, tokenised on the way."""
 
     gathers = False
@@ -288,6 +284,15 @@ class _Demonstrations:
             else:
                 shard.content.rejects.append(encoded)
         return shard
+
+
+def check_top_k(top_k: int, model: ModelFiles) -> None:
+    """Raises UserError for more entries than the model's vocabulary has."""
+    if top_k > model.vocab_size:
+        raise UserError(
+            f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
+            f"give {model.vocab_size} or less"
+        )
 
 
 def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:

@@ -25,7 +25,7 @@ from ..options import FOLDER, Command, config_option, log_option, one_of
     help="Instead of demonstrations: the examples of this score folder, made with the same "
     "tokenizer; also stores this model's log-probabilities at the ids it holds.",
 )
-@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@click.option("--out", default=None, type=FOLDER, help="Folder to make.  [required]")
 @click.option(
     "--engine",
     type=one_of("auto", "vllm", "transformers"),
@@ -81,7 +81,20 @@ from ..options import FOLDER, Command, config_option, log_option, one_of
     "--gpu-memory-utilization",
     type=float,
     default=0.8,
-    help="Share of the GPU's memory that vLLM plans with.",
+    help="Share of the GPU's memory that vLLM plans with, at most: prompt log-probabilities come "
+    "on top of it.",
+)
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Only read the demonstrations, and tell what scoring them would take. Writes nothing.",
+)
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    metavar="GIB",
+    help="With --plan: what vLLM would take of a GPU of this size.",
 )
 @log_option
 @config_option
@@ -90,6 +103,8 @@ def score(
     ctx: click.Context,
     demonstrations: tuple[str, ...],
     at: Path | None,
+    plan: bool,
+    gpu_memory: float | None,
     log_json: Path | None,
     **options: Any,
 ) -> None:
@@ -105,7 +120,15 @@ def score(
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
     qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
+    qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --plan --gpu-memory 80
     """
+    if plan:
+        _plan(ctx, demonstrations, gpu_memory, log_json, options)
+        return
+    if gpu_memory is not None:
+        raise click.UsageError("--gpu-memory goes with --plan: leave it out, or add --plan", ctx)
+    if options["out"] is None:
+        raise click.UsageError("Missing option '--out'.", ctx)
     from .. import summary
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
@@ -119,6 +142,27 @@ def score(
     summary.print_scores(options["out"], result)
     if log_json:
         summary.log_result(log_json, result)
+
+
+def _plan(
+    ctx: click.Context,
+    demonstrations: tuple[str, ...],
+    gpu_memory: float | None,
+    log_json: Path | None,
+    options: dict[str, Any],
+) -> None:
+    from .. import summary
+    from ..plan import plan
+    from ..score import ScoreSettings
+
+    if not demonstrations or ctx.params["at"] is not None:
+        raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)
+    options["out"] = Path()  # nothing is written
+    settings = ScoreSettings(demonstrations=demonstrations, **options)
+    result = plan(settings, gpu_memory)
+    summary.print_plan(result)
+    if log_json:
+        summary.log_event(log_json, summary.plan_event(result))
 
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:

@@ -146,13 +146,17 @@ def say_once(line: str) -> None:
     say(line)
 
 
-def choose_dtype(option: str, config: Any) -> Dtype:
-    """The number format that an option means: `auto` is the model's own on a GPU, else float32."""
+def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
+    """The number format that an option means: `auto` is the model's own on a GPU, else float32.
+
+    `on_gpu` None asks this machine.
+    """
     import torch
 
     if option == "auto":
         own = str(config.get_text_config().dtype).removeprefix("torch.")
-        option = own if torch.cuda.is_available() else "float32"
+        has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+        option = own if has_gpu else "float32"
     known: dict[str, Dtype] = {dtype: dtype for dtype in DTYPES}
     return known.get(option, "float32")
 

@@ -1,10 +1,8 @@
 """Scoring with transformers: padded batches of like length, the head at supervised positions only.
 
-The batches of a call are a function of its examples alone, and so are the scores: how many batches
-wait, or how many processes share the shards, changes nothing. Two shapes are rounded up besides, to
-whole vectors of 16: the length of a batch and the rows that the head sees. With them an example's
-float32 scores came out the same to the last bit in whatever batch, on the CPU where this was tried;
-without, they differed by some 1e-5.
+The batches of a call are a function of its examples alone. Float32 sums come out otherwise, in
+their last bits, in a batch of another shape: so a shard's bytes depend neither on the processes
+that share the shards nor on what was scored before, and the size of a batch is no option.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,6 @@ from ...trainer.models import ModelFiles, load_model
 from .base import GivenIds, ScorerSettings, say_once, scored, with_given
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass
-_VECTOR = 16
 
 
 class TransformersScorer:
@@ -39,7 +36,7 @@ class TransformersScorer:
         """Each example's place in `examples` and its scores, longest first."""
         places = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
         while places:
-            rows = max(1, _BATCH_TOKENS // _rounded(len(examples[places[0]].input_ids)))
+            rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
             yield from self._score_places(examples, at, places[:rows], top_k)
             places = places[rows:]
 
@@ -65,7 +62,10 @@ class TransformersScorer:
         if scores is not None:
             yield from zip(places, scores, strict=True)
             return
-        say_once("the device is out of memory: batches that do not fit are halved")
+        say_once(
+            "the device is out of memory: batches that do not fit are halved, which may change the "
+            "last bits"
+        )
         torch.cuda.empty_cache()
         half = len(places) // 2
         yield from self._score_places(examples, at, places[:half], top_k)
@@ -76,21 +76,15 @@ class TransformersScorer:
         self, batch: Sequence[Example], given: Sequence[GivenIds] | None, top_k: int
     ) -> list[ScoredExample]:
         counts = [len(example.positions) for example in batch]
-        N = sum(counts)
         rows_N = np.repeat(np.arange(len(batch)), counts)
         columns_N = np.concatenate([example.positions for example in batch]) - 1
         observed_N = np.concatenate([example.observed_ids for example in batch])
-        given_Nw = _padded(given, N)
+        given_Nw = _padded(given, sum(counts))
         results: list[tuple[Tensor, ...]] = []
-        spare = _rounded(N) - N  # rows that only fill up the head's last vector
-        places = [self._tensor(np.pad(each, (0, spare))) for each in (rows_N, columns_N)]
-        inputs = self._inputs(batch)
-        for rows, logits_nV in logit_chunks(self.model, self.head_form, inputs, *places):
-            if rows.start >= N:
-                break
-            observed_n = self._tensor(observed_N[rows])
-            given_nw = self._tensor(given_Nw[rows])
-            results.append(_log_probs(logits_nV[: len(observed_n)], observed_n, given_nw, top_k))
+        places = self._inputs(batch), self._tensor(rows_N), self._tensor(columns_N)
+        for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
+            asked = self._tensor(observed_N[rows]), self._tensor(given_Nw[rows])
+            results.append(_log_probs(logits_nV, *asked, top_k))
         arrays = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
         ends = np.cumsum(counts)[:-1]
         by_example = zip(*(np.split(array, ends) for array in (*arrays, given_Nw)), strict=True)
@@ -104,7 +98,7 @@ class TransformersScorer:
 
     def _inputs(self, batch: Sequence[Example]) -> dict[str, Tensor]:
         """A right-padded batch."""
-        longest = _rounded(max(len(example.input_ids) for example in batch))
+        longest = max(len(example.input_ids) for example in batch)
         input_ids_BT = np.zeros((len(batch), longest), np.int64)
         mask_BT = np.zeros((len(batch), longest), np.int64)
         for row, example in enumerate(batch):
@@ -114,11 +108,6 @@ class TransformersScorer:
 
     def _tensor(self, values: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device)
-
-
-def _rounded(size: int) -> int:
-    """A size filled up to whole vectors."""
-    return -(-size // _VECTOR) * _VECTOR
 
 
 def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int64]:
