@@ -24,12 +24,14 @@ from .test_plan import write_chats
 def scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rescore")
     chats = write_chats(root / "chats.jsonl", 20)
-    score(
-        ScoreSettings(
-            model=str(tiny_model), demonstrations=(str(chats),), out=root / "scores", top_k=16,
-            engine="transformers", shard_size=6,
-        )
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpipe.pipeline.shards.BATCH_ROWS", 4)  # several record batches in a shard
+        score(
+            ScoreSettings(
+                model=str(tiny_model), demonstrations=(str(chats),), out=root / "scores", top_k=16,
+                engine="transformers", shard_size=9,
+            )
+        )  # fmt: skip
     return root / "scores"
 
 

@@ -214,3 +214,14 @@ def test_transformers_halves_a_batch_that_does_not_fit(
     most = 0
     with pytest.raises(UserError, match="out of memory at 256 tokens: finished shards are kept"):
         run(scorer, 8)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_tokens_as_probable_as_the_last_of_the_top_k_count_in_the_rank(top_k: int) -> None:
+    """Three tokens tie behind the first; each has rank 4, wherever the top k ends among them."""
+    from qpipe.stages.scorers.transformers_model import _log_probs
+
+    logits = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).repeat(4, 1)
+    no_ids = torch.empty(4, 0, dtype=torch.int64)
+    _, ranks, *_ = _log_probs(logits, torch.arange(4), no_ids, top_k)
+    assert ranks.tolist() == [4, 4, 4, 1]

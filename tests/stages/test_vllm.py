@@ -12,6 +12,7 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.stages import score as stage
 from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer
 from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
@@ -19,6 +20,7 @@ from qpipe.trainer.model_size import kv_cache_bytes, weight_bytes
 from qpipe.trainer.models import find_model
 
 from ..conftest import make_tiny_model
+from .test_plan import write_chats
 
 VOCAB = 320
 GIB = 2**30
@@ -161,6 +163,47 @@ def test_an_error_that_is_not_of_memory_ends_the_run(scorer: Any) -> None:
     finally:
         engine.abort_request(list(engine.output_processor.external_req_ids))
         scorer.engine = engine
+
+
+def test_what_was_finished_before_an_engine_stopped_is_kept(
+    scorer: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And going on after it makes the folder of an undisturbed run."""
+    chats = write_chats(tmp_path / "chats.jsonl", 30)
+    monkeypatch.setattr(stage, "make_scorer", lambda *_: scorer)
+    engine = scorer.engine
+
+    def make(out: Path) -> dict[str, bytes]:
+        stage.score(
+            stage.ScoreSettings(
+                model=str(tiny_model), demonstrations=(str(chats),), out=out, engine="vllm",
+                top_k=4, shard_size=10, max_length=200,
+            )
+        )  # fmt: skip
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    undisturbed = make(tmp_path / "whole")
+    assert len([name for name in undisturbed if name.endswith(".arrow")]) == 4
+    scorer.engine = Failing(engine, 4, ValueError("a mistake"))
+    with pytest.raises(UserError, match="vLLM stopped: a mistake: finished shards are kept"):
+        make(tmp_path / "torn")
+    kept = list((tmp_path / "torn").glob("*.arrow"))
+    assert 0 < len(kept) < 4
+    written = {path: path.stat().st_mtime_ns for path in kept}
+    engine.abort_request(list(engine.output_processor.external_req_ids))
+    scorer.engine = engine
+    assert make(tmp_path / "torn") == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+
+
+def test_an_engine_that_cannot_start_is_told_in_one_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000000")  # GiB
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    with pytest.raises(UserError, match="vLLM cannot start with model tiny: ") as caught:
+        make_scorer(find_model(str(tiny_model)), settings)
+    assert "\n" not in str(caught.value)
 
 
 _LIMITED = """
