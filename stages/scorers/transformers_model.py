@@ -18,7 +18,9 @@ from ...trainer.heads import logit_chunks, recognise
 from ...trainer.models import ModelFiles, load_model
 from .base import GivenIds, ScorerSettings, say_once, scored, with_given
 
-_BATCH_TOKENS = 4096  # padded tokens of a forward pass
+_BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
+_ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples
+_SHORTER = 0.875  # of the longest of the batch
 
 
 class TransformersScorer:
@@ -34,11 +36,8 @@ class TransformersScorer:
         self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
         """Each example's place in `examples` and its scores, longest first."""
-        places = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
-        while places:
-            rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
-            yield from self._score_places(examples, at, places[:rows], top_k)
-            places = places[rows:]
+        for places in batches([len(example.input_ids) for example in examples]):
+            yield from self._score_places(examples, at, places, top_k)
 
     def _score_places(
         self,
@@ -108,6 +107,22 @@ class TransformersScorer:
 
     def _tensor(self, values: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device)
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Which examples of these lengths go into a batch each, longest first."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batch:
+            longest, padded = lengths[batch[0]], lengths[batch[0]] * len(batch)
+            is_full = padded + longest > _BATCH_TOKENS
+            is_enough = padded >= _ENOUGH_TOKENS and lengths[place] < _SHORTER * longest
+            if is_full or is_enough:
+                yield batch
+                batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int64]:

@@ -120,7 +120,6 @@ def run_stage(engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Pat
         engine=engine,
         top_k=TOP_K,
         max_length=MAX_LENGTH,
-        shard_size=max(1, CHATS // 2),
     )
     made, stage.make_scorer = stage.make_scorer, lambda *_: scorer
     try:

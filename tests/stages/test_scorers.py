@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Example, ScoredExample
 from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer, say_once
+from qpipe.stages.scorers.transformers_model import _log_probs, batches
 from qpipe.trainer.models import find_model
 
 VOCAB = 320
@@ -209,7 +210,7 @@ def test_transformers_halves_a_batch_that_does_not_fit(
     say_once.cache_clear()
     most = 2
     check_close(whole, run(scorer, 8))
-    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    assert sizes == [4, 2, 2, 2]
     assert capsys.readouterr().err.count("batches that do not fit are halved") == 1
     most = 0
     with pytest.raises(UserError, match="out of memory at 256 tokens: finished shards are kept"):
@@ -219,9 +220,22 @@ def test_transformers_halves_a_batch_that_does_not_fit(
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_tokens_as_probable_as_the_last_of_the_top_k_count_in_the_rank(top_k: int) -> None:
     """Three tokens tie behind the first; each has rank 4, wherever the top k ends among them."""
-    from qpipe.stages.scorers.transformers_model import _log_probs
 
     logits = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).repeat(4, 1)
     no_ids = torch.empty(4, 0, dtype=torch.int64)
     _, ranks, *_ = _log_probs(logits, torch.arange(4), no_ids, top_k)
     assert ranks.tolist() == [4, 4, 4, 1]
+
+
+def test_batches_hold_every_example_once_with_little_padding() -> None:
+    lengths = [*np.random.default_rng(0).integers(2, 1200, 500).tolist(), 5000, 4096]
+    found = list(batches(lengths))
+    assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
+    for batch in found:
+        longest = lengths[batch[0]]
+        assert longest == max(lengths[place] for place in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 4096
+    padded = sum(len(batch) * lengths[batch[0]] for batch in found)
+    assert padded < 1.05 * sum(lengths)
+    assert sum(len(batch) * lengths[batch[0]] >= 1024 for batch in found) > len(found) - 2
+    assert list(batches([])) == []
