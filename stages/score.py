@@ -154,7 +154,7 @@ def _stage(
     else:
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
     model = find_model(settings.model, settings.revision)
-    return ScoreStage(settings, _Demonstrations(settings, sources, model), model, job)
+    return ScoreStage(settings, Demonstrations(settings, sources, model), model, job)
 
 
 class ScoreStage:
@@ -170,11 +170,7 @@ class ScoreStage:
         self.settings = settings
         self.source = source
         self.model = model
-        if settings.top_k > model.vocab_size:
-            raise UserError(
-                f"--top-k {settings.top_k} is above the model's vocabulary of {model.vocab_size}: "
-                f"give {model.vocab_size} or less"
-            )
+        check_top_k(settings.top_k, model)
         self.schema = schema_of("score", model.vocab_size)
         self.scorer_settings = ScorerSettings(
             engine=choose_engine(settings.engine, source.gathers),
@@ -183,6 +179,7 @@ class ScoreStage:
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
+            top_k=settings.top_k,
         )
         self.job = job or self._job()
 
@@ -266,7 +263,7 @@ class ScoreStage:
         return Job(folder, self.schema, identity, self.source.parents(), provenance)
 
 
-class _Demonstrations:
+class Demonstrations:
     """Examples from rows of text, tokenised on the way."""
 
     gathers = False
@@ -331,6 +328,15 @@ class _Demonstrations:
             else:
                 shard.content.rejects.append(encoded)
         return shard
+
+
+def check_top_k(top_k: int, model: ModelFiles) -> None:
+    """Raises UserError for more entries than the model's vocabulary has."""
+    if top_k > model.vocab_size:
+        raise UserError(
+            f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
+            f"give {model.vocab_size} or less"
+        )
 
 
 def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:

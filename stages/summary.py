@@ -1,6 +1,7 @@
 """What the commands say when they are done, as a few aligned lines, and as JSON for machines."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
     from .compare_methods import Comparison
     from .doctor import Diagnosis
+    from .plan import ScorePlan
+    from .rescore import Rescored
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -56,6 +59,97 @@ def print_scores(folder: Path, result: StageResult) -> None:
             *_size_and_speed(result),
         ]
     )
+
+
+def print_plan(plan: "ScorePlan") -> None:
+    """What `qpipe score` would do."""
+    work, memory = plan.workload, plan.memory
+    first = work.first_reject
+    lengths = {0.0: "shortest", 0.5: "median", 1.0: "longest"}
+    quantiles = [
+        f"{lengths.get(share, f'{share:.0%}')} {length:,}"
+        for share, length in work.lengths.quantiles().items()
+    ]
+    rows = [
+        (
+            "demonstrations",
+            f"{work.read:,} read, {work.examples:,} to score, {work.rejected:,} "
+            f"rejected, {work.cut:,} cut to the limit",
+        ),
+        *([("the first", f"{first.source}, line {first.line}: {first.reason}")] if first else []),
+        ("tokens", f"{work.tokens:,}, {work.positions:,} of them supervised"),
+        ("lengths", ", ".join(quantiles)),
+        ("folder", f"about {_size(plan.folder_bytes)}"),
+        (
+            "model",
+            f"{plan.model} in {plan.dtype}: {_size(memory.weights)} of weights on each GPU, "
+            f"{_size(memory.kv_cache)} of KV cache for what is in flight",
+        ),
+    ]
+    if memory.engine is not None and memory.gpu is not None and memory.peak is not None:
+        engine = memory.engine
+        rows += [
+            (
+                "vLLM",
+                f"{engine.scheduled_tokens:,} tokens a step (max_num_batched_tokens), "
+                f"{engine.utilization:.1%} of the GPU planned with",
+            ),
+            (
+                "GPU memory",
+                f"up to {_size(memory.peak)} of {_size(memory.gpu)}, "
+                f"{_size(engine.added)} of it for prompt log-probabilities outside of vLLM's share",
+            ),
+        ]
+    print_table(rows)
+    if not memory.fits and memory.engine is not None:
+        click.echo(
+            f"Warning: weights, KV cache and activations take about {_size(memory.engine.needed)} "
+            "of each GPU, more than vLLM's share: use more --tensor-parallel-size or a larger GPU",
+            err=True,
+        )
+
+
+def plan_event(plan: "ScorePlan") -> dict[str, Any]:
+    """A plan as a JSON value."""
+    work = asdict(plan.workload)
+    work["lengths"] = {str(share): n for share, n in plan.workload.lengths.quantiles().items()}
+    event = {"event": "plan", "stage": "score", **asdict(plan), "workload": work}
+    event["memory"] |= {"peak": plan.memory.peak, "fits": plan.memory.fits}
+    return event
+
+
+def print_rescored(result: "Rescored") -> None:
+    """How far a folder's scores are from transformers in float32."""
+    print_table(
+        [
+            (
+                "scored again",
+                f"{result.examples:,} demonstrations, {result.positions:,} supervised "
+                f"tokens: {result.engine} in {result.folder_dtype} against transformers in float32",
+            ),
+            (
+                "observed token",
+                f"log-probability off by {result.observed:.2g} nats at most, "
+                f"{result.observed_mean:.2g} on average",
+            ),
+            ("top k", f"log-probability off by {result.entries:.2g} nats at most"),
+            (
+                "rank",
+                f"{result.ranks_changed:,} changed, by {result.rank:,} at most; "
+                f"{result.modes_changed:,} most probable tokens are others",
+            ),
+            ("KL", f"{result.kl_mean:.2g} nats on average, {result.kl_max:.2g} at most"),
+        ]
+    )
+
+
+def _size(size: float) -> str:
+    """Bytes in the unit that gives them one to three digits before the point."""
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1000 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"
 
 
 def print_targets(folder: Path, result: StageResult) -> None:

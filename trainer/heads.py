@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import Head
+from .fused import Head, chunks
+from .models import logits_at
 
 _PROBE_TOKENS = 4
 
@@ -38,6 +39,31 @@ def causal_model(model: Any) -> Any:
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """What goes into the head, [B, T, D]."""
     return causal_model(model).get_decoder()(use_cache=False, **inputs).last_hidden_state
+
+
+def logits_of(model: Any, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor) -> Tensor:
+    """The model's own logits at some positions of a batch, [N, V]."""
+    columns_C, place_of_N = columns_N.unique(return_inverse=True)
+    return logits_at(model, columns_C, **inputs)[rows_N, place_of_N]
+
+
+def logit_chunks(
+    model: Any, form: HeadForm | None, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits at some positions of a batch, a few positions at a time: which, and [n, V].
+
+    They are float32 at least. With a known form the head runs on these positions alone; without,
+    all come at once.
+    """
+    if form is None:
+        logits_NV = logits_of(model, inputs, rows_N, columns_N)
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        yield slice(0, len(rows_N)), logits_NV.to(wide)
+        return
+    head = form.head(model)
+    hidden_ND = hidden_states(model, **inputs)[rows_N, columns_N]
+    for rows in chunks(len(hidden_ND), len(head.weight)) if len(hidden_ND) else [slice(0)]:
+        yield rows, head.logits(hidden_ND[rows])
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch, SparseTargets
-from .fused import chunks, fused_loss, rows_of
-from .heads import hidden_states, recognise
-from .models import ModelFiles, load_model, logits_at
+from .fused import fused_loss, rows_of
+from .heads import hidden_states, logit_chunks, logits_of, recognise
+from .models import ModelFiles, load_model
 from .objective import Objective
 
 
@@ -45,20 +45,14 @@ class Student(torch.nn.Module):
 
         Of all positions at once with `whole_examples`, or where the head is not understood.
         """
-        if self.head_form is None or whole_examples:
-            return read(self.logits(batch), batch.targets)
-        head, hidden_ND = self.head_form.head(self.model), self._hidden(batch)
-        parts = chunks(len(hidden_ND), len(head.weight)) if len(hidden_ND) else [slice(0)]
-        total, *others = (
-            read(head.logits(hidden_ND[rows]), rows_of(batch.targets, rows)) for rows in parts
-        )
+        form = None if whole_examples else self.head_form
+        parts = logit_chunks(self.model, form, batch.inputs, batch.rows, batch.columns)
+        total, *others = (read(logits, rows_of(batch.targets, rows)) for rows, logits in parts)
         return sum(others, total)
 
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
-        columns_C, place_of_N = batch.columns.unique(return_inverse=True)
-        logits_BCV = logits_at(self.model, columns_C, **batch.inputs)
-        return logits_BCV[batch.rows, place_of_N]
+        return logits_of(self.model, batch.inputs, batch.rows, batch.columns)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The states that go into the head at the supervised positions, [N, D]."""

@@ -99,7 +99,20 @@ from ..options import (
     "--gpu-memory-utilization",
     type=float,
     default=0.8,
-    help="Share of the GPU's memory that vLLM plans with.",
+    help="Share of the GPU's memory that vLLM plans with, at most: prompt log-probabilities come "
+    "on top of it.",
+)
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Only read the demonstrations, and tell what scoring them would take. Writes nothing.",
+)
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    metavar="GIB",
+    help="With --plan: what vLLM would take of a GPU of this size.",
 )
 @execution_options
 @config_option
@@ -108,6 +121,8 @@ def score(
     ctx: click.Context,
     demonstrations: tuple[str, ...],
     at: Path | None,
+    plan: bool,
+    gpu_memory: float | None,
     **options: Any,
 ) -> None:
     """Score demonstrations under a base model's prior.
@@ -122,7 +137,13 @@ def score(
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
     qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
+    qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --plan --gpu-memory 80
     """
+    if plan:
+        _plan(ctx, demonstrations, gpu_memory, options)
+        return
+    if gpu_memory is not None:
+        raise click.UsageError("--gpu-memory goes with --plan: leave it out, or add --plan", ctx)
     from .. import summary
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
@@ -137,6 +158,28 @@ def score(
     else:
         raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
     summary.report(options["out"], options["in_store"], result, execution.log_json)
+
+
+def _plan(
+    ctx: click.Context,
+    demonstrations: tuple[str, ...],
+    gpu_memory: float | None,
+    options: dict[str, Any],
+) -> None:
+    from ...pipeline.progress import log_event
+    from .. import summary
+    from ..plan import plan
+    from ..score import ScoreSettings
+
+    if not demonstrations or ctx.params["at"] is not None:
+        raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)
+    del options["store"]
+    options["out"] = Path()  # nothing is written
+    execution = take_execution(options)
+    settings = ScoreSettings(demonstrations=demonstrations, **options)
+    result = plan(settings, gpu_memory)
+    summary.print_plan(result)
+    log_event(execution.log_json, **summary.plan_event(result))
 
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,22 +4,63 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command
+from ..options import FOLDER, Command, config_option
 
 _MOST_SHOWN = 20
 
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=FOLDER)
-def verify(folder: Path) -> None:
+@click.option(
+    "--rescore",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Besides, score N random examples of a score folder again, with transformers in float32.",
+)
+@click.option(
+    "--model",
+    default=None,
+    help="With --rescore: that scored them, where the name in the manifest will not do.",
+)
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
+@click.option("--seed", type=int, default=0, help="Of the choice of examples.")
+@config_option
+def verify(
+    folder: Path, rescore: int | None, model: str | None, revision: str | None, seed: int
+) -> None:
     """Check a folder of scores or targets, every byte and every value.
 
     Compares the hash of every file with the manifest, reads every row, and checks columns, counts,
     ids, probabilities, masses and positions, and the fingerprints back to the demonstrations. Names
     the shard, row and column of what is wrong; exit status 2 if anything is.
+
+    With --rescore, random examples are scored again by the same weights with transformers in
+    float32, and the largest differences are printed: what bfloat16 or a quantised engine costs.
+
+    \b
+    qpipe verify targets/
+    qpipe verify scores/ --rescore 32
     """
-    from ...pipeline.errors import UserError
     from ...pipeline.manifest import read_manifest
+    from .. import summary
+
+    _check(folder)
+    manifest = read_manifest(folder)
+    totals = manifest.totals
+    click.echo(
+        f"{folder}: all well: {totals['rows']:,} demonstrations, {totals['positions']:,} "
+        f"supervised tokens, {len(manifest.shards):,} shard(s)"
+    )
+    if rescore is not None:
+        from ..rescore import rescore as score_again
+
+        summary.print_rescored(score_again(folder, model, revision, rescore, seed))
+
+
+def _check(folder: Path) -> None:
+    """Say what is wrong. Raises UserError if anything is."""
+    from ...pipeline.errors import UserError
     from ..verify import verify
 
     found = 0
@@ -29,9 +70,3 @@ def verify(folder: Path) -> None:
             click.echo(problem, err=True)
     if found:
         raise UserError(f"{folder}: {found} problem(s): restore it, or make it again")
-    manifest = read_manifest(folder)
-    totals = manifest.totals
-    click.echo(
-        f"{folder}: all well: {totals['rows']:,} demonstrations, {totals['positions']:,} "
-        f"supervised tokens, {len(manifest.shards):,} shard(s)"
-    )

@@ -37,7 +37,8 @@ class ScorerSettings:
     max_length: int  # tokens of the longest example
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
+    gpu_memory_utilization: float = 0.8  # at most
+    top_k: int = 64  # that memory is planned for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,19 +136,28 @@ def _vllm_gathers() -> bool:
     return hasattr(SamplingParams, "prompt_logprob_token_ids")
 
 
-@cache
-def say_once(line: str) -> None:
-    """Tell the user something, once, without tearing a progress bar."""
+def say(line: str) -> None:
+    """Tell the user something without tearing a progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
-def choose_dtype(option: str, config: Any) -> Dtype:
-    """The number format that an option means: `auto` is the model's own on a GPU, else float32."""
+@cache
+def say_once(line: str) -> None:
+    """The same, once."""
+    say(line)
+
+
+def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
+    """The number format that an option means: `auto` is the model's own on a GPU, else float32.
+
+    `on_gpu` None asks this machine.
+    """
     import torch
 
     if option == "auto":
         own = str(config.get_text_config().dtype).removeprefix("torch.")
-        option = own if torch.cuda.is_available() else "float32"
+        has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+        option = own if has_gpu else "float32"
     known: dict[str, Dtype] = {dtype: dtype for dtype in DTYPES}
     return known.get(option, "float32")
 

@@ -1,22 +1,26 @@
 """Scoring with transformers: padded batches of like length, the head at supervised positions only.
 
-Where the model's forward takes `logits_to_keep`, the output head runs on the union of the batch's
-supervised columns; log-softmax and top k run on the supervised rows in chunks.
+The batches of a call are a function of its examples alone. Float32 sums come out otherwise, in
+their last bits, in a batch of another shape: so a shard's bytes depend neither on the processes
+that share the shards nor on what was scored before, and the size of a batch is no option.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.errors import UserError
 from ...pipeline.records import Example, ScoredExample
-from ...trainer.models import ModelFiles, load_model, logits_at
-from .base import GivenIds, ScorerSettings, scored, with_given
+from ...trainer.heads import logit_chunks, recognise
+from ...trainer.models import ModelFiles, load_model
+from .base import GivenIds, ScorerSettings, say_once, scored, with_given
 
-_BATCH_TOKENS = 4096  # padded tokens of a forward pass
-_CHUNK_VALUES = 2**26  # logits in float32 at once: 256 MiB
+_BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
+_ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples
+_SHORTER = 0.875  # of the longest of the batch
 
 
 class TransformersScorer:
@@ -26,73 +30,107 @@ class TransformersScorer:
         self.vocab_size = model.vocab_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(model, getattr(torch, settings.dtype)).to(self.device).eval()
+        self.head_form = recognise(self.model)
 
     def score(
         self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
         """Each example's place in `examples` and its scores, longest first."""
-        places = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
-        while places:
-            rows = max(1, _BATCH_TOKENS // len(examples[places[0]].input_ids))
-            batch, places = places[:rows], places[rows:]
-            given = [None if at is None else at[place] for place in batch]
-            try:
-                scores = self._score_batch([examples[place] for place in batch], given, top_k)
-            except torch.OutOfMemoryError as error:
+        for places in batches([len(example.input_ids) for example in examples]):
+            yield from self._score_places(examples, at, places, top_k)
+
+    def _score_places(
+        self,
+        examples: Sequence[Example],
+        at: Sequence[GivenIds] | None,
+        places: list[int],
+        top_k: int,
+    ) -> Iterator[tuple[int, ScoredExample]]:
+        """The scores of one batch, or of its halves where memory does not do for the whole."""
+        given = None if at is None else [at[place] for place in places]
+        try:
+            scores = self._score_batch([examples[place] for place in places], given, top_k)
+        except torch.OutOfMemoryError as error:
+            if len(places) == 1:
                 raise UserError(
-                    "the device is out of memory: finished shards are kept: run again with "
-                    "--dtype bfloat16 or a smaller --max-length and another --out"
+                    f"the device is out of memory at {len(examples[places[0]].input_ids)} tokens: "
+                    "finished shards are kept: run again with --dtype bfloat16 or a smaller "
+                    "--max-length and another --out"
                 ) from error
-            yield from zip(batch, scores, strict=True)
+            scores = None
+        if scores is not None:
+            yield from zip(places, scores, strict=True)
+            return
+        say_once(
+            "the device is out of memory: batches that do not fit are halved, which may change the "
+            "last bits"
+        )
+        torch.cuda.empty_cache()
+        half = len(places) // 2
+        yield from self._score_places(examples, at, places[:half], top_k)
+        yield from self._score_places(examples, at, places[half:], top_k)
 
     @torch.inference_mode()
     def _score_batch(
-        self, batch: Sequence[Example], given: Sequence[GivenIds | None], top_k: int
+        self, batch: Sequence[Example], given: Sequence[GivenIds] | None, top_k: int
     ) -> list[ScoredExample]:
-        columns = np.unique(np.concatenate([example.positions for example in batch])) - 1
-        logits_BCV = self._logits(batch, torch.from_numpy(columns).to(self.device))
-        return [
-            self._score_row(
-                example, ids, logits_CV[np.searchsorted(columns, example.positions - 1)], top_k
-            )
-            for example, ids, logits_CV in zip(batch, given, logits_BCV, strict=True)
-        ]
+        counts = [len(example.positions) for example in batch]
+        rows_N = np.repeat(np.arange(len(batch)), counts)
+        columns_N = np.concatenate([example.positions for example in batch]) - 1
+        observed_N = np.concatenate([example.observed_ids for example in batch])
+        given_Nw = _padded(given, sum(counts))
+        results: list[tuple[Tensor, ...]] = []
+        places = self._inputs(batch), self._tensor(rows_N), self._tensor(columns_N)
+        for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
+            asked = self._tensor(observed_N[rows]), self._tensor(given_Nw[rows])
+            results.append(_log_probs(logits_nV, *asked, top_k))
+        arrays = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
+        ends = np.cumsum(counts)[:-1]
+        by_example = zip(*(np.split(array, ends) for array in (*arrays, given_Nw)), strict=True)
+        scores = []
+        for row, (log_probs, ranks, ids, top, at_Nw, ids_Nw) in enumerate(by_example):
+            result = scored(batch[row], log_probs, ranks, ids, top, self.vocab_size)
+            if given is not None:
+                result = with_given(result, given[row], at_Nw[ids_Nw >= 0], self.vocab_size)
+            scores.append(result)
+        return scores
 
-    def _logits(self, batch: Sequence[Example], columns: Tensor) -> Tensor:
-        """Logits [B, C, V] of a right-padded batch at the given columns."""
+    def _inputs(self, batch: Sequence[Example]) -> dict[str, Tensor]:
+        """A right-padded batch."""
         longest = max(len(example.input_ids) for example in batch)
         input_ids_BT = np.zeros((len(batch), longest), np.int64)
         mask_BT = np.zeros((len(batch), longest), np.int64)
         for row, example in enumerate(batch):
             input_ids_BT[row, : len(example.input_ids)] = example.input_ids
             mask_BT[row, : len(example.input_ids)] = 1
-        inputs = {
-            "input_ids": torch.from_numpy(input_ids_BT).to(self.device),
-            "attention_mask": torch.from_numpy(mask_BT).to(self.device),
-        }
-        return logits_at(self.model, columns, **inputs)
+        return {"input_ids": self._tensor(input_ids_BT), "attention_mask": self._tensor(mask_BT)}
 
-    def _score_row(
-        self, example: Example, given: GivenIds | None, logits_NV: Tensor, top_k: int
-    ) -> ScoredExample:
-        N = len(logits_NV)
-        observed_N = torch.from_numpy(example.observed_ids.astype(np.int64)).to(self.device)
-        given_Nw = np.empty((N, 0), np.int64) if given is None else given.padded()
-        rows = max(1, _CHUNK_VALUES // self.vocab_size)
-        chunks = zip(
-            logits_NV.split(rows),
-            observed_N.split(rows),
-            torch.from_numpy(given_Nw).to(self.device).split(rows),
-            strict=True,
-        )
-        parts = [_log_probs(*chunk, top_k) for chunk in chunks]
-        log_probs, ranks, ids, top, at = (
-            torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
-        )
-        result = scored(example, log_probs, ranks, ids, top, self.vocab_size)
-        if given is None:
-            return result
-        return with_given(result, given, at[given_Nw >= 0], self.vocab_size)
+    def _tensor(self, values: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device)
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Which examples of these lengths go into a batch each, longest first."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batch:
+            longest, padded = lengths[batch[0]], lengths[batch[0]] * len(batch)
+            is_full = padded + longest > _BATCH_TOKENS
+            is_enough = padded >= _ENOUGH_TOKENS and lengths[place] < _SHORTER * longest
+            if is_full or is_enough:
+                yield batch
+                batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int64]:
+    """The given ids of a batch, [N, w], -1 after those of a position."""
+    if given is None:
+        return np.empty((positions, 0), np.int64)
+    counts = np.concatenate([each.counts for each in given])
+    return GivenIds(counts, np.concatenate([each.ids for each in given])).padded()
 
 
 def _log_probs(
@@ -100,15 +138,17 @@ def _log_probs(
 ) -> tuple[Tensor, ...]:
     """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities [n, k];
     log-probabilities at the given ids [n, w], without a meaning where those are -1."""
-    logits_nV = logits_nV.float()
-    observed_n1 = logits_nV.gather(1, observed_n[:, None])
-    log_norm_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
-    top = logits_nV.topk(top_k, dim=1)
-    ranks_n = (logits_nV >= observed_n1).sum(dim=1)
+    log_probs_nV = logits_nV.log_softmax(dim=1)
+    top = log_probs_nV.topk(top_k, dim=1)
+    observed_n1 = log_probs_nV.gather(1, observed_n[:, None])
+    # above the last of the top k stand only these: the whole row is counted for the others alone
+    ranks_n = (top.values >= observed_n1).sum(dim=1)
+    others = (observed_n1[:, 0] <= top.values[:, -1]).nonzero()[:, 0]
+    ranks_n[others] = (log_probs_nV[others] >= observed_n1[others]).sum(dim=1)
     return (
-        (observed_n1 - log_norm_n1)[:, 0],
+        observed_n1[:, 0],
         ranks_n,
         top.indices,
-        top.values - log_norm_n1,
-        logits_nV.gather(1, given_nw.clamp_min(0)) - log_norm_n1,
+        top.values,
+        log_probs_nV.gather(1, given_nw.clamp_min(0)),
     )

@@ -1,17 +1,11 @@
-"""Scoring with vLLM: prompt log-probabilities, kept flat and turned into arrays at once.
-
-Entry i of a prompt's log-probabilities is the distribution that predicts token i; entry 0 is empty.
-Each entry holds the observed token first, with its rank, then the top k, so the observed token
-stands there twice when it is inside the top k.
+"""Scoring with vLLM: prompt log-probabilities, arrays from the engine to the shard.
 
 Log-probabilities at given ids come from the engine's own token-id scoring, in the same request,
-where it has that; else from whole distributions, lists of Python numbers that pass one example at a
-time.
+where it has that; else from whole distributions.
+
+An engine that dies of memory is started again with smaller steps; what it had finished is kept.
 """
 
-import logging
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,51 +15,41 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.records import Example, Floats, ScoredExample
 from ...trainer.models import ModelFiles, check_weights
-from .base import GivenIds, ScorerSettings, say_once, scored, with_given
+from .base import GivenIds, ScorerSettings, say, say_once, scored, with_given
+from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
+from .vllm_memory import LEAST_SCHEDULED
+from .vllm_start import (
+    WINDOW_TOKENS,
+    EngineDiedError,
+    is_memory,
+    plan_memory,
+    start_engine,
+    stop_engine,
+    takes_ids,
+)
 
-# Prompt log-probabilities take [scheduled tokens, V] in float32 that vLLM's memory profile does
-# not foresee: a larger budget kills the engine at large vocabularies.
-_SCHEDULED_TOKENS = 2048
-_WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
-_ENTRY_BYTES = 120  # of a whole distribution in Python's lists, as measured
+_WINDOW_BYTES = 2**28  # of the log-probabilities of what is in the engine
+_KEPT_BYTES, _FLAT_BYTES = 8, 120  # of an entry as tensors, and in Python's lists, as measured
+_RESTARTS = 3
 
 
 class VllmScorer:
     """A vLLM engine in float32, bfloat16 or float16, on the GPUs or, in its CPU build, without."""
 
     def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
-        self.vocab_size = model.vocab_size
         check_weights(model)
-        _prepare_environment(settings.max_length, model.max_length)
-        try:
-            from vllm import LLM, SamplingParams
-
-            llm = LLM(
-                model=str(model.folder),
-                dtype=settings.dtype,
-                max_model_len=settings.max_length + 1,  # a prompt needs one free position
-                max_num_batched_tokens=_SCHEDULED_TOKENS,
-                max_logprobs=-1,
-                logprobs_mode="raw_logprobs",
-                tensor_parallel_size=settings.tensor_parallel_size,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                enable_prefix_caching=False,  # these requests could not read it
-                enforce_eager=True,  # only prefill runs here
-                use_tqdm_on_load=sys.stderr.isatty(),
-                seed=0,
-            )
-        except Exception as error:
-            # vLLM raises many kinds, from bad configurations to memory; all mean the same here
-            raise UserError(
-                f"vLLM cannot start with model {model.name}: {one_line(error)}: "
-                "try --engine transformers, or a smaller --max-length"
-            ) from error
-        self.engine: Any = llm.llm_engine
+        self.vocab_size = model.vocab_size
+        self.model = model
+        self.settings = settings
+        self.memory = plan_memory(model, settings)
+        self.scheduled_tokens = self.memory.scheduled_tokens
+        self.restarts = 0
         self.submitted = 0
-        self.sampling_params = SamplingParams
-        # what vLLM itself asks before it takes such a request
-        self.takes_ids = hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(
-            self.engine.vllm_config, "use_v2_model_runner", False
+        self._start()
+        self.keeps_tensors = keeps_tensors()
+        say_once(
+            "prompt log-probabilities: "
+            + ("the engine's tensors" if self.keeps_tensors else "vLLM's flat lists, some slower")
         )
 
     def score(
@@ -73,70 +57,143 @@ class VllmScorer:
     ) -> Iterator[tuple[int, ScoredExample]]:
         """Each example's place in `examples` and its scores, as the engine finishes them."""
         given = [None] * len(examples) if at is None else at
-        window = self._window(at is not None)
-        next_place = tokens = 0
+        left = dict.fromkeys(range(len(examples)))
+        while left:
+            died = None
+            try:
+                for place, output in self._outputs(examples, given, top_k, list(left)):
+                    yield place, self._scored(examples[place], given[place], output, top_k)
+                    del left[place], output  # its distributions would stay beside the next
+            except EngineDiedError as error:
+                died = str(error)  # the error itself holds on to the engine's last step
+            if died is not None:
+                self._restart_smaller(died)
+
+    def _outputs(
+        self,
+        examples: Sequence[Example],
+        given: Sequence[GivenIds | None],
+        top_k: int,
+        places: list[int],
+    ) -> Iterator[tuple[int, Any]]:
+        """The engine's answers for the examples at these places, a window of tokens in flight."""
+        gathers = any(each is not None for each in given)
+        window = self._window(top_k, gathers)
+        waiting = iter(places)
         in_flight: dict[str, int] = {}
-        while next_place < len(examples) or in_flight:
-            while next_place < len(examples) and tokens < window:
-                sampling = self._sampling(examples[next_place], given[next_place], top_k)
-                in_flight[self._submit(examples[next_place], sampling)] = next_place
-                tokens += len(examples[next_place].input_ids)
-                next_place += 1
+        tokens = 0
+        place = next(waiting, None)
+        while place is not None or in_flight:
+            while place is not None and tokens < window:
+                sampling = self._sampling(examples[place], given[place], top_k)
+                in_flight[self._submit(examples[place], sampling)] = place
+                tokens += len(examples[place].input_ids)
+                place = next(waiting, None)
             for output in self._step():
                 if output.finished:
-                    place = in_flight.pop(output.request_id)
-                    tokens -= len(examples[place].input_ids)
-                    yield place, self._scored(examples[place], given[place], output, top_k)
-                del output  # its distributions would stay beside those of the next
+                    done = in_flight.pop(output.request_id)
+                    tokens -= len(examples[done].input_ids)
+                    yield done, output
+                del output
 
-    def _window(self, gathers: bool) -> int:
+    def _window(self, top_k: int, gathers: bool) -> int:
         """Tokens below which another example may enter the engine."""
-        if not gathers or self.takes_ids:
-            return _WINDOW_TOKENS
-        megabytes = self.vocab_size * _ENTRY_BYTES / 1e6
-        say_once(
-            "this vLLM cannot score given ids: distributions come whole, slowly, at "
-            f"{megabytes:.1f} MB for each token of an example: --engine transformers needs neither"
-        )
-        return 1
+        width = top_k
+        entry_bytes = _KEPT_BYTES if self.keeps_tensors else _FLAT_BYTES
+        if gathers and not self.takes_ids:
+            width = self.vocab_size
+            say_once(
+                "this vLLM cannot score given ids: distributions come whole, slowly, at "
+                f"{width * entry_bytes / 1e6:.1f} MB for each token of an example: "
+                "--engine transformers needs neither"
+            )
+        return min(WINDOW_TOKENS, _WINDOW_BYTES // (entry_bytes * (width + 1)) + 1)
 
     def _sampling(self, example: Example, given: GivenIds | None, top_k: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         options: dict[str, Any] = {"prompt_logprobs": top_k}
         if given is not None:
             options |= _id_options(example, given) if self.takes_ids else {"prompt_logprobs": -1}
-        return self.sampling_params(
-            max_tokens=1, temperature=0.0, flat_logprobs=True, detokenize=False, **options
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **options,
         )
-
-    def _step(self) -> list[Any]:
-        try:
-            return self.engine.step()
-        except Exception as error:  # whatever it dies of, memory above all
-            raise UserError(
-                f"vLLM stopped: {one_line(error)}: finished shards are kept: run again with a "
-                "smaller --gpu-memory-utilization or --shard-size"
-            ) from error
 
     def _submit(self, example: Example, sampling: Any) -> str:
         request_id = str(self.submitted)
         self.submitted += 1
         prompt = {"prompt_token_ids": example.input_ids.tolist()}
-        self.engine.add_request(request_id, prompt, sampling)
+        try:
+            taken_as = self.engine.add_request(request_id, prompt, sampling)
+        except Exception as error:
+            raise _stopped(error) from error
+        if self.keeps_tensors:
+            keep_tensors(self.engine, taken_as or request_id)
         return request_id
+
+    def _step(self) -> list[Any]:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            raise _stopped(error) from error
+
+    def _start(self) -> None:
+        """Start the engine, with smaller steps where memory runs out."""
+        llm = None
+        while llm is None:
+            died = ""
+            try:
+                llm = start_engine(
+                    self.model, self.settings, self.scheduled_tokens, self.memory.utilization
+                )
+            except EngineDiedError as error:
+                died = str(error)
+            if llm is None:
+                self._make_smaller(died)
+        self.llm = llm
+        self.engine: Any = llm.llm_engine
+        self.takes_ids = takes_ids(self.engine)
+
+    def _restart_smaller(self, died: str) -> None:
+        self._make_smaller(died)
+        llm = self.llm
+        del self.llm, self.engine  # or the weights would stay
+        stop_engine(llm)
+        del llm
+        self._start()
+
+    def _make_smaller(self, died: str) -> None:
+        """Halve the tokens of a step. Raises UserError where that has been tried often enough."""
+        if self.restarts == _RESTARTS or self.scheduled_tokens <= LEAST_SCHEDULED:
+            raise UserError(
+                f"vLLM stopped, at {self.scheduled_tokens} tokens a step too: {died}: finished "
+                "shards are kept: free memory, or use more --tensor-parallel-size or --engine "
+                "transformers"
+            )
+        self.restarts += 1
+        self.scheduled_tokens //= 2
+        say(
+            f"vLLM stopped ({died}): starting it again with {self.scheduled_tokens} tokens a step; "
+            "no finished work is lost"
+        )
 
     def _scored(
         self, example: Example, given: GivenIds | None, output: Any, top_k: int
     ) -> ScoredExample:
-        flat = output.prompt_logprobs
-        ids_E, log_probs_E = np.asarray(flat.token_ids), np.asarray(flat.logprobs, np.float32)
-        starts_N = np.asarray(flat.start_indices)[example.positions]
-        columns_Nw = starts_N[:, None] + np.arange(top_k + 1)
+        arrays = prompt_arrays(output.prompt_logprobs)
+        rows_N = example.positions - 1
         result = scored(
             example,
-            observed_log_probs_N=log_probs_E[starts_N],
-            observed_ranks_N=np.array([flat.ranks[start] for start in starts_N]),
-            topk_ids_Nk=ids_E[columns_Nw[:, 1:]],
-            topk_log_probs_Nk=log_probs_E[columns_Nw[:, 1:]],
+            observed_log_probs_N=arrays.log_probs[rows_N, 0],
+            observed_ranks_N=arrays.ranks[rows_N],
+            topk_ids_Nk=arrays.ids[rows_N, 1 : top_k + 1],
+            topk_log_probs_Nk=arrays.log_probs[rows_N, 1 : top_k + 1],
             vocab_size=self.vocab_size,
         )
         if given is None:
@@ -144,9 +201,18 @@ class VllmScorer:
         if self.takes_ids:
             log_probs_G = _at_ids(example, given, output.prompt_token_id_logprobs)
         else:
-            # the whole vocabulary comes after the observed token
-            log_probs_G = _from_whole(ids_E, log_probs_E, starts_N + 1, given, self.vocab_size)
+            log_probs_G = _from_whole(arrays, rows_N, given)
         return with_given(result, given, log_probs_G, self.vocab_size)
+
+
+def _stopped(error: Exception) -> Exception:
+    """What an engine's error is to those who wait for it."""
+    if is_memory(error):
+        return EngineDiedError(one_line(error))
+    return UserError(
+        f"vLLM stopped: {one_line(error)}: finished shards are kept: run again, or with --engine "
+        "transformers and another --out"
+    )
 
 
 def _id_options(example: Example, given: GivenIds) -> dict[str, Any]:
@@ -175,37 +241,11 @@ def _at_ids(example: Example, given: GivenIds, log_probs_Rw: Floats | None) -> F
     return log_probs_Rw[rows_N, : given_Nw.shape[1]][given_Nw >= 0]
 
 
-def _from_whole(
-    ids_E: NDArray[np.integer],
-    log_probs_E: Floats,
-    starts_N: NDArray[np.integer],
-    given: GivenIds,
-    vocab_size: int,
-) -> Floats:
-    """The log-probabilities at the given ids, [G], of distributions that start at `starts_N`."""
-    log_probs_V = np.empty(vocab_size, np.float32)
+def _from_whole(arrays: PromptArrays, rows_N: NDArray[np.integer], given: GivenIds) -> Floats:
+    """The log-probabilities at the given ids, [G], of rows that hold the whole vocabulary."""
+    log_probs_V = np.empty(arrays.ids.shape[1] - 1, np.float32)
     parts = []
-    for start, ids in zip(starts_N, np.split(given.ids, np.cumsum(given.counts)[:-1]), strict=True):
-        log_probs_V[ids_E[start : start + vocab_size]] = log_probs_E[start : start + vocab_size]
+    for row, ids in zip(rows_N, np.split(given.ids, np.cumsum(given.counts)[:-1]), strict=True):
+        log_probs_V[arrays.ids[row, 1:]] = arrays.log_probs[row, 1:]
         parts.append(log_probs_V[ids])
     return np.concatenate(parts)
-
-
-def _prepare_environment(max_length: int, model_limit: int) -> None:
-    """vLLM's settings that only the environment takes; what the user set stays."""
-    import torch
-
-    defaults = {}
-    if max_length + 1 > model_limit:
-        # the free position is never computed, so the model's own limit holds
-        defaults["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    if not torch.cuda.is_available():
-        defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process would bind to one core
-        }
-        # the first request would compile for half a minute, for nothing
-        torch._dynamo.config.disable = True
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses triton
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)

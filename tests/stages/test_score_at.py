@@ -590,14 +590,14 @@ def test_transformers_gathers_what_the_dense_reference_has(
     teacher: Path, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 5 rows a chunk, so that the positions of an example fall into several
-    monkeypatch.setattr("qpipe.stages.scorers.transformers_model._CHUNK_VALUES", 5 * VOCAB)
+    monkeypatch.setattr("qpipe.trainer.fused._CHUNK_VALUES", 5 * VOCAB)
     model = find_model(str(teacher))
     scorer = TransformersScorer(model, ScorerSettings("transformers", "float32", max_length=256))
     check_all(run(scorer, top_k), dense, top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 7])
-def test_vllm_gathers_from_whole_distributions_one_example_at_a_time(
+def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
     vllm: Any,
     dense: Dense,
     top_k: int,
@@ -605,6 +605,7 @@ def test_vllm_gathers_from_whole_distributions_one_example_at_a_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base.say_once.cache_clear()
+    monkeypatch.setattr("qpipe.stages.scorers.vllm_engine._WINDOW_BYTES", 8 * VOCAB)
     waiting: list[int] = []
     add_request = vllm.engine.add_request
 
@@ -714,6 +715,7 @@ def test_vllms_own_token_id_scoring_gives_the_same(
     whole = run(vllm, top_k)
     monkeypatch.setattr(vllm, "engine", TokenIdEngine(vllm.engine))
     monkeypatch.setattr(vllm, "takes_ids", True)
+    monkeypatch.setattr(vllm, "keeps_tensors", False)  # its answers are flat lists
     results = run(vllm, top_k)
     check_all(results, dense, top_k)
     for one, other in zip(results, whole, strict=True):
@@ -731,6 +733,7 @@ def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(vllm, "engine", Dropping(vllm.engine))
     monkeypatch.setattr(vllm, "takes_ids", True)
+    monkeypatch.setattr(vllm, "keeps_tensors", False)
     with pytest.raises(UserError, match="example a: vLLM gave no log-probabilities at the ids"):
         list(vllm.score(EXAMPLES[:1], 2, AT[:1]))
 

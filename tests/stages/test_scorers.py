@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Example, ScoredExample
-from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer
+from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer, say_once
+from qpipe.stages.scorers.transformers_model import _log_probs, batches
 from qpipe.trainer.models import find_model
 
 VOCAB = 320
@@ -134,3 +137,105 @@ def test_examples_keep_their_ids_and_positions(scorer: Scorer) -> None:
         assert result.id == one.id
         np.testing.assert_array_equal(result.input_ids, one.input_ids)
         np.testing.assert_array_equal(result.positions, one.positions)
+
+
+def same_bytes(results: list[ScoredExample], others: list[ScoredExample]) -> None:
+    for one, other in zip(results, others, strict=True):
+        for field in fields(ScoredExample):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+def check_close(results: list[ScoredExample], others: list[ScoredExample]) -> None:
+    for one, other in zip(results, others, strict=True):
+        np.testing.assert_array_equal(one.observed_ranks, other.observed_ranks)
+        np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
+        np.testing.assert_allclose(one.topk_log_probs, other.topk_log_probs, atol=2e-5)
+        np.testing.assert_allclose(one.observed_log_probs, other.observed_log_probs, atol=2e-5)
+
+
+def test_the_same_examples_give_the_same_bytes_whatever_was_scored_before(scorer: Scorer) -> None:
+    first = run(scorer, 8)
+    list(scorer.score(EXAMPLES[2:4], 3))
+    same_bytes(first, run(scorer, 8))
+
+
+def test_transformers_scores_do_not_depend_on_the_batch(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in another order, in small batches, with other chunks of the head."""
+    scorer = make_scorer(
+        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+    )
+    together = run(scorer, 8)
+    check_close(together, [dict(scorer.score([one], 8))[0] for one in EXAMPLES])
+    backwards = dict(scorer.score(EXAMPLES[::-1], 8))
+    check_close(together, [backwards[len(EXAMPLES) - 1 - place] for place in range(len(EXAMPLES))])
+    monkeypatch.setattr("qpipe.stages.scorers.transformers_model._BATCH_TOKENS", 320)
+    check_close(together, run(scorer, 8))
+    monkeypatch.setattr("qpipe.trainer.fused._CHUNK_VALUES", 7 * VOCAB)
+    check_close(together, run(scorer, 8))
+
+
+def test_transformers_without_a_known_head_gives_the_same(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer: Any = make_scorer(
+        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+    )
+    known = run(scorer, 8)
+    assert scorer.head_form is not None
+    monkeypatch.setattr(scorer, "head_form", None)
+    for one, other in zip(known, run(scorer, 8), strict=True):
+        np.testing.assert_allclose(one.topk_log_probs, other.topk_log_probs, atol=TOLERANCE)
+        np.testing.assert_array_equal(one.observed_ranks, other.observed_ranks)
+
+
+def test_transformers_halves_a_batch_that_does_not_fit(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer: Any = make_scorer(
+        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+    )
+    whole = run(scorer, 8)
+    score_batch = scorer._score_batch
+    sizes: list[int] = []
+
+    def limited(batch: list[Example], *rest: Any) -> list[ScoredExample]:
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score_batch(batch, *rest)
+
+    monkeypatch.setattr(scorer, "_score_batch", limited)
+    say_once.cache_clear()
+    most = 2
+    check_close(whole, run(scorer, 8))
+    assert sizes == [4, 2, 2, 2]
+    assert capsys.readouterr().err.count("batches that do not fit are halved") == 1
+    most = 0
+    with pytest.raises(UserError, match="out of memory at 256 tokens: finished shards are kept"):
+        run(scorer, 8)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_tokens_as_probable_as_the_last_of_the_top_k_count_in_the_rank(top_k: int) -> None:
+    """Three tokens tie behind the first; each has rank 4, wherever the top k ends among them."""
+
+    logits = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).repeat(4, 1)
+    no_ids = torch.empty(4, 0, dtype=torch.int64)
+    _, ranks, *_ = _log_probs(logits, torch.arange(4), no_ids, top_k)
+    assert ranks.tolist() == [4, 4, 4, 1]
+
+
+def test_batches_hold_every_example_once_with_little_padding() -> None:
+    lengths = [*np.random.default_rng(0).integers(2, 1200, 500).tolist(), 5000, 4096]
+    found = list(batches(lengths))
+    assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
+    for batch in found:
+        longest = lengths[batch[0]]
+        assert longest == max(lengths[place] for place in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 4096
+    padded = sum(len(batch) * lengths[batch[0]] for batch in found)
+    assert padded < 1.05 * sum(lengths)
+    assert sum(len(batch) * lengths[batch[0]] >= 1024 for batch in found) > len(found) - 2
+    assert list(batches([])) == []

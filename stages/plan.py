@@ -1,0 +1,165 @@
+"""`qpipe score --plan`: what scoring would take, from the demonstrations and the model's files.
+
+Rows are read and tokenised as scoring does it, one at a time; neither weights are loaded nor
+anything is written.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import numpy as np
+
+from ..pipeline.progress import progress_bar
+from ..pipeline.records import Reject
+from ..trainer.model_size import kv_cache_bytes, weight_bytes
+from ..trainer.models import ModelFiles, find_model
+from .demonstrations import check_readable
+from .score import Demonstrations, ScoreSettings, check_top_k
+from .scorers.base import ScorerSettings, choose_dtype
+from .scorers.vllm_memory import EngineMemory
+from .scorers.vllm_start import WINDOW_TOKENS, plan_memory
+from .sources import open_sources
+
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+# Bytes in a shard, as measured at k = 8, 64 and 128 on SmolLM2's scores of arithmetic: an entry is
+# an id and a log-probability, and log-probabilities hardly compress.
+_ENTRY_BYTES, _WIDE_ENTRY_BYTES = 5.2, 5.6  # the vocabulary's ids in two bytes, in four
+_POSITION_BYTES, _TOKEN_BYTES = 9, 2
+
+
+@dataclass(slots=True)
+class Lengths:
+    """Demonstrations by their number of tokens."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+
+    def quantiles(self) -> dict[float, int]:
+        """The length that a share of the demonstrations does not exceed; {} without any."""
+        lengths = sorted(self.counts)
+        ends = np.cumsum([self.counts[length] for length in lengths])
+        if not lengths:
+            return {}
+        places = {share: int(np.searchsorted(ends, share * ends[-1])) for share in QUANTILES}
+        return {share: lengths[place] for share, place in places.items()}
+
+
+@dataclass(slots=True)
+class Workload:
+    """What is in the demonstrations."""
+
+    read: int = 0
+    cut: int = 0
+    tokens: int = 0
+    positions: int = 0  # supervised
+    lengths: Lengths = field(default_factory=Lengths)
+    rejected: int = 0
+    first_reject: Reject | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many would be scored."""
+        return self.read - self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a model takes of each GPU; all sizes in bytes."""
+
+    weights: int
+    kv_cache: int  # of the tokens that are in the engine at a time
+    gpu: int | None = None  # what a GPU has
+    engine: EngineMemory | None = None  # how vLLM would be configured for it
+
+    @property
+    def peak(self) -> int | None:
+        """What is taken at most: vLLM fills its share, and more comes outside of it."""
+        if self.gpu is None or self.engine is None:
+            return None
+        return int(self.engine.utilization * self.gpu) + self.engine.added
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and KV cache have room in vLLM's share, and the rest beside it."""
+        if self.gpu is None or self.engine is None:
+            return True
+        return self.engine.utilization * self.gpu >= self.engine.needed
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """What `qpipe score` with these options would do."""
+
+    workload: Workload
+    folder_bytes: int
+    model: str
+    dtype: str
+    memory: Memory
+
+
+def plan(settings: ScoreSettings, gpu_memory: float | None = None) -> ScorePlan:
+    """Look at the demonstrations and the model; `gpu_memory` is that of a GPU, in GiB."""
+    sources = open_sources(settings.demonstrations)
+    check_readable(sources, settings.format)
+    model = find_model(settings.model, settings.revision)
+    check_top_k(settings.top_k, model)
+    demonstrations = Demonstrations(replace(settings, strict=False), sources, model)
+    workload = _workload(demonstrations)
+    dtype = choose_dtype(settings.dtype, model.config, on_gpu=gpu_memory is not None or None)
+    scorer = ScorerSettings(
+        engine="vllm",
+        dtype=dtype,
+        max_length=demonstrations.max_length,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        top_k=settings.top_k,
+    )
+    return ScorePlan(
+        workload=workload,
+        folder_bytes=folder_bytes(workload, settings.top_k, model.vocab_size),
+        model=model.name,
+        dtype=dtype,
+        memory=_memory(model, scorer, gpu_memory),
+    )
+
+
+def folder_bytes(workload: Workload, top_k: int, vocab_size: int) -> int:
+    """About how large the folder of scores gets."""
+    entry = _ENTRY_BYTES if vocab_size <= 2**16 else _WIDE_ENTRY_BYTES
+    of_position = _POSITION_BYTES + top_k * entry
+    return int(workload.positions * of_position + workload.tokens * _TOKEN_BYTES)
+
+
+def _workload(demonstrations: Demonstrations) -> Workload:
+    work = Workload()
+    with progress_bar(total=demonstrations.count, desc="plan", unit="demo") as progress:
+        for index in count():
+            shard = demonstrations.read(index)
+            if shard is None:
+                break
+            _add_rejects(work, shard.content.rejects)
+            work.read += len(shard.examples) + len(shard.content.rejects)
+            work.cut += int(shard.content.sums.get("cut", 0))
+            for example in shard.examples:
+                work.tokens += len(example.input_ids)
+                work.positions += len(example.positions)
+                work.lengths.counts[len(example.input_ids)] += 1
+            progress.update(len(shard.examples) + len(shard.content.rejects))
+    return work
+
+
+def _add_rejects(work: Workload, rejects: Iterable[Reject]) -> None:
+    for reject in rejects:
+        work.rejected += 1
+        work.first_reject = work.first_reject or reject
+
+
+def _memory(model: ModelFiles, settings: ScorerSettings, gpu_memory: float | None) -> Memory:
+    parts = settings.tensor_parallel_size
+    weights = weight_bytes(model, settings.dtype) // parts
+    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // parts
+    if gpu_memory is None:
+        return Memory(weights, kv_cache)
+    gpu = int(gpu_memory * 2**30)
+    return Memory(weights, kv_cache, gpu, plan_memory(model, settings, gpu))

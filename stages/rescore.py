@@ -1,0 +1,187 @@
+"""`qpipe verify --rescore`: how far a score folder is from transformers in float32.
+
+Some examples are scored again, each alone, with every log-probability of the vocabulary in float32.
+What differs is what the engine and its number format cost.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pipeline.codec import split
+from ..pipeline.errors import UserError
+from ..pipeline.manifest import Manifest, read_manifest
+from ..pipeline.progress import progress_bar
+from ..pipeline.records import ScoredExample
+from ..pipeline.shards import folder_schema, read_shard
+from ..trainer.models import ModelFiles, find_model, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """The differences between stored scores and fresh ones; log-probabilities in nats."""
+
+    folder_dtype: str
+    engine: str
+    examples: int
+    positions: int
+    observed: float  # largest difference of the observed token's log-probability
+    entries: float  # and of a stored entry's
+    observed_mean: float  # mean absolute difference of the observed token's
+    ranks_changed: int  # observed tokens of another rank
+    rank: int  # largest difference of a rank
+    modes_changed: int  # positions whose most probable token is another
+    kl_mean: float  # KL(fresh ‖ stored) on the stored ids and one bucket for the rest
+    kl_max: float
+
+
+def rescore(
+    folder: Path,
+    model: str | None = None,
+    revision: str | None = None,
+    examples: int = 16,
+    seed: int = 0,
+) -> Rescored:
+    """Score some examples of a folder again with transformers in float32.
+
+    `model` None is the one that the manifest names. Raises UserError where its weights are not
+    those that the folder was scored with.
+    """
+    manifest = read_manifest(folder, "score")
+    files = _same_model(folder, manifest, model, revision)
+    total = manifest.totals["rows"]
+    chosen = np.random.default_rng(seed).choice(total, min(examples, total), replace=False)
+    differences = _Differences()
+    scorer = _Dense(files)
+    with progress_bar(total=len(chosen), desc="rescore", unit="demo") as progress:
+        for example in _examples(folder, manifest, sorted(chosen.tolist())):
+            differences.add(example, scorer.log_probs(example))
+            progress.update()
+    return differences.result(manifest)
+
+
+def _same_model(
+    folder: Path, manifest: Manifest, model: str | None, revision: str | None
+) -> ModelFiles:
+    """The model that a folder was scored with."""
+    name = model or manifest.provenance["model"]
+    if model is None:
+        revision = revision or manifest.provenance.get("revision")
+    try:
+        files = find_model(name, revision)
+    except UserError as error:
+        if model is not None:
+            raise
+        raise UserError(
+            f"{folder}: was scored with model {name}, which is not to be had by that name: "
+            "give --model"
+        ) from error
+    ours, theirs = files.weights_hash(), manifest.settings["weights_hash"]
+    if ours != theirs:
+        raise UserError(
+            f"{folder}: was scored with weights of hash {theirs[:12]}…, model {name} has "
+            f"{ours[:12]}…: give the very --model"
+        )
+    return files
+
+
+def _examples(folder: Path, manifest: Manifest, rows: Sequence[int]) -> Iterator[ScoredExample]:
+    """The examples at these ascending rows; shards without any are not read."""
+    schema = folder_schema(manifest)
+    wanted = list(rows)
+    first = 0
+    for entry in manifest.shards:
+        here = [row - first for row in wanted if first <= row < first + entry.rows]
+        first += entry.rows
+        start = 0
+        for batch in read_shard(folder, manifest, entry) if here else ():
+            for row, example in enumerate(split(schema, batch), start):
+                if row in here:
+                    yield example
+            start += len(batch.ids)
+
+
+class _Dense:
+    """A model in float32 that scores one example at a time over the whole vocabulary."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        import torch
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: Any = load_model(files, torch.float32).to(self.device).eval()
+
+    def log_probs(self, example: ScoredExample) -> NDArray[np.float32]:
+        """[N, V]"""
+        import torch
+
+        with torch.inference_mode():
+            input_ids = torch.from_numpy(example.input_ids.astype(np.int64))[None].to(self.device)
+            logits_TV = self.model(input_ids=input_ids, use_cache=False).logits[0]
+            rows_N = torch.from_numpy(example.positions.astype(np.int64) - 1).to(self.device)
+            return logits_TV[rows_N].float().log_softmax(dim=1).cpu().numpy()
+
+
+class _Differences:
+    """What is added up over examples."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self.observed: list[NDArray[np.floating]] = []
+        self.entries = 0.0
+        self.ranks: list[NDArray[np.integer]] = []
+        self.modes_changed = 0
+        self.kl: list[NDArray[np.floating]] = []
+
+    def add(self, example: ScoredExample, log_probs_NV: NDArray[np.float32]) -> None:
+        """Compare an example's stored scores with fresh log-probabilities."""
+        N = len(log_probs_NV)
+        observed_N1 = log_probs_NV[np.arange(N), example.observed_ids][:, None]
+        ranks_N = (log_probs_NV >= observed_N1).sum(axis=1)
+        position_K = np.repeat(np.arange(N), example.counts)
+        fresh_K = log_probs_NV[position_K, example.topk_ids]
+        firsts_N = np.cumsum(example.counts) - example.counts
+        self.examples += 1
+        self.observed.append(np.abs(example.observed_log_probs - observed_N1[:, 0]))
+        self.entries = max(self.entries, float(np.abs(example.topk_log_probs - fresh_K).max()))
+        self.ranks.append(np.abs(example.observed_ranks - ranks_N))
+        self.modes_changed += int((example.topk_ids[firsts_N] != log_probs_NV.argmax(axis=1)).sum())
+        self.kl.append(bucket_kl(example, position_K, fresh_K))
+
+    def result(self, manifest: Manifest) -> Rescored:
+        observed, ranks, kl = map(np.concatenate, (self.observed, self.ranks, self.kl))
+        return Rescored(
+            folder_dtype=manifest.settings["dtype"],
+            engine=manifest.settings["engine"],
+            examples=self.examples,
+            positions=len(observed),
+            observed=float(observed.max()),
+            entries=self.entries,
+            observed_mean=float(observed.mean()),
+            ranks_changed=int((ranks > 0).sum()),
+            rank=int(ranks.max()),
+            modes_changed=self.modes_changed,
+            kl_mean=float(kl.mean()),
+            kl_max=float(kl.max()),
+        )
+
+
+def bucket_kl(
+    example: ScoredExample, position_K: NDArray[np.integer], fresh_K: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """KL(fresh ‖ stored) at each position [N], in nats, what is outside the entries as one outcome.
+
+    `fresh_K` are the fresh log-probabilities at the stored entries, `position_K` their positions.
+    """
+    N = len(example.counts)
+    fresh_probs_K = np.exp(fresh_K.astype(np.float64))
+    terms_K = fresh_probs_K * (fresh_K.astype(np.float64) - example.topk_log_probs)
+    inside_N = np.bincount(position_K, terms_K, minlength=N)
+    fresh_tail_N = np.maximum(1 - np.bincount(position_K, fresh_probs_K, minlength=N), 0)
+    tail_N = example.tail_mass.astype(np.float64)
+    both_N = (fresh_tail_N > 0) & (tail_N > 0)
+    ratio_N = np.divide(fresh_tail_N, tail_N, out=np.ones(N), where=both_N)
+    return np.maximum(inside_N + fresh_tail_N * np.log(ratio_N), 0)

@@ -1,0 +1,158 @@
+"""Starting and stopping a vLLM engine that has room for prompt log-probabilities."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.errors import UserError, one_line
+from ...trainer.model_size import VALUE_BYTES, kv_cache_bytes, weight_bytes
+from ...trainer.models import ModelFiles
+from .base import ScorerSettings
+from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
+
+WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
+_CPU_KV_CACHE = 2  # GiB
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+
+
+class EngineDiedError(Exception):
+    """The engine is gone, of memory as far as can be told: a smaller one may live."""
+
+
+def plan_memory(
+    model: ModelFiles, settings: ScorerSettings, gpu_memory: int | None = None
+) -> EngineMemory:
+    """How the engine is to be configured.
+
+    `gpu_memory` is what a GPU has, in bytes; None is what is found on this machine, which may have
+    no GPU.
+    """
+    import torch
+
+    on_cpu = gpu_memory is None and not torch.cuda.is_available()
+    parts = settings.tensor_parallel_size
+    rows = Rows(model.vocab_size, settings.top_k, VALUE_BYTES[settings.dtype], parts, on_cpu=on_cpu)
+    weights = weight_bytes(model, settings.dtype) // parts
+    if on_cpu:
+        kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _CPU_KV_CACHE) * 2**30
+        return fit_cpu(_available_memory(), weights, kv_cache, rows, settings.max_length)
+    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // parts
+    total = gpu_memory or _gpu_memory()
+    share = settings.gpu_memory_utilization
+    return fit_gpu(total, share, weights, kv_cache, rows, settings.max_length)
+
+
+def start_engine(
+    model: ModelFiles, settings: ScorerSettings, scheduled_tokens: int, utilization: float
+) -> Any:
+    """A running `vllm.LLM` that reads the weights that `model` names.
+
+    Raises EngineDiedError where memory ran out, UserError where it cannot start otherwise.
+    """
+    _prepare_environment(settings.max_length, model.max_length)
+    try:
+        from vllm import LLM
+
+        return LLM(
+            model=str(model.folder),
+            dtype=settings.dtype,
+            max_model_len=settings.max_length + 1,  # a prompt needs one free position
+            max_num_batched_tokens=scheduled_tokens,
+            max_num_seqs=min(256, scheduled_tokens),
+            max_logprobs=-1,
+            logprobs_mode="raw_logprobs",
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=utilization,
+            enable_prefix_caching=False,  # these requests could not read it
+            enforce_eager=True,  # only prefill runs here
+            use_tqdm_on_load=sys.stderr.isatty(),
+            seed=0,
+        )
+    except Exception as error:
+        # vLLM raises many kinds, from bad configurations to memory
+        if is_memory(error):
+            raise EngineDiedError(one_line(error)) from error
+        raise UserError(
+            f"vLLM cannot start with model {model.name}: {one_line(error)}: "
+            "try --engine transformers, or a smaller --max-length"
+        ) from error
+
+
+def stop_engine(llm: Any) -> None:
+    """End an engine, also one that has died, and give its memory back.
+
+    What still refers to `llm` or to its engine keeps the weights of one in this process.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+def takes_ids(engine: Any) -> bool:
+    """Whether an engine scores ids that a request names: what vLLM itself asks of one."""
+    from vllm import SamplingParams
+
+    return hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(
+        engine.vllm_config, "use_v2_model_runner", False
+    )
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an engine's error means that memory ran out, or may mean it.
+
+    Where the engine runs in a process of its own, its death is all that is seen.
+    """
+    import torch
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | EngineDeadError):
+        return True
+    return any(words in str(error).lower() for words in _MEMORY_WORDS)
+
+
+def _gpu_memory() -> int:
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory()
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take."""
+    import resource
+
+    import psutil
+
+    limits = [psutil.virtual_memory().available]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        limits.append(most - psutil.Process().memory_info().vms)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        limits.append(most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or no limit in it
+        pass
+    return max(0, min(limits))
+
+
+def _prepare_environment(max_length: int, model_limit: int) -> None:
+    """vLLM's settings that only the environment takes; what the user set stays."""
+    import torch
+
+    defaults = {}
+    if max_length + 1 > model_limit:
+        # the free position is never computed, so the model's own limit holds
+        defaults["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    if not torch.cuda.is_available():
+        defaults |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(_CPU_KV_CACHE),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process would bind to one core
+        }
+        # the first request would compile for half a minute, for nothing
+        torch._dynamo.config.disable = True
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses triton
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

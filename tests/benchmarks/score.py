@@ -1,0 +1,218 @@
+"""How fast `qpipe score` is beside what it is built on.
+
+    python tests/benchmarks/score.py MODEL [DEMONSTRATIONS]
+
+MODEL is a folder; DEMONSTRATIONS are chats of several turns, about as long as GSM8K's answers, made
+of data/arithmetic.jsonl where none are given. k is 64. Three figures, each of runs that take turns,
+medians of them:
+
+- the stage with vLLM, reading, tokenising and writing included, against a bare `LLM.generate` with
+  `flat_logprobs=True, detokenize=False` on the same engine;
+- the stage with transformers against a plain script: padded batches of 8 in the order given,
+  log-softmax and top k over all positions;
+- what the front end costs a token, on arrays, without a model.
+
+The stage's seconds are those that it reports, as its speed is: shards from reading to writing,
+without the start of the engine and the hash of its weights.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from qpipe.pipeline.records import Example
+from qpipe.pipeline.shards import read_scores
+from qpipe.stages import score as stage
+from qpipe.stages.quiet import quiet_libraries
+from qpipe.stages.score import ScoreSettings
+from qpipe.stages.scorers.base import ScorerSettings, make_scorer, scored
+from qpipe.stages.scorers.vllm_arrays import keep_tensors, prompt_arrays
+from qpipe.stages.summary import print_table
+from qpipe.trainer.models import ModelFiles, find_model, load_model
+
+ARITHMETIC = Path(__file__).parents[2] / "data" / "arithmetic.jsonl"
+TOP_K, MAX_LENGTH = 64, 1024
+CHATS = int(os.environ.get("CHATS", "48"))
+RUNS = int(os.environ.get("RUNS", "3"))
+PLAIN_BATCH = 8
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of runs that took turns."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """The median of how many times as fast ours is."""
+        return median(theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True))
+
+
+def main(model: Path, demonstrations: Path | None) -> None:
+    """Measure and print."""
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        chats = demonstrations or make_chats(Path(folder) / "chats.jsonl")
+        files = find_model(str(model))
+        vllm, plain, tokens, positions = measure_engines(files, chats, Path(folder))
+    print(
+        f"{tokens:,} tokens, {positions:,} of them supervised, k = {TOP_K}, {os.cpu_count()} "
+        f"cores, load {os.getloadavg()}"
+    )
+    rows = [("", "tokens/s", "beside it", "ratio")]
+    for name, times in (("vLLM against LLM.generate", vllm), ("transformers, plain", plain)):
+        ours, theirs = (f"{tokens / median(each):,.0f}" for each in (times.ours, times.theirs))
+        rows.append((name, ours, theirs, f"{times.ratio:.3f}"))
+    print_table(rows)
+    front_end()
+
+
+def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times, Times, int, int]:
+    """Both engines against their rivals, and how many tokens it was about."""
+    fast: Any = make_scorer(files, ScorerSettings("vllm", "float32", MAX_LENGTH, top_k=TOP_K))
+    slow: Any = make_scorer(files, ScorerSettings("transformers", "float32", MAX_LENGTH))
+    plain_model = load_model(files, torch.float32).eval()
+    run_stage("vllm", fast, files, chats, folder / "warm")
+    examples = list(read_scores(folder / "warm"))
+    generate(fast.llm, examples[:4])
+    plain_script(plain_model, examples[:4])
+    run_stage("transformers", slow, files, chats, folder / "warm-too")
+    vllm, plain = Times([], []), Times([], [])
+    for run in range(RUNS):
+        out = folder / f"out-{run}"
+        pairs = (
+            (vllm.ours, lambda out=out: run_stage("vllm", fast, files, chats, out / "fast")),
+            (vllm.theirs, lambda: timed(lambda: generate(fast.llm, examples))),
+            (plain.ours, lambda out=out: run_stage("transformers", slow, files, chats, out / "s")),
+            (plain.theirs, lambda: timed(lambda: plain_script(plain_model, examples))),
+        )
+        for seconds, work in pairs if run % 2 == 0 else reversed(pairs):
+            seconds.append(work())
+    tokens = sum(len(example.input_ids) for example in examples)
+    return vllm, plain, tokens, sum(len(example.positions) for example in examples)
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def run_stage(engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Path) -> float:
+    """Seconds of the stage as the command runs it, but for an engine that is there already."""
+    settings = ScoreSettings(
+        model=str(files.folder),
+        demonstrations=(str(chats),),
+        out=out,
+        engine=engine,
+        top_k=TOP_K,
+        max_length=MAX_LENGTH,
+    )
+    made, stage.make_scorer = stage.make_scorer, lambda *_: scorer
+    try:
+        return stage.score(settings).seconds
+    finally:
+        stage.make_scorer = made
+
+
+def generate(llm: Any, examples: list[Any]) -> None:
+    """Prompt log-probabilities by vLLM's own interface."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=TOP_K, flat_logprobs=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": example.input_ids.tolist()} for example in examples]
+    llm.generate(prompts, sampling, use_tqdm=False)
+
+
+@torch.inference_mode()
+def plain_script(model: Any, examples: list[Any]) -> None:
+    """What one writes first: batches in order, everything at every position."""
+    for start in range(0, len(examples), PLAIN_BATCH):
+        some = examples[start : start + PLAIN_BATCH]
+        batch = [torch.from_numpy(example.input_ids).long() for example in some]
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        lengths = torch.tensor([len(each) for each in batch])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        log_probs = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+        top = log_probs.topk(TOP_K, dim=-1)
+        log_probs[:, :-1].gather(2, ids[:, 1:, None])
+        top.values.numpy(), top.indices.numpy()
+
+
+class _Request:
+    """As much of vLLM's engine as `keep_tensors` touches, for one request."""
+
+    def __init__(self) -> None:
+        from vllm.v1.engine.logprobs import LogprobsProcessor
+
+        self.processor = LogprobsProcessor(None, None, None, None, None, TOP_K)
+        self.output_processor = self
+        self.request_states = {"r": self}
+        self.logprobs_processor = self.processor
+
+
+def front_end() -> None:
+    """Microseconds a token from the engine's tensors to a scored example."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    T, requests = 512, 200
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 49152, T).astype(np.int32)
+    example = Example("e", ids, np.arange(1, T, dtype=np.int32))
+    log_probs = -np.sort(rng.exponential(3, (T - 1, TOP_K + 1)), axis=1).astype(np.float32) - 2
+    tensors = LogprobsTensors(
+        torch.from_numpy(rng.integers(0, 49152, (T - 1, TOP_K + 1)).astype(np.int32)),
+        torch.from_numpy(log_probs),
+        torch.ones(T - 1, dtype=torch.int64),
+    )
+
+    def one() -> None:
+        example.input_ids.tolist()
+        engine = _Request()
+        keep_tensors(engine, "r")
+        engine.processor._update_prompt_logprobs(tensors)
+        arrays = prompt_arrays(engine.processor.prompt_logprobs)
+        rows = example.positions - 1
+        scored(
+            example,
+            arrays.log_probs[rows, 0],
+            arrays.ranks[rows],
+            arrays.ids[rows, 1:],
+            arrays.log_probs[rows, 1:],
+            49152,
+        )
+
+    one()
+    seconds = median(timed(lambda: [one() for _ in range(requests)]) for _ in range(5))
+    print(f"front end: {seconds / requests / T * 1e6:.2f} µs a token at k = {TOP_K}")
+
+
+def make_chats(path: Path) -> Path:
+    """Conversations of two to eight turns of arithmetic."""
+    rows = [json.loads(line)["messages"] for line in ARITHMETIC.read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(CHATS):
+            chosen = rng.choice(len(rows), rng.integers(2, 9), replace=False)
+            messages = [message for row in chosen for message in rows[row]]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

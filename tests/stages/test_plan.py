@@ -1,0 +1,117 @@
+"""`score --plan` against what scoring then does, and against sizes worked out by hand."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from qpipe.pipeline.errors import UserError
+from qpipe.stages.cli import cli
+from qpipe.stages.plan import Lengths, Workload, folder_bytes, plan
+from qpipe.stages.score import ScoreSettings, score
+
+GIB = 2**30
+
+
+def write_chats(path: Path, count: int = 40) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}]}
+        for text in ("word " * (1 + number % 20) for number in range(count))
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines[3:3] = ["{broken", json.dumps({"messages": []})]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def settings(model: Path, chats: Path, out: Path, **options: Any) -> ScoreSettings:
+    given = {"engine": "transformers", "max_length": 100, "shard_size": 7} | options
+    return ScoreSettings(model=str(model), demonstrations=(str(chats),), out=out, **given)
+
+
+def test_the_plan_counts_what_scoring_counts(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    options = settings(tiny_model, chats, tmp_path / "out", too_long="cut")
+    planned = plan(options)
+    assert not (tmp_path / "out").exists()
+    made = score(options).manifest.totals
+    work = planned.workload
+    assert (work.read, work.rejected, work.examples) == (42, 2, made["rows"])
+    assert (work.tokens, work.positions) == (made["tokens"], made["positions"])
+    assert work.cut == made["sums"]["cut"] > 0
+    assert work.first_reject is not None
+    assert work.first_reject.line == 4
+    assert max(work.lengths.counts) == 100
+
+
+def test_strict_rows_are_counted_too(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    options = settings(tiny_model, chats, tmp_path, strict=True, too_long="cut")
+    assert plan(options).workload.rejected == 2
+
+
+def test_quantiles_of_lengths() -> None:
+    lengths = Lengths(Counter({10: 50, 20: 40, 30: 9, 99: 1}))
+    assert lengths.quantiles() == {0.0: 10, 0.5: 10, 0.9: 20, 0.99: 30, 1.0: 99}
+    assert Lengths(Counter({7: 1})).quantiles() == dict.fromkeys((0.0, 0.5, 0.9, 0.99, 1.0), 7)
+    assert Lengths().quantiles() == {}
+
+
+def test_size_of_the_folder() -> None:
+    work = Workload(tokens=1000, positions=500)
+    assert folder_bytes(work, 64, 49_152) == 500 * (9 + 64 * 5.2) + 2000
+    assert folder_bytes(work, 64, 152_000) == int(500 * (9 + 64 * 5.6) + 2000)
+
+
+def test_memory_of_a_gpu(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    options = settings(tiny_model, chats, tmp_path, dtype="bfloat16", engine="auto")
+    memory = plan(options, gpu_memory=16).memory
+    assert memory.engine is not None
+    assert memory.engine.scheduled_tokens == 2048
+    assert memory.engine.added == 100 * (320 * 10 + 64 * 28)
+    assert memory.peak == int(0.8 * 16 * GIB) + memory.engine.added
+    assert memory.fits
+    assert not plan(options, gpu_memory=1.2).memory.fits
+
+
+def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.json"
+    words = ["score", "--plan", "--model", str(tiny_model), "--demonstrations", str(chats)]
+    done = CliRunner().invoke(cli, [*words, "--gpu-memory", "24", "--log-json", str(log)])
+    assert done.exit_code == 0, done.output
+    assert "42 read, 40 to score, 2 rejected" in done.output
+    assert "chats.jsonl, line 4: not JSON" in done.output
+    assert "2,048 tokens a step" in done.output
+    event = json.loads(log.read_text())
+    assert event["event"] == "plan"
+    assert event["workload"]["lengths"]["1.0"] > event["workload"]["lengths"]["0.0"]
+    assert event["memory"]["fits"] is True
+    assert list(tmp_path.iterdir()) == [log]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plan", "--at", "x"], "--plan reads --demonstrations FILE"),
+        (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "goes with --plan"),
+        (["--demonstrations", "x.jsonl"], "Missing option '--out'"),
+    ],
+)
+def test_options_that_do_not_go_together(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli, ["score", "--model", "m", *words])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_more_entries_than_the_vocabulary_has(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--top-k 321 is above the model's vocabulary of 320"):
+        plan(settings(tiny_model, chats, tmp_path, top_k=321))

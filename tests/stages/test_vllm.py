@@ -1,0 +1,341 @@
+"""The vLLM scorer beside its numbers: both ways to the arrays, its memory, and coming back."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.stages import score as stage
+from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
+from qpipe.stages.scorers.base import ScorerSettings, make_scorer
+from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
+from qpipe.trainer.model_size import kv_cache_bytes, weight_bytes
+from qpipe.trainer.models import find_model
+
+from ..conftest import make_tiny_model
+from .test_plan import write_chats
+
+VOCAB = 320
+GIB = 2**30
+
+
+def example(seed: int, length: int) -> Example:
+    ids = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+    return Example(f"e{seed}", ids, np.arange(1, length, 2, dtype=np.int32))
+
+
+EXAMPLES = [example(seed, length) for seed, length in enumerate((12, 200, 2, 256, 61, 33, 7, 100))]
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model: Path) -> Any:
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    return make_scorer(find_model(str(tiny_model)), settings)
+
+
+def run(scorer: Any, top_k: int = 8) -> list[ScoredExample]:
+    by_place = dict(scorer.score(EXAMPLES, top_k))
+    assert len(by_place) == len(EXAMPLES)
+    return [by_place[place] for place in range(len(EXAMPLES))]
+
+
+def check_same(results: list[ScoredExample], others: list[ScoredExample]) -> None:
+    for one, other in zip(results, others, strict=True):
+        for field in fields(ScoredExample):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            np.testing.assert_array_equal(left, right)
+            assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
+
+
+def test_kept_tensors_and_flat_lists_are_the_same_numbers(
+    scorer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scorer.keeps_tensors
+    kinds: list[type] = []
+
+    def seen(prompt_logprobs: Any) -> Any:
+        kinds.append(type(prompt_logprobs))
+        return vllm_arrays.prompt_arrays(prompt_logprobs)
+
+    monkeypatch.setattr(vllm_engine, "prompt_arrays", seen)
+    kept = run(scorer)
+    monkeypatch.setattr(scorer, "keeps_tensors", False)
+    flat = run(scorer)
+    check_same(kept, flat)
+    assert kinds[0] is list
+    assert kinds[-1].__name__ == "FlatLogprobs"
+
+
+def test_tensors_that_come_in_parts_are_joined() -> None:
+    parts = [
+        (torch.full((n, 3), n), torch.full((n, 3), -1.0 * n), torch.full((n,), n)) for n in (2, 1)
+    ]
+    arrays = vllm_arrays.prompt_arrays(parts)
+    assert arrays.ids.tolist() == [[2] * 3, [2] * 3, [1] * 3]
+    assert arrays.log_probs[:, 0].tolist() == [-2, -2, -1]
+    assert arrays.ranks.tolist() == [2, 2, 1]
+
+
+def test_another_build_of_vllm_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    assert vllm_arrays.keeps_tensors()
+    monkeypatch.setattr(
+        LogprobsProcessor, "_update_prompt_logprobs", lambda self, tensors, other: None
+    )
+    assert not vllm_arrays.keeps_tensors()
+    monkeypatch.delattr(LogprobsProcessor, "_update_prompt_logprobs")
+    assert not vllm_arrays.keeps_tensors()
+
+
+@pytest.mark.parametrize("window", [1, 200])
+def test_what_is_in_flight_changes_no_byte(
+    scorer: Any, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = run(scorer)
+    monkeypatch.setattr(vllm_engine, "WINDOW_TOKENS", window)
+    check_same(run(scorer), everything)
+
+
+class Failing:
+    """The engine, one of whose steps raises an error."""
+
+    def __init__(self, engine: Any, at_step: int, error: Exception) -> None:
+        self.engine, self.left, self.error = engine, at_step, error
+        self.output_processor = engine.output_processor
+        self.add_request = engine.add_request
+
+    def step(self) -> list[Any]:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.engine.step()
+
+
+def out_of_memory() -> Exception:
+    return RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
+def engine_dead() -> Exception:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError()
+
+
+def test_an_engine_that_dies_is_started_again_smaller_and_nothing_is_lost(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With steps of 128 tokens, chunked prefill included, the bytes are those of one large step."""
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    scorer: Any = make_scorer(find_model(str(tiny_model)), settings)
+    before = run(scorer)
+    scorer.scheduled_tokens = 256
+    monkeypatch.setattr(vllm_engine, "WINDOW_TOKENS", 100)
+    scorer.engine = Failing(scorer.engine, 3, out_of_memory())
+    capsys.readouterr()
+    check_same(run(scorer), before)
+    assert scorer.scheduled_tokens == 128
+    assert scorer.engine.vllm_config.scheduler_config.max_num_batched_tokens == 128
+    said = capsys.readouterr().err
+    assert said.count("starting it again with 128 tokens a step; no finished work is lost") == 1
+
+    scorer.engine = Failing(scorer.engine, 1, engine_dead())
+    check_same(run(scorer), before)
+    assert scorer.scheduled_tokens == 64
+    scorer.engine = Failing(scorer.engine, 2, out_of_memory())
+    with pytest.raises(UserError, match=r"at 64 tokens a step too: .*finished shards are kept"):
+        run(scorer)
+
+
+def test_an_error_that_is_not_of_memory_ends_the_run(scorer: Any) -> None:
+    engine = scorer.engine
+    scorer.engine = Failing(engine, 1, ValueError("a\nmistake"))
+    try:
+        with pytest.raises(UserError, match="vLLM stopped: a mistake: finished shards are kept"):
+            run(scorer)
+    finally:
+        engine.abort_request(list(engine.output_processor.external_req_ids))
+        scorer.engine = engine
+
+
+def test_what_was_finished_before_an_engine_stopped_is_kept(
+    scorer: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And going on after it makes the folder of an undisturbed run."""
+    chats = write_chats(tmp_path / "chats.jsonl", 30)
+    monkeypatch.setattr(stage, "make_scorer", lambda *_: scorer)
+    engine = scorer.engine
+
+    def make(out: Path) -> dict[str, bytes]:
+        stage.score(
+            stage.ScoreSettings(
+                model=str(tiny_model), demonstrations=(str(chats),), out=out, engine="vllm",
+                top_k=4, shard_size=10, max_length=200,
+            )
+        )  # fmt: skip
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    undisturbed = make(tmp_path / "whole")
+    assert len([name for name in undisturbed if name.endswith(".arrow")]) == 4
+    scorer.engine = Failing(engine, 4, ValueError("a mistake"))
+    with pytest.raises(UserError, match="vLLM stopped: a mistake: finished shards are kept"):
+        make(tmp_path / "torn")
+    kept = list((tmp_path / "torn").glob("*.arrow"))
+    assert 0 < len(kept) < 4
+    written = {path: path.stat().st_mtime_ns for path in kept}
+    engine.abort_request(list(engine.output_processor.external_req_ids))
+    scorer.engine = engine
+    assert make(tmp_path / "torn") == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+
+
+def test_an_engine_that_cannot_start_is_told_in_one_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000000")  # GiB
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    with pytest.raises(UserError, match="vLLM cannot start with model tiny: ") as caught:
+        make_scorer(find_model(str(tiny_model)), settings)
+    assert "\n" not in str(caught.value)
+
+
+_LIMITED = """
+import resource, sys, psutil
+import numpy as np
+from qpipe.pipeline.records import Example
+from qpipe.stages.scorers.base import ScorerSettings, make_scorer
+from qpipe.trainer.models import find_model
+ids = np.arange(255, dtype=np.int32)
+one = Example("a", ids, np.arange(1, 255, dtype=np.int32))
+scorer = make_scorer(find_model(sys.argv[1]), ScorerSettings("vllm", "float32", max_length=255))
+(_, free), = scorer.score([one], 8)
+scorer.scheduled_tokens = 128  # it runs with more, and comes back with 64
+limit = psutil.Process().memory_info().vms + 190 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+(_, limited), = scorer.score([one], 8)
+assert scorer.scheduled_tokens == 64, scorer.scheduled_tokens
+np.testing.assert_array_equal(limited.topk_log_probs, free.topk_log_probs)
+np.testing.assert_array_equal(limited.observed_ranks, free.observed_ranks)
+"""
+
+
+def test_a_process_without_memory_for_large_steps_goes_on_with_small_ones(tmp_path: Path) -> None:
+    """255 rows take 260 MB at this vocabulary, 64 take 65 MB; 190 MB are left."""
+    model = make_tiny_model(tmp_path / "model", vocab_size=60_000)
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(model)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "can't allocate memory" in done.stderr
+
+
+def test_rows_on_one_gpu() -> None:
+    # logits in bfloat16, their float32 copy, the result: 10 bytes a value; 28 of each of the top k
+    assert Rows(1000, 0, value_bytes=2).bytes == 10_000
+    assert Rows(1000, 10, value_bytes=2).bytes == 10_280
+    assert Rows(1000, 0, value_bytes=4).bytes == 8_000
+
+
+def test_rows_of_a_shared_vocabulary_are_gathered() -> None:
+    # a half, the whole as gathered, the whole in order: 2.5 values, more than what comes after
+    assert Rows(1000, 0, value_bytes=4, tensor_parallel_size=2).bytes == 10_000
+    assert Rows(1000, 0, value_bytes=2, tensor_parallel_size=2).bytes == 10_000  # 5_000 gathering
+
+
+_SAMPLER = """
+import sys, torch
+from vllm.v1.sample.sampler import Sampler
+torch._dynamo.config.disable = True
+torch.set_num_threads(1)
+rows, size, dtype = 512, 40_000, getattr(torch, sys.argv[1])
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
+def work(rows):
+    hidden = torch.randn(rows, 8, dtype=dtype)
+    logits = hidden @ torch.randn(8, size, dtype=dtype)
+    return Sampler.gather_logprobs(Sampler.compute_logprobs(logits), 64, torch.zeros(rows).long())
+work(2)
+before = resident()
+open("/proc/self/clear_refs", "w").write("5")
+work(rows)
+print((peak() - before) / (rows * size))
+"""
+
+
+@pytest.mark.parametrize(("dtype", "value_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_rows_take_on_a_cpu_what_is_planned(dtype: str, value_bytes: int) -> None:
+    """vLLM's own functions, in a process whose peak is looked at."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SAMPLER, dtype], capture_output=True, text=True, check=True
+    )
+    planned = Rows(40_000, 64, value_bytes, on_cpu=True).bytes / 40_000
+    assert float(done.stdout) == pytest.approx(planned, rel=0.1)
+
+
+ROWS = Rows(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
+
+
+def test_a_large_gpu_takes_the_whole_step() -> None:
+    plan = fit_gpu(80 * GIB, 0.8, 16 * GIB, 2 * GIB, ROWS, longest=4096)
+    assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.8)
+    assert plan.added == 2048 * 1_520_000
+
+
+def test_the_share_gives_way_before_the_step_does() -> None:
+    # 2048 rows take 2.9 GiB, a GiB is kept back: 20.1 of 24 GiB are left, for 10 that are needed
+    plan = fit_gpu(24 * GIB, 0.95, 8 * GIB, 1 * GIB, ROWS, longest=4096)
+    assert plan.scheduled_tokens == 2048
+    assert plan.utilization == pytest.approx((24 - 1 - plan.added / GIB) / 24, abs=1e-3)
+
+
+def test_a_full_gpu_takes_a_smaller_step() -> None:
+    # 20.5 of 24 GiB are needed: 2.5 are left beside the reserve, and 1024 rows take 1.45
+    plan = fit_gpu(24 * GIB, 0.95, 18 * GIB + GIB // 2, 1 * GIB, ROWS, longest=4096)
+    assert plan.scheduled_tokens == 1024
+    assert plan.utilization * 24 * GIB >= plan.needed
+    assert 24 * GIB * (1 - plan.utilization) >= plan.added + GIB
+
+
+def test_short_examples_need_no_room_for_a_whole_step() -> None:
+    plan = fit_gpu(24 * GIB, 0.95, 18 * GIB + GIB // 2, 1 * GIB, ROWS, longest=500)
+    assert plan.scheduled_tokens == 2048
+    assert plan.added == 500 * ROWS.bytes
+
+
+def test_a_cpu_takes_what_is_free() -> None:
+    rows = Rows(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
+    assert fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 2048
+    assert fit_cpu(8 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 1024
+    assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 64
+
+
+def test_sizes_of_a_model_are_those_of_its_weights(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    files = find_model(str(tiny_model))
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
+    values = sum(each.numel() for each in loaded.parameters())
+    assert weight_bytes(files, "float32") == 4 * values
+    assert weight_bytes(files, "bfloat16") == 2 * values
+    # 2 layers, a key and a value of one head of 32
+    assert kv_cache_bytes(files, "float32") == 2 * 2 * 32 * 4
+
+
+def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
+    settings = ScorerSettings("vllm", "bfloat16", max_length=256, gpu_memory_utilization=0.9)
+    plan = vllm_start.plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
+    assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.9)
+    assert plan.added == 256 * (VOCAB * 10 + 64 * 28)
