@@ -28,9 +28,10 @@ from ..options import FOLDER, Command, config_option, execution_options, one_of,
 @click.option("--out", required=True, type=FOLDER, help="Folder to make.")
 @click.option(
     "--engine",
-    type=one_of("auto", "vllm", "transformers"),
+    type=one_of("auto", "vllm", "transformers", "server"),
     default="auto",
-    help="What runs the model; auto is vLLM where it is installed.",
+    help="What runs the model; auto is vLLM where it is installed. A server needs --server-url, "
+    "and of --model the tokenizer and configuration alone.",
 )
 @click.option("--top-k", type=int, default=64, help="Entries kept of each distribution.")
 @click.option(
@@ -91,6 +92,27 @@ from ..options import FOLDER, Command, config_option, execution_options, one_of,
     type=float,
     default=0.8,
     help="Share of the GPU's memory that vLLM plans with.",
+)
+@click.option(
+    "--server-url",
+    default=None,
+    metavar="URL",
+    help="A vLLM server, started with --max-logprobs -1, as in http://host:8000. VLLM_API_KEY in "
+    "the environment is sent along.",
+)
+@click.option(
+    "--server-model",
+    default=None,
+    metavar="NAME",
+    help="What the model is called there.  [default: the only one that it serves]",
+)
+@click.option("--server-requests", type=int, default=32, help="Requests under way at a time.")
+@click.option(
+    "--server-timeout",
+    type=float,
+    default=600.0,
+    metavar="SECONDS",
+    help="How long an answer may take; a late or failed request is tried again.",
 )
 @execution_options
 @config_option
