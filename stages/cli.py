@@ -11,6 +11,7 @@ from .. import __version__
 from .commands.build_targets import build_targets
 from .commands.methods import compare_methods, methods
 from .commands.score import score
+from .commands.status import status
 from .commands.train import train
 from .quiet import quiet_libraries
 
@@ -33,11 +34,12 @@ def cli() -> None:
     qpipe train          targets/       -> run/       a fine-tuned model
 
     Each command takes a folder and makes a folder. Run again after a crash, they go on where they
-    stopped (train at its last checkpoint); run again when done, they do nothing.
+    stopped (train at its last checkpoint); run again when done, they do nothing. `qpipe status DIR`
+    tells from any terminal how far a folder is.
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods):
+for _command in (score, build_targets, train, status, compare_methods, methods):
     cli.add_command(_command)
 
 
