@@ -228,7 +228,10 @@ def _ray(address: str | None) -> Iterator[Any]:
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
             # or what an engine has started would outlive its worker, with its GPU's memory
-            "_system_config": {"kill_child_processes_on_worker_exit_with_raylet_subreaper": True},
+            "_system_config": {
+                "kill_child_processes_on_worker_exit_with_raylet_subreaper": True,
+                "worker_niceness": 0,  # the work is what this machine is for
+            },
         }
     else:
         _check_address(address)
