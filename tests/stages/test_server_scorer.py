@@ -323,6 +323,20 @@ def test_requests_under_way_are_bounded(fake: Fake, concurrency: int) -> None:
     assert fake.most_at_a_time == concurrency
 
 
+def test_examples_are_taken_as_there_is_room(fake: Fake) -> None:
+    taken: list[int] = []
+
+    class Counted(list[Example]):
+        def __iter__(self) -> Iterator[Example]:
+            for place in range(len(self)):
+                taken.append(place)
+                yield self[place]
+
+    scores = make_scorer(fake.files, settings_for(fake, concurrency=2)).score(Counted(EXAMPLES), 4)
+    next(iter(scores))
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
