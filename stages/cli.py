@@ -14,6 +14,7 @@ from .commands.methods import compare_methods, methods
 from .commands.report import report
 from .commands.score import score
 from .commands.share import lineage, list_folders, share
+from .commands.status import status
 from .commands.train import train
 from .commands.verify import verify
 from .quiet import quiet_libraries
@@ -44,7 +45,8 @@ def cli() -> None:
     qpipe train          targets/       -> run/       a fine-tuned model
 
     Each command takes a folder and makes a folder. Run again after a crash, they go on where they
-    stopped (train at its last checkpoint); run again when done, they do nothing.
+    stopped (train at its last checkpoint); run again when done, they do nothing. `qpipe status DIR`
+    tells from any terminal how far a folder is.
     """
 
 
@@ -54,6 +56,7 @@ for _command in (
     train,
     compare_methods,
     methods,
+    status,
     inspect,
     report,
     verify,

@@ -31,6 +31,7 @@ from .scorers.base import (
     GivenIds,
     Scorer,
     ScorerSettings,
+    ServerSettings,
     choose_dtype,
     choose_engine,
     make_scorer,
@@ -55,12 +56,35 @@ class ModelSettings:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8
+    server_url: str | None = None
+    server_model: str | None = None
+    server_requests: int = 32
+    server_timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "tensor_parallel_size", "pipeline_parallel_size"):
+        for name in ("top_k", "tensor_parallel_size", "pipeline_parallel_size", "server_requests"):
             _require_count(name, getattr(self, name))
+        _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "above 0")
+        self._check_server()
         utilization = self.gpu_memory_utilization
         _require(0 < utilization <= 1, "gpu_memory_utilization", utilization, "above 0, up to 1")
+
+    def _check_server(self) -> None:
+        url = self.server_url
+        if self.engine == "server" and url is None:
+            raise UserError("--engine server needs --server-url, as in http://host:8000")
+        if self.engine != "server" and url is not None:
+            raise UserError(f"--server-url {url}: goes with --engine server: give that as well")
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise UserError(f"--server-url {url}: no address, as in http://host:8000")
+
+    @property
+    def server(self) -> ServerSettings | None:
+        """The server to ask, of `--engine server`."""
+        if self.server_url is None:
+            return None
+        url = self.server_url.rstrip("/").removesuffix("/v1")
+        return ServerSettings(url, self.server_model, self.server_requests, self.server_timeout)
 
 
 MODEL_OPTIONS = frozenset(each.name for each in fields(ModelSettings))
@@ -153,7 +177,7 @@ def _stage(
         check_readable(sources, settings.format)
     else:
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
-    model = find_model(settings.model, settings.revision)
+    model = find_model(settings.model, settings.revision, weights=settings.engine != "server")
     return ScoreStage(settings, Demonstrations(settings, sources, model), model, job)
 
 
@@ -172,22 +196,25 @@ class ScoreStage:
         self.model = model
         check_top_k(settings.top_k, model)
         self.schema = schema_of("score", model.vocab_size)
+        engine = choose_engine(settings.engine, source.gathers)
         self.scorer_settings = ScorerSettings(
-            engine=choose_engine(settings.engine, source.gathers),
+            engine=engine,
             dtype=choose_dtype(settings.dtype, model.config),
             max_length=source.max_length,
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             top_k=settings.top_k,
+            server=_settled(settings.server),
         )
         self.job = job or self._job()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As a pickle: what was settled here, above all the engine and the number format."""
-        settled = replace(
-            self.settings, engine=self.scorer_settings.engine, dtype=self.scorer_settings.dtype
-        )
+        own = self.scorer_settings
+        settled = replace(self.settings, engine=own.engine, dtype=own.dtype)
+        if own.server is not None:
+            settled = replace(settled, server_model=own.server.model)
         return self.source.rebuild(settled, self.job)
 
     @property
@@ -200,6 +227,8 @@ class ScoreStage:
 
     @property
     def gpus(self) -> int:
+        if self.scorer_settings.server is not None:
+            return 0
         return self.settings.tensor_parallel_size * self.settings.pipeline_parallel_size
 
     @cached_property
@@ -238,14 +267,19 @@ class ScoreStage:
 
     def _job(self) -> Job:
         model = self.model
+        server = self.scorer_settings.server
         own = {
-            "weights_hash": model.weights_hash(),
+            "weights_hash": None if server else model.weights_hash(),
             "tokenizer_hash": model.tokenizer_hash,
             "vocab_size": model.vocab_size,
             "engine": self.scorer_settings.engine,
             "dtype": self.scorer_settings.dtype,
             "top_k": self.settings.top_k,
         }
+        if server is not None:
+            # what a server runs is known by its name there, its number format by what the user says
+            dtype = "unknown" if self.settings.dtype == "auto" else self.settings.dtype
+            own |= {"dtype": dtype, "server_model": server.model}
         identity = Identity(
             stage="score",
             settings=self.source.settings() | own,
@@ -337,6 +371,15 @@ def check_top_k(top_k: int, model: ModelFiles) -> None:
             f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
             f"give {model.vocab_size} or less"
         )
+
+
+def _settled(server: ServerSettings | None) -> ServerSettings | None:
+    """The server, with the name of its model asked for where none is given."""
+    if server is None:
+        return None
+    from .scorers.server import served_model
+
+    return replace(server, model=served_model(server))
 
 
 def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:

@@ -29,8 +29,9 @@ def test_help_loads_nothing_heavy() -> None:
     """What keeps `qpipe --help` under 0.3 s."""
     code = (
         "import sys; from qpipe.stages.cli import cli\n"
-        "for name in ('', 'score', 'build-targets', 'train', 'compare-methods', 'methods',\n"
-        "             'inspect', 'report', 'doctor', 'completion'):\n"
+        "names = 'score', 'build-targets', 'train', 'status', 'compare-methods', 'methods',"
+        " 'inspect', 'report', 'verify', 'share', 'list', 'lineage', 'doctor', 'completion'\n"
+        "for name in ('', *names):\n"
         "    cli.main([*name.split(), '--help'], standalone_mode=False)\n"
         "heavy = {'numpy', 'pyarrow', 'torch', 'transformers', 'vllm', 'datasets'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"

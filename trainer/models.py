@@ -51,15 +51,16 @@ class ModelFiles:
         return weights_hash(self.folder)
 
 
-def find_model(model: str, revision: str | None = None) -> ModelFiles:
+def find_model(model: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Locate a model and read its configuration and tokenizer.
 
-    `model` is a folder, or a name on the hub, which is then downloaded once to the hub's cache.
+    `model` is a folder, or a name on the hub, which is then downloaded once to the hub's cache,
+    with its weights or without.
     Raises UserError where either is missing or cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    folder, name = _locate(model, revision)
+    folder, name = _locate(model, revision, weights)
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: no config.json in it: give a Hugging Face model folder")
     try:
@@ -135,7 +136,7 @@ def logits_at(model: Any, columns_C: "Tensor", **inputs: Any) -> "Tensor":
     return model(**inputs, use_cache=False).logits[:, columns_C]
 
 
-def _locate(model: str, revision: str | None) -> tuple[Path, str]:
+def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
     path = Path(model)
     if not model:
         raise UserError("--model is empty: give a model folder, or a name on the hub")
@@ -147,12 +148,11 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str]:
         raise UserError(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
+    if weights:
+        patterns.append("*.safetensors")
     try:
-        snapshot = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-        )
+        snapshot = snapshot_download(model, revision=revision, allow_patterns=patterns)
     except Exception as error:
         # the hub's client raises errors of many libraries: bad name, no network, no access, ...
         raise UserError(

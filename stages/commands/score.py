@@ -37,9 +37,10 @@ from ..options import (
 @out_options
 @click.option(
     "--engine",
-    type=one_of("auto", "vllm", "transformers"),
+    type=one_of("auto", "vllm", "transformers", "server"),
     default="auto",
-    help="What runs the model; auto is vLLM where it is installed.",
+    help="What runs the model; auto is vLLM where it is installed. A server needs --server-url, "
+    "and of --model the tokenizer and configuration alone.",
 )
 @click.option("--top-k", type=int, default=64, help="Entries kept of each distribution.")
 @click.option(
@@ -113,6 +114,27 @@ from ..options import (
     default=None,
     metavar="GIB",
     help="With --plan: what vLLM would take of a GPU of this size.",
+)
+@click.option(
+    "--server-url",
+    default=None,
+    metavar="URL",
+    help="A vLLM server, started with --max-logprobs -1, as in http://host:8000. VLLM_API_KEY in "
+    "the environment is sent along.",
+)
+@click.option(
+    "--server-model",
+    default=None,
+    metavar="NAME",
+    help="What the model is called there.  [default: the only one that it serves]",
+)
+@click.option("--server-requests", type=int, default=32, help="Requests under way at a time.")
+@click.option(
+    "--server-timeout",
+    type=float,
+    default=600.0,
+    metavar="SECONDS",
+    help="How long an answer may take; a late or failed request is tried again.",
 )
 @execution_options
 @config_option

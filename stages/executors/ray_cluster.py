@@ -7,6 +7,7 @@ shard of a worker that dies is made by another one.
 import os
 import pickle
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from ...pipeline.shards import commit_shard
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # workers that a shard may end
+_CONNECT_SECONDS = 10.0
 _STORE_BYTES = 100 * 2**20  # for objects in transit, of which there are only small ones
 
 
@@ -226,23 +228,42 @@ def _ray(address: str | None) -> Iterator[Any]:
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
             # or what an engine has started would outlive its worker, with its GPU's memory
-            "_system_config": {"kill_child_processes_on_worker_exit_with_raylet_subreaper": True},
+            "_system_config": {
+                "kill_child_processes_on_worker_exit_with_raylet_subreaper": True,
+                "worker_niceness": 0,  # the work is what this machine is for
+            },
         }
     else:
+        _check_address(address)
         options["address"] = address
     try:
-        with _ends_when_terminated():
-            try:
-                ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                where = "on this machine" if address is None else f"at --ray-address {address}"
-                raise UserError(
-                    f"Ray cannot be reached {where}: {one_line(error)}: start a cluster with `ray "
-                    "start --head`, or leave --ray-address out"
-                ) from error
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            where = "on this machine" if address is None else f"at --ray-address {address}"
+            raise _unreachable(where, error) from error
+        with _ends_when_terminated():  # only now: ray.init has put a handler of its own
             yield ray
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse HOST:PORT where nobody listens; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdecimal()):
+        return  # "auto", or Ray will say what is wrong
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(f"at --ray-address {address}", error) from error
+
+
+def _unreachable(where: str, error: Exception) -> UserError:
+    return UserError(
+        f"Ray cannot be reached {where}: {one_line(error)}: start a cluster with `ray start "
+        "--head`, or leave --ray-address out"
+    )
 
 
 @contextmanager

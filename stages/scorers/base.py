@@ -20,16 +20,28 @@ from ...pipeline.ragged import segment_sums
 from ...pipeline.records import Example, Floats, Ints, ScoredExample
 from ...trainer.models import ModelFiles
 
-ENGINES = ("vllm", "transformers")
+ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
-class ScorerSettings:
-    """What an engine is started with.
+class ServerSettings:
+    """How a server is asked. Only `model`, its name there, says what is stored."""
 
-    The last three are vLLM's own and change nothing stored.
+    url: str
+    model: str | None = None  # None is the only one that it serves
+    concurrency: int = 32  # requests under way at a time
+    timeout: float = 600.0  # seconds for an answer
+    tries: int = 8  # of a request that finds the server busy, broken or away
+    first_wait: float = 0.5  # seconds before the second, doubled for each one after
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerSettings:
+    """What an engine is started with; a server has a number format of its own.
+
+    The parallel sizes and the share of the memory are vLLM's own and change nothing stored.
     """
 
     engine: str
@@ -39,6 +51,7 @@ class ScorerSettings:
     pipeline_parallel_size: int = 1
     gpu_memory_utilization: float = 0.8  # at most
     top_k: int = 64  # that memory is planned for
+    server: ServerSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +108,13 @@ def make_scorer(model: ModelFiles, settings: ScorerSettings) -> Scorer:
             from .transformers_model import TransformersScorer
 
             return TransformersScorer(model, settings)
+        case "server":
+            from .server import ServerScorer
+
+            return ServerScorer(model, settings)
         case other:
-            raise UserError(f"engine {other!r} is not known: choose one of {', '.join(ENGINES)}")
+            names = ", ".join((*ENGINES, "server"))
+            raise UserError(f"engine {other!r} is not known: choose one of {names}")
 
 
 def choose_engine(option: str, gathers: bool = False) -> str:
@@ -109,6 +127,10 @@ def choose_engine(option: str, gathers: bool = False) -> str:
     if option == "vllm" and not installed:
         raise UserError(
             "engine vllm is not installed: pip install 'qpipe[vllm]', or use --engine transformers"
+        )
+    if option == "server" and gathers:
+        raise UserError(
+            "--at goes with no server, which scores no given ids: use --engine vllm or transformers"
         )
     if option != "auto":
         return option

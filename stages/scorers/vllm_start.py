@@ -64,6 +64,7 @@ def start_engine(
             max_logprobs=-1,
             logprobs_mode="raw_logprobs",
             tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=utilization,
             enable_prefix_caching=False,  # these requests could not read it
             enforce_eager=True,  # only prefill runs here

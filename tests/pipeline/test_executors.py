@@ -109,6 +109,16 @@ def test_the_number_of_tasks_may_change_and_a_plain_run_finishes_their_work(
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 
+def test_the_last_task_tidies_what_a_killed_one_left(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    (folder / ".shard-00001.arrow.0a1b.tmp").write_bytes(b"half a shard")
+    run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
 def test_a_task_without_shards_to_make_starts_no_engine(toy: Any, folder: Path) -> None:
     stage = ToyStage(toy, folder)
     result = run_share(stage, Share(4, 5), WATCHER)

@@ -1,0 +1,31 @@
+"""The words of `qpipe status`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..options import FOLDER
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def status(folder: Path, as_json: bool) -> None:
+    """Tell how far a folder is, also while it is worked in.
+
+    For the folders of score, build-targets and train, from any terminal that sees them. Reads
+    what is there and holds nobody up.
+
+    \b
+    qpipe status scores/
+    """
+    from ..status import status_of
+    from ..summary import print_status
+
+    found = status_of(folder)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    else:
+        print_status(folder, found)

@@ -1,0 +1,343 @@
+"""Scoring by a vLLM server, over its OpenAI-compatible `/v1/completions`.
+
+Prompts go as token ids and come back with their log-probabilities, one entry a token: a dict of
+token ids, the observed one and the top k, each with its log-probability and rank. A bounded number
+of requests is under way at a time, and each answer becomes arrays as it comes.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.records import Example, ScoredExample
+from ...trainer.models import ModelFiles
+from .base import GivenIds, ScorerSettings, ServerSettings, scored
+
+_START_TRIES = 3  # a server that is not there should be told of soon
+_LONGEST_WAIT = 60.0  # seconds between two tries
+_CONNECT_SECONDS = 10.0
+_MASS_TOLERANCE = 1e-3  # float32 sums over a large vocabulary
+_PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
+
+
+class _Entry(msgspec.Struct):
+    logprob: float
+    rank: int
+
+
+class _Choice(msgspec.Struct):
+    prompt_logprobs: list[dict[int, _Entry] | None]
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_Prompt = list[dict[int, _Entry] | None]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _RefusedError(Exception):
+    """The server answered that the request itself is wrong."""
+
+
+class ServerScorer:
+    """A model that a vLLM server runs; tokenizer and vocabulary are those of local files."""
+
+    def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
+        assert settings.server is not None
+        assert settings.server.model is not None
+        self.model = model
+        self.settings = settings
+        self.server = settings.server
+        self.name = settings.server.model
+        self.runner = asyncio.Runner()
+        self.client = _client(self.server)
+        self.runner.run(self._check())
+
+    def score(
+        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+    ) -> Iterator[tuple[int, ScoredExample]]:
+        """Each example's place in `examples` and its scores, as the server answers."""
+        assert at is None, "choose_engine lets no given ids come here"
+        waiting = iter(enumerate(examples))
+        running: dict[asyncio.Task[ScoredExample], int] = {}
+
+        async def advance() -> set[asyncio.Task[ScoredExample]]:
+            while len(running) < self.server.concurrency:
+                place, example = next(waiting, (-1, None))
+                if example is None:
+                    break
+                running[asyncio.create_task(self._score(example, top_k))] = place
+            if not running:
+                return set()
+            return (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]
+
+        async def cancel() -> None:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+        try:
+            while done := self.runner.run(advance()):
+                for task in done:
+                    yield running.pop(task), task.result()
+        finally:
+            self.runner.run(cancel())
+
+    async def _score(self, example: Example, top_k: int) -> ScoredExample:
+        try:
+            prompt = await self._prompt(example.input_ids.tolist(), top_k, self.server.tries)
+        except _RefusedError as error:
+            raise self._refused(error) from error
+        return _scored(example, prompt, top_k, self.model.vocab_size)
+
+    async def _prompt(self, token_ids: list[int], count: int, tries: int) -> _Prompt:
+        """The log-probabilities of a prompt, `count` at each token; all where it is -1."""
+        body = {
+            "model": self.name,
+            "prompt": token_ids,
+            "prompt_logprobs": count,
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        path = "/v1/completions"
+        answer = await _ask(self.client, self.server, "POST", path, body, _Completion, tries)
+        prompt = answer.choices[0].prompt_logprobs if len(answer.choices) == 1 else []
+        if len(prompt) != len(token_ids):
+            raise UserError(
+                f"server {self.server.url}: {len(prompt)} entries for a prompt of "
+                f"{len(token_ids)} tokens: finished shards are kept: a vLLM server is needed here"
+            )
+        return prompt
+
+    def _refused(self, error: _RefusedError) -> UserError:
+        words = one_line(error)
+        way_out = "see that it serves this model"
+        if "logprobs" in words:
+            way_out = "start it with `vllm serve --max-logprobs -1`, or give a smaller --top-k"
+        return UserError(
+            f"server {self.server.url}: refuses a request: {words}: {way_out}: finished shards are "
+            "kept"
+        )
+
+    async def _check(self) -> None:
+        """Refuse a server that runs another model, as far as its answers tell."""
+        await self._check_length()
+        await self._check_tokenizer()
+        await self._check_vocabulary()
+
+    async def _check_length(self) -> None:
+        models = await served_models(self.client, self.server)
+        found = next((each for each in models if each.id == self.name), None)
+        if found is None:
+            names = ", ".join(each.id for each in models)
+            raise UserError(
+                f"--server-model {self.name}: {self.server.url} does not serve it: give one of "
+                f"{names}"
+            )
+        needed = self.settings.max_length + 1  # a prompt needs one free position
+        if found.max_model_len is not None and found.max_model_len < needed:
+            raise UserError(
+                f"server {self.server.url}: takes {found.max_model_len} tokens, demonstrations of "
+                f"--max-length {needed - 1} need {needed}: start it with --max-model-len {needed}, "
+                f"or give --max-length {found.max_model_len - 1} or less"
+            )
+
+    async def _check_tokenizer(self) -> None:
+        body = {"model": self.name, "prompt": _PROBE, "add_special_tokens": False}
+        try:
+            answer = await _ask(
+                self.client, self.server, "POST", "/tokenize", body, _Tokens, _START_TRIES
+            )
+        except _RefusedError:
+            return  # it has no such service
+        ours = self.model.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        if answer.tokens != ours:
+            raise UserError(
+                f"server {self.server.url}: its tokenizer is another one than that of --model "
+                f"{self.model.name}: give the model that it serves"
+            )
+
+    async def _check_vocabulary(self) -> None:
+        """The whole distribution after one token, or where that is not to be had, its edges."""
+        vocab_size = self.model.vocab_size
+        try:
+            whole = await self._prompt([vocab_size - 1, 0], -1, _START_TRIES)
+        except _RefusedError as error:
+            if "logprobs" not in str(error):
+                raise self._disagrees(f"it refuses token {vocab_size - 1}") from error
+            await self._check_edges(vocab_size)
+            return
+        entries = whole[1] or {}
+        if len(entries) != vocab_size or max(entries) >= vocab_size:
+            raise self._disagrees(f"its distributions have {len(entries)} tokens")
+        mass = float(np.exp([entry.logprob for entry in entries.values()]).sum())
+        if abs(mass - 1) > _MASS_TOLERANCE:
+            raise _unnormalised(mass)
+
+    async def _check_edges(self, vocab_size: int) -> None:
+        for token in (vocab_size - 1, vocab_size):
+            try:
+                await self._prompt([token, 0], 1, _START_TRIES)
+                taken = True
+            except _RefusedError as error:
+                if "logprobs" in str(error):
+                    raise self._refused(error) from error
+                taken = False
+            if taken != (token < vocab_size):
+                raise self._disagrees(f"it {'takes' if taken else 'refuses'} token {token}")
+
+    def _disagrees(self, what: str) -> UserError:
+        return UserError(
+            f"server {self.server.url}: {what}, the vocabulary of --model {self.model.name} has "
+            f"{self.model.vocab_size}: give the model that it serves"
+        )
+
+
+def served_model(server: ServerSettings) -> str:
+    """The name of the model that a server is asked for: the one given, or the only one it serves.
+
+    Raises UserError where the server is not to be reached, or serves several.
+    """
+    if server.model is not None:
+        return server.model
+
+    async def ask() -> list[_Model]:
+        async with _client(server) as client:
+            return await served_models(client, server)
+
+    models = asyncio.run(ask())
+    if len(models) != 1:
+        names = ", ".join(each.id for each in models) or "none"
+        raise UserError(f"server {server.url}: serves {names}: name one with --server-model")
+    return models[0].id
+
+
+async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> list[_Model]:
+    """The models that a server serves."""
+    try:
+        answer = await _ask(client, server, "GET", "/v1/models", None, _Models, _START_TRIES)
+    except _RefusedError as error:
+        raise UserError(
+            f"server {server.url}: does not tell its models: {one_line(error)}: give the address "
+            "of a vLLM server, as in http://host:8000"
+        ) from error
+    return answer.data
+
+
+def _client(server: ServerSettings) -> httpx.AsyncClient:
+    key = os.environ.get("VLLM_API_KEY")
+    return httpx.AsyncClient(
+        base_url=server.url,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
+        limits=httpx.Limits(max_connections=server.concurrency),
+        trust_env=False,  # a proxy for the web is none for this server
+    )
+
+
+async def _ask(
+    client: httpx.AsyncClient,
+    server: ServerSettings,
+    method: str,
+    path: str,
+    body: Any,
+    kind: type,
+    tries: int,
+) -> Any:
+    """The server's answer, asked for again while it is busy, broken or away.
+
+    Raises _RefusedError where the request is at fault, UserError where no try helps.
+    """
+    trouble = ""
+    for attempt in range(tries):
+        if attempt:
+            await asyncio.sleep(_wait(server, attempt))
+        try:
+            response = await client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            trouble = f"{type(error).__name__} {one_line(error)}".strip()
+            continue
+        if response.status_code == 429 or response.status_code >= 500:
+            trouble = f"status {response.status_code} {one_line(Exception(response.text))}"
+        elif response.status_code != 200:
+            raise _RefusedError(f"status {response.status_code} {response.text}")
+        else:
+            try:
+                return msgspec.json.decode(response.content, type=kind)
+            except msgspec.DecodeError as error:
+                trouble = f"an answer that cannot be read: {one_line(error)}"
+    raise UserError(
+        f"server {server.url}: no answer in {tries} tries: {trouble}: finished shards are kept: "
+        "run again when it is back"
+    )
+
+
+def _wait(server: ServerSettings, attempt: int) -> float:
+    """Seconds before a try, doubled each time, and not the same for all requests."""
+    longest = min(_LONGEST_WAIT, server.first_wait * 2 ** (attempt - 1))
+    return longest * random.uniform(0.5, 1)
+
+
+def _scored(example: Example, prompt: _Prompt, top_k: int, vocab_size: int) -> ScoredExample:
+    """The scores in a server's answer.
+
+    There an id stands once: an observed token inside the top k has its place there as its rank.
+    """
+    N = len(example.positions)
+    ids_Nk = np.empty((N, top_k), np.int32)
+    log_probs_Nk = np.full((N, top_k), np.nan, np.float32)
+    observed_N = np.empty(N, np.float32)
+    ranks_N = np.empty(N, np.int32)
+    for n, (position, token) in enumerate(
+        zip(example.positions.tolist(), example.observed_ids.tolist(), strict=True)
+    ):
+        entries = prompt[position] or {}
+        ids_E = np.fromiter(entries, np.int64, len(entries))
+        log_probs_E = np.fromiter((e.logprob for e in entries.values()), np.float32, len(entries))
+        ranks_E = np.fromiter((e.rank for e in entries.values()), np.int64, len(entries))
+        is_top_E = (ranks_E >= 1) & (ranks_E <= top_k)
+        if token not in entries or is_top_E.sum() != top_k or ids_E.max() >= vocab_size:
+            raise UserError(
+                f"example {example.id}: the server's answer for token {position} holds "
+                f"{int(is_top_E.sum())} of the top {top_k}, or not the token itself, or ids "
+                "outside the vocabulary: finished shards are kept: a vLLM server is needed here"
+            )
+        ids_Nk[n, ranks_E[is_top_E] - 1] = ids_E[is_top_E]
+        log_probs_Nk[n, ranks_E[is_top_E] - 1] = log_probs_E[is_top_E]
+        observed_N[n] = entries[token].logprob
+        ranks_N[n] = entries[token].rank
+    is_inside_N = ranks_N <= top_k
+    as_probable_N = (log_probs_Nk >= observed_N[:, None]).sum(axis=1)
+    ranks_N = np.where(is_inside_N, as_probable_N, ranks_N).astype(np.int32)
+    masses_N = np.exp(log_probs_Nk.astype(np.float64)).sum(axis=1)
+    if N and masses_N.max() > 1 + _MASS_TOLERANCE:
+        raise _unnormalised(float(masses_N.max()))
+    return scored(example, observed_N, ranks_N, ids_Nk, log_probs_Nk, vocab_size)
+
+
+def _unnormalised(mass: float) -> UserError:
+    return UserError(
+        f"the server's probabilities add up to {mass:.4f}: start it with `vllm serve "
+        "--logprobs-mode raw_logprobs`: finished shards are kept"
+    )

@@ -1,0 +1,167 @@
+"""`qpipe status`: how far a folder is, read beside those who work in it, without a lock."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.errors import UserError
+from ..pipeline.locks import is_worked_in
+from ..pipeline.manifest import MANIFEST, PLAN, ShardEntry, read_manifest, read_plan, totals_of
+from ..pipeline.runner import sidecar_indices
+from ..pipeline.shards import sidecar_path
+from ..pipeline.storage import read_json
+from ..trainer.run_folder import LOG, RUN
+
+_RECENT = 300.0  # seconds before the last shard that the speed is taken over
+_LOG_TAIL = 2**16  # bytes, many times a line of a training log
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStatus:
+    """How far a folder of shards is; None is what is not known.
+
+    `is_worked_in` speaks of this machine; others show in `seconds_since_shard`.
+    """
+
+    stage: str
+    is_done: bool
+    is_worked_in: bool | None
+    shards: int
+    shards_in_all: int | None
+    demonstrations: int  # read, rejected ones included
+    demonstrations_in_all: int | None
+    rejected: int
+    tokens: int
+    positions: int
+    bytes: int
+    seconds_since_shard: float | None
+    positions_per_second: float | None  # over the last minutes of the work
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStatus:
+    """How far a training run is: what its log says last; None is what is not known."""
+
+    stage: str
+    is_done: bool
+    is_worked_in: bool | None
+    step: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_since_step: float | None
+
+
+def status_of(folder: Path) -> FolderStatus | TrainStatus:
+    """How far a folder is. Raises UserError where it is none that a stage makes."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / LOG).exists() or (folder / RUN).exists():
+        return _train_status(folder)
+    if not (folder / MANIFEST).exists() and (folder / PLAN).exists():
+        try:
+            return _unfinished(folder)
+        except UserError:
+            if not (folder / MANIFEST).exists():  # or it was sealed just now
+                raise
+    return _sealed(folder)
+
+
+def _sealed(folder: Path) -> FolderStatus:
+    manifest = read_manifest(folder)
+    totals, shards = manifest.totals, len(manifest.shards)
+    return FolderStatus(
+        stage=manifest.identity.stage,
+        is_done=True,
+        is_worked_in=is_worked_in(folder),
+        shards=shards,
+        shards_in_all=shards,
+        demonstrations=totals["read"],
+        demonstrations_in_all=totals["read"],
+        rejected=totals["rejected"],
+        tokens=totals["tokens"],
+        positions=totals["positions"],
+        bytes=totals["bytes"],
+        seconds_since_shard=None,
+        positions_per_second=None,
+        seconds_left=None,
+    )
+
+
+def _unfinished(folder: Path) -> FolderStatus:
+    plan = read_plan(folder)
+    sidecars = [sidecar_path(folder, index) for index in sidecar_indices(folder)]
+    entries = [ShardEntry(**read_json(path)) for path in sidecars]
+    times = [path.stat().st_mtime for path in sidecars]
+    totals = totals_of(entries)
+    working = is_worked_in(folder)
+    positions_speed = rows_speed = left = None
+    if recent := _recent(times, entries):
+        seconds, made = recent
+        positions_speed = sum(entry.positions for entry in made) / seconds
+        rows_speed = sum(entry.rows + len(entry.rejects) for entry in made) / seconds
+    if rows_speed and plan.demonstrations is not None and working is not False:
+        left = (plan.demonstrations - totals["read"]) / rows_speed
+    return FolderStatus(
+        stage=plan.identity.stage,
+        is_done=False,
+        is_worked_in=working,
+        shards=len(entries),
+        shards_in_all=plan.shards,
+        demonstrations=totals["read"],
+        demonstrations_in_all=plan.demonstrations,
+        rejected=totals["rejected"],
+        tokens=totals["tokens"],
+        positions=totals["positions"],
+        bytes=totals["bytes"],
+        seconds_since_shard=max(0.0, time.time() - max(times)) if times else None,
+        positions_per_second=positions_speed,
+        seconds_left=left,
+    )
+
+
+def _recent(
+    times: Sequence[float], entries: Sequence[ShardEntry]
+) -> tuple[float, list[ShardEntry]] | None:
+    """The last minutes of work, and the shards made in them; None where two do not tell."""
+    if not times:
+        return None
+    first = min(each for each in times if each >= max(times) - _RECENT)
+    seconds = max(times) - first
+    made = [entry for each, entry in zip(times, entries, strict=True) if each > first]
+    return (seconds, made) if seconds > 0 else None
+
+
+def _train_status(folder: Path) -> TrainStatus:
+    step = _last_step(folder / LOG)
+    is_done = (folder / RUN).exists()
+    since = time.time() - (folder / LOG).stat().st_mtime if step and not is_done else None
+    return TrainStatus(
+        stage="train",
+        is_done=is_done,
+        is_worked_in=is_worked_in(folder),
+        step=step.get("step"),
+        loss=step.get("loss"),
+        tokens_per_second=step.get("tokens_per_second"),
+        seconds_since_step=since,
+    )
+
+
+def _last_step(log: Path) -> dict[str, Any]:
+    """The last step in a training log; empty where there is none yet."""
+    if not log.exists():
+        return {}
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_TAIL))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut off by the seek, or being written
+            continue
+        if event.get("event") == "step":
+            return event
+    return {}

@@ -1,0 +1,74 @@
+"""Where a run is carried out: which options and environments mean which share."""
+
+from typing import Any
+
+import pytest
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.executors import Share
+from qpipe.stages.execution import Execution, share_of
+
+
+def array(task: int, tasks: int, first: int = 0, step: int = 1) -> dict[str, str]:
+    values = {"ID": task, "COUNT": tasks, "MIN": first, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "3"}, None),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Share(3, 4)),
+        (array(0, 8), Share(0, 8)),
+        (array(7, 8), Share(7, 8)),
+        (array(1, 8, first=1), Share(0, 8)),
+        (array(8, 8, first=1), Share(7, 8)),
+        (array(6, 4, step=2), Share(3, 4)),
+        (array(5, 3, first=1, step=2), Share(2, 3)),
+        # the array's, not that of the launcher inside
+        (array(2, 4) | {"RANK": "0", "WORLD_SIZE": "1"}, Share(2, 4)),
+    ],
+)
+def test_the_environment_tells_the_share(
+    environment: dict[str, str], expected: Share | None
+) -> None:
+    assert share_of(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (array(7, 3), "SLURM_ARRAY_TASK_ID 7 is not one of 3 in a row"),  # --array=0,3,7
+        (array(2, 3, step=3), "not one of 3"),
+        ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT is ''"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "--rank 2 is out of range"),
+    ],
+)
+def test_an_environment_without_ranks_is_refused(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        share_of(environment)
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Execution().share() == Share(1, 4)
+    assert Execution(rank=2, world_size=3).share() == Share(2, 3)
+    assert Execution(rank=0, world_size=1).share() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 2}, "--workers 2: goes with --executor ray"),
+        ({"workers": 0, "executor": "ray"}, "--workers 0 is out of range"),
+        ({"ray_address": "auto"}, "--ray-address auto: goes with --executor ray"),
+        ({"rank": 1}, "--rank without --world-size"),
+        ({"world_size": 4}, "--world-size without --rank"),
+        ({"executor": "ray", "rank": 0, "world_size": 2}, "--rank 0: ray shares"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Execution(**options)
