@@ -44,7 +44,9 @@ def train(settings: TrainSettings) -> TrainResult:
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(record["results"])
-    train_stream, eval_stream = open_streams(settings.targets, manifest, settings.eval_fraction)
+    train_stream, eval_stream = open_streams(
+        settings.targets, manifest, settings.eval_fraction, verify=settings.verify
+    )
     check_streams(settings, train_stream, eval_stream)
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():

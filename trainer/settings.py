@@ -47,6 +47,7 @@ class TrainSettings:
     keep_checkpoints: int = 2
     resume: Resume = "auto"  # from the latest checkpoint, if there is one
     seed: int = 0
+    verify: bool = True  # the hash of every shard, when the targets are opened
 
     def __post_init__(self) -> None:
         for field in fields(self):

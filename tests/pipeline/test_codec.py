@@ -280,9 +280,7 @@ def test_the_datasets_library_reads_a_shard_file(tmp_path: Path) -> None:
         ("topk_ids", [[6, 9, 4], [0, 100]], "row 1 ('b'): column topk_ids is outside"),
     ],
 )
-def test_what_no_reader_could_make_sense_of_is_refused(
-    column: str, values: Any, said: str
-) -> None:
+def test_what_no_reader_could_make_sense_of_is_refused(column: str, values: Any, said: str) -> None:
     damaged = with_column(arrow_batch(), column, values)
 
     with pytest.raises(UserError) as refused:
