@@ -32,7 +32,9 @@ def violations(stage: str, batch: FlatBatch, vocab_size: int) -> Iterator[Violat
     vocabulary: `decode` sees to that.
     """
     checks = {"score": _of_scores, "build-targets": _of_targets}[stage]
-    for level, column, wrong, what in (_ascent(batch), *checks(batch, vocab_size)):
+    with np.errstate(all="ignore"):  # what is no number is found, not warned of
+        found = [_ascent(batch), *checks(batch, vocab_size)]
+    for level, column, wrong, what in found:
         if wrong.any():
             yield Violation(row_of(batch.lengths, level, int(np.argmax(wrong))), column, what)
 
@@ -109,5 +111,4 @@ def _no_weight(values: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def _is_off(values: NDArray[Any], wanted: Any) -> NDArray[np.bool_]:
-    with np.errstate(invalid="ignore"):
-        return ~((np.abs(values - wanted) <= MASS_TOLERANCE) | (values == wanted))
+    return ~((np.abs(values - wanted) <= MASS_TOLERANCE) | (values == wanted))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line
-from .plausible import check_entry, check_frequent_ids, check_identity
+from .plausible import check_entry, check_frequent_ids, check_identity, check_maps
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, Schema
 from .storage import (
     json_bytes,
@@ -137,6 +137,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         ids = tuple(map(int, said.get("frequent_ids", "").split()))
         manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
         is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
+        check_maps(parents=manifest.parents, provenance=manifest.provenance)
         check_identity(identity)
         check_frequent_ids(ids, identity.settings["vocab_size"])
         for index, entry in enumerate(shards):

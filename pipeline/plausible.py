@@ -17,6 +17,7 @@ def check_identity(identity: Any) -> None:
     """Raises ValueError for an identity whose folder cannot be read."""
     if identity.stage not in STAGES:
         raise ValueError(f"stage cannot be {_shown(identity.stage)}: it is {' or '.join(STAGES)}")
+    check_maps(settings=identity.settings)
     for name in ("inputs", "schema"):
         if not _is_map(getattr(identity, name), _is_text):
             raise ValueError(f"{name} cannot be {_shown(getattr(identity, name))}")
@@ -28,6 +29,13 @@ def check_identity(identity: Any) -> None:
             raise ValueError(f"setting {name} cannot be {_shown(value)}")
     if identity.settings.get("precision") is not None and "max_support" not in identity.settings:
         raise ValueError("setting max_support is missing")
+
+
+def check_maps(**values: Any) -> None:
+    """Raises ValueError for one that is no map."""
+    for name, value in values.items():
+        if not _is_map(value, _is_anything):
+            raise ValueError(f"{name} cannot be {_shown(value)}")
 
 
 def check_frequent_ids(ids: tuple[int, ...], vocab_size: int) -> None:
