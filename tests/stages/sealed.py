@@ -58,7 +58,7 @@ def seal(
     folder: Path, stage: str, settings: dict[str, Any], shards: list[list[Any]], **identity: Any
 ) -> Path:
     """A folder of records, plain columns, one reject."""
-    schema = schema_of(stage, VOCAB)
+    schema = schema_of(stage, settings["vocab_size"])
     made = Identity(stage, settings, {"chats.jsonl": "0123"}, identity_schema(schema), **identity)
     assert open_folder(folder, made) is None
     run = ShardRun(Job(folder, schema, made, {}, {"made": "up"}))

@@ -25,21 +25,24 @@ from qpipe.pipeline.manifest import Identity
 from qpipe.pipeline.storage import sha256_of_json
 from qpipe.stages.verify import verify
 
-from .sealed import build, older, reseal, rewrite, seal_scores
+from .sealed import SCORES, build, older, reseal, rewrite, scored, seal, seal_scores
 
 MOST_MEMORY = 300  # MB above what the interpreter takes
 
-READ = """
-import resource, sys, time
+PEAK = """
 from pathlib import Path
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
+"""
+READ = """
+import sys
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.shards import read_scores, read_shard, read_targets
 from qpipe.stages.verify import verify
-
-def peak():
-    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return int(line.split()[1]) // 1024
 
 before = peak()
 for folder in map(Path, sys.argv[1:]):
@@ -56,7 +59,7 @@ print(peak() - before)
 
 def in_a_child(script: str, *arguments: object) -> list[str]:
     """The lines that a child prints."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", PEAK + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     return done.stdout.splitlines()
@@ -462,19 +465,41 @@ def test_buffers_that_declare_absurd_sizes_are_refused(own: Path) -> None:
         assert "shard-00000.arrow: damaged" in said[2]
 
 
+BUILD = """
+import sys
+from qpipe.pipeline.methods import choose
+from qpipe.stages.build_targets import BuildSettings, build_targets
+
+before = peak()
+build_targets(BuildSettings(Path(sys.argv[1]), Path(sys.argv[2]), choose("gift")))
+print(peak() - before)
+"""
+
+
+def test_building_for_the_largest_vocabulary_takes_little_memory(tmp_path: Path) -> None:
+    settings = SCORES | {"vocab_size": 2**31 - 1}
+    scores = seal(tmp_path / "scores", "score", settings, [[scored(5)]])
+    (memory,) = in_a_child(BUILD, scores, tmp_path / "targets")
+    assert int(memory) < MOST_MEMORY
+    (target,) = read_targets(tmp_path / "targets")
+    assert len(target.positions) == 5
+
+
+@pytest.mark.parametrize("shards", [[], [[]], [[scored(0)]]])
+def test_scores_of_nothing_are_refused(tmp_path: Path, shards: list[list[Any]]) -> None:
+    scores = seal(tmp_path / "scores", "score", SCORES, shards)
+    with pytest.raises(UserError, match="scores: has no supervised token"):
+        build(scores, tmp_path / "targets")
+
+
 MUTATE = """
-import sys, time
+import sys
 import numpy as np
-from dataclasses import replace
 from pathlib import Path
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.shards import read_shard, shard_ids
 from qpipe.pipeline.invariants import violations
-
-def peak():
-    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return int(line.split()[1]) // 1024
 
 folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 manifest = read_manifest(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import (
     Manifest,
     read_manifest,
@@ -357,3 +358,33 @@ def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, ver
     folder = older(tmp_path / "targets", version)
     words = f"format version {version}, this qpipe reads 2 and 3: use the qpipe that made it"
     assert refused(verify, folder, words, "or make it again").count("\n") == 1
+
+
+# Readers
+
+
+def test_readers_compare_hashes_unless_they_are_told_not_to(own: Path) -> None:
+    """The metadata's padding is no row's: a bit there changes nothing but the hash."""
+    from qpipe.trainer.stream import open_streams
+
+    wanted = [each.id for each in read_targets(own)]
+    path = own / "shard-00000.arrow"
+    data = bytearray(path.read_bytes())
+    assert data[6:8] == b"\0\0"
+    data[7] = 1
+    path.write_bytes(data)
+    manifest = read_manifest(own)
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
+        list(read_targets(own))
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
+        open_streams(own, manifest, 0.0)
+    assert [each.id for each in read_targets(own, verify=False)] == wanted
+    stream, _ = open_streams(own, manifest, 0.0, verify=False)
+    assert len(stream) == 8
+
+
+def test_what_moves_a_cursor_is_not_printed(verify: Verify, own: Path) -> None:
+    folder = own.rename(own.with_name("a\x1b[31m\nb"))
+    (folder / "manifest.json").unlink()
+    said = refused(verify, folder, r"a\x1b[31m b: not a qpipe folder")
+    assert said.count("\n") == 1
