@@ -121,41 +121,57 @@ def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
     ids = batch.column("id")
     arrays: dict[str, NDArray[Any]] = {}
     lengths: dict[str, NDArray[np.int64]] = {}
-
-    def wrong(level: str, place: int, what: str) -> UserError:
-        row = row_of(lengths, level, place)
-        name = quoted(str(ids[row].as_py()))
-        return UserError(f"{where}, row {row} ({name}): column {what}")
-
-    def refuse(level: str, is_wrong: NDArray[np.bool_], what: str) -> None:
-        if is_wrong.any():
-            raise wrong(level, int(np.argmax(is_wrong)), what)
-
-    refuse("row", _nulls(ids), "id has empty values")
+    rows = _Rows(where, ids, lengths)
+    rows.refuse("row", _nulls(ids), "id has empty values")
     for column in lists(schema.stored):
         values = batch.column(column.name)
-        refuse("row", _nulls(values), f"{column.name} has empty values")
+        rows.refuse("row", _nulls(values), f"{column.name} has empty values")
         length = np.diff(values.offsets.to_numpy()).astype(np.int64)
         others = lengths.setdefault(column.level, length)
-        refuse("row", length != others, f"{column.name} differs in length from its neighbours")
+        rows.refuse("row", length != others, f"{column.name} differs in length from its neighbours")
         flat = values.flatten()
-        refuse(column.level, _nulls(flat), f"{column.name} has empty values")
+        rows.refuse(column.level, _nulls(flat), f"{column.name} has empty values")
         arrays[column.name] = flat.to_numpy().astype(column.dtype, copy=False)
         if column.name.endswith("_ids"):
             outside = is_outside(arrays[column.name], schema.vocab_size)
-            refuse(column.level, outside, f"{column.name} is outside of the vocabulary")
+            rows.refuse(column.level, outside, f"{column.name} is outside of the vocabulary")
+    _check_references(arrays, rows)
+    if schema.packing is not None:
+        arrays = unpack(arrays, schema.packing, rows.error)
+    return FlatBatch(ids.to_pylist(), arrays, lengths)
 
-    counts, positions = arrays["counts"], arrays["positions"]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The rows of a batch under the hand of `decode`, to be named in its errors."""
+
+    where: str
+    ids: pa.Array
+    lengths: dict[str, NDArray[np.int64]]
+
+    def error(self, level: str, place: int, what: str) -> UserError:
+        """What is wrong at a level's value, or at a row for the level "row"."""
+        row = row_of(self.lengths, level, place)
+        name = quoted(str(self.ids[row].as_py()))
+        return UserError(f"{self.where}, row {row} ({name}): column {what}")
+
+    def refuse(self, level: str, is_wrong: NDArray[np.bool_], what: str) -> None:
+        """Raises the error of the first place that is wrong, if there is one."""
+        if is_wrong.any():
+            raise self.error(level, int(np.argmax(is_wrong)), what)
+
+
+def _check_references(arrays: dict[str, NDArray[Any]], rows: _Rows) -> None:
+    """Refuse counts and positions that point outside of their row."""
+    counts, positions, lengths = arrays["counts"], arrays["positions"], rows.lengths
+    rows.refuse("position", counts < 0, "counts is negative")
     # in 64 bits: added up in fewer, huge counts can come out small
     entries = segment_sums(counts.astype(np.int64), lengths["position"])
-    refuse("position", counts < 0, "counts is negative")
-    refuse("row", entries != lengths["entry"], "counts does not add up to the entries of its row")
+    is_off = entries != lengths["entry"]
+    rows.refuse("row", is_off, "counts does not add up to the entries of its row")
     tokens_N = np.repeat(lengths["token"], lengths["position"])
     astray = (positions < 1) | (positions >= tokens_N)
-    refuse("position", astray, "positions points outside of the tokens of its row")
-    if schema.packing is not None:
-        arrays = unpack(arrays, schema.packing, wrong)
-    return FlatBatch(ids.to_pylist(), arrays, lengths)
+    rows.refuse("position", astray, "positions points outside of the tokens of its row")
 
 
 def row_of(lengths: dict[str, NDArray[np.int64]], level: str, place: int) -> int:
