@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .errors import UserError
+from .errors import UserError, quoted
 from .packing import pack, unpack
 from .ragged import segment_sums
 from .records import Example
@@ -113,36 +113,80 @@ def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:
 def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
     """The flat arrays of an Arrow batch.
 
-    `where` names the batch in the error raised when its lists disagree in length.
+    `where` begins the error raised for empty values, lists that disagree in length, counts that do
+    not add up, and positions and ids that point astray; it names the row and the column.
     """
     if batch.schema != schema.arrow:
         raise UserError(f"{where}: its columns are not those of this format")
-    arrays = {}
+    ids = batch.column("id")
+    arrays: dict[str, NDArray[Any]] = {}
     lengths: dict[str, NDArray[np.int64]] = {}
+    rows = _Rows(where, ids, lengths)
+    rows.refuse("row", _nulls(ids), "id has empty values")
     for column in lists(schema.stored):
         values = batch.column(column.name)
-        if values.null_count or values.flatten().null_count:
-            raise UserError(f"{where}: column {column.name} has empty values: the shard is damaged")
+        rows.refuse("row", _nulls(values), f"{column.name} has empty values")
         length = np.diff(values.offsets.to_numpy()).astype(np.int64)
-        if not np.array_equal(lengths.setdefault(column.level, length), length):
-            raise UserError(f"{where}: column {column.name} differs in length from its neighbours")
-        arrays[column.name] = values.flatten().to_numpy().astype(column.dtype, copy=False)
-    if batch.column("id").null_count:
-        raise UserError(f"{where}: column id has empty values: the shard is damaged")
-    _check_references(arrays, lengths, where)
+        others = lengths.setdefault(column.level, length)
+        rows.refuse("row", length != others, f"{column.name} differs in length from its neighbours")
+        flat = values.flatten()
+        rows.refuse(column.level, _nulls(flat), f"{column.name} has empty values")
+        arrays[column.name] = flat.to_numpy().astype(column.dtype, copy=False)
+        if column.name.endswith("_ids"):
+            outside = is_outside(arrays[column.name], schema.vocab_size)
+            rows.refuse(column.level, outside, f"{column.name} is outside of the vocabulary")
+    _check_references(arrays, rows)
     if schema.packing is not None:
-        arrays = unpack(arrays, schema.packing, where)
-    return FlatBatch(batch.column("id").to_pylist(), arrays, lengths)
+        arrays = unpack(arrays, schema.packing, rows.error)
+    return FlatBatch(ids.to_pylist(), arrays, lengths)
 
 
-def _check_references(
-    arrays: dict[str, NDArray[Any]], lengths: dict[str, NDArray[np.int64]], where: str
-) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The rows of a batch under the hand of `decode`, to be named in its errors."""
+
+    where: str
+    ids: pa.Array
+    lengths: dict[str, NDArray[np.int64]]
+
+    def error(self, level: str, place: int, what: str) -> UserError:
+        """What is wrong at a level's value, or at a row for the level "row"."""
+        row = row_of(self.lengths, level, place)
+        name = quoted(str(self.ids[row].as_py()))
+        return UserError(f"{self.where}, row {row} ({name}): column {what}")
+
+    def refuse(self, level: str, is_wrong: NDArray[np.bool_], what: str) -> None:
+        """Raises the error of the first place that is wrong, if there is one."""
+        if is_wrong.any():
+            raise self.error(level, int(np.argmax(is_wrong)), what)
+
+
+def _check_references(arrays: dict[str, NDArray[Any]], rows: _Rows) -> None:
     """Refuse counts and positions that point outside of their row."""
-    counts, positions = arrays["counts"], arrays["positions"]
-    entries = segment_sums(counts, lengths["position"])
-    if (counts < 0).any() or not np.array_equal(entries, lengths["entry"]):
-        raise UserError(f"{where}: column counts does not add up to the entries of its rows")
+    counts, positions, lengths = arrays["counts"], arrays["positions"], rows.lengths
+    rows.refuse("position", counts < 0, "counts is negative")
+    # in 64 bits: added up in fewer, huge counts can come out small
+    entries = segment_sums(counts.astype(np.int64), lengths["position"])
+    is_off = entries != lengths["entry"]
+    rows.refuse("row", is_off, "counts does not add up to the entries of its row")
     tokens_N = np.repeat(lengths["token"], lengths["position"])
-    if ((positions < 1) | (positions >= tokens_N)).any():
-        raise UserError(f"{where}: column positions points outside of the tokens of its row")
+    astray = (positions < 1) | (positions >= tokens_N)
+    rows.refuse("position", astray, "positions points outside of the tokens of its row")
+
+
+def row_of(lengths: dict[str, NDArray[np.int64]], level: str, place: int) -> int:
+    """The row that a level's value at some place of a batch belongs to; the level "row" is rows."""
+    if level == "row":
+        return place
+    return int(np.searchsorted(np.cumsum(lengths[level]), place, side="right"))
+
+
+def is_outside(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.bool_]:
+    """Where an id is no token of the vocabulary."""
+    return (ids < 0) | (ids >= vocab_size)
+
+
+def _nulls(values: pa.Array) -> NDArray[np.bool_]:
+    if values.null_count == 0:
+        return np.zeros(0, bool)
+    return values.is_null().to_numpy(zero_copy_only=False)

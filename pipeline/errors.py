@@ -12,3 +12,8 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def quoted(text: str) -> str:
+    """A text from a file as an error may show it: cut, on one line, nothing that moves a cursor."""
+    return repr(text[:80])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import FlatBatch
+from .codec import FlatBatch, row_of
 from .ragged import segment_sums
 
 MASS_TOLERANCE = 1e-3  # what an engine's own rounding may take from 1, or add to it
@@ -28,32 +28,32 @@ class Violation:
 def violations(stage: str, batch: FlatBatch, vocab_size: int) -> Iterator[Violation]:
     """What is wrong with a batch of a stage's records, for each rule its first row.
 
-    The lists agree in length already, counts add up and positions lie in their rows: `decode` sees
-    to that.
+    The lists agree in length already, counts add up, positions lie in their rows and ids in the
+    vocabulary: `decode` sees to that.
     """
     checks = {"score": _of_scores, "build-targets": _of_targets}[stage]
-    for level, column, wrong, what in (*_of_all(batch, vocab_size), *checks(batch, vocab_size)):
+    with np.errstate(all="ignore"):  # what is no number is found, not warned of
+        found = [_ascent(batch), *checks(batch, vocab_size)]
+    for level, column, wrong, what in found:
         if wrong.any():
-            ends = np.cumsum(batch.lengths[level])
-            yield Violation(int(np.searchsorted(ends, np.argmax(wrong), "right")), column, what)
+            yield Violation(row_of(batch.lengths, level, int(np.argmax(wrong))), column, what)
 
 
 _Check = tuple[str, str, NDArray[np.bool_], str]  # level, column, where it is wrong, in words
 
 
-def _of_all(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
-    tokens, positions = batch["input_ids"], batch["positions"]
-    yield "token", "input_ids", _outside(tokens, vocab_size), "is outside of the vocabulary"
+def _ascent(batch: FlatBatch) -> _Check:
+    positions = batch["positions"]
     falls = np.diff(positions, prepend=0) < 1
     is_first = _starts(batch.lengths["position"], len(positions))
-    yield "position", "positions", falls & ~is_first, "does not ascend"
+    return "position", "positions", falls & ~is_first, "does not ascend"
 
 
 def _of_scores(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
     counts, ids, logs = batch["counts"], batch["topk_ids"], batch["topk_log_probs"]
     tail, observed = batch["tail_mass"], batch["observed_log_probs"]
-    yield "entry", "topk_ids", _outside(ids, vocab_size), "is outside of the vocabulary"
-    yield "entry", "topk_ids", _repeats(ids, counts), "holds an id twice at one position"
+    repeats = _repeats(ids, counts, vocab_size)
+    yield "position", "topk_ids", repeats, "holds an id twice at one position"
     yield "entry", "topk_log_probs", ~(logs <= MASS_TOLERANCE), "is no log-probability"
     rises = np.diff(logs, prepend=0) > 0
     yield "entry", "topk_log_probs", rises & ~_starts(counts, len(logs)), "does not descend"
@@ -72,8 +72,8 @@ def _of_scores(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
 
 def _of_targets(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
     counts, ids, probs = batch["counts"], batch["support_ids"], batch["support_probs"]
-    yield "entry", "support_ids", _outside(ids, vocab_size), "is outside of the vocabulary"
-    yield "entry", "support_ids", _repeats(ids, counts), "holds an id twice at one position"
+    repeats = _repeats(ids, counts, vocab_size)
+    yield "position", "support_ids", repeats, "holds an id twice at one position"
     is_observed = ids == np.repeat(batch.observed_ids, counts)
     lacks = segment_sums(is_observed.astype(np.int64), counts) == 0
     yield "position", "support_ids", lacks, "lacks the observed token"
@@ -85,10 +85,6 @@ def _of_targets(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
     yield "position", "weights", _no_weight(batch["weights"]), "is no weight"
 
 
-def _outside(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.bool_]:
-    return (ids < 0) | (ids >= vocab_size)
-
-
 def _starts(lengths: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
     """Where the lists of these lengths begin."""
     is_start = np.zeros(size + 1, bool)
@@ -96,13 +92,13 @@ def _starts(lengths: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
     return is_start[:size]
 
 
-def _repeats(ids: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Where an id stands that stood at the same position before."""
-    positions = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((ids, positions))
-    same = (np.diff(ids[order], prepend=-1) == 0) & (np.diff(positions[order], prepend=-1) == 0)
-    repeats = np.zeros(len(ids), bool)
-    repeats[order] = same
+def _repeats(
+    ids: NDArray[np.integer], counts: NDArray[np.integer], vocab_size: int
+) -> NDArray[np.bool_]:
+    """The positions at which an id stands more than once."""
+    keys = np.sort(np.repeat(np.arange(len(counts)) * vocab_size, counts) + ids)
+    repeats = np.zeros(len(counts), bool)
+    repeats[keys[1:][keys[1:] == keys[:-1]] // vocab_size] = True
     return repeats
 
 
@@ -115,5 +111,4 @@ def _no_weight(values: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def _is_off(values: NDArray[Any], wanted: Any) -> NDArray[np.bool_]:
-    with np.errstate(invalid="ignore"):
-        return ~((np.abs(values - wanted) <= MASS_TOLERANCE) | (values == wanted))
+    return ~((np.abs(values - wanted) <= MASS_TOLERANCE) | (values == wanted))

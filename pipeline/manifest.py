@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .packing import PRECISIONS
+from .errors import UserError, one_line
+from .plausible import check_entry, check_frequent_ids, check_identity, check_maps
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, Schema
 from .storage import (
     json_bytes,
@@ -164,43 +164,21 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         ids = tuple(map(int, said.get("frequent_ids", "").split()))
         manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
         is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
-        _check_shards(path, shards)
-        _check_settings(path, manifest)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, not a manifest ({error})") from error
-    if manifest.fingerprint != identity.fingerprint:
+        check_maps(parents=manifest.parents, provenance=manifest.provenance)
+        check_identity(identity)
+        check_frequent_ids(ids, identity.settings["vocab_size"])
+        for index, entry in enumerate(shards):
+            check_entry(entry, shard_name(index), manifest.fingerprint)
+        fingerprint, totals = identity.fingerprint, totals_of(shards)
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not a manifest ({one_line(error)})") from error
+    if manifest.fingerprint != fingerprint:
         raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
-    if manifest.totals != totals_of(shards):
+    if manifest.totals != totals:
         raise UserError(f"{path}: damaged, its totals are not those of its shards")
     if identity.format_version > 2 and not is_sealed:
         raise UserError(f"{path}: damaged or changed, its seal is not that of its content")
     return manifest
-
-
-def _check_shards(path: Path, shards: list[ShardEntry]) -> None:
-    """Refuse files that are not the folder's own, and counts that are none."""
-    for index, entry in enumerate(shards):
-        counts = (entry.rows, entry.tokens, entry.positions, entry.entries, entry.bytes)
-        if entry.file != shard_name(index) or not all(_is_count(count) for count in counts):
-            raise UserError(f"{path}: damaged, what it says of shard {index} cannot be")
-
-
-def _check_settings(path: Path, manifest: Manifest) -> None:
-    """Refuse settings that the shards cannot be read by."""
-    settings, ids = manifest.settings, manifest.frequent_ids
-    vocab_size, max_support = settings["vocab_size"], settings.get("max_support")
-    if (
-        not (_is_count(vocab_size) and 0 < vocab_size < 2**31)
-        or not (max_support is None or _is_count(max_support))
-        or settings.get("precision") not in (None, *PRECISIONS)
-        or len(set(ids)) < len(ids)
-        or not all(0 <= each < vocab_size for each in ids)
-    ):
-        raise UserError(f"{path}: damaged, its settings cannot be")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
 
 
 def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:

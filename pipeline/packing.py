@@ -12,6 +12,7 @@ N positions, K entries of all of them end to end, V ids.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -119,12 +120,16 @@ def pack(arrays: dict[str, NDArray[Any]], packing: Packing) -> dict[str, NDArray
     }
 
 
+# makes the error of a level's value at some place of a batch
+Wrong = Callable[[str, int, str], UserError]
+
+
 def unpack(
-    arrays: dict[str, NDArray[Any]], packing: Packing, where: str
+    arrays: dict[str, NDArray[Any]], packing: Packing, wrong: Wrong
 ) -> dict[str, NDArray[Any]]:
     """The records' columns of a batch, for those that are stored; the counts add up.
 
-    Raises UserError, which `where` begins, for ids and numbers that nobody packed.
+    Raises what `wrong` makes for ids and numbers that nobody packed.
     """
     rest = dict(arrays)
     low, high = rest.pop("rank_steps_low"), rest.pop("rank_steps_high")
@@ -132,18 +137,20 @@ def unpack(
     tail_weights = _weights(rest.pop("tail_log_probs"))
     counts = rest["counts"].astype(np.int64)
     totals = segment_sums(weights, counts) + tail_weights
-    if not (np.isfinite(totals) & (totals > 0)).all():
-        raise UserError(f"{where}: column support_log_probs holds what is no distribution")
+    is_distribution = np.isfinite(totals) & (totals > 0)
+    if not is_distribution.all():
+        place = int(np.argmin(is_distribution))
+        raise wrong("position", place, "support_log_probs holds what is no distribution")
     steps = (high.astype(np.uint32) << np.uint32(8)) | low
     return rest | {
-        "support_ids": _ids(steps, counts, packing, where),
+        "support_ids": _ids(steps, counts, packing, wrong),
         "support_probs": weights / np.repeat(totals, counts),
         "tail_mass": tail_weights / totals,
     }
 
 
 def _ids(
-    steps: NDArray[np.uint32], counts: NDArray[np.int64], packing: Packing, where: str
+    steps: NDArray[np.uint32], counts: NDArray[np.int64], packing: Packing, wrong: Wrong
 ) -> NDArray[np.int32]:
     """The ids at the ends of the steps; sums wrap around, and back where the base is taken off."""
     sums = np.cumsum(steps, dtype=np.uint32)
@@ -151,7 +158,8 @@ def _ids(
     bases = np.append(np.uint32(0), sums)[ends - counts]
     ranks = sums - np.repeat(bases, counts)
     if len(ranks) and ranks.max() >= packing.vocab_size:
-        raise UserError(f"{where}: column rank_steps_high leads out of the vocabulary")
+        place = int(np.argmax(ranks >= packing.vocab_size))
+        raise wrong("entry", place, "rank_steps_high leads out of the vocabulary")
     if packing.vocab_size <= _LARGEST_TABLE:
         return _id_table(packing)[ranks]
     return ids_of(ranks, packing).astype(np.int32)

@@ -43,6 +43,7 @@ class Schema:
 
     record: type[Example]
     columns: tuple[Column, ...]
+    vocab_size: int
     packing: Packing | None = None
 
     @property
@@ -76,6 +77,7 @@ def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Sc
             Column(name, level, dtype, narrow if name.endswith("_ids") else dtype)
             for name, level, dtype in _EXAMPLE + columns
         ),
+        vocab_size,
         packing,
     )
 
@@ -147,3 +149,4 @@ _OF_STAGE: dict[str, tuple[type[Example], _Columns]] = {
     "score": (ScoredExample, _SCORES),
     "build-targets": (TargetExample, _TARGETS),
 }
+STAGES = tuple(_OF_STAGE)  # those whose folders hold shards

@@ -6,6 +6,7 @@ file is renamed into place first, so a sidecar always speaks of a finished file.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from .cache import local_copy
 from .codec import FlatBatch, decode, encode, flatten, split
-from .errors import UserError
+from .errors import UserError, one_line
+from .expansion import refuse_bombs
 from .manifest import Manifest, ShardEntry, read_manifest, shard_name
 from .records import Example, Reject, ScoredExample, TargetExample
 from .remote import is_remote, open_path
@@ -24,6 +26,8 @@ from .schema import Schema, packing_of, schema_of
 from .storage import atomic_file, read_json, sha256_of_file, write_json
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
+# what the manifest counts at each level
+_COUNTED = {"row": "rows", "token": "tokens", "position": "positions", "entry": "entries"}
 
 
 @dataclass(slots=True)
@@ -103,9 +107,13 @@ def _is_whole(path: Path, entry: ShardEntry) -> bool:
 def read_shard(
     folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool = True
 ) -> Iterator[FlatBatch]:
-    """The record batches of one shard, decoded; `verify` compares its hash first."""
+    """The record batches of one shard, decoded; `verify` compares its hash first.
+
+    Raises UserError where the shard is missing, damaged, or holds less or more than the manifest
+    says.
+    """
     path = folder / entry.file
-    if not path.exists():
+    if not path.is_file():
         raise UserError(
             f"{path}: missing, the manifest names it: restore it, or remove {folder} and make it "
             "again"
@@ -114,14 +122,19 @@ def read_shard(
     if verify and sha256_of_file(local) != entry.sha256:
         raise UserError(f"{path}: damaged, its hash is not the manifest's: make {folder} again")
     schema = folder_schema(manifest)
-    try:
-        with pa.OSFile(str(local)) as file, pa.ipc.open_file(file) as reader:
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                batch.validate(full=True)  # or lists that point astray would end the process
-                yield decode(schema, batch, f"{path}, record batch {number}")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+    left = {level: getattr(entry, name) for level, name in _COUNTED.items()}
+    with _opened(path, local, schema) as reader:
+        for number in range(reader.num_record_batches):
+            batch = decode(schema, _get(reader, number), f"{path}, record batch {number}")
+            for level, lengths in batch.lengths.items():
+                left[level] -= int(lengths.sum())
+            left["row"] -= len(batch.ids)
+            yield batch
+    for level, name in _COUNTED.items():
+        if left[level]:
+            said = getattr(entry, name)
+            found = said - left[level]
+            raise UserError(f"{path}: holds {found:,} {name}, the manifest says {said:,}")
 
 
 def read_rows(
@@ -137,32 +150,48 @@ def read_rows(
     entry = manifest.shards[shard]
     path = folder / entry.file
     schema = folder_schema(manifest)
-    try:
-        with (
-            pa.OSFile(str(local_copy(path, entry.sha256))) as file,
-            pa.ipc.open_file(file) as reader,
-        ):
-            for number, rows in wanted:
-                batch = reader.get_batch(number)
-                batch.validate(full=True)  # or lists that point astray would end the process
-                if not np.array_equal(rows, np.arange(batch.num_rows)):
-                    batch = batch.take(pa.array(rows))
-                yield decode(schema, batch, f"{path}, record batch {number}")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: missing or damaged: {error}") from error
+    with _opened(path, local_copy(path, entry.sha256), schema) as reader:
+        for number, rows in wanted:
+            batch = _get(reader, number)
+            if not np.array_equal(rows, np.arange(batch.num_rows)):
+                batch = batch.take(pa.array(rows))
+            yield decode(schema, batch, f"{path}, some rows of record batch {number}")
 
 
-def shard_ids(folder: Path, entry: ShardEntry) -> list[list[str]]:
+def shard_ids(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[list[str]]:
     """The ids of a shard's rows, batch by batch; reads nothing else and compares no hash."""
     path = folder / entry.file
-    options = pa.ipc.IpcReadOptions(included_fields=[0])
     local = local_copy(path, entry.sha256)
+    with _opened(path, local, folder_schema(manifest), columns=[0]) as reader:
+        batches = range(reader.num_record_batches)
+        return [_get(reader, number).column("id").to_pylist() for number in batches]
+
+
+@contextmanager
+def _opened(
+    path: Path, local: Path, schema: Schema, columns: list[int] | None = None
+) -> Iterator[pa.RecordBatchFileReader]:
+    """A shard to read; nothing of it is unpacked before its columns and sizes are known."""
+    options = pa.ipc.IpcReadOptions(included_fields=columns)
     try:
-        with pa.OSFile(str(local)) as file, pa.ipc.open_file(file, options=options) as reader:
-            batches = range(reader.num_record_batches)
-            return [reader.get_batch(number).column("id").to_pylist() for number in batches]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: missing or damaged: {error}") from error
+        with pa.OSFile(str(local)) as file:
+            refuse_bombs(file)
+            with pa.ipc.open_file(file, options=options) as reader:
+                wanted = (
+                    schema.arrow if columns is None else pa.schema(map(schema.arrow.field, columns))
+                )
+                if reader.schema != wanted:
+                    raise UserError(f"{path}: its columns are not those of this format")
+                yield reader
+    except (pa.ArrowException, OSError) as error:
+        what = "damaged" if path.exists() else "missing"
+        raise UserError(f"{path}: {what}: {one_line(error)}") from error
+
+
+def _get(reader: pa.RecordBatchFileReader, number: int) -> pa.RecordBatch:
+    batch = reader.get_batch(number)
+    batch.validate(full=True)  # or lists that point astray would end the process
+    return batch
 
 
 def folder_schema(manifest: Manifest) -> Schema:
@@ -171,27 +200,29 @@ def folder_schema(manifest: Manifest) -> Schema:
     return schema_of(manifest.identity.stage, manifest.settings["vocab_size"], packing)
 
 
-def read_scores(folder: str | Path) -> Iterator[ScoredExample]:
+def read_scores(folder: str | Path, *, verify: bool = True) -> Iterator[ScoredExample]:
     """The scored examples of a folder made by `qpipe score`, in order, one shard at a time.
 
-    Raises UserError where the folder is no sealed score folder or a shard is missing or damaged.
+    `verify` compares every shard's hash when it is opened. Raises UserError where the folder is no
+    sealed score folder or a shard is missing or damaged.
     """
-    yield from _read_records(open_path(folder), "score")
+    yield from _read_records(open_path(folder), "score", verify)
 
 
-def read_targets(folder: str | Path) -> Iterator[TargetExample]:
+def read_targets(folder: str | Path, *, verify: bool = True) -> Iterator[TargetExample]:
     """The target examples of a folder made by `qpipe build-targets`, in order, one shard at a time.
 
-    Raises UserError where the folder is no sealed target folder or a shard is missing or damaged.
+    `verify` compares every shard's hash when it is opened. Raises UserError where the folder is no
+    sealed target folder or a shard is missing or damaged.
     """
-    yield from _read_records(open_path(folder), "build-targets")
+    yield from _read_records(open_path(folder), "build-targets", verify)
 
 
-def _read_records(folder: Path, stage: str) -> Iterator[Any]:
+def _read_records(folder: Path, stage: str, verify: bool) -> Iterator[Any]:
     manifest = read_manifest(folder, stage)
     schema = folder_schema(manifest)
     for entry in manifest.shards:
-        for batch in read_shard(folder, manifest, entry):
+        for batch in read_shard(folder, manifest, entry, verify=verify):
             yield from split(schema, batch)
 
 

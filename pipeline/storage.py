@@ -13,6 +13,8 @@ from .errors import UserError
 from .remote import is_remote, read_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
+MOST_BYTES = 2**28  # of a JSON file: that of half a million shards, or two million rejects
+MOST_DENSE = 100_000  # values of a JSON file, however short they are
 
 
 @contextmanager
@@ -69,17 +71,34 @@ def read_json(path: Path) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content."""
+    """The content of a file that this package wrote, which is never huge."""
     try:
-        return read_remote(path) if is_remote(path) else path.read_bytes()
+        if is_remote(path):
+            return read_remote(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be read: not a file")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path}: damaged, no such file of ours has {size:,} bytes")
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def is_content(path: Path, content: bytes) -> bool:
+    """Whether a file holds just this; reads no more than that."""
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 def parse_json(path: Path, content: bytes) -> Any:
     """The value in the content of a JSON file."""
+    # empty lists take 20 times their text in memory; this package writes each value on its line
+    values = sum(map(content.count, (b",", b"[", b"{")))
+    if values > MOST_DENSE + len(content) // 8:
+        size = len(content)
+        raise UserError(f"{path}: damaged, no file of ours has {values:,} values in {size:,} bytes")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

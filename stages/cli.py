@@ -102,5 +102,11 @@ def _run() -> int:
         if error.filename is None:
             raise
         message = f"{error.filename}: {error.strerror}"
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {_one_line(message)}", err=True)
     return 2
+
+
+def _one_line(message: str) -> str:
+    """What a terminal may show of words that may come from a file: nothing moves its cursor."""
+    words = " ".join(message.split())
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in words)

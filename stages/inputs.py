@@ -80,6 +80,8 @@ def open_inputs(
 ) -> Inputs:
     """Open the folders. Raises UserError where they do not fit together."""
     base = ScoreFolder(scores, read_manifest(scores, "score"), temperature)
+    if base.manifest.totals["positions"] == 0:
+        raise UserError(f"{scores}: has no supervised token: score other demonstrations")
     if teacher is None:
         return Inputs(base, None)
     other = ScoreFolder(teacher, read_manifest(teacher, "score"), teacher_temperature)

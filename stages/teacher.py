@@ -50,15 +50,18 @@ class ScoreFolder:
         """
         shards = self.manifest.shards[:: max(1, len(self.manifest.shards) // SAMPLED_BATCHES)]
         each = max(1, SAMPLED_BATCHES // len(shards)) if shards else 0
-        times_V = np.zeros(self.model.vocab_size, np.int64)
+        found = np.empty(0, np.int64)
+        times = np.empty(0)
         for entry in shards:
             for batch in islice(read_shard(self.path, self.manifest, entry, verify=False), each):
                 starts = np.cumsum(batch["counts"]) - batch["counts"]
                 places = np.arange(len(batch["topk_ids"])) - np.repeat(starts, batch["counts"])
                 ids = batch["topk_ids"][places < SAMPLED_ENTRIES]
-                times_V += np.bincount(ids, minlength=len(times_V))
-        most = np.argsort(-times_V[:vocab_size], kind="stable")[:FREQUENT_IDS]
-        return tuple(most[times_V[most] > 0].tolist())
+                found, inverse = np.unique(np.concatenate([found, ids]), return_inverse=True)
+                times = np.bincount(inverse, np.append(times, np.ones(len(ids))))
+        found, times = found[found < vocab_size], times[found < vocab_size]
+        most = np.argsort(-times, kind="stable")[:FREQUENT_IDS]
+        return tuple(found[most].tolist())
 
     def pieces(self, batch: FlatBatch) -> list[FlatBatch]:
         """A batch cut into pieces whose arrays stay small."""
@@ -66,7 +69,7 @@ class ScoreFolder:
 
     def ids(self) -> Iterator[list[list[str]]]:
         """The ids of the examples, for each shard batch by batch."""
-        return (shard_ids(self.path, entry) for entry in self.manifest.shards)
+        return (shard_ids(self.path, self.manifest, entry) for entry in self.manifest.shards)
 
 
 class Teacher:

@@ -5,13 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line, quoted
 from ..pipeline.invariants import violations
-from ..pipeline.manifest import MANIFEST, Identity, Manifest, ShardEntry, read_manifest
+from ..pipeline.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    ShardEntry,
+    identity_schema,
+    read_manifest,
+)
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import REJECTS, rejects_bytes
-from ..pipeline.shards import read_shard, sidecar_path
-from ..pipeline.storage import json_bytes, sha256_of_file
+from ..pipeline.shards import folder_schema, read_shard, sidecar_path
+from ..pipeline.storage import is_content, json_bytes, sha256_of_file
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -32,27 +39,27 @@ def verify(folder: Path) -> Iterator[str]:
 
 
 def _of_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
-    if (folder / REJECTS).exists():
-        if (folder / REJECTS).read_bytes() != rejects_bytes(manifest.shards):
-            yield f"{folder / REJECTS}: is not what the manifest says was rejected"
-    else:
-        yield f"{folder / REJECTS}: missing"
+    rejects = folder / REJECTS
+    if not rejects.exists():
+        yield f"{rejects}: missing"
+    elif not is_content(rejects, rejects_bytes(manifest.shards)):
+        yield f"{rejects}: is not what the manifest says was rejected"
+    if manifest.identity.schema != identity_schema(folder_schema(manifest)):
+        yield f"{folder / MANIFEST}: its schema is not that of its settings"
 
 
-def _of_chain(where: Path, identity: dict[str, Any], parents: dict[str, Any]) -> Iterator[str]:
+def _of_chain(where: Path, identity: dict[str, Any], parents: Any) -> Iterator[str]:
     """The folders that this one was made from have the fingerprints that it was made with."""
-    for name, parent in parents.items():
-        try:
-            own = Identity(**parent["identity"]).fingerprint
-            above = parent["parents"]
-        except (TypeError, KeyError) as error:
-            yield f"{where}: parents, {name}: not a folder's identity ({error})"
-            continue
-        if identity["inputs"].get(name) != own:
-            yield f"{where}: parents, {name}: its fingerprint is not the one in inputs"
-        yield from _of_chain(where, parent["identity"], above)
-    if identity["stage"] == "build-targets" and identity["inputs"].keys() != parents.keys():
-        yield f"{where}: parents: not those that inputs names"
+    try:
+        inputs = dict(identity["inputs"])
+        if identity["stage"] == "build-targets" and inputs.keys() != dict(parents).keys():
+            yield f"{where}: parents: not those that inputs names"
+        for name, parent in dict(parents).items():
+            if inputs.get(name) != Identity(**parent["identity"]).fingerprint:
+                yield f"{where}: parents, {quoted(name)}: its fingerprint is not the one in inputs"
+            yield from _of_chain(where, parent["identity"], parent["parents"])
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        yield f"{where}: parents: not the identities of folders ({one_line(error)})"
 
 
 def _strays(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -67,31 +74,26 @@ def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
     path = sidecar_path(folder, index)
     if not path.exists():
         yield f"{path}: missing"
-    elif path.read_bytes() != json_bytes(asdict(entry)):
+    elif not is_content(path, json_bytes(asdict(entry))):
         yield f"{path}: is not what the manifest says of {entry.file}"
 
 
 def _of_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
+    """What is wrong with a shard's bytes, then with its rows as far as they can be read."""
     path = folder / entry.file
-    if not path.exists():
-        yield f"{path}: missing"
-        return
-    if sha256_of_file(path) != entry.sha256:
-        yield f"{path}: its hash is not the manifest's"
+    if path.is_file():
+        size = path.stat().st_size
+        if size != entry.bytes:
+            yield f"{path}: has {size:,} bytes, the manifest says {entry.bytes:,}"
+        if sha256_of_file(path) != entry.sha256:
+            yield f"{path}: its hash is not the manifest's"
     stage, vocab_size = manifest.identity.stage, manifest.settings["vocab_size"]
-    found = {"rows": 0, "tokens": 0, "positions": 0, "entries": 0}
+    first = 0
     try:
         for batch in read_shard(folder, manifest, entry, verify=False):
             for each in violations(stage, batch, vocab_size):
-                row = found["rows"] + each.row
-                yield f"{path}, row {row} ({batch.ids[each.row]}): {each.column} {each.what}"
-            found["rows"] += len(batch.ids)
-            found["tokens"] += int(batch.lengths["token"].sum())
-            found["positions"] += int(batch.lengths["position"].sum())
-            found["entries"] += int(batch.lengths["entry"].sum())
+                name = quoted(batch.ids[each.row])
+                yield f"{path}, row {first + each.row} ({name}): column {each.column} {each.what}"
+            first += len(batch.ids)
     except UserError as error:
         yield str(error)
-        return
-    for name, number in found.items():
-        if number != getattr(entry, name):
-            yield f"{path}: holds {number:,} {name}, the manifest says {getattr(entry, name):,}"

@@ -30,13 +30,14 @@ _PLACES = {"targets", "model", "revision", "out"}  # known by their content inst
 _CUT = {"forward_tokens", "pack", "gradient_checkpointing", "fsdp"}
 _SAVING = {"save_every", "keep_checkpoints", "resume"}
 _SHOWING = {"track", "eval_command"}
+_CHECKS = {"verify"}
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
     """What determines the trained model; `resolved` holds what the settings leave open."""
     given = asdict(settings)
     for field in fields(settings):
-        if field.name in _PLACES | _CUT | _SAVING | _SHOWING:
+        if field.name in _PLACES | _CUT | _SAVING | _SHOWING | _CHECKS:
             del given[field.name]
         elif isinstance(field.default, float):
             given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON

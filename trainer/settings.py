@@ -57,6 +57,7 @@ class TrainSettings:
     keep_checkpoints: int = 2
     resume: Resume = "auto"  # from the latest checkpoint, if there is one
     seed: int = 0
+    verify: bool = True  # the hash of every shard, when the targets are opened
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -58,7 +58,10 @@ def open_sources(
     Raises UserError where a folder has nothing to train on, or none has anything to evaluate on
     where that is asked for.
     """
-    opened = [open_streams(s.folder, s.manifest, settings.eval_fraction) for s in sources]
+    opened = [
+        open_streams(s.folder, s.manifest, settings.eval_fraction, verify=settings.verify)
+        for s in sources
+    ]
     train_streams, eval_streams = (list(streams) for streams in zip(*opened, strict=True))
     for source, (train_stream, eval_stream) in zip(sources, opened, strict=True):
         _refuse_empty(settings, source, len(train_stream), len(eval_stream))

@@ -143,16 +143,16 @@ class TargetStream:
 
 
 def open_streams(
-    folder: Path, manifest: Manifest, eval_fraction: float
+    folder: Path, manifest: Manifest, eval_fraction: float, *, verify: bool = True
 ) -> tuple[TargetStream, TargetStream]:
     """The examples to train on and those held out; examples without supervision are in neither.
 
-    Raises UserError where a shard is missing or damaged.
+    `verify` compares every shard's hash. Raises UserError where a shard is missing or damaged.
     """
     train_blocks: list[_Block] = []
     eval_blocks: list[_Block] = []
     for shard, entry in enumerate(manifest.shards):
-        for number, batch in enumerate(read_shard(folder, manifest, entry)):
+        for number, batch in enumerate(read_shard(folder, manifest, entry, verify=verify)):
             held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
             has_positions = batch.lengths["position"] > 0
             for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):

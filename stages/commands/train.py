@@ -145,6 +145,9 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
     help="Go on from the latest checkpoint in --out, or start over.",
 )
 @click.option("--seed", type=int, default=0, help="Of the sample order and of dropout.")
+@click.option(
+    "--verify/--no-verify", default=True, help="Compare the hash of every shard before training."
+)
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
 @config_option
 def train(**options: Any) -> None:

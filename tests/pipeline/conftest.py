@@ -54,7 +54,7 @@ class Toy:
     def job(self) -> Job:
         identity = Identity(
             stage="score",
-            settings={"vocab_size": 100, "top_k": 5} | self.settings,
+            settings={"vocab_size": 100, "top_k": 5, "tokenizer_hash": "3fa9"} | self.settings,
             inputs={"chats.jsonl": "0123"},
             schema=identity_schema(self.schema),
         )

@@ -1,7 +1,7 @@
 """Records to Arrow and back."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -262,22 +262,58 @@ def test_the_datasets_library_reads_a_shard_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "values"),
+    ("column", "values", "said"),
     [
-        ("tail_mass", [[0.25], [0.0]]),  # one position too few
-        ("tail_mass", [[0.25, 0.125, 0.0], []]),  # the right total, in the wrong rows
-        ("topk_ids", [[6, 9, 4, 4], [0, 99]]),  # more ids than log-probabilities
-        ("positions", [[1, 2], []]),
-        ("counts", [[2, 2], [2]]),  # adds up to more entries than there are
-        ("counts", [[2, 1], [1]]),  # to fewer
-        ("counts", [[2, 2], [1]]),  # the right total over the batch, in the wrong rows
+        ("tail_mass", [[0.25], [0.0]], "row 0 ('a'): column tail_mass differs"),
+        ("tail_mass", [[0.25, 0.125, 0.0], []], "row 0 ('a'): column tail_mass differs"),
+        ("token_weights", [[1, 1], []], "row 1 ('b'): column token_weights differs"),
+        ("topk_log_probs", [[-1, -2, -3], [-1]], "row 1 ('b'): column topk_log_probs differs"),
+        ("positions", [[1, 2], []], "row 1 ('b'): column observed_log_probs differs"),
+        ("counts", [[2, 2], [2]], "row 0 ('a'): column counts does not add up"),
+        ("counts", [[2, 1], [1]], "row 1 ('b'): column counts does not add up"),
+        ("counts", [[2, 2], [1]], "row 0 ('a'): column counts does not add up"),
+        ("counts", [[4, -1], [2]], "row 0 ('a'): column counts is negative"),
+        ("positions", [[1, 2], [2]], "row 1 ('b'): column positions points outside"),
+        ("positions", [[1, 2], [0]], "row 1 ('b'): column positions points outside"),
+        ("positions", [[1, 2], [-1]], "row 1 ('b'): column positions points outside"),
+        ("input_ids", [[5, 6, 7], [8, 100]], "row 1 ('b'): column input_ids is outside"),
+        ("topk_ids", [[6, 9, 4], [0, 100]], "row 1 ('b'): column topk_ids is outside"),
     ],
 )
-def test_lists_that_disagree_in_length_are_refused(column: str, values: Any) -> None:
+def test_what_no_reader_could_make_sense_of_is_refused(column: str, values: Any, said: str) -> None:
     damaged = with_column(arrow_batch(), column, values)
 
-    with pytest.raises(UserError, match=r"shard-3, record batch 2: column \w+ (differs|does not)"):
+    with pytest.raises(UserError) as refused:
         decode(SCORE, damaged, "shard-3, record batch 2")
+    assert f"shard-3, record batch 2, {said}" in str(refused.value)
+
+
+def test_huge_counts_do_not_add_up_by_wrapping_around() -> None:
+    """2³¹-1 twice and 5 are 3 in 32 bits, the number of entries; as lengths they take 32 GB."""
+    first = hand_made()[0]
+    long = replace(
+        first,
+        input_ids=np.arange(4, dtype=np.int32),
+        positions=np.array([1, 2, 3], np.int32),
+        counts=np.array([1, 1, 1], np.int32),
+        **{
+            name: np.ones(3, getattr(first, name).dtype)
+            for name in ("observed_log_probs", "observed_ranks", "tail_mass", "token_weights")
+        },
+    )
+    batch = encode(SCORE, flatten(SCORE, [long]))
+    with pytest.raises(UserError, match=r"row 0 .*: column counts does not add up"):
+        decode(SCORE, with_column(batch, "counts", [[2**31 - 1, 2**31 - 1, 5]]), "a batch")
+
+
+def test_an_id_in_an_error_is_short_and_on_one_line() -> None:
+    damaged = with_column(arrow_batch(), "id", ["\x1b[31m\n" + "x" * 10**6, "b"])
+
+    with pytest.raises(UserError) as refused:
+        decode(SCORE, with_column(damaged, "counts", [[2, 2], [2]]), "a batch")
+
+    assert len(str(refused.value)) < 200
+    assert "\x1b" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

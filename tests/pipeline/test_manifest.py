@@ -46,7 +46,7 @@ def test_the_manifest_describes_the_folder(sealed: Path, toy: Any) -> None:
 
     assert manifest.identity == job.identity
     assert manifest.fingerprint == job.identity.fingerprint
-    assert manifest.settings == {"vocab_size": 100, "top_k": 5}
+    assert manifest.settings == {"vocab_size": 100, "top_k": 5, "tokenizer_hash": "3fa9"}
     assert manifest.provenance == {"model": "toy"}
     assert manifest.parents == {}
     assert [entry.file for entry in manifest.shards] == [f"shard-0000{i}.arrow" for i in range(3)]

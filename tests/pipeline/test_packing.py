@@ -38,12 +38,16 @@ def targets(supports: list[dict[int, float]], tails: list[float]) -> dict[str, N
     }
 
 
+def wrong(level: str, place: int, what: str) -> UserError:
+    return UserError(f"{level} {place}: {what}")
+
+
 def through(
     arrays: dict[str, NDArray[Any]], packing: Packing
 ) -> tuple[list[dict[int, float]], NDArray[np.float32]]:
     """Supports and tails packed and unpacked again."""
     stored = pack(arrays, packing) | {"counts": arrays["counts"]}
-    read = unpack(stored, packing, "here")
+    read = unpack(stored, packing, wrong)
     ends = np.cumsum(read["counts"])
     starts = ends - read["counts"]
     supports = [
@@ -257,5 +261,5 @@ def test_what_nobody_packed_is_refused(column: str, value: float, said: str) -> 
     stored[column] = stored[column].copy()
     stored[column][:] = value
 
-    with pytest.raises(UserError, match=f"^here: column {said}"):
-        unpack(stored, packing, "here")
+    with pytest.raises(UserError, match=f"^(position|entry) [01]: {said}"):
+        unpack(stored, packing, wrong)

@@ -194,7 +194,7 @@ def test_a_shard_that_breaks_after_opening_is_named(folder: Path, content: bytes
     shard.unlink()
     if content is not None:
         shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00002\.arrow: missing or damaged"):
+    with pytest.raises(UserError, match=r"shard-00002\.arrow: (missing|damaged)"):
         list(stream.samples(0, range(23)))
 
 

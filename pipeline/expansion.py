@@ -1,0 +1,106 @@
+"""Refuses Arrow files that would grow out of all proportion, before anything of them is unpacked.
+
+Every compressed buffer of a record batch says how large it will be, and pyarrow sets so much memory
+aside unasked. These sizes are read here from the file's own tables (flatbuffers: the footer lists
+the record batches, the head of each lists its buffers), which pyarrow does not show.
+"""
+
+import struct
+
+import numpy as np
+import pyarrow as pa
+
+MOST_RATIO = 100  # of unpacked to stored bytes; targets of real text stay below 20
+ALWAYS_ALLOWED = 8 * 2**20  # bytes of a record batch, whatever the ratio
+_MOST_HEAD = 2**20  # bytes of the tables: some hundred buffers a batch take a few thousand
+_MAGIC = b"ARROW1"
+_NOT_COMPRESSED = -1
+_BLOCK = np.dtype([("offset", "<i8"), ("head", "<i4"), ("_", "<i4"), ("body", "<i8")])
+_BUFFER = np.dtype([("offset", "<i8"), ("size", "<i8")])
+
+# numbers of fields in Arrow's File.fbs and Message.fbs
+_FOOTER_DICTIONARIES, _FOOTER_BATCHES = 2, 3
+_MESSAGE_HEADER, _MESSAGE_BODY = 2, 3
+_BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
+
+
+def refuse_bombs(file: pa.NativeFile) -> None:
+    """Raises ArrowInvalid for an Arrow file of damaged tables, or whose batches would explode.
+
+    What it accepts may still be damaged in every other way.
+    """
+    try:
+        for offset, head_size in _batches(file):
+            _refuse_bomb(file, offset, head_size)
+    except (struct.error, ValueError, OverflowError) as error:
+        if isinstance(error, pa.ArrowInvalid):
+            raise
+        raise pa.ArrowInvalid(f"its tables are damaged ({error})") from error
+
+
+def _batches(file: pa.NativeFile) -> list[tuple[int, int]]:
+    """Where each record batch begins, and the size of its head."""
+    end = file.size() - len(_MAGIC) - 4
+    tail = _read(file, end, 4 + len(_MAGIC))
+    if tail[4:] != _MAGIC:
+        raise pa.ArrowInvalid("it does not end as an Arrow file")
+    (size,) = struct.unpack_from("<i", tail)
+    footer = _read(file, end - size, size)
+    root = _follow(footer, 0)
+    if len(_vector(footer, root, _FOOTER_DICTIONARIES, _BLOCK)):
+        raise pa.ArrowInvalid("it holds dictionaries, which no shard does")
+    blocks = _vector(footer, root, _FOOTER_BATCHES, _BLOCK)
+    return list(zip(blocks["offset"].tolist(), blocks["head"].tolist(), strict=True))
+
+
+def _refuse_bomb(file: pa.NativeFile, offset: int, head_size: int) -> None:
+    if head_size > _MOST_HEAD:
+        raise pa.ArrowInvalid(f"the head of a record batch has {head_size:,} bytes")
+    head = _read(file, offset, head_size)
+    head = head[8 if head[:4] == b"\xff\xff\xff\xff" else 4 :]
+    message = _follow(head, 0)
+    body_field = _field(head, message, _MESSAGE_BODY)
+    body_size = struct.unpack_from("<q", head, body_field)[0] if body_field else 0
+    start = offset + head_size
+    if not 0 <= body_size <= file.size() - start:
+        raise pa.ArrowInvalid(f"a record batch has {body_size:,} bytes, more than there are")
+    header = _field(head, message, _MESSAGE_HEADER)
+    batch = _follow(head, header) if header else 0
+    if not _field(head, batch, _BATCH_COMPRESSION):
+        return
+    unpacked = 0
+    for place, size in _vector(head, batch, _BATCH_BUFFERS, _BUFFER).tolist():
+        if size > 0:
+            (declared,) = struct.unpack("<q", _read(file, start + place, 8))
+            unpacked += size if declared == _NOT_COMPRESSED else abs(declared)
+    if unpacked > max(ALWAYS_ALLOWED, MOST_RATIO * body_size):
+        raise pa.ArrowInvalid(f"a record batch of {body_size:,} bytes unpacks to {unpacked:,}")
+
+
+def _read(file: pa.NativeFile, offset: int, size: int) -> bytes:
+    if not (offset >= 0 and 0 <= size <= file.size() - offset):
+        raise pa.ArrowInvalid(f"it ends before byte {offset + size:,}")
+    return file.read_at(size, offset)
+
+
+def _follow(data: bytes, place: int) -> int:
+    return place + struct.unpack_from("<I", data, place)[0]
+
+
+def _field(data: bytes, table: int, number: int) -> int | None:
+    """Where a field of a table stands; None where it is left out."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    (size,) = struct.unpack_from("<H", data, fields)
+    entry = 4 + 2 * number
+    shift = struct.unpack_from("<H", data, fields + entry)[0] if entry < size else 0
+    return table + shift if shift else None
+
+
+def _vector(data: bytes, table: int, number: int, dtype: np.dtype) -> np.ndarray:
+    """The structs in a field of a table."""
+    field = _field(data, table, number)
+    if field is None:
+        return np.empty(0, dtype)
+    start = _follow(data, field)
+    (count,) = struct.unpack_from("<I", data, start)
+    return np.frombuffer(data, dtype, count, start + 4)
