@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from .commands.build_targets import build_targets
+from .commands.exchange import export, import_
 from .commands.methods import compare_methods, methods
 from .commands.score import score
 from .commands.train import train
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods, verify):
+for _command in (score, build_targets, train, compare_methods, methods, verify, import_, export):
     cli.add_command(_command)
 
 

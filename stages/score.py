@@ -180,7 +180,7 @@ class _Scoring:
             for entry in run.shards(self._tasks(run.committed, progress)):
                 rejected += len(entry.rejects)
                 progress.set_postfix(rejected=rejected)
-        _refuse_nothing_scored(run.committed)
+        refuse_nothing_scored(run.committed)
         return run.seal()
 
     def _tasks(self, committed: dict[int, ShardEntry], progress: tqdm) -> Iterator[Task]:
@@ -199,7 +199,7 @@ class _Scoring:
             progress.update()
         in_order = [scored[place] for place in range(len(shard.examples))]
         shard.content.batches = batches_of(self.schema, in_order)
-        shard.content.add_sums(**_sums(in_order))
+        shard.content.add_sums(**score_sums(in_order))
         return shard.content
 
     def _job(self) -> Job:
@@ -300,7 +300,7 @@ def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
     return settings.max_length
 
 
-def _sums(scored: list[ScoredExample]) -> dict[str, float]:
+def score_sums(scored: list[ScoredExample]) -> dict[str, float]:
     """Nats, probability mass, and positions of a weight that is not 1, over the shard."""
     if not scored:
         return {}
@@ -311,7 +311,7 @@ def _sums(scored: list[ScoredExample]) -> dict[str, float]:
     }
 
 
-def _refuse_nothing_scored(committed: dict[int, ShardEntry]) -> None:
+def refuse_nothing_scored(committed: dict[int, ShardEntry]) -> None:
     if any(entry.rows for entry in committed.values()):
         return
     first = next(reject for entry in committed.values() for reject in entry.rejects)

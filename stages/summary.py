@@ -39,11 +39,18 @@ def print_scores(folder: Path, result: StageResult) -> None:
             ("demonstrations", f"{totals['read']:,} read, {totals['rows']:,} scored, {rejected}"),
             ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
             ("supervised tokens", f"{totals['positions']:,}"),
+            *_left_out(totals),
             ("kept mass", f"{kept_mass(result.manifest):.4f}"),
             ("mean loss", f"{totals['sums']['observed_nll'] / totals['positions']:.4f} nats"),
             *_size_and_speed(result),
         ]
     )
+
+
+def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tokens of an import whose log-probability was not in the file."""
+    number = totals["sums"].get("left_out")
+    return [("", f"{number:,.0f} left out: not among the entries")] if number else []
 
 
 def print_targets(folder: Path, result: StageResult) -> None:

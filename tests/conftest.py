@@ -68,20 +68,24 @@ def make_tiny_model(folder: Path, vocab_size: int, seed: int = 0) -> Path:
 def scores(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A real score folder: 30 demonstrations under the tiny model, in three shards. Not to be
     changed."""
+    return make_scores(tmp_path_factory.mktemp("scored"), tiny_model)
+
+
+def make_scores(root: Path, model: Path, top_k: int = 20) -> Path:
+    """Score 30 demonstrations, twelve a shard."""
     from qpipe.stages.score import ScoreSettings, score
 
-    root = tmp_path_factory.mktemp("scored")
     rows = [
         {"prompt": f"user {'ab' * (number % 5)} the", "completion": f" answer is {number * 37}"}
         for number in range(30)
     ]
     (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ScoreSettings(
-        model=str(tiny_model),
+        model=str(model),
         demonstrations=(str(root / "chats.jsonl"),),
         out=root / "scores",
         engine="transformers",
-        top_k=20,
+        top_k=top_k,
         shard_size=12,
     )
     score(settings)
