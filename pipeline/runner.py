@@ -37,13 +37,18 @@ Task = tuple[int, Callable[[], ShardContent]]  # a shard's index, and what makes
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One stage over one output folder."""
+    """One stage over one output folder.
+
+    `frequent_ids` are those of the schema's packing, if it has one, else those by which the stage
+    found its rows packed already.
+    """
 
     folder: Path
     schema: Schema
     identity: Identity
     parents: dict[str, Any]
     provenance: dict[str, Any]
+    frequent_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ class ShardRun:
         shards = [self.committed[index] for index in range(len(self.committed))]
         with atomic_file(job.folder / REJECTS) as file:
             file.write(rejects_bytes(shards))
+        packing = job.schema.packing
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
@@ -125,7 +131,7 @@ class ShardRun:
             provenance=job.provenance,
             totals=totals_of(shards),
             shards=shards,
-            frequent_ids=() if job.schema.packing is None else job.schema.packing.frequent_ids,
+            frequent_ids=job.frequent_ids if packing is None else packing.frequent_ids,
         )
         write_manifest(job.folder, manifest)
         _tidy(job.folder)

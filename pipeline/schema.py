@@ -51,6 +51,11 @@ class Schema:
         return self.columns if self.packing is None else _packed(self.columns, self.packing)
 
     @property
+    def as_stored(self) -> "Schema":
+        """The same shards, their columns taken as they stand there, neither packed nor unpacked."""
+        return Schema(self.record, self.stored)
+
+    @property
     def arrow(self) -> pa.Schema:
         """The Arrow schema of a shard."""
         return pa.schema([(column.name, column.arrow_type) for column in self.stored])

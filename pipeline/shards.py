@@ -96,6 +96,15 @@ def read_shard(
     folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool = True
 ) -> Iterator[FlatBatch]:
     """The record batches of one shard, decoded; `verify` compares its hash first."""
+    schema = folder_schema(manifest)
+    for number, batch in enumerate(stored_batches(folder, entry, verify=verify)):
+        yield decode(schema, batch, f"{folder / entry.file}, record batch {number}")
+
+
+def stored_batches(
+    folder: Path, entry: ShardEntry, *, verify: bool = True
+) -> Iterator[pa.RecordBatch]:
+    """The record batches of one shard as they are stored; `verify` compares its hash first."""
     path = folder / entry.file
     if not path.exists():
         raise UserError(
@@ -104,13 +113,12 @@ def read_shard(
         )
     if verify and sha256_of_file(path) != entry.sha256:
         raise UserError(f"{path}: damaged, its hash is not the manifest's: make {folder} again")
-    schema = folder_schema(manifest)
     try:
         with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)  # or lists that point astray would end the process
-                yield decode(schema, batch, f"{path}, record batch {number}")
+                yield batch
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
 

@@ -12,6 +12,7 @@ from .commands.build_targets import build_targets
 from .commands.exchange import export, import_
 from .commands.methods import compare_methods, methods
 from .commands.score import score
+from .commands.subset import subset
 from .commands.train import train
 from .commands.verify import verify
 from .quiet import quiet_libraries
@@ -39,7 +40,17 @@ def cli() -> None:
     """
 
 
-for _command in (score, build_targets, train, compare_methods, methods, verify, import_, export):
+for _command in (
+    score,
+    build_targets,
+    train,
+    compare_methods,
+    methods,
+    verify,
+    import_,
+    export,
+    subset,
+):
     cli.add_command(_command)
 
 

@@ -76,6 +76,19 @@ def print_targets(folder: Path, result: StageResult) -> None:
     print_ceiling(settings["form"], ceilings(totals["sums"]), totals)
 
 
+def print_subset(folder: Path, result: StageResult) -> None:
+    """What a subset holds."""
+    totals = result.manifest.totals
+    print_table(
+        [
+            ("subset", f"{folder}{_already(result)}"),
+            ("demonstrations", f"{totals['rows']:,}"),
+            ("supervised tokens", f"{totals['positions']:,}"),
+            ("bytes a token", f"{bytes_per_token(result.manifest):.1f}"),
+        ]
+    )
+
+
 def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:
     """What targets can teach at best, by the base's probability of the token."""
     if not rows:

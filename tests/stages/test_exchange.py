@@ -154,7 +154,7 @@ def refuse_others(found: list[ScoredExample], wanted: list[ScoredExample]) -> No
     assert len(wanted) == 30
     wanted = [each for each in wanted if any(known_in(each))]
     lengths = [sum(len(each.positions) for each in examples) for examples in (found, wanted)]
-    assert lengths[1] / 2 < lengths[0] < lengths[1]
+    assert 40 < lengths[0] < lengths[1]
     for one, other in zip(found, wanted, strict=True):
         assert one.id == other.id
         assert one.input_ids.tolist() == other.input_ids.tolist()
