@@ -11,6 +11,7 @@ from .. import __version__
 from .commands.build_targets import build_targets
 from .commands.exchange import export, import_
 from .commands.methods import compare_methods, methods
+from .commands.mix import mix
 from .commands.score import score
 from .commands.subset import subset
 from .commands.train import train
@@ -47,9 +48,10 @@ for _command in (
     compare_methods,
     methods,
     verify,
+    subset,
+    mix,
     import_,
     export,
-    subset,
 ):
     cli.add_command(_command)
 

@@ -64,6 +64,7 @@ class Choice:
 def subset(settings: SubsetSettings) -> StageResult:
     """Make the folder, or what is missing of it."""
     manifest = read_manifest(settings.folder)
+    folder_schema(manifest)  # refuses a folder without rows
     stage = manifest.identity.stage
     conditions = {parse_condition(text, stage) for text in settings.where}
     ids = None if settings.ids is None else _listed(settings.ids)

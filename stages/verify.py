@@ -8,6 +8,7 @@ from typing import Any
 from ..pipeline.errors import UserError
 from ..pipeline.invariants import violations
 from ..pipeline.manifest import MANIFEST, Identity, Manifest, ShardEntry, read_manifest
+from ..pipeline.mixing import MIX, read_mix
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import REJECTS, rejects_bytes
 from ..pipeline.shards import read_shard, sidecar_path
@@ -23,12 +24,23 @@ def verify(folder: Path) -> Iterator[str]:
     yield from _of_manifest(folder, manifest)
     yield from _of_chain(folder / MANIFEST, asdict(manifest.identity), manifest.parents)
     yield from _strays(folder, manifest)
+    if manifest.identity.stage == MIX:
+        yield from _of_parts(folder)
     total = manifest.totals["positions"]
     with progress_bar(total=total, desc="verify", unit="tok", unit_scale=True) as progress:
         for index, entry in enumerate(manifest.shards):
             yield from _of_sidecar(folder, index, entry)
             yield from _of_shard(folder, manifest, entry)
             progress.update(entry.positions)
+
+
+def _of_parts(folder: Path) -> Iterator[str]:
+    """What is wrong with the folders that a mixture refers to."""
+    try:
+        for part in read_mix(folder):
+            yield from verify(part.folder)
+    except UserError as error:
+        yield str(error)
 
 
 def _of_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
