@@ -1,21 +1,22 @@
 """The ground floor: records, shards, manifests, the stage runner and the table of methods.
 
 `read_scores(folder)` and `read_targets(folder)` yield the decoded examples of a sealed folder, one
-shard in memory at a time.
+shard in memory at a time; `decoder(folder)` decodes rows that another tool has read.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .columns import decoder
     from .shards import read_scores, read_targets
 
-__all__ = ["read_scores", "read_targets"]
+__all__ = ["decoder", "read_scores", "read_targets"]
 
 
 def __getattr__(name: str) -> Any:
     # pyarrow takes longer to import than `qpipe --help` may take to answer
     if name in __all__:
-        from . import shards
+        from . import columns, shards
 
-        return getattr(shards, name)
+        return getattr(columns if name == "decoder" else shards, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

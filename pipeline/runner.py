@@ -45,13 +45,18 @@ OnCommit = Callable[[int, ShardEntry, float], None]  # index, sidecar, seconds
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One stage over one output folder."""
+    """One stage over one output folder.
+
+    `frequent_ids` are those of the schema's packing, if it has one, else those by which the stage
+    found its rows packed already.
+    """
 
     folder: Path
     schema: Schema
     identity: Identity
     parents: dict[str, Any]
     provenance: dict[str, Any]
+    frequent_ids: tuple[int, ...] = ()
 
 
 def folder_in(out: Path, in_store: bool, identity: Identity) -> Path:
@@ -182,6 +187,7 @@ class ShardRun:
         """
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
+        packing = job.schema.packing
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
@@ -189,7 +195,7 @@ class ShardRun:
             provenance=job.provenance,
             totals=totals_of(shards),
             shards=shards,
-            frequent_ids=() if job.schema.packing is None else job.schema.packing.frequent_ids,
+            frequent_ids=job.frequent_ids if packing is None else packing.frequent_ids,
         )
         try:
             with atomic_file(job.folder / REJECTS) as file:

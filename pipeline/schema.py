@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from .errors import UserError
 from .packing import Packing, Precision
 from .records import Example, ScoredExample, TargetExample
 
@@ -52,6 +53,11 @@ class Schema:
         return self.columns if self.packing is None else _packed(self.columns, self.packing)
 
     @property
+    def as_stored(self) -> "Schema":
+        """The same shards, their columns taken as they stand there, neither packed nor unpacked."""
+        return Schema(self.record, self.stored, self.vocab_size)
+
+    @property
     def arrow(self) -> pa.Schema:
         """The Arrow schema of a shard."""
         return pa.schema([(column.name, column.arrow_type) for column in self.stored])
@@ -68,7 +74,15 @@ def lists(columns: Iterable[Column]) -> tuple[Column, ...]:
 
 
 def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Schema:
-    """The schema of a stage's shards; vocabulary ids take two bytes where they fit."""
+    """The schema of a stage's shards; vocabulary ids take two bytes where they fit.
+
+    Raises UserError for a stage that makes none.
+    """
+    if stage not in _OF_STAGE:
+        raise UserError(
+            f"a folder made by `qpipe {stage}` holds no rows: give one made by "
+            f"{' or '.join(f'`qpipe {each}`' for each in _OF_STAGE)}"
+        )
     narrow = np.uint16 if vocab_size <= 2**16 else np.int32
     record, columns = _OF_STAGE[stage]
     return Schema(

@@ -112,6 +112,25 @@ def read_shard(
     Raises UserError where the shard is missing, damaged, or holds less or more than the manifest
     says.
     """
+    path, schema = folder / entry.file, folder_schema(manifest)
+    left = {level: getattr(entry, name) for level, name in _COUNTED.items()}
+    for number, stored in enumerate(stored_batches(folder, manifest, entry, verify=verify)):
+        batch = decode(schema, stored, f"{path}, record batch {number}")
+        for level, lengths in batch.lengths.items():
+            left[level] -= int(lengths.sum())
+        left["row"] -= len(batch.ids)
+        yield batch
+    for level, name in _COUNTED.items():
+        if left[level]:
+            said = getattr(entry, name)
+            found = said - left[level]
+            raise UserError(f"{path}: holds {found:,} {name}, the manifest says {said:,}")
+
+
+def stored_batches(
+    folder: Path, manifest: Manifest, entry: ShardEntry, *, verify: bool = True
+) -> Iterator[pa.RecordBatch]:
+    """The record batches of one shard as they are stored; `verify` compares its hash first."""
     path = folder / entry.file
     if not path.is_file():
         raise UserError(
@@ -121,20 +140,9 @@ def read_shard(
     local = local_copy(path, entry.sha256)
     if verify and sha256_of_file(local) != entry.sha256:
         raise UserError(f"{path}: damaged, its hash is not the manifest's: make {folder} again")
-    schema = folder_schema(manifest)
-    left = {level: getattr(entry, name) for level, name in _COUNTED.items()}
-    with _opened(path, local, schema) as reader:
+    with _opened(path, local, folder_schema(manifest)) as reader:
         for number in range(reader.num_record_batches):
-            batch = decode(schema, _get(reader, number), f"{path}, record batch {number}")
-            for level, lengths in batch.lengths.items():
-                left[level] -= int(lengths.sum())
-            left["row"] -= len(batch.ids)
-            yield batch
-    for level, name in _COUNTED.items():
-        if left[level]:
-            said = getattr(entry, name)
-            found = said - left[level]
-            raise UserError(f"{path}: holds {found:,} {name}, the manifest says {said:,}")
+            yield _get(reader, number)
 
 
 def read_rows(

@@ -9,12 +9,15 @@ import click
 
 from .commands.build_targets import build_targets
 from .commands.doctor import completion, doctor, print_version
+from .commands.exchange import export, import_
 from .commands.inspect import inspect
 from .commands.methods import compare_methods, methods
+from .commands.mix import mix
 from .commands.report import report
 from .commands.score import score
 from .commands.share import lineage, list_folders, share
 from .commands.status import status
+from .commands.subset import subset
 from .commands.train import train
 from .commands.verify import verify
 from .quiet import quiet_libraries
@@ -63,6 +66,10 @@ for _command in (
     share,
     list_folders,
     lineage,
+    subset,
+    mix,
+    import_,
+    export,
     doctor,
     completion,
 ):

@@ -6,7 +6,7 @@ sources in the order given, rejected ones included, so the plan is the same what
 before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -252,18 +252,12 @@ class ScoreStage:
             report(demonstrations=1, positions=len(example.positions))
         in_order = [scored[place] for place in range(len(shard.examples))]
         shard.content.batches = batches_of(self.schema, in_order)
-        shard.content.add_sums(**_sums(in_order))
+        shard.content.add_sums(**score_sums(in_order))
         return shard.content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
         """Raises UserError where no shard holds any scores."""
-        if any(entry.rows for entry in shards):
-            return
-        first = next(reject for entry in shards for reject in entry.rejects)
-        raise UserError(
-            f"none of the demonstrations could be used; the first: {first['source']}, line "
-            f"{first['line']}: {first['reason']}"
-        )
+        refuse_nothing_scored(shards)
 
     def _job(self) -> Job:
         model = self.model
@@ -393,7 +387,7 @@ def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
     return settings.max_length
 
 
-def _sums(scored: list[ScoredExample]) -> dict[str, float]:
+def score_sums(scored: list[ScoredExample]) -> dict[str, float]:
     """Nats, probability mass, and positions of a weight that is not 1, over the shard."""
     if not scored:
         return {}
@@ -402,6 +396,18 @@ def _sums(scored: list[ScoredExample]) -> dict[str, float]:
         "tail_mass": sum(float(e.tail_mass.sum(dtype=np.float64)) for e in scored),
         "weighted": sum(int((e.token_weights != 1).sum()) for e in scored),
     }
+
+
+def refuse_nothing_scored(shards: Iterable[ShardEntry]) -> None:
+    """Raises UserError where no shard holds any scores."""
+    shards = list(shards)
+    if any(entry.rows for entry in shards):
+        return
+    first = next(reject for entry in shards for reject in entry.rejects)
+    raise UserError(
+        f"none of the demonstrations could be used; the first: {first['source']}, line "
+        f"{first['line']}: {first['reason']}"
+    )
 
 
 def _unusable(reject: Reject) -> UserError:

@@ -56,11 +56,18 @@ def print_scores(folder: Path, result: StageResult) -> None:
             ("demonstrations", f"{totals['read']:,} read, {totals['rows']:,} scored, {rejected}"),
             ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
             ("supervised tokens", f"{totals['positions']:,}"),
+            *_left_out(totals),
             ("kept mass", f"{kept_mass(result.manifest):.4f}"),
             ("mean loss", f"{totals['sums']['observed_nll'] / totals['positions']:.4f} nats"),
             *_size_and_speed(result),
         ]
     )
+
+
+def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tokens of an import whose log-probability was not in the file."""
+    number = totals["sums"].get("left_out")
+    return [("", f"{number:,.0f} left out: not among the entries")] if number else []
 
 
 def print_plan(plan: "ScorePlan") -> None:
@@ -171,6 +178,19 @@ def print_targets(folder: Path, result: StageResult) -> None:
         ]
     )
     print_ceiling(settings["form"], ceilings(totals["sums"]), totals)
+
+
+def print_subset(folder: Path, result: StageResult) -> None:
+    """What a subset holds."""
+    totals = result.manifest.totals
+    print_table(
+        [
+            ("subset", f"{folder}{_already(result)}"),
+            ("demonstrations", f"{totals['rows']:,}"),
+            ("supervised tokens", f"{totals['positions']:,}"),
+            ("bytes a token", f"{bytes_per_token(result.manifest):.1f}"),
+        ]
+    )
 
 
 def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:

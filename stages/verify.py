@@ -15,6 +15,7 @@ from ..pipeline.manifest import (
     identity_schema,
     read_manifest,
 )
+from ..pipeline.mixing import MIX, read_mix
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import REJECTS, rejects_bytes
 from ..pipeline.shards import folder_schema, read_shard, sidecar_path
@@ -30,12 +31,23 @@ def verify(folder: Path) -> Iterator[str]:
     yield from _of_manifest(folder, manifest)
     yield from _of_chain(folder / MANIFEST, asdict(manifest.identity), manifest.parents)
     yield from _strays(folder, manifest)
+    if manifest.identity.stage == MIX:
+        yield from _of_parts(folder)
     total = manifest.totals["positions"]
     with progress_bar(total=total, desc="verify", unit="tok", unit_scale=True) as progress:
         for index, entry in enumerate(manifest.shards):
             yield from _of_sidecar(folder, index, entry)
             yield from _of_shard(folder, manifest, entry)
             progress.update(entry.positions)
+
+
+def _of_parts(folder: Path) -> Iterator[str]:
+    """What is wrong with the folders that a mixture refers to."""
+    try:
+        for part in read_mix(folder):
+            yield from verify(part.folder)
+    except UserError as error:
+        yield str(error)
 
 
 def _of_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:

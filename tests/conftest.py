@@ -1,5 +1,6 @@
 """Fixtures that several suites share: a tiny model with a real tokenizer, made once a session."""
 
+import json
 import os
 from pathlib import Path
 
@@ -61,3 +62,41 @@ def make_tiny_model(folder: Path, vocab_size: int, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def scores(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A real score folder: 30 demonstrations under the tiny model, in three shards. Not to be
+    changed."""
+    return make_scores(tmp_path_factory.mktemp("scored"), tiny_model)
+
+
+def make_scores(root: Path, model: Path, top_k: int = 20) -> Path:
+    """Score 30 demonstrations, twelve a shard."""
+    from qpipe.stages.score import ScoreSettings, score
+
+    rows = [
+        {"prompt": f"user {'ab' * (number % 5)} the", "completion": f" answer is {number * 37}"}
+        for number in range(30)
+    ]
+    (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ScoreSettings(
+        model=str(model),
+        demonstrations=(str(root / "chats.jsonl"),),
+        out=root / "scores",
+        engine="transformers",
+        top_k=top_k,
+        shard_size=12,
+    )
+    score(settings)
+    return root / "scores"
+
+
+@pytest.fixture(scope="session")
+def targets(scores: Path) -> Path:
+    """Packed targets of those scores, with the defaults of the command. Not to be changed."""
+    from qpipe.pipeline.methods import choose
+    from qpipe.stages.build_targets import BuildSettings, build_targets
+
+    build_targets(BuildSettings(scores, scores.parent / "targets", choose("sft+kl")))
+    return scores.parent / "targets"

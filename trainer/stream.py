@@ -93,7 +93,7 @@ class TargetStream:
         damaged.
         """
         for rows in self._windows(seed, numbers):
-            yield from self._read(rows)
+            yield from self.at(rows)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
         """How many tokens the samples of these numbers have; reads nothing."""
@@ -107,6 +107,12 @@ class TargetStream:
     def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
         """The rank's share of the examples, as they stand in the folder."""
         return self._read_ascending(np.arange(rank, len(self), world_size))
+
+    def at(self, rows: Rows) -> Iterator[TargetExample]:
+        """The examples at some rows, in their order and all held at once."""
+        by_row = np.argsort(rows)
+        examples = list(self._read_ascending(rows[by_row]))
+        return (examples[index] for index in np.argsort(by_row))
 
     def _windows(self, seed: int, numbers: Iterable[int]) -> Iterator[Rows]:
         """The rows that samples stand at, a window at a time."""
@@ -122,12 +128,6 @@ class TargetStream:
                 epoch = epoch_of(self.outline, seed, index)
             window = bisect_right(epoch.window_starts, place) - 1
             yield epoch, window, place - epoch.window_starts[window]
-
-    def _read(self, rows: Rows) -> Iterator[TargetExample]:
-        """The examples at some rows, all held at once."""
-        by_row = np.argsort(rows)
-        examples = list(self._read_ascending(rows[by_row]))
-        return (examples[index] for index in np.argsort(by_row))
 
     def _read_ascending(self, rows: Rows) -> Iterator[TargetExample]:
         """The examples at ascending rows, a block at a time, each shard opened once."""

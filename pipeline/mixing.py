@@ -1,0 +1,142 @@
+"""Mixtures of target folders by reference: a folder that holds a manifest alone.
+
+Its settings hold, part by part, the weights; its inputs the parts' fingerprints; its provenance
+where the parts are, relative to the folder where they can be.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .locks import locked
+from .manifest import Identity, Manifest, read_manifest
+from .methods import choose
+from .runner import Job, ShardRun, StageResult, open_folder
+from .schema import schema_of
+
+MIX = "mix"
+_SHARED = ("vocab_size", "tokenizer_hash", "residual", "tail_shape")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A target folder of a mixture, and its weight among the others."""
+
+    folder: Path
+    weight: float
+    manifest: Manifest
+
+
+def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
+    """Seal a mixture of target folders; nothing is copied.
+
+    Raises UserError for folders that do not fit together or are named twice, and for weights that
+    are not above 0.
+    """
+    opened = [Part(folder, weight, _targets(folder)) for folder, weight in parts]
+    _check(opened)
+    names = [f"part-{number}" for number in range(1, len(opened) + 1)]
+    first = opened[0].manifest.settings
+    identity = Identity(
+        stage=MIX,
+        settings={name: first[name] for name in _SHARED}
+        | {"weights": [float(part.weight) for part in opened]},
+        inputs={name: part.manifest.fingerprint for name, part in zip(names, opened, strict=True)},
+        schema={},
+    )
+    job = Job(
+        out,
+        schema_of("build-targets", first["vocab_size"]),
+        identity,
+        parents={
+            name: {"identity": asdict(part.manifest.identity), "parents": part.manifest.parents}
+            for name, part in zip(names, opened, strict=True)
+        },
+        provenance={
+            "parts": {
+                name: relpath(part.folder.resolve(), out.resolve())
+                for name, part in zip(names, opened, strict=True)
+            }
+        },
+    )
+    with locked(out):
+        done = open_folder(out, identity)
+        return ShardRun(job).seal() if done is None else StageResult(done, was_done=True)
+
+
+def read_mix(folder: Path) -> list[Part]:
+    """The parts of a mixture, each with its manifest.
+
+    Raises UserError where the folder is no sealed mixture, or a part is gone or another one now.
+    """
+    manifest = read_manifest(folder, MIX)
+    try:
+        weights = [float(weight) for weight in manifest.settings["weights"]]
+        paths = [str(path) for _, path in sorted(manifest.provenance["parts"].items(), key=_number)]
+        inputs = [print_ for _, print_ in sorted(manifest.identity.inputs.items(), key=_number)]
+        entries = list(zip(weights, paths, inputs, strict=True))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: damaged, it names no parts ({error})") from error
+    parts = []
+    for weight, path, fingerprint in entries:
+        place = Path(relpath(folder.resolve() / path))
+        if not place.is_dir():
+            raise UserError(
+                f"{folder}: its part {place} is not there: put it back, or mix again with another "
+                "--out"
+            )
+        part = Part(place, weight, _targets(place))
+        if part.manifest.fingerprint != fingerprint:
+            now = part.manifest.fingerprint
+            raise UserError(
+                f"{folder}: its part {place} is another folder now, with fingerprint {now[:12]}… "
+                f"and not {fingerprint[:12]}…: mix again with another --out"
+            )
+        parts.append(part)
+    return parts
+
+
+def _number(item: tuple[str, Any]) -> int:
+    return int(item[0].removeprefix("part-"))
+
+
+def _targets(folder: Path) -> Manifest:
+    return read_manifest(folder, "build-targets")
+
+
+def _check(parts: Sequence[Part]) -> None:
+    if len(parts) < 2:
+        raise UserError("a mixture needs two folders or more: give A=3 B=1")
+    first = parts[0]
+    seen: dict[str, Path] = {}
+    for part in parts:
+        if not 0 < part.weight < float("inf"):
+            raise UserError(f"{part.folder}={part.weight:g}: give a weight above 0")
+        twin = seen.get(part.manifest.fingerprint)
+        if twin is not None:
+            raise UserError(f"{part.folder}: is the same as {twin}: give it once, with more weight")
+        seen[part.manifest.fingerprint] = part.folder
+        for name, ours, theirs in _differences(first, part):
+            raise UserError(
+                f"{part.folder}: cannot be mixed with {first.folder}: its {name.replace('_', ' ')} "
+                f"is {theirs} and there {ours}: build targets that agree in it"
+            )
+
+
+def _differences(one: Part, other: Part) -> list[tuple[str, Any, Any]]:
+    """What a training run must know one value of, and the folders have two."""
+    pairs = [(name, *(part.manifest.settings[name] for part in (one, other))) for name in _SHARED]
+    pairs.append(("live method", _live(one.manifest), _live(other.manifest)))
+    return [each for each in pairs if each[1] != each[2]]
+
+
+def _live(manifest: Manifest) -> str:
+    """The method, if what it minimises depends on the student; frozen targets need none."""
+    settings = manifest.settings
+    choice = choose(settings["method"], settings["form"], settings["parameters"])
+    if not choice.reads_student:
+        return "none"
+    return ", ".join([choice.method.name, *(f"{k}={v}" for k, v in choice.parameters.items())])

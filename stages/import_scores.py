@@ -1,0 +1,290 @@
+"""`qpipe import`: files of log-probabilities that other tools made, as a score folder.
+
+Rows stand in parquet: `input_ids`, ids and log-probabilities as lists of lists, `labels` and
+`attention_mask` if any. Two layouts are known:
+
+- "axolotl": `target_token_ids`, `target_logprobs`, `target_mask`, and `labels`. The entries of row
+  r are those of token r + 1; of token r in files of older versions, told from `target_mask`, which
+  is the labels' own mask in the same place.
+- "distillkit": one column of lists of ids, one of lists of log-probabilities, whatever their names.
+  The entries of row r are those of token r + 1. Its compressed form has neither.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..pipeline.errors import UserError
+from ..pipeline.locks import locked
+from ..pipeline.manifest import Identity, identity_schema
+from ..pipeline.progress import progress_bar
+from ..pipeline.provenance import package_versions
+from ..pipeline.records import Reject, ScoredExample
+from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
+from ..pipeline.schema import Schema, schema_of
+from ..pipeline.shards import ShardContent, batches_of
+from ..pipeline.storage import sha256_of_file
+from ..trainer.models import ModelFiles, find_model
+from .demonstrations import UnusableError
+from .score import refuse_nothing_scored, score_sums
+from .topk_rows import IGNORED, Ints, Mass, Reading, TopK, TopKRow, scored, without_padding
+
+Format = Literal["axolotl", "distillkit"]
+SHARD_ROWS = 512
+READ_ROWS = 16  # at once: a row may have a hundred thousand entries
+_OPTIONAL = ("id", "labels", "attention_mask", "target_mask")
+MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSettings:
+    """The options of `qpipe import`."""
+
+    file: Path
+    format: Format
+    model: str
+    out: Path
+    revision: str | None = None
+    mass: Mass | None = None  # None: as files of the format are
+    top_k: int | None = None  # None: as many entries as the first position has
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k {self.top_k} is out of range: give 1 or more")
+
+
+def import_scores(settings: ImportSettings) -> StageResult:
+    """Make the score folder of a file, or what is missing of it."""
+    table = _Table(settings.file, settings.format)
+    model = find_model(settings.model, settings.revision)
+    reading = Reading(
+        top_k=settings.top_k or table.first_width(),
+        mass=settings.mass or MASS_OF[settings.format],
+        vocab_size=model.vocab_size,
+        max_length=model.max_length,
+    )
+    job = _job(settings, model, reading)
+    with locked(settings.out):
+        done = open_folder(settings.out, job.identity)
+        return _run(table, reading, job) if done is None else StageResult(done, was_done=True)
+
+
+def _job(settings: ImportSettings, model: ModelFiles, reading: Reading) -> Job:
+    schema = schema_of("score", model.vocab_size)
+    described = {
+        "imported": settings.format,
+        "mass": reading.mass,
+        "top_k": reading.top_k,
+        "vocab_size": model.vocab_size,
+        "tokenizer_hash": model.tokenizer_hash,
+        "max_length": model.max_length,
+        "shard_size": SHARD_ROWS,
+    }
+    identity = Identity(
+        stage="score",
+        settings=described,
+        inputs={settings.file.name: sha256_of_file(settings.file)},
+        schema=identity_schema(schema),
+    )
+    provenance = {
+        "model": model.name,
+        "revision": model.revision,
+        "import_versions": package_versions("qpipe", "pyarrow"),
+    }
+    return Job(settings.out, schema, identity, {}, provenance)
+
+
+def _run(table: "_Table", reading: Reading, job: Job) -> StageResult:
+    run = ShardRun(job)
+    tasks = _tasks(table, reading, run)
+    with progress_bar(total=table.count, desc="import", unit="row") as progress:
+        for entry in run.shards(tasks):
+            progress.update(entry.rows + len(entry.rejects))
+    refuse_nothing_scored(run.committed.values())
+    return run.seal()
+
+
+def _tasks(table: "_Table", reading: Reading, run: ShardRun) -> Iterator[Task]:
+    rows = table.rows()
+    for index in range(-(-table.count // SHARD_ROWS)):
+        chunk = islice(rows, SHARD_ROWS)
+        if index in run.committed:
+            deque(chunk, maxlen=0)
+        yield index, partial(_shard, chunk, reading, run.job.schema)
+
+
+def _shard(rows: Iterable[TopKRow | Reject], reading: Reading, schema: Schema) -> ShardContent:
+    content, examples = ShardContent(), []
+    for row in rows:
+        made = row if isinstance(row, Reject) else _scored(row, reading, content)
+        if isinstance(made, Reject):
+            content.rejects.append(made)
+        else:
+            examples.append(made)
+    content.batches = batches_of(schema, examples)
+    content.add_sums(**score_sums(examples))
+    return content
+
+
+def _scored(row: TopKRow, reading: Reading, content: ShardContent) -> ScoredExample | Reject:
+    try:
+        example, left_out = scored(row, reading)
+    except UnusableError as error:
+        return Reject(row.source, row.line, str(error))
+    content.add_sums(left_out=left_out)
+    return example
+
+
+class _Table:
+    """A parquet file of one of the formats."""
+
+    def __init__(self, path: Path, format: Format) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            self.file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a parquet file: {error}") from error
+        self.format = format
+        self.count = self.file.metadata.num_rows
+        self.ids, self.log_probs = self._columns()
+        if self.count == 0:
+            raise UserError(f"{path}: empty, there is no row in it")
+
+    def first_width(self) -> int:
+        """The entries of the first position that has any."""
+        for batch in self._batches([self.log_probs]):
+            for each in batch.column(0):
+                counts, log_probs = _nested(each, np.float64)
+                real = without_padding(TopK(counts, np.zeros(len(log_probs), int), log_probs))
+                if real.counts.any():
+                    return int(real.counts[real.counts > 0][0])
+        raise UserError(f"{self.path}: column {self.log_probs} holds nothing")
+
+    def rows(self) -> Iterator[TopKRow | Reject]:
+        """Every row, as far as it is one."""
+        wanted = {*_OPTIONAL, "input_ids", self.ids, self.log_probs}
+        names = [name for name in self.file.schema_arrow.names if name in wanted]
+        line = 0
+        for batch in self._batches(names):
+            for row in range(batch.num_rows):
+                line += 1
+                values = {name: batch.column(name)[row] for name in names}
+                try:
+                    yield self._row(line, values)
+                except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
+                    yield Reject(self.path.name, line, str(error))
+
+    def _row(self, line: int, values: dict[str, Any]) -> TopKRow:
+        ids = _nested(values[self.ids], np.int64)
+        log_probs = _nested(values[self.log_probs], np.float64)
+        if not np.array_equal(ids[0], log_probs[0]):
+            raise UnusableError(f"{self.ids} and {self.log_probs} disagree in length")
+        tokens = _flat(values["input_ids"], "input_ids")
+        labels = _flat(values["labels"], "labels") if "labels" in values else None
+        if "attention_mask" in values:
+            length = _length(_flat(values["attention_mask"], "attention_mask"), len(tokens))
+            tokens, labels = tokens[:length], None if labels is None else labels[:length]
+        shift = 1
+        if self.format == "axolotl":
+            assert labels is not None  # the column is there
+            shift = _shift(_nested(values["target_mask"], np.int64), labels)
+        given = values["id"].as_py() if "id" in values else None
+        name = f"{self.path.name}:{line}" if given is None else str(given)
+        return TopKRow(name, self.path.name, line, tokens, labels, shift, TopK(*ids, log_probs[1]))
+
+    def _columns(self) -> tuple[str, str]:
+        """The columns of ids and of log-probabilities."""
+        schema = self.file.schema_arrow
+        if self.format == "axolotl":
+            needed = ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask")
+            missing = [name for name in needed if name not in schema.names]
+            if missing:
+                raise UserError(f"{self.path}: no column {missing[0]}: it is no file of axolotl's")
+            return "target_token_ids", "target_logprobs"
+        nested = [field for field in schema if _is_list(field.type) and _is_list(_inner(field))]
+        kinds = [_inner(field).value_type for field in nested]
+        ids = [f.name for f, kind in zip(nested, kinds, strict=True) if pa.types.is_integer(kind)]
+        logs = [f.name for f, kind in zip(nested, kinds, strict=True) if pa.types.is_floating(kind)]
+        if "compressed_logprobs" in schema.names or "packed_indices" in schema.names:
+            raise UserError(
+                f"{self.path}: its log-probabilities are compressed, by settings that are not in "
+                "the file: write ids and log-probabilities as lists of lists instead"
+            )
+        if "input_ids" not in schema.names or len(ids) != 1 or len(logs) != 1:
+            raise UserError(
+                f"{self.path}: needs input_ids, one column of lists of lists of whole numbers (ids)"
+                f" and one of other numbers (log-probabilities); its columns are "
+                f"{', '.join(schema.names)}"
+            )
+        return ids[0], logs[0]
+
+    def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self.file.iter_batches(READ_ROWS, columns=names)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: damaged: {error}") from error
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _inner(field: pa.Field) -> Any:
+    return field.type.value_type
+
+
+def _flat(value: Any, name: str) -> Ints:
+    """A list of whole numbers."""
+    if not value.is_valid or value.values.null_count:
+        raise UnusableError(f"{name}: empty")
+    return value.values.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _nested(value: Any, dtype: type) -> tuple[Ints, Any]:
+    """A list of lists: how long each is, and all of them end to end."""
+    lists = value.values if value.is_valid else None
+    if lists is None or lists.null_count:
+        raise UnusableError("a list of entries is missing")
+    flat = pc.call_function("list_flatten", [lists])
+    if flat.null_count:
+        raise UnusableError("an entry is empty")
+    counts = pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
+    return counts.astype(np.int64), flat.to_numpy(zero_copy_only=False).astype(dtype)
+
+
+def _length(mask_T: Ints, tokens: int) -> int:
+    """The tokens before the padding."""
+    length = int((mask_T == 1).sum())
+    if len(mask_T) != tokens or not (mask_T[:length] == 1).all() or mask_T[length:].any():
+        raise UnusableError("attention_mask: not ones up to the padding on the right")
+    return length
+
+
+def _shift(mask: tuple[Ints, Ints], labels_T: Ints) -> int:
+    """Whether the entries of row r are those of token r + 1 or of token r."""
+    counts_R, flat = mask
+    starts = (np.cumsum(counts_R) - counts_R)[counts_R > 0]
+    rows_R = np.zeros(len(counts_R), bool)
+    rows_R[counts_R > 0] = np.maximum.reduceat(flat, starts) > 0 if len(starts) else False
+    size = len(labels_T)
+    supervised_T = labels_T != IGNORED
+    rows_T = np.append(rows_R, False)[:size] if len(rows_R) < size else rows_R[:size]
+    if not rows_R[size:].any():
+        if np.array_equal(rows_T, np.append(supervised_T[1:], False)):
+            return 1
+        if np.array_equal(rows_T[1:], supervised_T[1:]):
+            return 0
+    raise UnusableError("target_mask: neither the mask of the labels nor that of the next ones")

@@ -1,0 +1,170 @@
+"""Rows of other tools' files of log-probabilities: tokens, and a model's top k behind each of them.
+
+T tokens of a row, R rows of entries (R is T or T - 1), K entries of all of them end to end, N
+supervised positions.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..pipeline.invariants import MASS_TOLERANCE
+from ..pipeline.ragged import segment_sums
+from ..pipeline.records import ScoredExample
+from .demonstrations import UnusableError
+
+Mass = Literal["model", "top-k"]
+IGNORED = -100  # the label of a token that does not count
+PADDING = -1e8  # a log-probability below stands for no entry
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopK:
+    """The entries behind each token, end to end."""
+
+    counts: Ints  # [R]
+    ids: Ints  # [K]
+    log_probs: Floats  # [K]
+
+    def at(self, rows_N: Ints) -> "TopK":
+        """The entries of some rows, in ascending order of the rows."""
+        taken = np.zeros(len(self.counts), bool)
+        taken[rows_N] = True
+        return self.where(np.repeat(taken, self.counts), self.counts[rows_N])
+
+    def where(self, keep_K: NDArray[np.bool_], counts: Ints) -> "TopK":
+        """Some of the entries, so many in each row."""
+        return TopK(counts, self.ids[keep_K], self.log_probs[keep_K])
+
+    @property
+    def row_of(self) -> Ints:
+        """The row that each entry belongs to, [K]."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopKRow:
+    """A row of such a file, as it stands there."""
+
+    id: str
+    source: str
+    line: int
+    input_ids: Ints  # [T]
+    labels: Ints | None  # [T]; None: every token counts
+    shift: int  # the entries of row r are those of the token at r + shift
+    entries: TopK
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the rows of a file are read.
+
+    `top_k` is how many entries of a position are its most probable ones for certain. `mass` says
+    what the probabilities of a position add up to: what the model gives its entries, so that the
+    rest is the tail, or 1.
+    """
+
+    top_k: int
+    mass: Mass
+    vocab_size: int
+    max_length: int
+
+
+def scored(row: TopKRow, reading: Reading) -> tuple[ScoredExample, int]:
+    """The row as scores, and how many supervised positions are left out of it.
+
+    Left out is a position whose observed token is not among the entries: its log-probability is not
+    in the file. Raises UnusableError for what is no such row, and where no position is left.
+    """
+    tokens = row.input_ids
+    if not 2 <= len(tokens) <= reading.max_length:
+        raise UnusableError(f"{len(tokens)} tokens: 2 to {reading.max_length} can be used")
+    if ((tokens < 0) | (tokens >= reading.vocab_size)).any():
+        raise UnusableError("input_ids: a token is outside of the vocabulary")
+    positions = _supervised(row)
+    _refuse(len(row.entries.counts) < len(tokens) - row.shift, "fewer rows of entries than tokens")
+    entries = _most_probable_first(without_padding(row.entries.at(positions - row.shift)))
+    _check(entries, reading)
+    is_observed = entries.ids == np.repeat(tokens[positions], entries.counts)
+    known = segment_sums(is_observed.astype(np.int64), entries.counts) > 0
+    if not known.any():
+        raise UnusableError("no supervised token is among the entries of its position")
+    left_out = int((~known).sum())
+    entries = entries.where(np.repeat(known, entries.counts), entries.counts[known])
+    return _example(row.id, tokens, positions[known], entries, reading), left_out
+
+
+def without_padding(entries: TopK) -> TopK:
+    """The entries without those that fill up their rows."""
+    is_real = ~(entries.log_probs < PADDING)
+    return entries.where(is_real, segment_sums(is_real.astype(np.int64), entries.counts))
+
+
+def _supervised(row: TopKRow) -> Ints:
+    if row.labels is None:
+        return np.arange(1, len(row.input_ids))
+    if len(row.labels) != len(row.input_ids):
+        raise UnusableError("labels: not as many as input_ids")
+    supervised = row.labels != IGNORED
+    _refuse((row.labels != row.input_ids)[supervised].any(), "labels: other tokens than input_ids")
+    positions = np.flatnonzero(supervised)
+    positions = positions[positions > 0]  # nothing predicts the first token
+    _refuse(len(positions) == 0, "no supervised token")
+    return positions
+
+
+def _most_probable_first(entries: TopK) -> TopK:
+    order = np.lexsort((-entries.log_probs, entries.row_of))
+    return TopK(entries.counts, entries.ids[order], entries.log_probs[order])
+
+
+def _check(entries: TopK, reading: Reading) -> None:
+    _refuse(
+        bool((entries.counts < reading.top_k).any()),
+        f"a position has fewer than the {reading.top_k} entries of the first: give a lower --top-k",
+    )
+    ids, logs = entries.ids, entries.log_probs
+    _refuse(((ids < 0) | (ids >= reading.vocab_size)).any(), "an id is outside of the vocabulary")
+    keys = np.sort(entries.row_of * reading.vocab_size + ids)
+    _refuse((np.diff(keys) == 0).any(), "an id stands twice at one position")
+    _refuse(not (logs <= MASS_TOLERANCE).all(), "a number is no log-probability")
+    masses = segment_sums(np.exp(logs), entries.counts)
+    most = float(masses.max(initial=0))
+    _refuse(most > 1 + MASS_TOLERANCE, f"probabilities of a position add up to {most:.4g}")
+    least = float(masses.min(initial=1))
+    if reading.mass == "top-k" and least < 1 - MASS_TOLERANCE:
+        raise UnusableError(
+            f"probabilities of a position add up to {least:.4g}, not to 1: give --mass model if "
+            "they are the model's own"
+        )
+
+
+def _example(
+    name: str, tokens: Ints, positions: Ints, entries: TopK, reading: Reading
+) -> ScoredExample:
+    counts, logs = entries.counts, entries.log_probs
+    observed_N = logs[entries.ids == np.repeat(tokens[positions], counts)]
+    is_ahead = logs >= np.repeat(observed_N, counts)
+    tail_N = np.maximum(1 - segment_sums(np.exp(logs), counts), 0)
+    return ScoredExample(
+        id=name,
+        input_ids=tokens.astype(np.int32),
+        positions=positions.astype(np.int32),
+        observed_log_probs=observed_N.astype(np.float32),
+        observed_ranks=segment_sums(is_ahead.astype(np.int64), counts).astype(np.int32),
+        counts=counts.astype(np.int32),
+        topk_ids=entries.ids.astype(np.int32),
+        topk_log_probs=logs.astype(np.float32),
+        tail_mass=(tail_N if reading.mass == "model" else np.zeros_like(tail_N)).astype(np.float32),
+        token_weights=np.ones(len(positions), np.float32),
+    )
+
+
+def _refuse(is_wrong: Any, reason: str) -> None:
+    if is_wrong:
+        raise UnusableError(reason)
