@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
-from .remote import is_remote, read_remote, remote_file
+from .remote import is_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 
@@ -71,7 +71,7 @@ def read_json(path: Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     """A file's content."""
     try:
-        return read_remote(path) if is_remote(path) else path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
