@@ -81,6 +81,8 @@ class Lease:
     """A lock on a remote folder: one object for each process that works there."""
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_file():
+            raise UserError(f"{folder}: is a file: --out needs a folder")
         self._folder = folder
         self._path = folder / f".lease-{secrets.token_hex(6)}.tmp"
         self._kind = ""

@@ -28,7 +28,7 @@ def open_path(words: str | Path) -> Path:
     protocol, place = words.split("://", 1)
     if protocol == "file":
         return _local(words)
-    if protocol in _BUCKETS and not place.strip("/").split("/")[0]:
+    if protocol in _BUCKETS and not place.split("/")[0]:
         raise UserError(f"{words}: names no bucket: give {protocol}://BUCKET/FOLDER")
     from .remote_path import RemotePath  # fsspec takes its time to import
 

@@ -38,9 +38,17 @@ class RemotePath(ProxyUPath):
     exists = _told(ProxyUPath.exists)
     is_dir = _told(ProxyUPath.is_dir)
     is_file = _told(ProxyUPath.is_file)
-    iterdir = _told(ProxyUPath.iterdir, FileNotFoundError)
     glob = _told(ProxyUPath.glob)
     stat = _told(ProxyUPath.stat, FileNotFoundError)
     mkdir = _told(ProxyUPath.mkdir)
     unlink = _told(ProxyUPath.unlink, FileNotFoundError)
     read_bytes = _told(ProxyUPath.read_bytes, FileNotFoundError)
+
+    @_told
+    def iterdir(self) -> Iterator[Any]:
+        """What lies in a folder; nothing where there is none, as buckets have no empty ones."""
+        if not self.exists():
+            return iter(())
+        found = (place.rstrip("/") for place in self.fs.ls(self.path, detail=False))
+        own = self.path.rstrip("/")  # that a console made the folder as an object
+        return (self / place.rpartition("/")[2] for place in found if place != own)
