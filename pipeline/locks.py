@@ -3,13 +3,15 @@
 The locks end with the process, however that ends. They hold on this machine, and between machines
 where their shared file system passes locks on; on a file system without locks they hold nobody off.
 In a remote folder whoever works there leaves a lease, an object that is renewed as long as the
-process lives. Two that come within the same moment may not see each other: they write the same.
+process lives; one of a killed process runs out, and on the same machine holds nobody off. Two that
+come within the same moment may not see each other: they write the same.
 """
 
 import fcntl
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -79,6 +81,8 @@ class Lease:
     """A lock on a remote folder: one object for each process that works there."""
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_file():
+            raise UserError(f"{folder}: is a file: --out needs a folder")
         self._folder = folder
         self._path = folder / f".lease-{secrets.token_hex(6)}.tmp"
         self._kind = ""
@@ -92,7 +96,8 @@ class Lease:
         if self._kind:
             self._ended.set()
             self._renewing.join()
-            self._path.unlink(missing_ok=True)
+            with suppress(UserError):  # out of reach: it runs out by itself
+                self._path.unlink(missing_ok=True)
 
     def alone(self) -> bool:
         """As `FolderLock.alone`."""
@@ -100,6 +105,10 @@ class Lease:
 
     def share(self) -> None:
         """As `FolderLock.share`."""
+        if self._kind == "alone":  # nobody can refuse it, or two that came at once would each wait
+            self._kind = "share"
+            self._write()
+            return
         deadline = time.monotonic() + _PATIENCE
         while not self._take("share", against=("alone",)):
             if time.monotonic() > deadline:
@@ -110,21 +119,29 @@ class Lease:
         for path in self._folder.glob(".lease-*.tmp"):
             if path.name != self._path.name and self._holds(path, against):
                 return False
-        is_new, self._kind = not self._kind, kind
-        self._write()
-        if is_new:
+        before, self._kind = self._kind, kind
+        try:
+            self._write()
+        except UserError:
+            self._kind = before
+            raise
+        if not before:
             self._renewing.start()
         return True
 
     def _holds(self, path: Path, against: tuple[str, ...]) -> bool:
         try:
             lease = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):  # given up just now
+            is_held = lease["kind"] in against and lease["until"] > time.time()
+            return is_held and not (lease["host"] == _host() and _has_ended(lease["pid"]))
+        except FileNotFoundError:  # given up just now
             return False
-        return lease["kind"] in against and lease["until"] > time.time()
+        except (ValueError, TypeError, KeyError, OverflowError):  # no lease of ours
+            return False
 
     def _write(self) -> None:
         lease = {"kind": self._kind, "until": time.time() + _LEASE}
+        lease |= {"host": _host(), "pid": os.getpid()}
         with remote_file(self._path) as file:
             file.write(json.dumps(lease).encode())
 
@@ -167,8 +184,26 @@ def _try(descriptor: int, kind: int) -> bool:
     return True
 
 
+def _host() -> str:
+    """This machine, as far as processes see each other."""
+    return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
+
+
 def _busy(folder: Path) -> UserError:
-    return UserError(f"{folder}: another qpipe works in it: wait for it, or give another --out")
+    until = f" (a killed one is forgotten after {_LEASE:.0f} s)" if is_remote(folder) else ""
+    return UserError(
+        f"{folder}: another qpipe works in it: wait for it{until}, or give another --out"
+    )
 
 
 def is_worked_in(folder: Path) -> bool | None:

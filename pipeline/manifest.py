@@ -130,7 +130,8 @@ def identity_schema(schema: Schema) -> dict[str, str]:
 def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
     """The manifest of a sealed folder; `stage` names the only stage the caller can use."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}")
     if not (folder / MANIFEST).exists():
         if (folder / PLAN).exists():
             made_by = read_plan(folder).identity.stage

@@ -6,6 +6,7 @@ whole, shards are read from local copies (`cache`), and who works in a folder le
 (`locks`).
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,21 +16,30 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import UserError, one_line
 
+_BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores in which a folder lies in a bucket
+
 
 def open_path(words: str | Path) -> Path:
     """What a path or a URL names. Raises UserError for a URL that cannot be used here."""
-    if isinstance(words, Path) or "://" not in words:
+    if not isinstance(words, str):
+        return words
+    if "://" not in words:
         return Path(words)
-    if words.startswith("file://"):
-        return Path(unquote(urlsplit(words).path))
-    from upath import UPath
+    protocol, place = words.split("://", 1)
+    if protocol == "file":
+        return _local(words)
+    if protocol in _BUCKETS and not place.split("/")[0]:
+        raise UserError(f"{words}: names no bucket: give {protocol}://BUCKET/FOLDER")
+    from .remote_path import RemotePath  # fsspec takes its time to import
 
     try:
         # listings are not to be remembered: other machines work in the same folder
-        path = UPath(words, use_listings_cache=False)
+        path = RemotePath(words, use_listings_cache=False)
         path.exists()  # whoever cannot be reached, or lets nobody in, says so here
+    except UserError:
+        raise
     except Exception as error:  # each kind of store raises its own
-        raise _unreachable(words, error) from error
+        raise unusable(words, error) from error
     return cast(Path, path)
 
 
@@ -41,9 +51,16 @@ def is_remote(path: Path) -> bool:
 @contextmanager
 def remote_file(path: Path) -> Iterator[BinaryIO]:
     """A local file to write that is put in its remote place when the block ends well."""
-    with tempfile.NamedTemporaryFile(prefix="qpipe-") as file:
-        yield cast(BinaryIO, file)
-        file.flush()
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="qpipe-")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{tempfile.gettempdir()}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            yield cast(BinaryIO, file)
+            file.flush()
+        except OSError as error:
+            raise UserError(f"{file.name}: cannot be written: {error.strerror or error}") from error
         store, place = _store(path)
         try:
             store.put_file(file.name, place)
@@ -62,14 +79,14 @@ def fetch(path: Path, local: Path) -> None:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def read_remote(path: Path) -> bytes:
-    """The content of a remote file."""
+def version_of(path: Path) -> str:
+    """A hash that changes when a remote file does."""
+    store, place = _store(path)
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
+        version = store.ukey(place)
     except Exception as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
+    return hashlib.sha256(f"{path}\n{version}".encode()).hexdigest()
 
 
 def _store(path: Path) -> tuple[Any, str]:
@@ -78,8 +95,20 @@ def _store(path: Path) -> tuple[Any, str]:
     return remote.fs, remote.path
 
 
-def _unreachable(words: str, error: Exception) -> UserError:
+def _local(words: str) -> Path:
+    parts = urlsplit(words)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(
+            f"{words}: names the machine {parts.netloc}, not a place on this one: give "
+            f"file:///{parts.netloc}{parts.path} or a path"
+        )
+    # what looks like a query is part of the name
+    return Path(unquote(words.split("://", 1)[1].removeprefix(parts.netloc)))
+
+
+def unusable(path: object, error: Exception) -> UserError:
+    """What a store raised, as an error of ours."""
     hint = ""
     if isinstance(error, ImportError):
         hint = ": pip install 'qpipe[s3]', or the package that fsspec names for it"
-    return UserError(f"{words}: cannot be used: {one_line(error)}{hint}")
+    return UserError(f"{path}: cannot be used: {one_line(error)}{hint}")

@@ -35,6 +35,7 @@ from .shards import ShardContent, commit_shard, committed_shard
 from .storage import TEMPORARY, atomic_file, read_json
 
 REJECTS = "rejects.jsonl"
+HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub holds
 
 
 # a shard's index, and what makes it; that gives None behind the last shard
@@ -107,7 +108,8 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in folder.iterdir() if not fnmatch(path.name, TEMPORARY)}
+        names = {path.name for path in folder.iterdir()} - {"", HUB_FILE}
+        present = {name for name in names if not fnmatch(name, TEMPORARY)}
     except OSError as error:
         raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
     if present & {PLAN, MANIFEST}:  # another task has opened or sealed it just now
@@ -255,7 +257,7 @@ def tidy(folder: Path) -> None:
     """Remove what a sealed folder no longer needs."""
     (folder / PLAN).unlink(missing_ok=True)
     for leftover in folder.glob(TEMPORARY):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # or its writer has
 
 
 def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
-from .remote import is_remote, read_remote, remote_file
+from .remote import is_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 MOST_BYTES = 2**28  # of a JSON file: that of half a million shards, or two million rejects
@@ -73,8 +73,6 @@ def read_json(path: Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     """The content of a file that this package wrote, which is never huge."""
     try:
-        if is_remote(path):
-            return read_remote(path)
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot be read: not a file")
         size = path.stat().st_size

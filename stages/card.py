@@ -1,5 +1,7 @@
 """The card of a shared folder: what it is, what made it, how it is opened."""
 
+import html
+import re
 from collections.abc import Iterator
 
 import yaml
@@ -12,24 +14,31 @@ def card(manifest: Manifest, title: str, license_id: str | None) -> str:
     """A `README.md` with the front matter that the Hugging Face hub reads."""
     front = {"license": license_id or "other", "tags": ["qpipe", "soft-targets", "distillation"]}
     header = yaml.safe_dump(front, sort_keys=False).strip()
-    lines = ["---", header, "---", "", f"# {title}", "", *_body(manifest)]
+    lines = ["---", header, "---", "", f"# {plain(title)}", "", *_body(manifest)]
     return "\n".join(lines) + "\n"
+
+
+def plain(words: str) -> str:
+    """Words of others on one line of Markdown that show as they are, whatever they hold."""
+    escaped = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", " ".join(words.split()))
+    return html.escape(escaped, quote=False)
 
 
 def _body(manifest: Manifest) -> Iterator[str]:
     totals, stage = manifest.totals, manifest.identity.stage
     what = "Target distributions" if stage == "build-targets" else "Scores"
-    yield f"{what} for supervised fine-tuning, made by [qpipe]: {described(manifest.identity)}."
+    made = plain(described(manifest.identity))
+    yield f"{what} for supervised fine-tuning, made by qpipe: {made}."
     yield ""
     yield "| | |"
     yield "| --- | --- |"
     for name, value in _facts(manifest):
-        yield f"| {name} | {value} |"
+        yield f"| {name} | {plain(value)} |"
     yield ""
     yield "## How it was made"
     yield ""
     for depth, words in generations(manifest):
-        yield f"{'  ' * depth}- {words}"
+        yield f"{'  ' * depth}- {plain(words)}"
     yield ""
     yield "## Loading it"
     yield ""

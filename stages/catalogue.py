@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line
 from ..pipeline.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
 from .lineage import described
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One folder of a catalogue; numbers are None of one that is not finished."""
+    """One folder of a catalogue; numbers are None of one that is not finished.
+
+    Of a folder that cannot be read, `error` says why, and the rest is empty.
+    """
 
     folder: str
     stage: str
@@ -25,6 +28,7 @@ class Listed:
     bytes_per_token: float | None
     parents: list[str]  # fingerprints
     age: float | None  # seconds since it was sealed or planned
+    error: str | None = None
 
 
 def catalogue(root: Path) -> Iterator[Listed]:
@@ -32,10 +36,15 @@ def catalogue(root: Path) -> Iterator[Listed]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     for folder in sorted(root.iterdir(), key=lambda each: each.name):
-        if (folder / MANIFEST).exists():
-            yield _sealed(folder, read_manifest(folder))
-        elif (folder / PLAN).exists():
-            yield _planned(folder)
+        try:
+            if (folder / MANIFEST).exists():
+                yield _sealed(folder, read_manifest(folder))
+            elif (folder / PLAN).exists():
+                yield _planned(folder)
+        except (UserError, OSError) as error:
+            yield _unreadable(folder, one_line(error))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:  # sealed by others
+            yield _unreadable(folder, f"what it says cannot be ({error})")
 
 
 def _sealed(folder: Path, manifest: Manifest) -> Listed:
@@ -70,6 +79,10 @@ def _planned(folder: Path) -> Listed:
         parents=list(identity.inputs.values()),
         age=_age(folder / PLAN),
     )
+
+
+def _unreadable(folder: Path, error: str) -> Listed:
+    return Listed(folder.name, "", False, "", None, "", None, None, None, [], None, error)
 
 
 def _age(path: Path) -> float | None:

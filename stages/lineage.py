@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity, Manifest
 
 
@@ -26,8 +27,16 @@ def described(identity: Identity) -> str:
 
 
 def generations(manifest: Manifest) -> Iterator[tuple[int, str]]:
-    """The folder, what it was made from, and so on: how many steps back, and in words."""
-    yield from _generations(0, "", manifest.identity, manifest.parents)
+    """The folder, what it was made from, and so on: how many steps back, and in words.
+
+    Raises UserError where what the manifest says of that cannot be.
+    """
+    try:
+        yield from _generations(0, "", manifest.identity, manifest.parents)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"manifest {manifest.fingerprint[:12]}: damaged parents ({error})"
+        ) from error
 
 
 def _generations(

@@ -1,10 +1,11 @@
 """Where demonstrations come from: files and data sets, read row by row in the order given.
 
-A source is a file (JSON lines or a JSON array, also compressed with gzip or zstd; Parquet; Arrow)
-or a data set of the `datasets` library: a folder, or a name on the Hugging Face hub, written
-`NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split is "train" where none is
-named; a folder takes both too). A path that exists always wins over a name. Only a JSON array is
-held in memory as a whole. A source that cannot be read any further is a UserError.
+A source is a file (JSON lines or a JSON array, also compressed with gzip or zstd; Parquet; Arrow),
+which a URL of fsspec may name too, or a data set of the `datasets` library: a folder, or a name on
+the Hugging Face hub, written `NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split
+is "train" where none is named; a folder takes both too). A path that exists always wins over a
+name. A file behind a URL is fetched whole. Only a JSON array is held in memory as a whole. A source
+that cannot be read any further is a UserError.
 """
 
 import gzip
@@ -19,7 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from ..pipeline.cache import local_version
 from ..pipeline.errors import UserError, one_line
+from ..pipeline.remote import open_path
 from ..pipeline.storage import sha256_of_file
 
 if TYPE_CHECKING:
@@ -157,7 +160,9 @@ class RowReader:
 def _open(name: str) -> Source:
     if not name:
         raise UserError("--demonstrations is empty: give a file or a data set")
-    path = Path(name)
+    path = open_path(name)
+    if "://" in name and not path.is_file():
+        raise UserError(f"demonstrations {name}: no such file: of URLs, only a file's can be read")
     if path.exists() and not path.is_dir():
         return Source(path.name, name, _file_reader(path))
     data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
@@ -200,7 +205,7 @@ def _file_reader(path: Path) -> _Reader:
             f"demonstrations {path}: unknown kind of file {path.suffix!r}; known are "
             f"{', '.join(FILE_KINDS)}, those of JSON also with {' or '.join(COMPRESSIONS)} after it"
         )
-    return kind(path)
+    return kind(local_version(path))
 
 
 def _suffix(path: Path) -> tuple[str, str]:

@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from qpipe.tests.s3 import Bucket, lead_to, s3_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must fail at once, not ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +23,23 @@ CHATML = (
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with random weights and a byte-level tokenizer, vocabulary 320."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """A server that speaks S3."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address: str, tmp_path: Path) -> Iterator[Bucket]:
+    """An empty bucket there, `s3://bucket`, and an empty cache."""
+    with patch.dict(os.environ, {"QPIPE_CACHE": str(tmp_path / "cache")}):
+        lead_to(s3_address)
+        bucket = Bucket(s3_address)
+        bucket.remove(*bucket.names())
+        yield bucket
 
 
 def make_tiny_model(folder: Path, vocab_size: int, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError
+from ..pipeline.remote import is_remote
 from .eval_command import parse_command
 from .mixture import shares_of
 from .optimizers import OptimizerName
@@ -62,7 +63,7 @@ class TrainSettings:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The target folders."""
-        return (self.targets,) if isinstance(self.targets, Path) else self.targets
+        return self.targets if isinstance(self.targets, tuple) else (self.targets,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -71,6 +72,11 @@ class TrainSettings:
             if not is_allowed(value):
                 option = "--" + field.name.replace("_", "-")
                 raise UserError(f"{option} {value} cannot be used: give {allowed}")
+        if is_remote(self.out):
+            raise UserError(
+                f"--out {self.out}: a model is trained in a local folder: give a path, and copy it "
+                "when it is finished (`qpipe share` is for scores and targets)"
+            )
         if self.eval_every is not None and self.eval_fraction == 0 and self.eval_command is None:
             raise UserError(
                 "--eval-every needs held-out examples: give --eval-fraction too, or --eval-command"

@@ -46,12 +46,14 @@ def list_folders(root: Path, stage: str | None, contains: str | None, as_json: b
     from ..summary import print_table
 
     def cells(each: Listed) -> tuple[str, ...]:
+        if each.error is not None:
+            return (_clean(each.folder), "damaged", "", _clean(each.error), *[""] * 5)
         size = "" if each.bytes_per_token is None else f"{each.bytes_per_token:.1f}"
         return (
-            each.folder,
+            _clean(each.folder),
             each.stage if each.is_sealed else f"{each.stage}, not finished",
-            each.model or "",
-            each.made,
+            _clean(each.model or ""),
+            _clean(each.made),
             "" if each.rows is None else f"{each.rows:,}",
             "" if each.positions is None else f"{each.positions:,}",
             size,
@@ -77,7 +79,12 @@ def lineage(folder: Path) -> None:
     from ..lineage import generations
 
     for depth, words in generations(read_manifest(folder)):
-        click.echo(f"{'  ' * depth}{words}")
+        click.echo(f"{'  ' * depth}{_clean(words)}")
+
+
+def _clean(words: str) -> str:
+    """Words of others on one line, without what would steer a terminal."""
+    return "".join(each if each.isprintable() else " " for each in words)
 
 
 def _words(seconds: float | None) -> str:

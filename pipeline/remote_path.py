@@ -1,0 +1,54 @@
+"""The path behind a URL: that of universal_pathlib, with errors that a user can read.
+
+Each kind of store raises errors of its own, and any look at a path may meet one.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+from upath.extensions import ProxyUPath
+
+from .errors import UserError
+from .remote import unusable
+
+
+def _told(method: Callable[..., Any], *passed_on: type[Exception]) -> Callable[..., Any]:
+    """A method whose errors are UserErrors, but for those that its callers know of."""
+
+    @wraps(method)
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        try:
+            found = method(self, *given, **named)
+            # a listing is read to its end here, while its errors can be told
+            return iter(list(found)) if isinstance(found, Iterator) else found
+        except (UserError, *passed_on):
+            raise
+        except Exception as error:
+            raise unusable(self, error) from error
+
+    return call
+
+
+class RemotePath(ProxyUPath):
+    """A path behind a URL."""
+
+    __slots__ = ()
+
+    exists = _told(ProxyUPath.exists)
+    is_dir = _told(ProxyUPath.is_dir)
+    is_file = _told(ProxyUPath.is_file)
+    glob = _told(ProxyUPath.glob)
+    stat = _told(ProxyUPath.stat, FileNotFoundError)
+    mkdir = _told(ProxyUPath.mkdir)
+    unlink = _told(ProxyUPath.unlink, FileNotFoundError)
+    read_bytes = _told(ProxyUPath.read_bytes, FileNotFoundError)
+
+    @_told
+    def iterdir(self) -> Iterator[Any]:
+        """What lies in a folder; nothing where there is none, as buckets have no empty ones."""
+        if not self.exists():
+            return iter(())
+        found = (place.rstrip("/") for place in self.fs.ls(self.path, detail=False))
+        own = self.path.rstrip("/")  # that a console made the folder as an object
+        return (self / place.rpartition("/")[2] for place in found if place != own)
