@@ -12,8 +12,9 @@ from typing import Any
 
 from .errors import UserError
 from .locks import locked
-from .manifest import Identity, Manifest, read_manifest
+from .manifest import MANIFEST, Identity, Manifest, read_manifest
 from .methods import choose
+from .remote import is_remote
 from .runner import Job, ShardRun, StageResult, open_folder
 from .schema import schema_of
 
@@ -36,6 +37,9 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
     Raises UserError for folders that do not fit together or are named twice, and for weights that
     are not above 0.
     """
+    for folder in (out, *(folder for folder, _ in parts)):
+        if is_remote(folder):
+            raise UserError(f"{folder}: a mixture is of local folders: give their paths")
     opened = [Part(folder, weight, _targets(folder)) for folder, weight in parts]
     _check(opened)
     names = [f"part-{number}" for number in range(1, len(opened) + 1)]
@@ -65,6 +69,11 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
     with locked(out):
         done = open_folder(out, identity)
         return ShardRun(job).seal() if done is None else StageResult(done, was_done=True)
+
+
+def is_mix(folder: Path) -> bool:
+    """Whether a folder is a sealed mixture."""
+    return (folder / MANIFEST).exists() and read_manifest(folder).identity.stage == MIX
 
 
 def read_mix(folder: Path) -> list[Part]:

@@ -23,7 +23,7 @@ from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
 from .saving import save_adapter, save_model
 from .settings import TrainSettings
-from .sources import Source, find_sources, open_sources, settled
+from .sources import Source, find_sources, open_sources, settled, unfolded
 from .step import NOT_FINITE, precision_of, start_accelerator
 from .student import load_student
 
@@ -34,6 +34,7 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss stops being finite.
     """
+    settings = unfolded(settings)
     sources = find_sources(settings)
     base = find_model(settings.model, settings.revision)
     objective = settled(settings, sources, base)

@@ -1,12 +1,13 @@
 """The target folders of a run: one, or several that are mixed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest, read_manifest
+from ..pipeline.mixing import is_mix, read_mix
 from ..pipeline.records import TargetExample
 from .checks import check_fit, settled_method
 from .mixture import mix
@@ -24,6 +25,24 @@ class Source:
     name: str  # among the inputs of the run: targets, targets-2, ...
     folder: Path
     manifest: Manifest
+
+
+def unfolded(settings: TrainSettings) -> TrainSettings:
+    """The settings with the parts and weights of a mixture in place of its folder."""
+    (folder, *others) = settings.folders
+    if others or not is_mix(folder):
+        return settings
+    if settings.mixture_weights is not None:
+        raise UserError(
+            f"--mixture-weights: {folder} is a mixture with weights of its own: leave them out, or "
+            "give the folders themselves"
+        )
+    parts = read_mix(folder)
+    return replace(
+        settings,
+        targets=tuple(part.folder for part in parts),
+        mixture_weights=tuple(part.weight for part in parts),
+    )
 
 
 def find_sources(settings: TrainSettings) -> list[Source]:
