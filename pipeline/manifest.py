@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UserError, one_line
 from .plausible import check_entry, check_frequent_ids, check_identity, check_maps
-from .schema import FORMAT_VERSION, READABLE_VERSIONS, Schema
+from .schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
 from .storage import (
     json_bytes,
     parse_json,
@@ -168,6 +168,8 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         check_maps(parents=manifest.parents, provenance=manifest.provenance)
         check_identity(identity)
         check_frequent_ids(ids, identity.settings["vocab_size"])
+        if shards and identity.stage not in STAGES:
+            raise ValueError(f"a folder of {identity.stage} has no shards")
         for index, entry in enumerate(shards):
             check_entry(entry, shard_name(index), manifest.fingerprint)
         fingerprint, totals = identity.fingerprint, totals_of(shards)

@@ -6,7 +6,6 @@ from typing import Any
 
 from .packing import PRECISIONS
 from .records import Reject
-from .schema import STAGES
 
 MOST = 2**53  # of anything that is counted
 
@@ -15,8 +14,9 @@ _Rule = Callable[[Any], bool]
 
 def check_identity(identity: Any) -> None:
     """Raises ValueError for an identity whose folder cannot be read."""
-    if identity.stage not in STAGES:
-        raise ValueError(f"stage cannot be {_shown(identity.stage)}: it is {' or '.join(STAGES)}")
+    if identity.stage not in _REQUIRED:
+        known = " or ".join(_REQUIRED)
+        raise ValueError(f"stage cannot be {_shown(identity.stage)}: it is {known}")
     check_maps(settings=identity.settings)
     for name in ("inputs", "schema"):
         if not _is_map(getattr(identity, name), _is_text):
@@ -121,4 +121,5 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         *("vocab_size", "tokenizer_hash", "method", "form", "parameters"),
         *("residual", "tail_shape", "top_p"),
     ),
+    "mix": ("vocab_size", "tokenizer_hash", "residual", "tail_shape", "weights"),
 }

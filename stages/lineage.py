@@ -22,6 +22,9 @@ def described(identity: Identity) -> str:
             return (
                 f"top {settings['top_k']} of a vocabulary of {settings['vocab_size']:,}, {engine}"
             )
+        case "mix":
+            weights = settings["weights"]
+            return "weights " + ", ".join(f"{weight:g}" for weight in weights)
         case other:
             return other
 
