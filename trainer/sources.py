@@ -32,7 +32,7 @@ def unfolded(settings: TrainSettings) -> TrainSettings:
     (folder, *others) = settings.folders
     if others or not is_mix(folder):
         return settings
-    if settings.mixture_weights is not None:
+    if settings.mixture_weights:
         raise UserError(
             f"--mixture-weights: {folder} is a mixture with weights of its own: leave them out, or "
             "give the folders themselves"

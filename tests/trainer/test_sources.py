@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.mixing import write_mix
 from qpipe.pipeline.records import TargetExample
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
@@ -153,3 +154,24 @@ def test_words_of_the_command_line() -> None:
     settings = TrainSettings(**options)
     assert settings.folders == (Path("a=1"), Path("b"))
     assert settings.mixture_weights == (3, 0.5)
+
+
+def test_a_mixture_trains_as_its_parts_with_its_weights(
+    settings: TrainSettings, tmp_path: Path, seen: list[list[str]]
+) -> None:
+    weights = (1.0, 3.0)
+    write_mix(tmp_path / "mixed", list(zip(settings.folders, weights, strict=True)))
+
+    train(replace(settings, targets=tmp_path / "mixed", out=tmp_path / "by-mix"))
+    of_mix = seen.copy()
+    seen.clear()
+    train(replace(settings, mixture_weights=weights))
+
+    assert of_mix == seen
+    assert all(folder_of(step) == {"a=b": 1, "c": 3} for step in seen)
+
+
+def test_a_mixture_has_weights_of_its_own(settings: TrainSettings, tmp_path: Path) -> None:
+    write_mix(tmp_path / "mixed", [(folder, 1.0) for folder in settings.folders])
+    with pytest.raises(UserError, match="mixed is a mixture with weights of its own"):
+        train(replace(settings, targets=tmp_path / "mixed", mixture_weights=(1.0,)))
