@@ -13,6 +13,7 @@ from qpipe.pipeline.records import TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
+from qpipe.pipeline.storage import sha256_of_json
 from qpipe.trainer.models import find_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -100,7 +101,7 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
             "vocab_size": VOCAB_SIZE,
             "tokenizer_hash": find_model(str(model)).tokenizer_hash,
         }
-        inputs = {"scores": "0" * 64}
+        inputs = {"scores": sha256_of_json(name)}
         identity = Identity("build-targets", own | settings, inputs, identity_schema(schema))
         job = Job(folder, schema, identity, parents={"scores": {"made": "up"}}, provenance={})
         assert open_folder(folder, identity) is None
