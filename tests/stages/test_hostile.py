@@ -21,7 +21,8 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import Identity
+from qpipe.pipeline.manifest import Identity, read_manifest
+from qpipe.pipeline.shards import shard_ids
 from qpipe.pipeline.storage import sha256_of_json
 from qpipe.stages.verify import verify
 
@@ -389,6 +390,13 @@ def test_columns_of_other_types_are_refused(own: Path, name: str, other: pa.Data
     rewrite(own, 0, change, **{name: other})
     reseal(own)
     assert "its columns are not those of this format" in one_line_each(own)
+
+
+def test_ids_are_not_read_of_a_shard_without_them(own: Path) -> None:
+    rewrite(own, 0, lambda columns: columns.pop("id"))
+    manifest = read_manifest(own)
+    with pytest.raises(UserError, match="its columns are not those of this format"):
+        shard_ids(own, manifest, manifest.shards[0])
 
 
 def test_dictionaries_are_refused_before_they_are_read(own: Path) -> None:

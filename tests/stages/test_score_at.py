@@ -439,7 +439,15 @@ def test_a_folder_that_is_no_sealed_score_folder_is_refused(
     with pytest.raises(UserError, match="begun: not finished yet"):
         score_at(settings(teacher, tmp_path / "begun", out))
     schema = schema_of("build-targets", VOCAB)
-    targets = Identity("build-targets", begun.settings, {}, identity_schema(schema))
+    described = begun.settings | {
+        "method": "gift",
+        "form": "live",
+        "parameters": {},
+        "residual": "base",
+        "tail_shape": "student",
+        "top_p": None,
+    }
+    targets = Identity("build-targets", described, {}, identity_schema(schema))
     open_folder(tmp_path / "targets", targets)
     ShardRun(Job(tmp_path / "targets", schema, targets, {}, {})).seal()
     with pytest.raises(UserError, match="targets: made by `qpipe build-targets`, but the output"):
