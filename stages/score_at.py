@@ -60,7 +60,8 @@ class _ScoreFolder:
         self.manifest = manifest
         self.vocab_size = model.vocab_size
         # `_check_examples` has seen to it that none is longer
-        self.max_length = min(manifest.settings["max_length"], model.max_length)
+        longest = manifest.settings.get("max_length", model.max_length)  # none in what was imported
+        self.max_length = min(longest, model.max_length)
 
     def settings(self) -> dict[str, Any]:
         return self.manifest.settings  # how rows were read, above all
@@ -114,7 +115,7 @@ def _check_examples(folder: Path, manifest: Manifest, model: ModelFiles) -> None
     """
     limit, vocab_size = model.max_length, model.vocab_size
     settings = manifest.settings
-    if settings["max_length"] <= limit and settings["vocab_size"] <= vocab_size:
+    if settings.get("max_length", limit + 1) <= limit and settings["vocab_size"] <= vocab_size:
         return
     longest, largest = 0, 0
     for example in read_scores(folder):
