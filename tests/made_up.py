@@ -85,7 +85,7 @@ def folder_of(
     own: dict[str, Any] = {"top_k": 4}
     if stage == "build-targets":
         own = {"method": "gift", "form": "frozen-target", "parameters": {"beta": 20.0}}
-        own |= {"residual": "base", "top_p": 0.99, "max_support": 64}
+        own |= {"residual": "base", "tail_shape": "student", "top_p": 0.99, "max_support": 64}
     schema = schema_of(stage, VOCAB_SIZE)
     common = {"vocab_size": VOCAB_SIZE, "tokenizer_hash": tokenizer_hash}
     identity = Identity(stage, common | own | settings, {}, identity_schema(schema))

@@ -1,7 +1,12 @@
-"""A server on loopback that speaks S3, for folders behind URLs."""
+"""A server on loopback that speaks S3, for folders behind URLs.
+
+    python tests/s3.py    prints its address and serves until its standard input ends
+"""
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +16,28 @@ BUCKET = "bucket"
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The address of a server that lives as long as the block."""
+    """The address of a server that lives as long as the block.
+
+    In a process of its own: it loads a web framework whose objects fail when they are looked at,
+    and vLLM, where it starts, looks at every object of every module.
+    """
+    words = [sys.executable, __file__]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+        server.communicate()  # ends its input, and so the server
+
+
+def serve() -> None:
+    """Serve until the standard input ends."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    print(f"http://{host}:{port}", flush=True)
+    sys.stdin.read()
     server.stop()
 
 
@@ -63,3 +82,7 @@ class Bucket:
     def folder(self, name: str) -> dict[str, bytes]:
         """The objects of a folder: their names and contents."""
         return {key.removeprefix(f"{name}/"): self.get(key) for key in self.names(f"{name}/")}
+
+
+if __name__ == "__main__":
+    serve()

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS]
 
-The same model in float32, the same demonstrations padded alike, the same optimizer; the contenders
-take turns, a few steps each, and the medians of their steps are compared. TARGETS is a folder with
-a base residual, such as `make demo` leaves in demo/targets.
+The same model in float32, the same demonstrations padded alike (but for the last contender, which
+has them end to end), the same optimizer; the contenders take turns, a few steps each, and the medians
+of their steps are compared. TARGETS is a folder with a base residual, such as `make demo` leaves in
+demo/targets.
 
 Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
 the fused loss and of the dense one, each in a process of its own.
@@ -25,7 +26,7 @@ import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summary import print_table
-from qpipe.trainer.collate import Batch, collate
+from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.models import find_model, load_model
 from qpipe.trainer.objective import Objective
 from qpipe.trainer.settings import TrainSettings
@@ -70,12 +71,14 @@ def main(model: str, targets: Path, rounds: int) -> None:
     stream, _ = open_streams(targets, manifest, eval_fraction=0)
     examples = list(islice(stream.in_order(), EXAMPLES * STEPS))
     batches = [collate(examples[i * EXAMPLES : (i + 1) * EXAMPLES]) for i in range(STEPS)]
+    packed = [pack(examples[i * EXAMPLES : (i + 1) * EXAMPLES]) for i in range(STEPS)]
     contenders: dict[str, Callable[[], list[float]]] = {
         "transformers.Trainer, plain SFT": trainer_steps(base, batches),
         "on-line distillation, dense KL": distillation_steps(base, batches),
         "qpipe sft": our_steps(base, batches, "sft", "live"),
         "qpipe sft+kl, frozen-target": our_steps(base, batches, "sft+kl", "frozen-target"),
         "qpipe target-sft, live": our_steps(base, batches, "target-sft", "live"),
+        "qpipe sft+kl, packed": our_steps(base, packed, "sft+kl", "frozen-target"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
@@ -83,9 +86,13 @@ def main(model: str, targets: Path, rounds: int) -> None:
             times = steps()
             seconds[name] += times if turn else []  # the first turn warms up
     reference = median(seconds["transformers.Trainer, plain SFT"])
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches) // STEPS
+    tokens = sum(batch.input_ids.numel() for batch in packed) // STEPS
+    padded = sum(batch.input_ids.numel() for batch in batches) // STEPS
     supervised = sum(batch.tokens for batch in batches) // STEPS
-    print(f"{EXAMPLES} demonstrations a step, {tokens} tokens, {supervised} of them supervised")
+    print(
+        f"{EXAMPLES} demonstrations a step: {tokens} tokens, {padded} with padding, {supervised} "
+        "supervised"
+    )
     rows = [
         (
             name,
