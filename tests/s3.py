@@ -21,8 +21,8 @@ def s3_server() -> Iterator[str]:
     In a process of its own: it loads a web framework whose objects fail when they are looked at,
     and vLLM, where it starts, looks at every object of every module.
     """
-    words = [sys.executable, __file__]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    words, pipe = [sys.executable, __file__], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.communicate()  # ends its input, and so the server

@@ -90,7 +90,7 @@ def test_stored_targets_are_those_of_the_models(
     params = [f"--param={name}={value}" for name, value in parameters.items()]
     qpipe("build-targets", "--scores", whole / "scores", "--teacher", whole / "teacher-scores",
           "--method", method, "--form", form, *params, "--top-p", 1, "--max-support", VOCAB_SIZE,
-          "--out", out)  # fmt: skip
+          "--precision", "float32", "--out", out)  # fmt: skip
 
     for example in read_targets(out):
         wanted, scale = dense_target(

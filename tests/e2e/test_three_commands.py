@@ -120,7 +120,7 @@ def test_targets_keep_the_smallest_prefix_and_the_observed_token(made: Path) -> 
 def test_training_lowers_the_held_out_loss(made: Path) -> None:
     results = json.loads((made / "run/qpipe.json").read_text())["results"]
     assert results["after"]["target_loss"] < results["before"]["target_loss"] - 0.5
-    assert results["before"]["kl_to_base"] == pytest.approx(0, abs=1e-4)
+    assert results["before"]["kl_to_base"] == pytest.approx(0, abs=1e-3)  # eight bits
     assert results["after"]["kl_to_base"] > 0.1
 
 

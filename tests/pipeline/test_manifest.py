@@ -138,7 +138,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(UserError, match="file: no such folder"):
+    with pytest.raises(UserError, match="file: is a file, not a folder"):
         read_manifest(tmp_path / "file")
 
 
