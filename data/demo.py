@@ -99,7 +99,8 @@ def losses(evaluation: dict[str, Any]) -> list[str]:
 def stage_speeds(log: Path) -> dict[str, float]:
     """Supervised tokens a second of each stage's last run that made anything."""
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    return {e["stage"]: e["positions"] / e["seconds"] for e in events if e["seconds"]}
+    made = [each for each in events if each["event"] == "done" and each["seconds"]]
+    return {each["stage"]: each["positions"] / each["seconds"] for each in made}
 
 
 if __name__ == "__main__":
