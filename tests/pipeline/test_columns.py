@@ -91,7 +91,7 @@ def test_rows_that_are_not_the_folders_are_refused(targets: Path, scores: Path) 
         decoder(targets)(row | {"counts": [[1] * len(row["counts"][0])]})
 
 
-# The formula of the README, with nothing of this package
+# The formula of docs/folders.md, with nothing of this package
 
 
 def decoded_row(row: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
@@ -113,7 +113,7 @@ def decoded_row(row: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[Any
     return found
 
 
-def test_the_formula_of_the_readme_decodes_a_row(targets: Path) -> None:
+def test_the_formula_of_the_docs_decodes_a_row(targets: Path) -> None:
     manifest = json.loads((targets / "manifest.json").read_text())
     for row, example in zip(opened(targets), read_targets(targets), strict=True):
         ids, probs, tails = zip(*decoded_row(row, manifest), strict=True)
