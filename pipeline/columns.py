@@ -14,6 +14,7 @@ import pyarrow as pa
 from .codec import decode
 from .errors import UserError
 from .manifest import read_manifest
+from .remote import open_path
 from .schema import Column, Schema
 from .shards import folder_schema
 
@@ -29,7 +30,7 @@ def decoder(folder: str | Path) -> Callable[[Mapping[str, Any]], Columns]:
     folder's are left out. Raises UserError where the folder is not sealed, and when called for rows
     that are not the folder's.
     """
-    manifest = read_manifest(Path(folder))
+    manifest = read_manifest(open_path(folder))
     return partial(_decoded, folder_schema(manifest), str(folder))
 
 

@@ -1,7 +1,7 @@
 """Mixtures of target folders by reference: a folder that holds a manifest alone.
 
 Its settings hold, part by part, the weights; its inputs the parts' fingerprints; its provenance
-where the parts are, relative to the folder where they can be.
+where the parts are: URLs, and local folders relative to the mixture, which is then local too.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .errors import UserError
 from .locks import locked
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
 from .methods import choose
-from .remote import is_remote
+from .remote import is_remote, open_path
 from .runner import Job, ShardRun, StageResult, open_folder
 from .schema import schema_of
 
@@ -37,38 +37,44 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
     Raises UserError for folders that do not fit together or are named twice, and for weights that
     are not above 0.
     """
-    for folder in (out, *(folder for folder, _ in parts)):
-        if is_remote(folder):
-            raise UserError(f"{folder}: a mixture is of local folders: give their paths")
-    opened = [Part(folder, weight, _targets(folder)) for folder, weight in parts]
-    _check(opened)
-    names = [f"part-{number}" for number in range(1, len(opened) + 1)]
-    first = opened[0].manifest.settings
+    for folder, _ in parts:
+        if is_remote(out) and not is_remote(folder):
+            raise UserError(
+                f"{out}: whoever opens it elsewhere has no {folder}: `qpipe share` that first, and "
+                "mix its URL"
+            )
+    opened = {
+        f"part-{number}": Part(folder, weight, _targets(folder))
+        for number, (folder, weight) in enumerate(parts, start=1)
+    }
+    _check(list(opened.values()))
+    job = _job(out, opened)
+    with locked(out):
+        done = open_folder(out, job.identity)
+        return ShardRun(job).seal() if done is None else StageResult(done, was_done=True)
+
+
+def _job(out: Path, parts: dict[str, Part]) -> Job:
+    """What the folder is to be; `parts` by their names among its inputs."""
+    manifests = {name: part.manifest for name, part in parts.items()}
+    first = parts["part-1"].manifest.settings
     identity = Identity(
         stage=MIX,
         settings={name: first[name] for name in _SHARED}
-        | {"weights": [float(part.weight) for part in opened]},
-        inputs={name: part.manifest.fingerprint for name, part in zip(names, opened, strict=True)},
+        | {"weights": [float(part.weight) for part in parts.values()]},
+        inputs={name: manifest.fingerprint for name, manifest in manifests.items()},
         schema={},
     )
-    job = Job(
+    return Job(
         out,
         schema_of("build-targets", first["vocab_size"]),
         identity,
         parents={
-            name: {"identity": asdict(part.manifest.identity), "parents": part.manifest.parents}
-            for name, part in zip(names, opened, strict=True)
+            name: {"identity": asdict(manifest.identity), "parents": manifest.parents}
+            for name, manifest in manifests.items()
         },
-        provenance={
-            "parts": {
-                name: relpath(part.folder.resolve(), out.resolve())
-                for name, part in zip(names, opened, strict=True)
-            }
-        },
+        provenance={"parts": {name: _reference(part.folder, out) for name, part in parts.items()}},
     )
-    with locked(out):
-        done = open_folder(out, identity)
-        return ShardRun(job).seal() if done is None else StageResult(done, was_done=True)
 
 
 def is_mix(folder: Path) -> bool:
@@ -76,36 +82,56 @@ def is_mix(folder: Path) -> bool:
     return (folder / MANIFEST).exists() and read_manifest(folder).identity.stage == MIX
 
 
+def parts_of(folder: Path) -> list[Part]:
+    """The parts of a mixture, or a target folder itself as the only one."""
+    return read_mix(folder) if is_mix(folder) else [Part(folder, 1.0, _targets(folder))]
+
+
 def read_mix(folder: Path) -> list[Part]:
     """The parts of a mixture, each with its manifest.
 
     Raises UserError where the folder is no sealed mixture, or a part is gone or another one now.
     """
-    manifest = read_manifest(folder, MIX)
+    return [_part(folder, *named) for named in _named(folder, read_manifest(folder, MIX))]
+
+
+def _named(folder: Path, manifest: Manifest) -> list[tuple[float, str, str]]:
+    """What a mixture says of its parts: their weights, references and fingerprints."""
     try:
         weights = [float(weight) for weight in manifest.settings["weights"]]
         paths = [str(path) for _, path in sorted(manifest.provenance["parts"].items(), key=_number)]
         inputs = [print_ for _, print_ in sorted(manifest.identity.inputs.items(), key=_number)]
-        entries = list(zip(weights, paths, inputs, strict=True))
+        return list(zip(weights, paths, inputs, strict=True))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: damaged, it names no parts ({error})") from error
-    parts = []
-    for weight, path, fingerprint in entries:
-        place = Path(relpath(folder.resolve() / path))
-        if not place.is_dir():
-            raise UserError(
-                f"{folder}: its part {place} is not there: put it back, or mix again with another "
-                "--out"
-            )
-        part = Part(place, weight, _targets(place))
-        if part.manifest.fingerprint != fingerprint:
-            now = part.manifest.fingerprint
-            raise UserError(
-                f"{folder}: its part {place} is another folder now, with fingerprint {now[:12]}… "
-                f"and not {fingerprint[:12]}…: mix again with another --out"
-            )
-        parts.append(part)
-    return parts
+
+
+def _part(folder: Path, weight: float, reference: str, fingerprint: str) -> Part:
+    place = _located(folder, reference)
+    if not place.is_dir():
+        raise UserError(
+            f"{folder}: its part {place} is not there: put it back, or mix again with another --out"
+        )
+    part = Part(place, weight, _targets(place))
+    if part.manifest.fingerprint != fingerprint:
+        now = part.manifest.fingerprint
+        raise UserError(
+            f"{folder}: its part {place} is another folder now, with fingerprint {now[:12]}… "
+            f"and not {fingerprint[:12]}…: mix again with another --out"
+        )
+    return part
+
+
+def _reference(part: Path, out: Path) -> str:
+    return str(part) if is_remote(part) else relpath(part.resolve(), out.resolve())
+
+
+def _located(folder: Path, reference: str) -> Path:
+    if "://" in reference:
+        return open_path(reference)
+    if is_remote(folder):
+        raise UserError(f"{folder}: its part {reference} is on the machine that mixed it")
+    return Path(relpath(folder.resolve() / reference))
 
 
 def _number(item: tuple[str, Any]) -> int:

@@ -18,6 +18,7 @@ from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
 from ..pipeline.ragged import segment_sums
 from ..pipeline.records import ScoredExample
+from ..pipeline.remote import is_remote
 from ..pipeline.shards import read_scores
 from ..pipeline.storage import atomic_file
 from .topk_rows import IGNORED, Mass
@@ -55,7 +56,7 @@ def export_scores(settings: ExportSettings) -> Manifest:
     manifest = read_manifest(settings.scores, "score")
     if settings.out.exists():
         raise UserError(f"{settings.out}: is there already: give another --out, or remove it")
-    if not settings.out.parent.is_dir():
+    if not (is_remote(settings.out) or settings.out.parent.is_dir()):
         raise UserError(f"{settings.out.parent}: no such folder")
     if manifest.totals["sums"].get("weighted"):
         raise UserError(

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..pipeline.cache import local_version
 from ..pipeline.errors import UserError
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
@@ -92,7 +93,7 @@ def _job(settings: ImportSettings, model: ModelFiles, reading: Reading) -> Job:
     identity = Identity(
         stage="score",
         settings=described,
-        inputs={settings.file.name: sha256_of_file(settings.file)},
+        inputs={settings.file.name: sha256_of_file(local_version(settings.file))},
         schema=identity_schema(schema),
     )
     provenance = {
@@ -152,7 +153,7 @@ class _Table:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         try:
-            self.file = pq.ParquetFile(path)
+            self.file = pq.ParquetFile(local_version(path))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a parquet file: {error}") from error
         self.format = format

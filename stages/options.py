@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 
-class _Folder(click.ParamType):
-    """A folder's path, or a URL of fsspec."""
+class _Place(click.ParamType):
+    """A path, or a URL of fsspec."""
 
-    name = "folder"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         from ..pipeline.remote import open_path
@@ -21,7 +22,7 @@ class _Folder(click.ParamType):
         return open_path(value)
 
 
-FOLDER = _Folder()
+FOLDER, FILE = _Place("folder"), _Place("file")
 
 
 class Command(click.Command):

@@ -9,6 +9,7 @@ from ..pipeline.cache import local_copy
 from ..pipeline.errors import UserError, one_line
 from ..pipeline.locks import locked
 from ..pipeline.manifest import MANIFEST, Manifest, read_manifest
+from ..pipeline.mixing import MIX
 from ..pipeline.progress import progress_bar
 from ..pipeline.remote import fetch, is_remote
 from ..pipeline.runner import REJECTS, open_folder, rejects_bytes, tidy
@@ -35,6 +36,11 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     Every shard is hashed at both ends. Raises UserError where the target holds something else.
     """
     manifest = read_manifest(folder)
+    if manifest.identity.stage == MIX:
+        raise UserError(
+            f"{folder}: a mixture names folders and holds none of their rows: share each of them, "
+            "then `qpipe mix` their URLs"
+        )
     content = read_bytes(folder / MANIFEST)
     create_repository(str(target))
     copied = 0

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..pipeline.manifest import read_manifest
+from ..pipeline.errors import UserError
+from ..pipeline.mixing import parts_of
 from ..pipeline.records import TargetExample
+from ..pipeline.remote import open_path
+from .mixture import mix
 from .stream import open_streams
 
 CACHED_BLOCKS = 4  # record batches whose examples are kept
@@ -21,45 +24,57 @@ _FIELDS = tuple(field.name for field in fields(TargetExample))
 class TargetDataset(Dataset[dict[str, Any]]):
     """The examples of a target folder that have supervised tokens, as dicts of numpy arrays.
 
-    A dict has the fields of `TargetExample`. Opening reads the folder once, to check every shard's
-    hash and to learn where each row is; after that rows are read when asked for, by any number of
-    worker processes. Rows that are asked for together, as a `DataLoader` does, are read together.
-    Raises UserError where the folder is not sealed, or a shard is missing or damaged.
+    A dict has the fields of `TargetExample`. A mixture has as many rows as its parts together, in
+    the proportions of their weights. Opening reads the folder once, to check every shard's hash and
+    to learn where each row is; after that rows are read when asked for, by any number of worker
+    processes. Rows that are asked for together, as a `DataLoader` does, are read together.
+    `verify=False` compares no hashes. Raises UserError where the folder is not sealed or has no
+    supervised token, or a shard is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        manifest = read_manifest(Path(folder), "build-targets")
-        self.stream, _ = open_streams(Path(folder), manifest, 0.0)
-        self._cached: OrderedDict[int, list[TargetExample]] = OrderedDict()
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        parts = parts_of(open_path(folder))
+        opened = [open_streams(part.folder, part.manifest, 0.0, verify=verify) for part in parts]
+        for part, (stream, _) in zip(parts, opened, strict=True):
+            if not len(stream):
+                raise UserError(f"{part.folder}: has no supervised token to train on")
+        self._mixture = mix([stream for stream, _ in opened], [part.weight for part in parts])
+        self._cached: OrderedDict[tuple[int, int], list[TargetExample]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self._mixture)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._row(index)
-        starts = self.stream.outline.starts
+        part, row = self._place(index)
+        starts = self._mixture.streams[part].outline.starts
         block = int(np.searchsorted(starts, row, side="right")) - 1
-        if block not in self._cached:
+        if (part, block) not in self._cached:
             rows = np.arange(starts[block], starts[block + 1])
-            self._cached[block] = list(self.stream.at(rows))
+            self._cached[part, block] = list(self._mixture.streams[part].at(rows))
             if len(self._cached) > CACHED_BLOCKS:
                 self._cached.popitem(last=False)
-        self._cached.move_to_end(block)
-        return _as_dict(self._cached[block][row - int(starts[block])])
+        self._cached.move_to_end((part, block))
+        return _as_dict(self._cached[part, block][row - int(starts[block])])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = np.array([self._row(index) for index in indices], np.int64)
-        return [_as_dict(example) for example in self.stream.at(rows)]
+        places = [self._place(index) for index in indices]
+        found = [
+            stream.at(np.array([row for part, row in places if part == number], np.int64))
+            for number, stream in enumerate(self._mixture.streams)
+        ]
+        return [_as_dict(next(found[part])) for part, _ in places]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the examples: a worker process reads its own."""
         return self.__dict__ | {"_cached": OrderedDict()}
 
-    def _row(self, index: int) -> int:
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
+    def _place(self, index: int) -> tuple[int, int]:
+        """The part that a row comes from, and which it is of its rows, over and over."""
+        number = index + len(self) if index < 0 else index
+        if not 0 <= number < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return int(row)
+        part, row = self._mixture.turn(int(number))
+        return part, row % len(self._mixture.streams[part])
 
 
 def _as_dict(example: TargetExample) -> dict[str, Any]:

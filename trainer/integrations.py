@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import read_manifest
+from ..pipeline.mixing import parts_of
 from ..pipeline.records import TargetExample
+from ..pipeline.remote import open_path
 from .checks import SFT
 from .collate import SparseTargets, collate, observed_only
 from .dataset import TargetDataset
@@ -66,8 +67,11 @@ class TargetCollator:
 
 
 def target_objective(folder: str | Path, method: str | None = None) -> Objective:
-    """What a target folder's method minimises, or plain "sft" on any folder."""
-    settings = read_manifest(Path(folder), "build-targets").settings
+    """What a target folder's method minimises, or plain "sft" on any folder.
+
+    The parts of a mixture agree in it.
+    """
+    settings = parts_of(open_path(folder))[0].manifest.settings
     if method not in (None, SFT, settings["method"]):
         raise UserError(f"{folder}: holds {settings['method']} targets, not {method}")
     return objective_of(settings, method or settings["method"])

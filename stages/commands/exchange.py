@@ -1,13 +1,10 @@
 """The words of `qpipe import` and `qpipe export`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, one_of
-
-FILE = click.Path(path_type=Path)
+from ..options import FILE, FOLDER, Command, config_option, one_of
 
 
 @click.command("import", cls=Command)

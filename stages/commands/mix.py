@@ -13,9 +13,9 @@ from ..options import FOLDER, Command
 def mix(parts: tuple[str, ...], out: Path) -> None:
     """Mix folders of targets by weights, without copying them.
 
-    The folder names its parts, their fingerprints and their shares of the samples; it is refused
-    where one of them has changed or is gone. Parts must be targets for the same tokenizer and
-    vocabulary that a training run can follow together.
+    The folder names its parts, paths or URLs, their fingerprints and their shares of the samples;
+    it is refused where one of them has changed or is gone. Parts must be targets for the same
+    tokenizer and vocabulary that a training run can follow together.
 
     \b
     qpipe mix code/=3 chat/=1 --out mixed/
@@ -35,8 +35,11 @@ def mix(parts: tuple[str, ...], out: Path) -> None:
 
 
 def _part(text: str) -> tuple[Path, float]:
+    from ...pipeline.remote import open_path
+
     folder, equals, weight = text.rpartition("=")
     try:
-        return Path(folder), float(weight) if equals and folder else float("no")
+        share = float(weight if equals and folder else "no")
     except ValueError as error:
         raise click.UsageError(f"{text}: give a folder and its weight, as in targets/=3") from error
+    return open_path(folder), share

@@ -1,11 +1,10 @@
 """The words of `qpipe subset`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option
+from ..options import FILE, FOLDER, Command, config_option
 
 
 @click.command(cls=Command)
@@ -13,7 +12,7 @@ from ..options import FOLDER, Command, config_option
 @click.option("--out", required=True, type=FOLDER, help="Folder to make.")
 @click.option(
     "--ids",
-    type=click.Path(path_type=Path),
+    type=FILE,
     default=None,
     metavar="FILE",
     help="Take the demonstrations of these ids, one a line.",

@@ -13,6 +13,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.mixing import read_mix, write_mix
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
+from qpipe.stages.share import share
 from qpipe.stages.subset import SubsetSettings, subset
 from qpipe.stages.verify import verify
 
@@ -112,6 +113,8 @@ def test_a_mixture_holds_no_rows(parts: tuple[Path, Path], tmp_path: Path) -> No
     write_mix(tmp_path / "mixed", [(parts[0], 3), (parts[1], 1)])
     with pytest.raises(UserError, match="made by `qpipe mix` holds no rows"):
         decoder(tmp_path / "mixed")
+    with pytest.raises(UserError, match="share each of them, then `qpipe mix` their URLs"):
+        share(tmp_path / "mixed", tmp_path / "copy", None, None)
     with pytest.raises(UserError, match="made by `qpipe mix` holds no rows"):
         subset(SubsetSettings(tmp_path / "mixed", tmp_path / "some", None, ("tokens > 2",)))
 

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from qpipe.pipeline import read_targets
+from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.remote import open_path
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 from qpipe.tests.s3 import Bucket
@@ -99,7 +100,6 @@ def test_a_local_folder_from_a_remote_one_and_file_urls(
 def test_demonstrations_behind_urls(
     s3: Bucket, tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    import pyarrow as pa
     import pyarrow.parquet
     import zstandard
 
@@ -146,6 +146,64 @@ def test_train_streams_through_the_cache(
                  "--model", tiny_model, fails=True)  # fmt: skip
     assert said.startswith("Error: --out s3://bucket/run: a model is trained in a local folder")
     assert s3.names("run") == []
+
+
+def test_what_goes_in_and_out_by_file_may_be_behind_urls(
+    s3: Bucket, local: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    score(tiny_model, local / "chats.jsonl", tmp_path / "scores", "--top-k", "320")
+    there, here = "s3://bucket/logs.parquet", tmp_path / "logs.parquet"
+    for file in (there, here):
+        qpipe("export", tmp_path / "scores", "--format", "axolotl", "--out", file)
+    assert s3.get("logs.parquet") == here.read_bytes()
+    for file, out in ((there, "s3://bucket/imported"), (here, tmp_path / "imported")):
+        words = ("--format", "axolotl", "--model", tiny_model, "--out", out)
+        qpipe("import", file, *words)
+    assert s3.folder("imported") == contents(tmp_path / "imported")
+    s3.put("ids.txt", b"chats.jsonl:2\nchats.jsonl:5\n")
+    few = ("--ids", "s3://bucket/ids.txt", "--out", "s3://bucket/few")
+    qpipe("subset", local / "targets", *few)
+    assert [example.id for example in read_targets("s3://bucket/few")] == [
+        "chats.jsonl:2",
+        "chats.jsonl:5",
+    ]
+
+
+def test_a_mixture_of_folders_behind_urls(
+    s3: Bucket, local: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    qpipe("build-targets", "--scores", local / "scores", "--out", tmp_path / "gift", "--method",
+          "gift")  # fmt: skip
+    parts = (local / "targets", tmp_path / "gift")
+    for part in parts:
+        qpipe("share", part, f"s3://bucket/{part.name}")
+    shares = ("s3://bucket/targets=3", "s3://bucket/gift=1")
+    for mixed in ("s3://bucket/mixed", tmp_path / "mixed"):
+        qpipe("mix", *shares, "--out", mixed)
+        assert "all well" in qpipe("verify", mixed)
+    said = qpipe("mix", f"{parts[0]}=3", shares[1], "--out", "s3://bucket/more", fails=True)
+    assert f"whoever opens it elsewhere has no {parts[0]}" in said
+    assert s3.names("more") == []
+    # the same samples as of the local folders, in our trainer and in that of others
+    words = ("--model", tiny_model, "--max-steps", "2", "--batch-size", "2", "--out")
+    given = ("--targets", *parts, "--mixture-weights", "3,1")
+    qpipe("train", *given, *words, tmp_path / "one")
+    qpipe("train", "--targets", "s3://bucket/mixed", *words, tmp_path / "other")
+    models = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("one", "other")]
+    assert models[0] == models[1]
+
+
+def test_other_trainers_read_behind_urls(s3: Bucket, local: Path) -> None:
+    from qpipe.trainer.integrations import TargetDataset, target_objective
+
+    for path in (local / "targets").iterdir():
+        s3.put(f"targets/{path.name}", path.read_bytes())
+    url = "s3://bucket/targets"
+    there, here = TargetDataset(url), TargetDataset(local / "targets")
+    assert [row["id"] for row in there] == [row["id"] for row in here]
+    assert target_objective(url) == target_objective(local / "targets")
+    shard = pa.ipc.open_file(s3.get("targets/shard-00000.arrow")).read_all().to_pydict()
+    assert decoder(url)(shard) == decoder(local / "targets")(shard)
 
 
 # Interrupted, and half made

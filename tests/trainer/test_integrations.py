@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.mixing import write_mix
 from qpipe.pipeline.records import TargetExample
 from qpipe.trainer import dataset as dataset_module
 from qpipe.trainer.collate import collate
@@ -65,8 +67,30 @@ def test_few_record_batches_stay_in_memory(make_targets: Make, make_examples: Ex
     rows = TargetDataset(make_targets(make_examples(40), rows=2))
     for index in range(40):
         _ = rows[index]
-    assert list(rows._cached) == list(range(20 - dataset_module.CACHED_BLOCKS, 20))
+    assert [block for _, block in rows._cached] == list(
+        range(20 - dataset_module.CACHED_BLOCKS, 20)
+    )
     assert not pickle.loads(pickle.dumps(rows))._cached
+
+
+def test_a_mixture_has_its_parts_in_proportion(
+    make_targets: Make, make_examples: Examples, tmp_path: Path
+) -> None:
+    parts = []
+    for name, count in (("five", 5), ("seven", 7)):
+        examples = [replace(each, id=f"{name} {each.id}") for each in make_examples(count)]
+        parts.append(make_targets(examples, name=name))
+    write_mix(tmp_path / "mixed", [(parts[0], 3), (parts[1], 1)])
+    rows = TargetDataset(tmp_path / "mixed")
+    ids = [[example.id for example in read_targets(part)] for part in parts]
+    found = [row["id"] for row in rows]
+    assert len(found) == 12
+    assert [each for each in found if each in ids[0]] == (ids[0] * 2)[:9]
+    assert [each for each in found if each in ids[1]] == ids[1][:3]
+    assert [row["id"] for row in rows.__getitems__([11, 0, 5, 5])] == [
+        found[index] for index in (11, 0, 5, 5)
+    ]
+    assert target_objective(tmp_path / "mixed") == target_objective(parts[0])
 
 
 def test_worker_processes_read_the_same_rows(targets: Path) -> None:
