@@ -122,6 +122,18 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
     return None
 
 
+def finished(folder: Path, identity: Identity) -> Manifest | None:
+    """The manifest of a folder that is done and tidy, told without holding it.
+
+    Any number of commands may find it so at a time, also where they may only read. Raises UserError
+    as `open_folder`.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    is_tidy = not (folder / PLAN).exists() and not any(folder.glob(TEMPORARY))
+    return open_folder(folder, identity, alone=False) if is_tidy else None
+
+
 class ShardRun:
     """One run of a job: the shards that are there already, and those that it makes.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..pipeline.errors import UserError
 from ..pipeline.executors import PartResult, Share, Stage, run_alone, run_share
 from ..pipeline.progress import Watcher
-from ..pipeline.runner import StageResult
+from ..pipeline.runner import StageResult, finished
 
 EXECUTORS = ("local", "ray")
 
@@ -89,6 +89,9 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     """Make what is missing of a stage's folder, where the options say."""
     execution = execution or Execution(rank=0, world_size=1)
     identity = stage.job.identity
+    done = finished(stage.job.folder, identity)
+    if done is not None:
+        return StageResult(done, was_done=True)
     share = execution.share() if execution.executor == "local" else None
     label = "" if share is None else str(share)
     watcher = Watcher(identity.stage, identity.fingerprint, execution.log_json, label)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from qpipe.pipeline.locks import locked
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.stages.cli import cli
 
@@ -37,6 +38,16 @@ def test_whoever_asks_for_the_same_gets_the_same_folder(scores: Path, tmp_path: 
         assert str(folder) in first.output + other.output
     listed = [json.loads(line) for line in run("list", store, "--json").output.splitlines()]
     assert [each["folder"] for each in listed] == [folder.name for folder in folders]
+
+
+def test_what_is_there_is_had_at_once_whoever_holds_it(scores: Path, tmp_path: Path) -> None:
+    command = ("build-targets", "--scores", scores, "--store", tmp_path / "store")
+    run(*command)
+    (folder,) = (tmp_path / "store").iterdir()
+    with locked(folder):
+        done = run(*command)
+    assert done.exit_code == 0
+    assert "was there already" in done.output
 
 
 def test_a_half_made_folder_of_a_store_is_continued(scores: Path, tmp_path: Path) -> None:
