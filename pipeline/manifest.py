@@ -208,12 +208,14 @@ def parse_identity(path: Path, value: Any) -> Identity:
 
 
 def check_version(path: Path, identity: Identity) -> None:
-    """Refuse a folder of another format version."""
-    if identity.format_version not in READABLE_VERSIONS:
+    """Refuse a folder of a format version that cannot be read."""
+    stage = str(identity.stage)
+    readable = READABLE_VERSIONS.get(stage, (FORMAT_VERSION,))
+    if type(identity.format_version) is not int or identity.format_version not in readable:
         raise UserError(
             f"{path}: format version {identity.format_version}, this qpipe reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the qpipe that made it, or make it "
-            "again"
+            f"{' and '.join(map(str, readable))}: make it again with `qpipe {stage[:20]}`, or use "
+            "the qpipe that made it"
         )
 
 

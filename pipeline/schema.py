@@ -17,7 +17,11 @@ from .packing import Packing, Precision
 from .records import Example, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
+READABLE_VERSIONS = {  # by the stage that made them: scores of version 1 lack token weights
+    "score": (2, 3),
+    "build-targets": (1, 2, 3),
+    "mix": (3,),
+}
 
 Level = Literal["example", "token", "position", "entry"]
 

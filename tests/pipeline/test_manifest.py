@@ -217,7 +217,10 @@ def test_a_setting_changed_by_hand_is_noticed(sealed: Path) -> None:
 def test_another_format_version_is_refused_with_both_named(sealed: Path, version: Any) -> None:
     edit(sealed, lambda manifest: manifest["identity"].update(format_version=version))
 
-    with pytest.raises(UserError, match=f"format version {version}, this qpipe reads 2"):
+    with pytest.raises(
+        UserError,
+        match=f"format version {version}, this qpipe reads 2 and 3: make it again with `qpipe s",
+    ):
         read_manifest(sealed)
 
 
@@ -229,5 +232,8 @@ def test_an_unfinished_folder_of_another_format_version_is_refused(
     plan = tmp_path / "scores" / "plan.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"format_version": 1}))
 
-    with pytest.raises(UserError, match="format version 1, this qpipe reads 2"):
+    with pytest.raises(
+        UserError,
+        match="format version 1, this qpipe reads 2 and 3: make it again with `qpipe score`",
+    ):
         toy(tmp_path / "scores").run()

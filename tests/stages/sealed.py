@@ -140,7 +140,7 @@ def as_targets(example: ScoredExample) -> TargetExample:
 
 
 def older(folder: Path, version: int) -> Path:
-    """Targets as format 2 stored them: plain columns, no precision, no seal."""
+    """Targets as formats 1 and 2 stored them: plain columns, no precision, no seal."""
     settings = {
         "method": "sft+kl",
         "form": "frozen-target",

@@ -145,7 +145,7 @@ def test_what_is_no_sealed_folder_is_refused_in_one_line(
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     refused(verify, tmp_path / "gone", "gone: no such folder")
-    refused(verify, tmp_path / "file", "file: no such folder")
+    refused(verify, tmp_path / "file", "file: is a file, not a folder")
     refused(verify, tmp_path / "empty", "it has no manifest.json")
     identity = asdict(read_manifest(own).identity)
     (own / "manifest.json").unlink()
@@ -325,10 +325,13 @@ def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
 # Older folders
 
 
-def test_targets_of_format_2_are_read_verified_and_streamed(verify: Verify, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_targets_of_older_formats_are_read_verified_and_streamed(
+    verify: Verify, tmp_path: Path, version: int
+) -> None:
     from qpipe.trainer.stream import open_streams
 
-    folder = older(tmp_path / "targets", 2)
+    folder = older(tmp_path / "targets", version)
     assert "precision" not in read_manifest(folder).settings
     wanted = [as_targets(scored(number)) for number in range(1, 4)]
     stream, _ = open_streams(folder, read_manifest(folder), 0.0)
@@ -353,11 +356,11 @@ def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_pat
     assert verify(build(folder, tmp_path / "targets"))[0] == 0
 
 
-@pytest.mark.parametrize("version", [1, 4, "3", None, [], 2.5, True])
+@pytest.mark.parametrize("version", [0, 4, "3", None, [], 2.5, True])
 def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, version: Any) -> None:
     folder = older(tmp_path / "targets", version)
-    words = f"format version {version}, this qpipe reads 2 and 3: use the qpipe that made it"
-    assert refused(verify, folder, words, "or make it again").count("\n") == 1
+    words = f"format version {version}, this qpipe reads 1 and 2 and 3: make it again with `qpipe b"
+    assert refused(verify, folder, words, "or use the qpipe that made it").count("\n") == 1
 
 
 # Readers
