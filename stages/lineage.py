@@ -18,10 +18,11 @@ def described(identity: Identity) -> str:
             )
             return f"{settings['method']} ({settings['form']}{parameters})"
         case "score":
-            engine = f"{settings.get('engine', '?')} in {settings.get('dtype', '?')}"
-            return (
-                f"top {settings['top_k']} of a vocabulary of {settings['vocab_size']:,}, {engine}"
-            )
+            if "imported" in settings:
+                by = f"imported from {settings['imported']}"
+            else:
+                by = f"{settings.get('engine', '?')} in {settings.get('dtype', '?')}"
+            return f"top {settings['top_k']} of a vocabulary of {settings['vocab_size']:,}, {by}"
         case "mix":
             weights = settings["weights"]
             return "weights " + ", ".join(f"{weight:g}" for weight in weights)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from qpipe.pipeline import remote
+from qpipe.pipeline import decoder, remote
 from qpipe.pipeline.manifest import Manifest, read_manifest
 from qpipe.pipeline.remote import open_path
 from qpipe.stages import share as sharing
@@ -290,7 +290,11 @@ def test_the_card_says_what_the_folder_holds(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "targets", [row])
     qpipe("share", folder, tmp_path / "copy", "--license", "cc-by-4.0", "--title", "A title")
     front, body = front_and_body((tmp_path / "copy" / "README.md").read_text())
-    assert front == {"license": "cc-by-4.0", "tags": ["qpipe", "soft-targets", "distillation"]}
+    assert front == {
+        "license": "cc-by-4.0",
+        "tags": ["qpipe", "soft-targets", "distillation"],
+        "configs": [{"config_name": "default", "data_files": "shard-*.arrow"}],
+    }
     size = (folder / "shard-00000.arrow").stat().st_size
     fingerprint = read_manifest(folder).fingerprint
     for line in (
@@ -298,6 +302,8 @@ def test_the_card_says_what_the_folder_holds(tmp_path: Path) -> None:
         "| demonstrations | 1 |",
         "| tokens | 3, 2 of them supervised |",
         f"| bytes a supervised token | {size / 2:.1f} |",
+        "| entries a supervised token | 1.5 |",
+        "| mean probability outside the entries | 0.4000 |",
         "| base model | made-up |",
         "| vocabulary | 320 tokens |",
         f"| fingerprint | {fingerprint} |",
@@ -305,6 +311,23 @@ def test_the_card_says_what_the_folder_holds(tmp_path: Path) -> None:
         "from qpipe.pipeline import read_targets",
     ):
         assert line in body.splitlines()
+
+
+def test_a_card_of_an_unknown_model_says_so(tmp_path: Path) -> None:
+    row = targeted("a", [1, 2, 3], [0.5], [{3: 0.5}])
+    manifest = read_manifest(folder_of(tmp_path / "targets", [row]))
+    for made_by in ({}, {"teacher": 3}):
+        assert "| base model | not known |" in card(replace(manifest, provenance=made_by), "t", "")
+
+
+def test_the_card_lets_datasets_find_the_rows(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    row = targeted("a", [1, 2, 3], [0.5, 0.5], [{2: 0.5, 7: 0.2}, {3: 0.5}])
+    folder = folder_of(tmp_path / "targets", [row])
+    qpipe("share", folder, tmp_path / "copy")
+    rows: Any = load_dataset(str(tmp_path / "copy"), split="train", cache_dir=str(tmp_path / "c"))
+    assert rows.with_transform(decoder(tmp_path / "copy"))[0]["support_ids"] == [[2, 7], [3]]
 
 
 HOSTILE = "a|b\n# c [d](javascript:e) <script>f</script> `g` *h* _i_ ![j](k) ---\r\n| l | m |"
