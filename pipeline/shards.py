@@ -26,6 +26,7 @@ from .schema import Schema, packing_of, schema_of
 from .storage import atomic_file, read_json, sha256_of_file, write_json
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
+COMPRESSED = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
 # what the manifest counts at each level
 _COUNTED = {"row": "rows", "token": "tokens", "position": "positions", "entry": "entries"}
 
@@ -64,8 +65,8 @@ def commit_shard(
     path = folder / shard_name(index)
     with atomic_file(path) as file:
         hashing = _HashingFile(file)
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
-        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), schema.arrow, options=options) as writer:
+        sink = pa.PythonFile(hashing, "w")
+        with pa.ipc.new_file(sink, schema.arrow, options=COMPRESSED) as writer:
             for batch in content.batches:
                 writer.write_batch(encode(schema, batch))
     entry = ShardEntry(

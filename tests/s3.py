@@ -1,6 +1,6 @@
 """A server on loopback that speaks S3, for folders behind URLs.
 
-    python tests/s3.py    prints its address and serves until its standard input ends
+`python tests/s3.py` prints its address and serves until its standard input ends.
 """
 
 import logging

@@ -13,23 +13,16 @@ size over its supervised tokens. Two errors, in the mean over the tokens:
 
 Beside them targets of fixed size, and ones sampled from the base (n draws, arXiv 2503.16870), which
 are right in the mean over many draws only.
-
-Also how fast the codec is, on this machine's cores, at these supports.
 """
 
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from qpipe.pipeline import read_targets
-from qpipe.pipeline.codec import FlatBatch, cut, decode, encode, flatten
+from qpipe.pipeline.codec import FlatBatch, cut
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.packing import Packing, Precision
@@ -61,7 +54,7 @@ class Whole:
 
 
 def main(scores: Path) -> None:
-    """Print the table, then the codec's speed."""
+    """Print the table."""
     manifest = read_manifest(scores, "score")
     batches = [batch for entry in manifest.shards for batch in read_shard(scores, manifest, entry)]
     batches = [cut(folder_schema(manifest), batch, SAMPLE)[0] for batch in batches[:2]]
@@ -77,7 +70,6 @@ def main(scores: Path) -> None:
             out = Path(made) / f"sampled{draws}"
             rows.append((f"{draws} draws", "counts", *_sampled(out, batches, whole, draws)))
     print_table(rows)
-    _speed(scores)
 
 
 def _build(scores: Path, out: Path, top_p: float, most: int, precision: Precision) -> None:
@@ -183,46 +175,6 @@ def _sampled(
         "-",
         f"{error / positions:.4f}",
     )
-
-
-def _speed(scores: Path) -> None:
-    """Positions a second through the codec, to and from Arrow's bytes, on two threads."""
-    with tempfile.TemporaryDirectory() as made:
-        _build(scores, Path(made) / "t", 0.99, 64, "uint8")
-        manifest = read_manifest(Path(made) / "t")
-        schema = folder_schema(manifest)
-        examples = list(read_targets(Path(made) / "t"))
-    pieces = [flatten(schema, examples[i : i + 64]) for i in range(0, len(examples), 64)] * 8
-    positions = sum(len(piece["positions"]) for piece in pieces)
-
-    def to_bytes(piece: FlatBatch) -> pa.Buffer:
-        sink = pa.BufferOutputStream()
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
-        with pa.ipc.new_file(sink, schema.arrow, options=options) as writer:
-            writer.write_batch(encode(schema, piece))
-        return sink.getvalue()
-
-    def from_bytes(content: pa.Buffer) -> FlatBatch:
-        with pa.ipc.open_file(content) as reader:
-            return decode(schema, reader.get_batch(0), "here")
-
-    for threads in (1, 2):
-        with ThreadPoolExecutor(threads) as pool:
-            encoding = min(_seconds(lambda p=pool: list(p.map(to_bytes, pieces))) for _ in range(3))
-            contents = list(pool.map(to_bytes, pieces))
-            decoding = min(
-                _seconds(lambda p=pool, c=contents: list(p.map(from_bytes, c))) for _ in range(5)
-            )
-        print(
-            f"{threads} thread(s): encode {positions / encoding:,.0f}, decode "
-            f"{positions / decoding:,.0f} supervised positions/s"
-        )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
