@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 WEIGHT_KEYS = ("weight", "spans", "token_weights")  # of an assistant's message
-MAX_WEIGHT = 3.4e38  # what 32 bits hold
+MAX_WEIGHT = 1e30  # so that 32 bits hold it also times the scale of any method
 
 
 class UnusableError(Exception):
