@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line
-from .plausible import check_entry, check_frequent_ids, check_identity, check_maps
+from .plausible import (
+    check_counts,
+    check_entry,
+    check_frequent_ids,
+    check_identity,
+    check_kinds,
+    check_maps,
+)
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
 from .storage import (
     json_bytes,
@@ -119,7 +126,12 @@ def read_plan(folder: Path) -> Plan:
     path = folder / PLAN
     value = read_json(path)
     counts = value.pop("counts", {}) if isinstance(value, dict) else {}
-    return Plan(parse_identity(path, value), counts.get("shards"), counts.get("demonstrations"))
+    identity = parse_identity(path, value)
+    try:
+        check_counts(counts)
+        return Plan(identity, **counts)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, not a plan ({one_line(error)})") from error
 
 
 def identity_schema(schema: Schema) -> dict[str, str]:
@@ -198,11 +210,13 @@ def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
 
 
 def parse_identity(path: Path, value: Any) -> Identity:
-    """The identity in a JSON value."""
+    """The identity of any stage in a JSON value."""
     try:
         identity = Identity(**value)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged, not a plan ({error})") from error
+        check_kinds(identity)
+        _ = identity.fingerprint  # what cannot be hashed is the identity of nothing
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not a plan ({one_line(error)})") from error
     check_version(path, identity)
     return identity
 

@@ -31,6 +31,19 @@ def check_identity(identity: Any) -> None:
         raise ValueError("setting max_support is missing")
 
 
+def check_kinds(identity: Any) -> None:
+    """Raises ValueError for what is no stage's identity, known or not."""
+    if not _is_text(identity.stage):
+        raise ValueError(f"stage cannot be {_shown(identity.stage)}")
+    check_maps(settings=identity.settings, inputs=identity.inputs, schema=identity.schema)
+
+
+def check_counts(counts: Any) -> None:
+    """Raises ValueError for the counts of a plan that are none."""
+    if not _is_map(counts, _or_none(_is_count)):
+        raise ValueError(f"counts cannot be {_shown(counts)}")
+
+
 def check_maps(**values: Any) -> None:
     """Raises ValueError for one that is no map."""
     for name, value in values.items():

@@ -20,10 +20,18 @@ from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError, one_line
 from .expansion import refuse_bombs
 from .manifest import Manifest, ShardEntry, read_manifest, shard_name
+from .plausible import check_entry
 from .records import Example, Reject, ScoredExample, TargetExample
 from .remote import is_remote, open_path
 from .schema import Schema, packing_of, schema_of
-from .storage import atomic_file, read_json, sha256_of_file, write_json
+from .storage import (
+    atomic_file,
+    json_bytes,
+    parse_json,
+    read_bytes,
+    sha256_of_file,
+    sha256_of_json,
+)
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
 COMPRESSED = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=9))
@@ -81,19 +89,49 @@ def commit_shard(
         rejects=[asdict(reject) for reject in content.rejects],
         sums=content.sums,
     )
-    write_json(sidecar_path(folder, index), asdict(entry))
+    write_sidecar(folder, index, entry)
+    return entry
+
+
+def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
+    """Write what is known of a shard beside it, with a hash over all that it says."""
+    with atomic_file(sidecar_path(folder, index)) as file:
+        file.write(sidecar_bytes(entry))
+
+
+def sidecar_bytes(entry: ShardEntry) -> bytes:
+    """A sidecar's content."""
+    value = asdict(entry)
+    return json_bytes(value | {"seal": sha256_of_json(value)})
+
+
+def read_sidecar(folder: Path, index: int) -> ShardEntry:
+    """A shard as its sidecar describes it. Raises UserError where that is damaged."""
+    path = sidecar_path(folder, index)
+    content = read_bytes(path)
+    value = parse_json(path, content)
+    try:
+        said = {name: each for name, each in value.items() if name != "seal"}
+        entry = ShardEntry(**said)
+        check_entry(entry, shard_name(index), entry.fingerprint)
+        is_sealed = sidecar_bytes(entry) == content
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged, not a sidecar ({one_line(error)}): remove it and run again"
+        ) from error
+    if not is_sealed:
+        raise UserError(
+            f"{path}: damaged or changed, its seal is not that of its content: remove it and run "
+            "again"
+        )
     return entry
 
 
 def committed_shard(folder: Path, index: int, fingerprint: str) -> ShardEntry | None:
     """The sidecar of a shard, if it speaks of the very file that is there."""
-    sidecar = sidecar_path(folder, index)
-    if not sidecar.exists():
+    if not sidecar_path(folder, index).exists():
         return None
-    try:
-        entry = ShardEntry(**read_json(sidecar))
-    except TypeError as error:
-        raise UserError(f"{sidecar}: damaged, not a sidecar: remove it and run again") from error
+    entry = read_sidecar(folder, index)
     path = folder / shard_name(index)
     whole = path.exists() and _is_whole(path, entry)
     return entry if whole and entry.fingerprint == fingerprint else None

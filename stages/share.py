@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipeline.cache import local_copy
@@ -13,8 +13,8 @@ from ..pipeline.mixing import MIX
 from ..pipeline.progress import progress_bar
 from ..pipeline.remote import fetch, is_remote
 from ..pipeline.runner import REJECTS, open_folder, rejects_bytes, tidy
-from ..pipeline.shards import committed_shard, sidecar_path
-from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file, write_json
+from ..pipeline.shards import committed_shard, write_sidecar
+from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file
 from .card import card
 
 CARD = "README.md"
@@ -90,7 +90,7 @@ def _copy_shard(folder: Path, target: Path, manifest: Manifest, index: int) -> N
         shutil.copyfileobj(content, file)
     if _sha256_there(target / entry.file) != entry.sha256:
         raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
-    write_json(sidecar_path(target, index), asdict(entry))
+    write_sidecar(target, index, entry)
 
 
 def _sha256_there(path: Path) -> str:

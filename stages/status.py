@@ -11,8 +11,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.locks import is_worked_in
 from ..pipeline.manifest import MANIFEST, PLAN, ShardEntry, read_manifest, read_plan, totals_of
 from ..pipeline.runner import sidecar_indices
-from ..pipeline.shards import sidecar_path
-from ..pipeline.storage import read_json
+from ..pipeline.shards import read_sidecar, sidecar_path
 from ..trainer.run_folder import LOG, RUN
 
 _RECENT = 300.0  # seconds before the last shard that the speed is taken over
@@ -93,9 +92,9 @@ def _sealed(folder: Path) -> FolderStatus:
 
 def _unfinished(folder: Path) -> FolderStatus:
     plan = read_plan(folder)
-    sidecars = [sidecar_path(folder, index) for index in sidecar_indices(folder)]
-    entries = [ShardEntry(**read_json(path)) for path in sidecars]
-    times = [path.stat().st_mtime for path in sidecars]
+    indices = sidecar_indices(folder)
+    entries = [read_sidecar(folder, index) for index in indices]
+    times = [sidecar_path(folder, index).stat().st_mtime for index in indices]
     totals = totals_of(entries)
     working = is_worked_in(folder)
     positions_speed = rows_speed = left = None

@@ -18,7 +18,7 @@ from ..pipeline.manifest import (
 from ..pipeline.mixing import MIX, read_mix
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import REJECTS, rejects_bytes
-from ..pipeline.shards import folder_schema, read_shard, sidecar_path
+from ..pipeline.shards import folder_schema, read_shard, sidecar_bytes, sidecar_path
 from ..pipeline.storage import is_content, json_bytes, sha256_of_file
 
 
@@ -88,8 +88,13 @@ def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
     path = sidecar_path(folder, index)
     if not path.exists():
         yield f"{path}: missing"
-    elif not is_content(path, json_bytes(asdict(entry))):
+    elif not any(is_content(path, each) for each in (sidecar_bytes(entry), _without_seal(entry))):
         yield f"{path}: is not what the manifest says of {entry.file}"
+
+
+def _without_seal(entry: ShardEntry) -> bytes:
+    """A sidecar's content in folders of earlier versions."""
+    return json_bytes(asdict(entry))
 
 
 def _of_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:

@@ -270,6 +270,33 @@ def test_a_damaged_plan_is_refused_by_name(toy: Any, folder: Path, text: str) ->
         read_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": []},
+        {"counts": {"shards": "3"}},
+        {"counts": {"demonstrations": -1}},
+        {"counts": {"more": 1}},
+        {"stage": ["score"]},
+        {"settings": []},
+        {"inputs": None},
+        {"settings": {"a": "\ud800"}},
+    ],
+    ids=str,
+)
+def test_a_plan_of_another_shape_is_refused_by_name(
+    toy: Any, folder: Path, change: dict[str, Any]
+) -> None:
+    stop_at(toy, folder, 1)
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | change))
+
+    with pytest.raises(UserError, match=r"plan\.json: damaged"):
+        toy(folder).run()
+    with pytest.raises(UserError, match=r"plan\.json: damaged"):
+        read_manifest(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_a_damaged_sidecar_stops_the_run_by_name(toy: Any, folder: Path, text: str) -> None:
     stop_at(toy, folder, 1)

@@ -27,8 +27,9 @@ from qpipe.pipeline.shards import (
     commit_shard,
     committed_shard,
     read_shard,
+    sidecar_path,
 )
-from qpipe.pipeline.storage import atomic_file, read_json
+from qpipe.pipeline.storage import atomic_file, read_json, sha256_of_json, write_json
 
 MakeRecord = Callable[..., Any]
 SCHEMA = schema_of("score", 100)
@@ -78,7 +79,9 @@ def test_a_committed_shard_is_a_file_and_the_sidecar_that_describes_it(
         "shard-00012.arrow",
         "shard-00012.json",
     ]
-    assert json.loads((tmp_path / "shard-00012.json").read_text()) == {
+    said = json.loads((tmp_path / "shard-00012.json").read_text())
+    assert said.pop("seal") == sha256_of_json(said)
+    assert said == {
         "file": "shard-00012.arrow",
         "fingerprint": "print",
         "rows": 2,
@@ -207,6 +210,23 @@ def test_a_damaged_sidecar_is_refused_by_name(
 ) -> None:
     commit_shard(tmp_path, 0, SCHEMA, "print", content)
     (tmp_path / "shard-00000.json").write_bytes(data)
+
+    with pytest.raises(UserError, match=r"shard-00000\.json: damaged"):
+        committed_shard(tmp_path, 0, "print")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": 3}, {"sums": {}}, {"rejects": []}, {"bytes": None}, {"rows": "2"}, {"seal": None}],
+    ids=str,
+)
+def test_a_sidecar_that_says_something_else_is_refused_by_name(
+    tmp_path: Path, content: ShardContent, change: dict[str, Any]
+) -> None:
+    """Or a run that goes on would seal what it says."""
+    commit_shard(tmp_path, 0, SCHEMA, "print", content)
+    path = sidecar_path(tmp_path, 0)
+    write_json(path, json.loads(path.read_text()) | change)
 
     with pytest.raises(UserError, match=r"shard-00000\.json: damaged"):
         committed_shard(tmp_path, 0, "print")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder, rejects_bytes
 from qpipe.pipeline.schema import schema_of
-from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path
+from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
 from qpipe.pipeline.storage import sha256_of_file, write_json
 from qpipe.stages.build_targets import BuildSettings, build_targets
 
@@ -97,7 +97,7 @@ def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda each: e
         for entry in manifest.shards
     ]
     for index, entry in enumerate(entries):
-        write_json(sidecar_path(folder, index), asdict(entry))
+        write_sidecar(folder, index, entry)
     (folder / "rejects.jsonl").write_bytes(rejects_bytes(entries))
     manifest = replace(
         manifest,

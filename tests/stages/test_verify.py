@@ -20,7 +20,7 @@ from qpipe.pipeline.manifest import (
 )
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.packing import PRECISIONS
-from qpipe.pipeline.shards import read_scores, sidecar_path
+from qpipe.pipeline.shards import read_scores, write_sidecar
 from qpipe.pipeline.storage import write_json
 from qpipe.stages import cli
 
@@ -266,7 +266,7 @@ def test_a_size_that_the_shard_does_not_have_is_named(verify: Verify, own: Path)
     manifest = read_manifest(own)
     first, *rest = manifest.shards
     entries = [replace(first, bytes=first.bytes + 1), *rest]
-    write_json(sidecar_path(own, 0), asdict(entries[0]))
+    write_sidecar(own, 0, entries[0])
     write_manifest(own, replace(manifest, shards=entries, totals=totals_of(entries)))
     refused(verify, own, "shard-00000.arrow: has", "bytes, the manifest says", "1 problem(s)")
 
