@@ -9,14 +9,17 @@ import asyncio
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import msgspec
 import numpy as np
 
+from ...pipeline.codec import flatten
 from ...pipeline.errors import UserError, one_line
+from ...pipeline.invariants import violations
 from ...pipeline.records import Example, ScoredExample
+from ...pipeline.schema import schema_of
 from ...trainer.models import ModelFiles
 from .base import GivenIds, ScorerSettings, ServerSettings, scored
 
@@ -27,20 +30,23 @@ _MASS_TOLERANCE = 1e-3  # float32 sums over a large vocabulary
 _PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # ids and ranks
+
+
 class _Entry(msgspec.Struct):
     logprob: float
-    rank: int
+    rank: _Count
+
+
+_Prompt = list[dict[_Count, _Entry] | None]
 
 
 class _Choice(msgspec.Struct):
-    prompt_logprobs: list[dict[int, _Entry] | None]
+    prompt_logprobs: _Prompt
 
 
 class _Completion(msgspec.Struct):
     choices: list[_Choice]
-
-
-_Prompt = list[dict[int, _Entry] | None]
 
 
 class _Model(msgspec.Struct):
@@ -333,7 +339,19 @@ def _scored(example: Example, prompt: _Prompt, top_k: int, vocab_size: int) -> S
     masses_N = np.exp(log_probs_Nk.astype(np.float64)).sum(axis=1)
     if N and masses_N.max() > 1 + _MASS_TOLERANCE:
         raise _unnormalised(float(masses_N.max()))
-    return scored(example, observed_N, ranks_N, ids_Nk, log_probs_Nk, vocab_size)
+    if (~is_inside_N & (observed_N > log_probs_Nk[:, -1])).any():
+        raise _impossible(example, "a token outside of the top k is more probable than one of them")
+    made = scored(example, observed_N, ranks_N, ids_Nk, log_probs_Nk, vocab_size)
+    for wrong in violations("score", flatten(schema_of("score", vocab_size), [made]), vocab_size):
+        raise _impossible(example, f"{wrong.column} {wrong.what}")
+    return made
+
+
+def _impossible(example: Example, what: str) -> UserError:
+    return UserError(
+        f"example {example.id}: the server's answer cannot be: {what}: finished shards are kept: a "
+        "vLLM server is needed here"
+    )
 
 
 def _unnormalised(mass: float) -> UserError:

@@ -290,6 +290,32 @@ def spoil_mass(answer: Any) -> None:
         entry["logprob"] += 2.0
 
 
+def spoil_order(answer: Any) -> None:
+    first, second, *_ = (
+        entry for entry in answer["choices"][0]["prompt_logprobs"][-1].values() if entry["rank"] < 9
+    )
+    first["rank"], second["rank"] = second["rank"], first["rank"]
+
+
+def spoil_observed(answer: Any) -> None:
+    for row in answer["choices"][0]["prompt_logprobs"][1:]:
+        for entry in row.values():
+            if entry["rank"] > 8:
+                entry["logprob"] = -1e-9
+
+
+@pytest.mark.parametrize("key", ["-3", str(2**31), str(2**70)])
+def test_ids_that_are_none_are_never_stored(fake: Fake, key: str) -> None:
+    def spoil(answer: Any) -> None:
+        row = answer["choices"][0]["prompt_logprobs"][-1]
+        row[key] = row.pop(next(token for token, entry in row.items() if entry["rank"] == 1))
+
+    scorer = make_scorer(fake.files, settings_for(fake, tries=1))
+    fake.faults = [spoil]
+    with pytest.raises(UserError, match="an answer that cannot be read"):
+        list(scorer.score(EXAMPLES[:1], 8))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -298,6 +324,8 @@ def spoil_mass(answer: Any) -> None:
         (spoil_row, "e1: the server's answer for token"),
         (spoil_id, "e1: the server's answer for token"),
         (spoil_mass, "add up to .*raw_logprobs"),
+        (spoil_order, "topk_log_probs does not descend"),
+        (spoil_observed, "a token outside of the top k is more probable than one of them"),
     ],
 )
 def test_a_wrong_answer_is_never_stored(fake: Fake, spoil: Any, words: str) -> None:
