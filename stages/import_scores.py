@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..pipeline.cache import local_version
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, one_line
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
@@ -154,11 +154,12 @@ class _Table:
             raise UserError(f"{path}: no such file")
         try:
             self.file = pq.ParquetFile(local_version(path))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a parquet file: {error}") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a parquet file: {one_line(error)}") from error
         self.format = format
         self.count = self.file.metadata.num_rows
         self.ids, self.log_probs = self._columns()
+        self._check_kinds()
         if self.count == 0:
             raise UserError(f"{path}: empty, there is no row in it")
 
@@ -230,17 +231,41 @@ class _Table:
             )
         return ids[0], logs[0]
 
+    def _check_kinds(self) -> None:
+        """Refuse columns that hold something else than lists of numbers."""
+        wanted = dict.fromkeys(("input_ids", "labels", "attention_mask"), "lists of whole numbers")
+        wanted |= dict.fromkeys(("target_mask", self.ids), "lists of lists of whole numbers")
+        wanted[self.log_probs] = "lists of lists of numbers"
+        schema = self.file.schema_arrow
+        for field in schema:
+            kind = _kind(field.type)
+            if kind != wanted.get(field.name, kind):
+                raise UserError(
+                    f"{self.path}: column {field.name} holds {kind}, not {wanted[field.name]}"
+                )
+            if schema.names.count(field.name) > 1:
+                raise UserError(f"{self.path}: column {field.name} stands there more than once")
+
     def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         try:
             yield from self.file.iter_batches(READ_ROWS, columns=names)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: damaged: {error}") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{self.path}: damaged: {one_line(error)}") from error
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
+
+
+def _kind(kind: pa.DataType) -> str:
+    """What a column of a type holds, in words."""
+    if _is_list(kind):
+        return f"lists of {_kind(kind.value_type)}"
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "whole numbers"
+    return "numbers" if pa.types.is_floating(kind) else str(kind)
 
 
 def _inner(field: pa.Field) -> Any:

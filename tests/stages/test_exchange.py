@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,36 @@ def test_padding_is_no_entry_and_no_token(tiny_model: Path, tmp_path: Path) -> N
     assert example.input_ids.tolist() == [5, 6, 7, 8]
     assert example.counts.tolist() == [2, 2]
     assert read_manifest(folder).settings["top_k"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input_ids": 5}, "column input_ids holds whole numbers, not lists of whole numbers"),
+        ({"labels": [1.0] * 4}, "column labels holds lists of numbers, not lists of whole"),
+        ({"attention_mask": ["1"] * 4}, "column attention_mask holds lists of string, not lists"),
+    ],
+)
+def test_columns_of_other_kinds_are_refused(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        imported(write(tmp_path / "rows.parquet", [a_row(**changes)]), tiny_model)
+
+
+def test_a_damaged_file_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [a_row()])
+    content = path.read_bytes()
+    said = []
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + b"\xff\xff" + content[place + 2 :])
+        try:
+            imported(path, tiny_model, top_k=2)
+        except UserError as error:
+            said.append(str(error))
+        rmtree(tmp_path / "rows", ignore_errors=True)
+    assert len(said) > 50
+    assert not any("\n" in each for each in said)
 
 
 @pytest.mark.parametrize(
