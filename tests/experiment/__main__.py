@@ -1,0 +1,54 @@
+"""What `make experiment` runs: the paper's claim in small, on this machine's cores.
+
+    python -m qpipe.tests.experiment MODEL [--quick] [--plan | --tables] [--work DIR] [--page FILE]
+
+Interrupted at any moment, the same command goes on. --plan tells what is left and how long that
+would take; --tables writes the page of what is recorded so far. Neither runs a model.
+"""
+
+import argparse
+from pathlib import Path
+
+from .conduct import conduct
+from .forecast import forecast
+from .plan import FULL, QUICK
+from .records import Records
+from .tables import page
+from .work import Work
+
+PAGE = Path("docs/experiment.md")
+
+
+def main() -> None:
+    """Read the options, then plan, run and write."""
+    parser = argparse.ArgumentParser(prog="make experiment")
+    parser.add_argument("model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--quick", action="store_true", help="very little of everything: does it run?"
+    )
+    parser.add_argument("--plan", action="store_true", help="only tell what is left to do")
+    parser.add_argument("--tables", action="store_true", help="only write the page")
+    parser.add_argument("--work", type=Path, help="folder to work in [.cache/experiment]")
+    parser.add_argument("--page", type=Path, help=f"page to write [{PAGE}; in --work if --quick]")
+    options = parser.parse_args()
+    folder = "experiment-quick" if options.quick else "experiment"
+    work = Work(
+        (options.work or Path(".cache") / folder).resolve(),
+        options.model.resolve(),
+        QUICK if options.quick else FULL,
+    )
+    if not options.plan:
+        work.open()
+    records = Records(work.root / "records.jsonl")
+    if not options.tables:
+        print(forecast(work.size, records), flush=True)
+    if not (options.tables or options.plan):
+        conduct(work, records)
+    if not options.plan:
+        written = options.page or (work.root / "page.md" if options.quick else PAGE)
+        written.write_text(page(records.by_key.values(), work.size, work.parts))
+        print(written)
+
+
+if __name__ == "__main__":
+    main()

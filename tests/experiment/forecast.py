@@ -1,0 +1,79 @@
+"""What is left to do, and about how long it takes."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from .plan import DEFAULT, KEPT, STARTS, VARIANTS, Size, conditions, reference_runs
+from .records import Record, Records
+
+# measured on two cores of an AMD EPYC with AVX-512, the machine otherwise idle
+SECONDS_A_DEMONSTRATION = 0.17  # to train on
+SECONDS_A_PROBLEM = 0.05  # to answer
+SECONDS_A_RUN = 14.0  # loading, hashing and saving; scores and targets; NLL and KL
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Runs that take about as long as each other."""
+
+    name: str
+    runs: int
+    seconds: float  # each, as expected
+    done: list[Record]
+
+    @property
+    def left(self) -> int:
+        """Runs that are not recorded."""
+        return max(0, self.runs - len(self.done))
+
+    @property
+    def seconds_left(self) -> float:
+        """At the pace of those that are, where there are some."""
+        paces = [sum(record["seconds"].values()) for record in self.done]
+        return self.left * (median(paces) if paces else self.seconds)
+
+
+def forecast(size: Size, records: Records) -> str:
+    """A line for each kind of run, and the hours that are left."""
+    kinds = _kinds(size, list(records.by_key.values()))
+    lines = [
+        f"{kind.name:38} {kind.runs:4} runs, {kind.left:4} left, {kind.seconds_left / 60:4.0f} min"
+        for kind in kinds
+    ]
+    hours = sum(kind.seconds_left for kind in kinds) / 3600
+    return "\n".join([*lines, f"about {hours:.1f} hours on two free cores"])
+
+
+def _kinds(size: Size, records: list[Record]) -> list[Kind]:
+    training = SECONDS_A_RUN + size.demonstrations * SECONDS_A_DEMONSTRATION
+    judging = size.test * SECONDS_A_PROBLEM
+    searching = size.validation * SECONDS_A_PROBLEM
+    methods, tests = len(VARIANTS), [record for record in records if record["exam"] == "test"]
+    trained = [record for record in tests if record["learning_rate"] > 0]
+    references = size.warm + size.teacher
+    return [
+        Kind(
+            "the untrained models and the teacher",
+            len(reference_runs()),
+            references * SECONDS_A_DEMONSTRATION / len(reference_runs()) + judging,
+            [record for record in tests if record["learning_rate"] == 0],
+        ),
+        Kind(
+            "search for learning rates",
+            len(STARTS) * methods * len(size.learning_rates),
+            training + searching,
+            [record for record in records if record["exam"] == "validation"],
+        ),
+        Kind(
+            "tests of methods",
+            sum(len(conditions(seed)) for seed in range(size.seeds)) * methods,
+            training + judging,
+            [record for record in trained if record["kept"] == DEFAULT.name],
+        ),
+        Kind(
+            "tests of how much is kept",
+            (len(KEPT) - 1) * size.seeds,
+            training + judging,
+            [record for record in trained if record["kept"] != DEFAULT.name],
+        ),
+    ]

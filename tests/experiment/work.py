@@ -1,0 +1,155 @@
+"""The work folder: what the experiment makes through the commands, and the records of its runs.
+
+Every folder is made when it is first asked for and found from then on; a record is a line that is
+appended when a run has been judged. Killed at any moment, the experiment loses one run at most.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qpipe.pipeline.storage import read_json, write_json
+
+from .judge import TEMPLATE, Exam, sample_unlike
+from .plan import CORRUPTED_SHARE, DEFAULT, TEACHER, UNTRAINED, Data, ExamName, Run, Size, Start
+from .processes import in_process, qpipe
+from .task import Problem, demonstrations, parts
+
+TRAINING = ("--batch-size", 8, "--precision", "bfloat16", "--warmup-ratio", 0.1)
+HELP_LEARNING_RATE = 1e-4  # of the warm start and of the teacher
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder `root`, in which the model `base` learns."""
+
+    root: Path
+    base: Path
+    size: Size
+
+    def open(self) -> None:
+        """Make the folder, or go on in it; exits where it holds an experiment of other sizes."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        told = json.loads(json.dumps({"model": self.base.name, **asdict(self.size)}))
+        path = self.root / "settings.json"
+        if path.exists() and read_json(path) != told:
+            sys.exit(f"{self.root}: holds an experiment of other sizes: give another --work")
+        write_json(path, told)
+
+    @property
+    def log(self) -> Path:
+        """What the commands print."""
+        return self.root / "commands.log"
+
+    @cached_property
+    def parts(self) -> dict[str, list[Problem]]:
+        """The problems by what they are for, none for two things."""
+        size = self.size
+        seeds = {f"seed{seed}": size.demonstrations for seed in range(size.seeds)}
+        fixed = {"test": size.test, "validation": size.validation}
+        return parts(0, **fixed, warm=size.warm, teacher=size.teacher, **seeds)
+
+    def start(self, start: Start) -> Path:
+        """The model that runs start from, which is their base prior too."""
+        return self.base if start == "cold" else self._tuned("warm")
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher of every run: the base, tuned on clean demonstrations of its own."""
+        return self._tuned("teacher")
+
+    def scores(self, start: Start, data: Data, seed: int) -> Path:
+        """A start's scores of a seed's demonstrations."""
+        share = CORRUPTED_SHARE if data == "corrupted" else 0.0
+        rows = self._rows(f"seed{seed}-{data}", demonstrations(self.parts[f"seed{seed}"], share))
+        out = self.root / f"scores/{start}-{data}-seed{seed}"
+        return self._score(out, self.start(start), DEFAULT.top_k, "--demonstrations", rows)
+
+    def targets(self, run: Run) -> Path:
+        """A run's targets."""
+        scores = self.scores(run.start, run.data, run.seed)
+        teacher: tuple[object, ...] = ()
+        if run.variant.has_teacher:
+            out = scores.with_name(f"{scores.name}-teacher-top{run.kept.top_k}")
+            teacher = ("--teacher", self._score(out, self.teacher, run.kept.top_k, "--at", scores))
+        words = [word for param in run.variant.params for word in ("--param", param)]
+        kept = run.kept
+        return self._made(
+            self.root / f"targets/{run.targets_name}",
+            "manifest.json",
+            *("build-targets", "--scores", scores, *teacher),
+            *("--method", run.variant.method, "--form", run.variant.form, *words),
+            *("--top-p", kept.top_p, "--max-support", kept.max_support),
+            *("--precision", kept.precision),
+        )
+
+    def model(self, run: Run) -> Path:
+        """The model that a run judges."""
+        if run.variant == UNTRAINED:
+            return self.start(run.start)
+        if run.variant == TEACHER:
+            return self.teacher
+        out = self.root / f"models/{run.model_name}"
+        return self._train(out, self.targets(run), self.start(run.start), run)
+
+    def forget_models(self) -> None:
+        """Remove the trained models: half a gigabyte each, and all judged."""
+        shutil.rmtree(self.root / "models", ignore_errors=True)
+
+    def exam(self, name: ExamName) -> Exam:
+        """The problems of an exam and what else is measured in it."""
+        problems = self.parts[name]
+        held_out = demonstrations(problems[: self.size.held_out])
+        return Exam(problems, held_out, self._unlike if name == "test" else ())
+
+    @cached_property
+    def _unlike(self) -> list[dict[str, Any]]:
+        path = self.root / "unlike.json"
+        if not path.exists():
+            write_json(path, in_process(self.log, sample_unlike, self.base, self.size.unlike))
+        return read_json(path)
+
+    def _tuned(self, name: str) -> Path:
+        """The base tuned on demonstrations of its own, by way of scores and sft targets."""
+        rows = self._rows(name, demonstrations(self.parts[name]))
+        given = ("--demonstrations", rows)
+        scores = self._score(self.root / f"scores/{name}", self.base, 1, *given)
+        targets = self._made(
+            self.root / f"targets/{name}",
+            "manifest.json",
+            *("build-targets", "--scores", scores, "--method", "sft"),
+        )
+        return self._train(self.root / name, targets, self.base)
+
+    def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
+        rows = ("--template", TEMPLATE) if given[0] == "--demonstrations" else ()
+        fixed = ("--engine", "transformers", "--top-k", top_k, "--shard-size", 64)
+        return self._made(out, "manifest.json", "score", "--model", model, *given, *rows, *fixed)
+
+    def _train(self, out: Path, targets: Path, model: Path, run: Run | None = None) -> Path:
+        learning_rate, seed = (
+            (HELP_LEARNING_RATE, 0) if run is None else (run.learning_rate, run.seed)
+        )
+        return self._made(
+            out,
+            "qpipe.json",
+            *("train", "--targets", targets, "--model", model, *TRAINING),
+            *("--learning-rate", learning_rate, "--seed", seed),
+        )
+
+    def _made(self, out: Path, seal: str, *words: object) -> Path:
+        """A folder that one command makes, unless it is there."""
+        if not (out / seal).exists():
+            out.parent.mkdir(exist_ok=True)
+            qpipe(self.log, *words, "--out", out)
+        return out
+
+    def _rows(self, name: str, rows: Iterable[dict[str, Any]]) -> Path:
+        path = self.root / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
