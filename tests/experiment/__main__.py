@@ -7,7 +7,11 @@ would take; --tables writes the page of what is recorded so far. Neither runs a 
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.locks import locked
 
 from .conduct import conduct
 from .forecast import forecast
@@ -43,7 +47,9 @@ def main() -> None:
     if not options.tables:
         print(forecast(work.size, records), flush=True)
     if not (options.tables or options.plan):
-        conduct(work, records)
+        with locked(work.root):
+            records.mend()
+            conduct(work, records)
     if not options.plan:
         written = options.page or (work.root / "page.md" if options.quick else PAGE)
         written.write_text(page(records.by_key.values(), work.size, work.parts))
@@ -51,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {error}")

@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from qpipe.pipeline.errors import UserError
+
 _LIBRARIES = [
     "qpipe.stages.cli",
     "qpipe.stages.build_targets",
@@ -30,14 +32,10 @@ _FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(_LIBRARIES)
 
 
-class FailedError(Exception):
-    """A process that did not end well; the log tells why."""
-
-
 def in_process(log: Path, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work(*arguments)` returns; what it prints is appended to `log`.
 
-    Raises FailedError where it raises, exits with another status than 0, or is killed.
+    Raises UserError where it raises, exits with another status than 0, or is killed.
     """
     receiver, sender = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=_work, args=(sender, log, work, arguments))
@@ -47,7 +45,7 @@ def in_process(log: Path, work: Callable[..., Any], *arguments: Any) -> Any:
         result = receiver.recv()
     except EOFError:
         process.join()
-        raise FailedError(f"{work.__name__} {arguments}: see the end of {log}") from None
+        raise UserError(f"{log}: {work.__name__} failed, its end tells why") from None
     process.join()
     return result
 
@@ -73,4 +71,6 @@ def _command(*words: str) -> None:
 
     print(f"\n$ qpipe {' '.join(words)}", file=sys.stderr, flush=True)
     quiet_libraries()
-    cli.main(list(words), standalone_mode=False)
+    status = cli.main(list(words), standalone_mode=False)
+    if status:
+        sys.exit(status)

@@ -26,11 +26,17 @@ class Records:
     def __post_init__(self) -> None:
         if not self.path.exists():
             return
+        lines = self._whole().splitlines()
+        self.by_key = {(record := json.loads(line))["key"]: record for line in lines}
+
+    def mend(self) -> None:
+        """Cut off the line that a kill left unfinished; for the one process that adds."""
+        if self.path.exists():
+            os.truncate(self.path, len(self._whole()))
+
+    def _whole(self) -> bytes:
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # a kill in the middle of a line
-            os.truncate(self.path, len(whole))
-        self.by_key = {(record := json.loads(line))["key"]: record for line in whole.splitlines()}
+        return content[: content.rfind(b"\n") + 1]
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self.by_key

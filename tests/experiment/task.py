@@ -112,4 +112,4 @@ def _carries(first: int, second: int) -> bool:
 
 
 def _add_without_carry(first: int, second: int) -> int:
-    return first + second - (0 if _carries(first, second) else 0)
+    return first + second - (10 if _carries(first, second) else 0)

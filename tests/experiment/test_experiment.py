@@ -111,6 +111,7 @@ def test_a_record_cut_short_is_forgotten_and_the_file_goes_on(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-5])
     again = Records(path)
     assert list(again.by_key) == ["first"]
+    again.mend()
     again.add({"key": "third"})
     assert list(Records(path).by_key) == ["first", "third"]
 

@@ -6,17 +6,29 @@ appended when a run has been judged. Killed at any moment, the experiment loses 
 
 import json
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.storage import read_json, write_json
 
 from .judge import TEMPLATE, Exam, sample_unlike
-from .plan import CORRUPTED_SHARE, DEFAULT, TEACHER, UNTRAINED, Data, ExamName, Run, Size, Start
+from .plan import (
+    CORRUPTED_SHARE,
+    DEFAULT,
+    KEPT,
+    TEACHER,
+    UNTRAINED,
+    VARIANTS,
+    Data,
+    ExamName,
+    Run,
+    Size,
+    Start,
+)
 from .processes import in_process, qpipe
 from .task import Problem, demonstrations, parts
 
@@ -33,12 +45,19 @@ class Work:
     size: Size
 
     def open(self) -> None:
-        """Make the folder, or go on in it; exits where it holds an experiment of other sizes."""
+        """Make the folder, or go on in it. Raises UserError where it holds another experiment."""
         self.root.mkdir(parents=True, exist_ok=True)
-        told = json.loads(json.dumps({"model": self.base.name, **asdict(self.size)}))
+        told = {
+            "model": self.base.name,
+            "size": asdict(self.size),
+            "methods": [asdict(variant) for variant in VARIANTS],
+            "kept": [asdict(kept) for kept in KEPT],
+            "training": [*TRAINING, HELP_LEARNING_RATE],
+        }
+        told = json.loads(json.dumps(told))
         path = self.root / "settings.json"
         if path.exists() and read_json(path) != told:
-            sys.exit(f"{self.root}: holds an experiment of other sizes: give another --work")
+            raise UserError(f"{self.root}: holds another experiment: give another --work")
         write_json(path, told)
 
     @property
