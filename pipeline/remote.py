@@ -79,6 +79,11 @@ def fetch(path: Path, local: Path) -> None:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
+def look_anew(path: Path) -> None:
+    """Forget what a remote path's file system remembers, as the hub's does, of what lies there."""
+    _store(path)[0].invalidate_cache()
+
+
 def version_of(path: Path) -> str:
     """A hash that changes when a remote file does."""
     store, place = _store(path)

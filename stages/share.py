@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipeline.cache import local_copy
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import UserError
 from ..pipeline.locks import locked
-from ..pipeline.manifest import MANIFEST, Manifest, read_manifest
+from ..pipeline.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from ..pipeline.mixing import MIX
 from ..pipeline.progress import progress_bar
-from ..pipeline.remote import fetch, is_remote
-from ..pipeline.runner import REJECTS, open_folder, rejects_bytes, tidy
-from ..pipeline.shards import committed_shard, write_sidecar
+from ..pipeline.remote import fetch, is_remote, look_anew
+from ..pipeline.runner import HUB_FILE, REJECTS, finished, open_folder, rejects_bytes, tidy
+from ..pipeline.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
 from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file
 from .card import card
+from .hub import DATASETS, HubFolder
 
 CARD = "README.md"
-HUB_DATASETS = "hf://datasets/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +41,83 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
             f"{folder}: a mixture names folders and holds none of their rows: share each of them, "
             "then `qpipe mix` their URLs"
         )
-    content = read_bytes(folder / MANIFEST)
-    create_repository(str(target))
-    copied = 0
+    beside = {
+        REJECTS: rejects_bytes(manifest.shards),
+        CARD: card(manifest, title or folder.name, license_id).encode(),
+        MANIFEST: read_bytes(folder / MANIFEST),
+    }
+    if str(target).startswith(DATASETS):
+        return _share_to_hub(folder, target, manifest, beside)
     with locked(target):
-        if open_folder(target, manifest.identity) is not None:
-            if read_bytes(target / MANIFEST) != content:
-                raise UserError(
-                    f"{target}: holds the same work, made another time: give another URL"
-                )
-            return Shared(manifest, 0, was_done=True)
+        found = open_folder(target, manifest.identity)
+        if found is not None:
+            return _was_there(target, manifest, beside[MANIFEST])
+        copied = 0
         total = manifest.totals["bytes"]
         with progress_bar(total=total, desc="share", unit="B", unit_scale=True) as progress:
             for index, entry in enumerate(manifest.shards):
                 if committed_shard(target, index, entry.fingerprint) != entry:
-                    _copy_shard(folder, target, manifest, index)
+                    _copy_shard(folder, target, index, entry)
                     copied += 1
                 progress.update(entry.bytes)
-        _put(target / REJECTS, rejects_bytes(manifest.shards))
-        _put(target / CARD, card(manifest, title or folder.name, license_id).encode())
-        _put(target / MANIFEST, content)
+        for name, content in beside.items():
+            _put(target / name, content)
         tidy(target)
     return Shared(manifest, copied)
 
 
-def create_repository(url: str) -> None:
-    """Make the repository of an `hf://datasets/` URL, a private one, if it is not there."""
-    owner_and_name = url.removeprefix(HUB_DATASETS).split("@")[0].split("/")[:2]
-    if not url.startswith(HUB_DATASETS) or len(owner_and_name) < 2:
-        return
-    from huggingface_hub import create_repo
-
-    try:
-        create_repo("/".join(owner_and_name), repo_type="dataset", private=True, exist_ok=True)
-    except Exception as error:  # the hub and the network each have their own
+def _share_to_hub(
+    folder: Path, target: Path, manifest: Manifest, beside: dict[str, bytes]
+) -> Shared:
+    """As `share`, to the Hugging Face hub."""
+    hub = HubFolder(str(target))
+    if finished(target, manifest.identity) is not None:
+        return _was_there(target, manifest, beside[MANIFEST])
+    others = {path.name for path in target.iterdir()} - {HUB_FILE}
+    if others:
         raise UserError(
-            f"{url}: the repository cannot be made: {one_line(error)}: log in with "
-            "`hf auth login`, or make it on the hub"
-        ) from error
+            f"{target}: holds something else ({min(others)}): give a folder inside of it"
+        )
+    shards = {entry.file: _sound_shard(folder, entry) for entry in manifest.shards}
+    sidecars = {
+        sidecar_path(folder, index).name: sidecar_bytes(entry)
+        for index, entry in enumerate(manifest.shards)
+    }
+    hub.put({**shards, **sidecars, **beside}, f"qpipe share {manifest.fingerprint[:12]}")
+    look_anew(target)
+    there = hub.hashes(list(shards))
+    for entry in manifest.shards:
+        # of files that it takes for small the hub tells none
+        found = there.get(entry.file) or _sha256_there(target / entry.file)
+        _refuse_damaged(target, entry, found)
+    return Shared(manifest, len(shards))
 
 
-def _copy_shard(folder: Path, target: Path, manifest: Manifest, index: int) -> None:
-    entry = manifest.shards[index]
+def _was_there(target: Path, manifest: Manifest, content: bytes) -> Shared:
+    if read_bytes(target / MANIFEST) != content:
+        raise UserError(f"{target}: holds the same work, made another time: give another URL")
+    return Shared(manifest, 0, was_done=True)
+
+
+def _sound_shard(folder: Path, entry: ShardEntry) -> Path:
+    """A local file of a shard's content, its hash compared."""
     source = local_copy(folder / entry.file, entry.sha256)
     if not source.exists() or sha256_of_file(source) != entry.sha256:
         raise UserError(f"{folder / entry.file}: missing or damaged: restore it, or make it again")
+    return source
+
+
+def _copy_shard(folder: Path, target: Path, index: int, entry: ShardEntry) -> None:
+    source = _sound_shard(folder, entry)
     with atomic_file(target / entry.file) as file, source.open("rb") as content:
         shutil.copyfileobj(content, file)
-    if _sha256_there(target / entry.file) != entry.sha256:
-        raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
+    _refuse_damaged(target, entry, _sha256_there(target / entry.file))
     write_sidecar(target, index, entry)
+
+
+def _refuse_damaged(target: Path, entry: ShardEntry, found: str) -> None:
+    if found != entry.sha256:
+        raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
 
 
 def _sha256_there(path: Path) -> str:

@@ -1,0 +1,78 @@
+"""`qpipe share` to the Hugging Face hub: one commit, so that a folder appears there as a whole.
+
+The hub keeps what is uploaded by its hash, so an interrupted upload goes on where it stopped, and
+it tells the hash of what it has.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..pipeline.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+DATASETS = "hf://datasets/"
+
+
+class HubFolder:
+    """A folder of a data set's repository; a private one is made where it is missing.
+
+    Raises UserError for a URL that names no repository, and where the hub refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        owner, _, rest = url.removeprefix(DATASETS).partition("/")
+        name, _, self.inner = rest.partition("/")
+        name, _, revision = name.partition("@")
+        if not (owner and name):
+            raise UserError(f"{url}: names no repository: give {DATASETS}OWNER/NAME")
+        self.url = url
+        self.where: dict[str, Any] = {
+            "repo_id": f"{owner}/{name}",
+            "repo_type": "dataset",
+            "revision": revision or None,
+        }
+        self.api: HfApi = self._made()
+
+    def _made(self) -> "HfApi":
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            api.create_repo(self.where["repo_id"], repo_type="dataset", private=True, exist_ok=True)
+        except Exception as error:  # the hub and the network each have their own
+            raise UserError(
+                f"{self.url}: the repository cannot be made: {one_line(error)}: log in with "
+                "`hf auth login`, or make it on the hub"
+            ) from error
+        return api
+
+    def put(self, files: Mapping[str, Path | bytes], message: str) -> None:
+        """Add files, local ones or contents, all in one commit."""
+        from huggingface_hub import CommitOperationAdd
+
+        additions = [
+            CommitOperationAdd(self._path(name), file if isinstance(file, bytes) else str(file))
+            for name, file in files.items()
+        ]
+        try:
+            self.api.create_commit(**self.where, operations=additions, commit_message=message)
+        except Exception as error:
+            raise UserError(
+                f"{self.url}: cannot be written: {one_line(error)}: run the same command again"
+            ) from error
+
+    def hashes(self, names: list[str]) -> dict[str, str]:
+        """The SHA-256 of files, as the hub found it."""
+        paths = [self._path(name) for name in names]
+        try:
+            found = self.api.get_paths_info(paths=paths, **self.where)
+        except Exception as error:
+            raise UserError(f"{self.url}: cannot be read: {one_line(error)}") from error
+        large = ((info.path, getattr(info, "lfs", None)) for info in found)
+        return {path.rpartition("/")[2]: lfs.sha256 for path, lfs in large if lfs}
+
+    def _path(self, name: str) -> str:
+        return f"{self.inner.strip('/')}/{name}".strip("/")
