@@ -6,12 +6,11 @@ itself), low byte and the rest apart. Sorted steps take half the bytes of ids.
 
 Probabilities are stored as natural logarithms, those of the entries and of the tail, and scaled to
 add up to 1 when they are read, so a support and its tail never contradict each other. As `uint8`
-each is a code, the place in `LEVELS` of the level nearest to it.
+each is the code of a level (`levels`).
 
 N positions, K entries of all of them end to end, V ids.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,37 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError
+from .levels import NEWEST, codes_of, probs_of
 from .ragged import segment_sums
 
 Precision = Literal["uint8", "float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# The levels of `uint8`. A step of the probability's square root, the same everywhere, spreads a
-# position's divergence evenly over its entries; further down a step of the logarithm takes over, so
-# that no entry is off by more than 8 %. Below a millionth they are half a nat off at most.
-_SQRT_STEP = 1 / 128
-_LOG_STEP = 0.15
-_LOG_FROM = 2 * math.log(_LOG_STEP / (2 * _SQRT_STEP))  # nats below 1 where both steps are the same
-_WIDE_FROM, _LOWEST = 14.0, 88.0  # nats below 1; the second is the smallest number of float32
-_ZERO = 255  # the code of a probability of 0
-_LOG_CODE = (1 - math.exp(-_LOG_FROM / 2)) / _SQRT_STEP
-_WIDE_CODE = _LOG_CODE + (_WIDE_FROM - _LOG_FROM) / _LOG_STEP
-_WIDE_STEP = (_LOWEST - _WIDE_FROM) / (_ZERO - 1 - _WIDE_CODE)
-
-
-def _levels() -> NDArray[np.float64]:
-    codes = np.arange(_ZERO, dtype=np.float64)
-    by_sqrt = -2 * np.log1p(-np.minimum(codes, _LOG_CODE) * _SQRT_STEP)
-    by_log = _LOG_FROM + (codes - _LOG_CODE) * _LOG_STEP
-    wide = _WIDE_FROM + (codes - _WIDE_CODE) * _WIDE_STEP
-    below = np.where(codes < _LOG_CODE, by_sqrt, np.maximum(by_log, wide))
-    return np.append(-below, -np.inf)
-
-
-LEVELS = _levels()  # the log-probability of each code, [256]
 _LARGEST_TABLE = 2**20  # ids; no list of them all is held of a larger vocabulary
-_LEVEL_PROBS = np.exp(LEVELS).astype(np.float32)
-_SMALLEST_PROB = np.float32(np.exp(-_LOWEST))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +37,7 @@ class Packing:
     vocab_size: int
     most_entries: int  # of any position
     frequent_ids: tuple[int, ...] = ()  # the first ranks
+    levels: int = NEWEST  # of uint8: the version of the format that they came with
 
 
 def ids_of(ranks: NDArray[np.integer], packing: Packing) -> NDArray[np.int64]:
@@ -101,10 +77,10 @@ def pack(arrays: dict[str, NDArray[Any]], packing: Packing) -> dict[str, NDArray
     assert ((ids >= 0) & (ids < packing.vocab_size)).all(), "ids outside of the vocabulary"
     has_table = packing.vocab_size <= _LARGEST_TABLE
     ranks = _rank_table(packing)[ids] if has_table else ranks_of(ids, packing)
-    keys = np.repeat(np.arange(len(counts)) * packing.vocab_size, counts) + ranks
-    order = np.argsort(keys)
+    order = np.argsort(np.repeat(np.arange(len(counts)) * packing.vocab_size, counts) + ranks)
     ranks = ranks[order]
-    steps = np.diff(ranks, prepend=0)
+    steps = ranks.copy()
+    steps[1:] -= ranks[:-1]
     starts = (np.cumsum(counts) - counts)[counts > 0]
     steps[starts] = ranks[starts]
     rest = {
@@ -113,10 +89,10 @@ def pack(arrays: dict[str, NDArray[Any]], packing: Packing) -> dict[str, NDArray
         if name not in ("support_ids", "support_probs", "tail_mass")
     }
     return rest | {
-        "rank_steps_low": steps & 0xFF,
+        "rank_steps_low": steps.astype(np.uint8),  # its lowest bits
         "rank_steps_high": steps >> 8,
-        "support_log_probs": _stored(arrays["support_probs"][order], packing.precision),
-        "tail_log_probs": _stored(arrays["tail_mass"], packing.precision),
+        "support_log_probs": _stored(arrays["support_probs"][order], packing),
+        "tail_log_probs": _stored(arrays["tail_mass"], packing),
     }
 
 
@@ -133,8 +109,8 @@ def unpack(
     """
     rest = dict(arrays)
     low, high = rest.pop("rank_steps_low"), rest.pop("rank_steps_high")
-    weights = _weights(rest.pop("support_log_probs"))
-    tail_weights = _weights(rest.pop("tail_log_probs"))
+    weights = _weights(rest.pop("support_log_probs"), packing)
+    tail_weights = _weights(rest.pop("tail_log_probs"), packing)
     counts = rest["counts"].astype(np.int64)
     totals = segment_sums(weights, counts) + tail_weights
     is_distribution = np.isfinite(totals) & (totals > 0)
@@ -165,21 +141,17 @@ def _ids(
     return ids_of(ranks, packing).astype(np.int32)
 
 
-def _stored(probs: NDArray[np.floating], precision: Precision) -> NDArray[Any]:
-    if precision != "uint8":
-        with np.errstate(divide="ignore"):
-            return np.log(probs.astype(np.float64)).astype(precision)
-    below = -np.log(np.clip(probs, _SMALLEST_PROB, 1))
-    by_sqrt = (1 - np.sqrt(probs)) / _SQRT_STEP
-    by_log = _LOG_CODE + (below - _LOG_FROM) / _LOG_STEP
-    wide = _WIDE_CODE + (below - _WIDE_FROM) / _WIDE_STEP
-    codes = np.where(below < _LOG_FROM, by_sqrt, np.minimum(by_log, wide))
-    return np.where(probs > 0, np.rint(codes), _ZERO).astype(np.uint8)
+def _stored(probs: NDArray[np.float32], packing: Packing) -> NDArray[Any]:
+    if packing.precision == "uint8":
+        assert packing.levels == NEWEST, "older levels are only read"
+        return codes_of(probs)
+    with np.errstate(divide="ignore"):
+        return np.log(probs.astype(np.float64)).astype(packing.precision)
 
 
-def _weights(log_probs: NDArray[Any]) -> NDArray[np.float32]:
+def _weights(log_probs: NDArray[Any], packing: Packing) -> NDArray[np.float32]:
     """Probabilities up to a factor."""
-    if log_probs.dtype == np.uint8:
-        return _LEVEL_PROBS[log_probs]
+    if packing.precision == "uint8":
+        return probs_of(log_probs, packing.levels)
     with np.errstate(over="ignore"):
         return np.exp(log_probs, dtype=np.float32)

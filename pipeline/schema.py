@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import UserError
+from .levels import NEWEST
 from .packing import Packing, Precision
 from .records import Example, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
+TARGETS_VERSION = NEWEST  # of targets, whose levels have changed since
 READABLE_VERSIONS = {  # by the stage that made them: scores of version 1 lack token weights
     "score": (2, 3),
-    "build-targets": (1, 2, 3),
+    "build-targets": (1, 2, 3, 4),
     "mix": (3,),
 }
 
@@ -100,7 +102,9 @@ def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Sc
     )
 
 
-def packing_of(settings: dict[str, Any], frequent_ids: tuple[int, ...]) -> Packing | None:
+def packing_of(
+    settings: dict[str, Any], frequent_ids: tuple[int, ...], version: int = TARGETS_VERSION
+) -> Packing | None:
     """The packing that a stage's settings tell; none in score folders and before version 3."""
     if settings.get("precision") is None:
         return None
@@ -110,6 +114,7 @@ def packing_of(settings: dict[str, Any], frequent_ids: tuple[int, ...]) -> Packi
         # what is cut keeps the observed token besides, what is not is that token alone
         min(1 + (settings["max_support"] or 0), settings["vocab_size"]),
         frequent_ids,
+        min(version, NEWEST),
     )
 
 

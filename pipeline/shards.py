@@ -243,8 +243,9 @@ def _get(reader: pa.RecordBatchFileReader, number: int) -> pa.RecordBatch:
 
 def folder_schema(manifest: Manifest) -> Schema:
     """The schema of a sealed folder's shards."""
-    packing = packing_of(manifest.settings, manifest.frequent_ids)
-    return schema_of(manifest.identity.stage, manifest.settings["vocab_size"], packing)
+    identity = manifest.identity
+    packing = packing_of(identity.settings, manifest.frequent_ids, identity.format_version)
+    return schema_of(identity.stage, identity.settings["vocab_size"], packing)
 
 
 def read_scores(folder: str | Path, *, verify: bool = True) -> Iterator[ScoredExample]:

@@ -20,7 +20,7 @@ from ..pipeline.parallel import in_order
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, StageResult, folder_in
-from ..pipeline.schema import packing_of, schema_of
+from ..pipeline.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.shards import ShardContent
 from ..pipeline.storage import sha256_of_json
 from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
@@ -204,7 +204,7 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
     manifests = {name: folder.manifest for name, folder in folders.items()}
     vocab_size = inputs.scores.model.vocab_size
     likely = folders.get("teacher", inputs.scores)
-    frequent_ids = likely.frequent_ids(vocab_size) if is_cut else ()
+    frequent_ids = likely.frequent_ids(settings.truncation, vocab_size) if is_cut else ()
     described = {
         "method": choice.method.name,
         "form": choice.form,
@@ -227,6 +227,7 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         settings=described,
         inputs={name: manifest.fingerprint for name, manifest in manifests.items()},
         schema=identity_schema(schema),
+        format_version=TARGETS_VERSION,
     )
     return Job(
         folder_in(settings.out, settings.in_store, identity),

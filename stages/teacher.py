@@ -6,23 +6,25 @@ an example, and is quick where its order is much like the base's.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..pipeline.codec import FlatBatch, cut, flatten, split
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest
+from ..pipeline.rank_order import rank_order
 from ..pipeline.records import ScoredExample
-from ..pipeline.shards import folder_schema, read_shard, shard_ids
-from ..pipeline.targets import Model
+from ..pipeline.shards import BATCH_ROWS, folder_schema, read_shard, shard_ids
+from ..pipeline.supports import known_supports, padded, truncated
+from ..pipeline.targets import Model, Truncation
 
 PIECE_POSITIONS = 2048  # fewer, and Python takes more of the time than numpy
-SAMPLED_BATCHES, SAMPLED_ENTRIES = 64, 32
-FREQUENT_IDS = 4096  # more would take more room in a small folder than they save
+SAMPLED_BATCHES, SAMPLED_POSITIONS, SAMPLED_ENTRIES = 64, 2**14, 64
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,24 @@ class ScoreFolder:
         """The batches of a shard."""
         return read_shard(self.path, self.manifest, self.manifest.shards[index])
 
-    def frequent_ids(self, vocab_size: int) -> tuple[int, ...]:
-        """The ids below a limit that are most often among the likely ones of a position.
+    def frequent_ids(self, truncation: Truncation, vocab_size: int) -> tuple[int, ...]:
+        """The ids below a limit that are stored most often, in an order that packs them well.
 
         They are told from a sample, spread evenly over the folder and the same whoever takes it.
         """
         shards = self.manifest.shards[:: max(1, len(self.manifest.shards) // SAMPLED_BATCHES)]
-        each = max(1, SAMPLED_BATCHES // len(shards)) if shards else 0
-        found = np.empty(0, np.int64)
-        times = np.empty(0)
-        for entry in shards:
-            for batch in islice(read_shard(self.path, self.manifest, entry, verify=False), each):
-                starts = np.cumsum(batch["counts"]) - batch["counts"]
-                places = np.arange(len(batch["topk_ids"])) - np.repeat(starts, batch["counts"])
-                ids = batch["topk_ids"][places < SAMPLED_ENTRIES]
-                found, inverse = np.unique(np.concatenate([found, ids]), return_inverse=True)
-                times = np.bincount(inverse, np.append(times, np.ones(len(ids))))
-        found, times = found[found < vocab_size], times[found < vocab_size]
-        most = np.argsort(-times, kind="stable")[:FREQUENT_IDS]
-        return tuple(found[most].tolist())
+        each = SAMPLED_BATCHES // len(shards) or 1
+        batches = sum(min(each, -(-entry.rows // BATCH_ROWS)) for entry in shards)
+        schema, most = folder_schema(self.manifest), SAMPLED_POSITIONS // max(1, batches)
+        stored = [
+            _stored_ids(piece, truncation)
+            for entry in shards
+            for batch in islice(read_shard(self.path, self.manifest, entry, verify=False), each)
+            for piece in cut(schema, batch, most)[:1]
+        ]
+        ids_NS = np.concatenate(stored)
+        share = len(ids_NS) / self.manifest.totals["positions"]
+        return rank_order(np.where(ids_NS < vocab_size, ids_NS, -1), share)
 
     def pieces(self, batch: FlatBatch) -> list[FlatBatch]:
         """A batch cut into pieces whose arrays stay small."""
@@ -155,6 +156,14 @@ class Teacher:
             f"have other tokens than in {self.base.path}, the first: "
             f"{_first_difference(batch, own)}: score the teacher with --at {self.base.path}"
         )
+
+
+def _stored_ids(batch: FlatBatch, truncation: Truncation) -> NDArray[np.int32]:
+    """What is kept of each position, its first SAMPLED_ENTRIES, −1 where there are fewer."""
+    kept = truncated(known_supports(batch), batch.observed_ids, *astuple(truncation))
+    ids_NS = padded(kept.counts, kept.ids, -1)[:, :SAMPLED_ENTRIES]
+    lacking = SAMPLED_ENTRIES - ids_NS.shape[1]
+    return np.pad(ids_NS, ((0, 0), (0, lacking)), constant_values=-1)
 
 
 def _refuse_other_tokenizer(base: ScoreFolder, folder: ScoreFolder) -> None:

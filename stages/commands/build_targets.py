@@ -55,7 +55,7 @@ from ..options import (
     "--precision",
     type=one_of("uint8", "float16", "float32"),
     default="uint8",
-    help="Of the stored log-probabilities; in uint8 none is off by more than 8 %.",
+    help="Of the stored log-probabilities; in uint8 none above 1e-6 is off by more than 16 %.",
 )
 @execution_options
 @config_option

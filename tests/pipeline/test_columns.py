@@ -99,9 +99,9 @@ def decoded_row(row: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[Any
     listed = np.array(manifest["frequent_ids"].split(), int)
     others = np.setdiff1d(np.arange(manifest["identity"]["settings"]["vocab_size"]), listed)
     id_of_rank = np.append(listed, others)
-    code, edges = np.arange(255), [114.66667, 177.84316, 254]
-    sqrt_part = (1 - np.minimum(code, edges[0]) / 128) ** 2
-    log_part = np.exp(-np.interp(code, edges, [2 * np.log(9.6), 14, 88]))
+    code, edges = np.arange(255), [213.33333, 236.68995, 245, 254]
+    sqrt_part = (1 - np.minimum(code, edges[0]) / 220) ** 2
+    log_part = np.exp(-np.interp(code, edges, [2 * np.log(33), 14, 24, 88]))
     weight = np.append(np.where(code < edges[0], sqrt_part, log_part), 0)
     steps = np.array(row["rank_steps_high"]) * 256 + row["rank_steps_low"]
     found, stop = [], 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
@@ -342,6 +343,20 @@ def test_targets_of_older_formats_are_read_verified_and_streamed(
                 np.testing.assert_array_equal(getattr(each, name), getattr(example, name))
     status, said = verify(folder)
     assert status == 0, said
+
+
+def test_targets_of_format_3_are_read_by_their_own_levels(verify: Verify, own: Path) -> None:
+    """The very bytes, said to be of format 3: a code below 115 is (1 − code/128)² there."""
+    reseal(own, lambda m: replace(m, identity=replace(m.identity, format_version=3)))
+    assert verify(own)[0] == 0
+    row = pa.ipc.open_file((own / "shard-00000.arrow").read_bytes()).read_all().to_pylist()[1]
+    example = list(read_targets(own))[1]
+    codes = np.array(row["support_log_probs"])
+    high = codes < 115
+    assert high.sum() > 2
+    wanted = (1 - codes[high] / 128) ** 2
+    found = example.support_probs[high]
+    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=1e-5)
 
 
 def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_path: Path) -> None:
