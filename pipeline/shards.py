@@ -219,7 +219,8 @@ def _opened(
     path: Path, local: Path, schema: Schema, columns: list[int] | None = None
 ) -> Iterator[pa.RecordBatchFileReader]:
     """A shard to read; nothing of it is unpacked before its columns and sizes are known."""
-    options = pa.ipc.IpcReadOptions(included_fields=columns)
+    # buffers are small: threads cost more than they save, and there is a reader for each core
+    options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
     try:
         with pa.OSFile(str(local)) as file:
             refuse_bombs(file)

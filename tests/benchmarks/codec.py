@@ -66,7 +66,8 @@ def _to_bytes(schema: Schema, batch: FlatBatch) -> pa.Buffer:
 
 
 def _from_bytes(schema: Schema, content: pa.Buffer) -> FlatBatch:
-    with pa.ipc.open_file(content) as reader:
+    options = pa.ipc.IpcReadOptions(use_threads=False)  # as readers of shards do
+    with pa.ipc.open_file(content, options=options) as reader:
         return decode(schema, reader.get_batch(0), "here")
 
 
