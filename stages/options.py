@@ -104,6 +104,18 @@ def _check_parent(ctx: click.Context, parameter: click.Parameter, path: Path | N
     return path
 
 
+def log_json_option(help: str) -> Any:
+    """A file of JSON lines that the command appends to."""
+    return click.option(
+        "--log-json",
+        type=click.Path(path_type=Path, dir_okay=False, writable=True),
+        callback=_check_parent,
+        default=None,
+        metavar="FILE",
+        help=help,
+    )
+
+
 def execution_options(command: Any) -> Any:
     """The options that `take_execution` makes an Execution of."""
     options = (
@@ -116,6 +128,8 @@ def execution_options(command: Any) -> Any:
         ),
         click.option(
             "--workers",
+            "--num-engines",
+            "workers",
             type=int,
             default=None,
             metavar="N",
@@ -145,14 +159,9 @@ def execution_options(command: Any) -> Any:
             help="Tasks that share the work, on one machine or many. The shards are the same "
             "whatever their number.  [default: the Slurm array's, or WORLD_SIZE; 1 without]",
         ),
-        click.option(
-            "--log-json",
-            type=click.Path(path_type=Path, dir_okay=False, writable=True),
-            callback=_check_parent,
-            default=None,
-            metavar="FILE",
-            help="Append JSON lines to this file as it runs: `start`, a `shard` for each that is "
-            "committed, and `done`, or `part` where other tasks still have shards to make.",
+        log_json_option(
+            "Append JSON lines to this file as it runs: `start`, a `shard` for each that is "
+            "committed, and `done`, or `part` where other tasks still have shards to make."
         ),
     )
     for option in reversed(options):

@@ -1,13 +1,13 @@
 """`qpipe verify --rescore`: how far a score folder is from transformers in float32.
 
 Some examples are scored again, each alone, with every log-probability of the vocabulary in float32.
-What differs is what the engine and its number format cost.
+What differs is what the engine and its number format cost; with the weights that a quantised model
+was made of, also what their quantisation does.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,19 @@ from ..pipeline.codec import split
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
+from ..pipeline.ragged import segment_sums
 from ..pipeline.records import ScoredExample
 from ..pipeline.shards import folder_schema, read_shard
-from ..trainer.models import ModelFiles, find_model, load_model
+from ..trainer.models import ModelFiles, find_model, load_scoring_model
 
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
     """The differences between stored scores and fresh ones; log-probabilities in nats."""
 
-    folder_dtype: str
+    dtype: str
     engine: str
+    same_weights: bool | None  # None for a server's or an import's, which nobody knows
     examples: int
     positions: int
     observed: float  # largest difference of the observed token's log-probability
@@ -49,10 +51,16 @@ def rescore(
     """Score some examples of a folder again with transformers in float32.
 
     `model` None is the one that the manifest names. Raises UserError where its weights are not
-    those that the folder was scored with.
+    those that the folder was scored with, or a model that is given has another vocabulary.
     """
     manifest = read_manifest(folder, "score")
-    files = _same_model(folder, manifest, model, revision)
+    files = _reference(folder, manifest, model, revision)
+    same_weights = _has_same_weights(manifest, files)
+    if model is None and same_weights is False:
+        raise UserError(
+            f"{folder}: was scored with weights of hash {manifest.settings['weights_hash'][:12]}…, "
+            f"model {files.name} has {files.weights_hash()[:12]}… now: give --model"
+        )
     total = manifest.totals["rows"]
     chosen = np.random.default_rng(seed).choice(total, min(examples, total), replace=False)
     differences = _Differences()
@@ -61,13 +69,13 @@ def rescore(
         for example in _examples(folder, manifest, sorted(chosen.tolist())):
             differences.add(example, scorer.log_probs(example))
             progress.update()
-    return differences.result(manifest)
+    return differences.result(manifest, same_weights)
 
 
-def _same_model(
+def _reference(
     folder: Path, manifest: Manifest, model: str | None, revision: str | None
 ) -> ModelFiles:
-    """The model that a folder was scored with."""
+    """The model to compare with, whose tokens are those of the folder."""
     name = model or manifest.provenance["model"]
     if model is None:
         revision = revision or manifest.provenance.get("revision")
@@ -80,13 +88,23 @@ def _same_model(
             f"{folder}: was scored with model {name}, which is not to be had by that name: "
             "give --model"
         ) from error
-    ours, theirs = files.weights_hash(), manifest.settings["weights_hash"]
-    if ours != theirs:
+    theirs, ours = manifest.settings["tokenizer_hash"], files.tokenizer_hash
+    if theirs != ours:
         raise UserError(
-            f"{folder}: was scored with weights of hash {theirs[:12]}…, model {name} has "
-            f"{ours[:12]}…: give the very --model"
+            f"{folder}: was scored with tokenizer hash {theirs}, model {files.name} has {ours}: "
+            "give --model the one that scored it, or that was quantised for it"
+        )
+    if manifest.settings["vocab_size"] != files.vocab_size:
+        raise UserError(
+            f"{folder}: was scored with a vocabulary of {manifest.settings['vocab_size']}, model "
+            f"{files.name} has {files.vocab_size}: give --model the one that scored it"
         )
     return files
+
+
+def _has_same_weights(manifest: Manifest, files: ModelFiles) -> bool | None:
+    theirs = manifest.settings.get("weights_hash")
+    return None if theirs is None else theirs == files.weights_hash()
 
 
 def _examples(folder: Path, manifest: Manifest, rows: Sequence[int]) -> Iterator[ScoredExample]:
@@ -111,8 +129,8 @@ class _Dense:
     def __init__(self, files: ModelFiles) -> None:
         import torch
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = load_model(files, torch.float32).to(self.device).eval()
+        self.model = load_scoring_model(files, torch.float32)
+        self.device = self.model.device
 
     def log_probs(self, example: ScoredExample) -> NDArray[np.float32]:
         """[N, V]"""
@@ -149,13 +167,15 @@ class _Differences:
         self.entries = max(self.entries, float(np.abs(example.topk_log_probs - fresh_K).max()))
         self.ranks.append(np.abs(example.observed_ranks - ranks_N))
         self.modes_changed += int((example.topk_ids[firsts_N] != log_probs_NV.argmax(axis=1)).sum())
-        self.kl.append(bucket_kl(example, position_K, fresh_K))
+        self.kl.append(bucket_kl(example, fresh_K))
 
-    def result(self, manifest: Manifest) -> Rescored:
+    def result(self, manifest: Manifest, same_weights: bool | None) -> Rescored:
+        settings = manifest.settings
         observed, ranks, kl = map(np.concatenate, (self.observed, self.ranks, self.kl))
         return Rescored(
-            folder_dtype=manifest.settings["dtype"],
-            engine=manifest.settings["engine"],
+            dtype=settings.get("dtype", "unknown"),
+            engine=settings.get("engine") or f"import from {settings['imported']}",
+            same_weights=same_weights,
             examples=self.examples,
             positions=len(observed),
             observed=float(observed.max()),
@@ -169,19 +189,17 @@ class _Differences:
         )
 
 
-def bucket_kl(
-    example: ScoredExample, position_K: NDArray[np.integer], fresh_K: NDArray[np.floating]
-) -> NDArray[np.float64]:
+def bucket_kl(example: ScoredExample, fresh_K: NDArray[np.floating]) -> NDArray[np.float64]:
     """KL(fresh ‖ stored) at each position [N], in nats, what is outside the entries as one outcome.
 
-    `fresh_K` are the fresh log-probabilities at the stored entries, `position_K` their positions.
+    `fresh_K` are the fresh log-probabilities at the stored entries. Below zero it says that the
+    stored probabilities add up to more than 1, which float32 rounds them to by some 1e-7.
     """
     N = len(example.counts)
-    fresh_probs_K = np.exp(fresh_K.astype(np.float64))
-    terms_K = fresh_probs_K * (fresh_K.astype(np.float64) - example.topk_log_probs)
-    inside_N = np.bincount(position_K, terms_K, minlength=N)
-    fresh_tail_N = np.maximum(1 - np.bincount(position_K, fresh_probs_K, minlength=N), 0)
+    fresh_K = fresh_K.astype(np.float64)
+    inside_N = segment_sums(np.exp(fresh_K) * (fresh_K - example.topk_log_probs), example.counts)
+    fresh_tail_N = np.maximum(1 - segment_sums(np.exp(fresh_K), example.counts), 0)
     tail_N = example.tail_mass.astype(np.float64)
     both_N = (fresh_tail_N > 0) & (tail_N > 0)
     ratio_N = np.divide(fresh_tail_N, tail_N, out=np.ones(N), where=both_N)
-    return np.maximum(inside_N + fresh_tail_N * np.log(ratio_N), 0)
+    return inside_N + fresh_tail_N * np.log(ratio_N)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
     from .compare_methods import Comparison
     from .doctor import Diagnosis
-    from .plan import ScorePlan
+    from .plan import Memory, ScorePlan, Workload
     from .rescore import Rescored
     from .status import FolderStatus, TrainStatus
 
@@ -72,14 +72,35 @@ def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def print_plan(plan: "ScorePlan") -> None:
     """What `qpipe score` would do."""
-    work, memory = plan.workload, plan.memory
+    memory = plan.memory
+    print_table(
+        [
+            *_workload_rows(plan.workload),
+            ("folder", f"about {_size(plan.folder_bytes)}"),
+            (
+                "model",
+                f"{plan.model} in {plan.dtype}: {_size(memory.weights)} of weights on each GPU, "
+                f"{_size(memory.kv_cache)} of KV cache for what is in flight",
+            ),
+            *_memory_rows(memory),
+        ]
+    )
+    if not memory.fits and memory.engine is not None:
+        click.echo(
+            f"Warning: weights, KV cache and activations take about {_size(memory.engine.needed)} "
+            "of each GPU, more than vLLM's share: use more --tensor-parallel-size or a larger GPU",
+            err=True,
+        )
+
+
+def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
     first = work.first_reject
     lengths = {0.0: "shortest", 0.5: "median", 1.0: "longest"}
     quantiles = [
         f"{lengths.get(share, f'{share:.0%}')} {length:,}"
         for share, length in work.lengths.quantiles().items()
     ]
-    rows = [
+    return [
         (
             "demonstrations",
             f"{work.read:,} read, {work.examples:,} to score, {work.rejected:,} "
@@ -88,34 +109,25 @@ def print_plan(plan: "ScorePlan") -> None:
         *([("the first", f"{first.source}, line {first.line}: {first.reason}")] if first else []),
         ("tokens", f"{work.tokens:,}, {work.positions:,} of them supervised"),
         ("lengths", ", ".join(quantiles)),
-        ("folder", f"about {_size(plan.folder_bytes)}"),
+    ]
+
+
+def _memory_rows(memory: "Memory") -> list[tuple[str, str]]:
+    engine = memory.engine
+    if engine is None or memory.gpu is None or memory.peak is None:
+        return []
+    return [
         (
-            "model",
-            f"{plan.model} in {plan.dtype}: {_size(memory.weights)} of weights on each GPU, "
-            f"{_size(memory.kv_cache)} of KV cache for what is in flight",
+            "vLLM",
+            f"{engine.scheduled_tokens:,} tokens a step (max_num_batched_tokens), "
+            f"{engine.utilization:.1%} of the GPU planned with",
+        ),
+        (
+            "GPU memory",
+            f"up to {_size(memory.peak)} of {_size(memory.gpu)}, "
+            f"{_size(engine.added)} of it for prompt log-probabilities outside of vLLM's share",
         ),
     ]
-    if memory.engine is not None and memory.gpu is not None and memory.peak is not None:
-        engine = memory.engine
-        rows += [
-            (
-                "vLLM",
-                f"{engine.scheduled_tokens:,} tokens a step (max_num_batched_tokens), "
-                f"{engine.utilization:.1%} of the GPU planned with",
-            ),
-            (
-                "GPU memory",
-                f"up to {_size(memory.peak)} of {_size(memory.gpu)}, "
-                f"{_size(engine.added)} of it for prompt log-probabilities outside of vLLM's share",
-            ),
-        ]
-    print_table(rows)
-    if not memory.fits and memory.engine is not None:
-        click.echo(
-            f"Warning: weights, KV cache and activations take about {_size(memory.engine.needed)} "
-            "of each GPU, more than vLLM's share: use more --tensor-parallel-size or a larger GPU",
-            err=True,
-        )
 
 
 def plan_event(plan: "ScorePlan") -> dict[str, Any]:
@@ -129,12 +141,14 @@ def plan_event(plan: "ScorePlan") -> dict[str, Any]:
 
 def print_rescored(result: "Rescored") -> None:
     """How far a folder's scores are from transformers in float32."""
+    weights = {True: "", False: ", of other weights", None: ", of weights not compared"}
     print_table(
         [
             (
                 "scored again",
                 f"{result.examples:,} demonstrations, {result.positions:,} supervised "
-                f"tokens: {result.engine} in {result.folder_dtype} against transformers in float32",
+                f"tokens: {result.engine} in {result.dtype} against transformers in "
+                f"float32{weights[result.same_weights]}",
             ),
             (
                 "observed token",

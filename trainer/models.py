@@ -92,11 +92,29 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
     model, loading = loaded
     _refuse_incomplete(files, loading)
     return model
+
+
+def load_scoring_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
+    """The model on the first GPU, or on the CPU where there is none, ready to be run.
+
+    Raises UserError as `load_model` does, and where the GPU has no room for it.
+    """
+    import torch
+
+    model = load_model(files, dtype).eval()
+    try:
+        return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model {files.name}: does not fit on the GPU in {str(dtype).removeprefix('torch.')}: "
+            "free memory there, or use the CPU (CUDA_VISIBLE_DEVICES= before the command); to "
+            "score, --engine vllm shares a model out by --tensor-parallel-size"
+        ) from error
 
 
 def check_weights(files: ModelFiles) -> None:

@@ -1,10 +1,11 @@
 """The words of `qpipe verify`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command, config_option
+from ..options import FOLDER, Command, config_option, log_json_option
 
 _MOST_SHOWN = 20
 
@@ -21,13 +22,20 @@ _MOST_SHOWN = 20
 @click.option(
     "--model",
     default=None,
-    help="With --rescore: that scored them, where the name in the manifest will not do.",
+    help="With --rescore: that scored them, where the name in the manifest will not do, or one of "
+    "the same tokens to compare with: what theirs was quantised from.",
 )
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
 @click.option("--seed", type=int, default=0, help="Of the choice of examples.")
+@log_json_option("Append what --rescore finds to this file, as one JSON line.")
 @config_option
 def verify(
-    folder: Path, rescore: int | None, model: str | None, revision: str | None, seed: int
+    folder: Path,
+    rescore: int | None,
+    model: str | None,
+    revision: str | None,
+    seed: int,
+    log_json: Path | None,
 ) -> None:
     """Check a folder of scores or targets, every byte and every value.
 
@@ -35,8 +43,8 @@ def verify(
     ids, probabilities, masses and positions, and the fingerprints back to the demonstrations. Names
     the shard, row and column of what is wrong; exit status 2 if anything is.
 
-    With --rescore, random examples are scored again by the same weights with transformers in
-    float32, and the largest differences are printed: what bfloat16 or a quantised engine costs.
+    With --rescore, random examples are scored again with transformers in float32, and the largest
+    differences and the KL are printed: what bfloat16 or a quantised engine costs.
 
     \b
     qpipe verify targets/
@@ -53,9 +61,12 @@ def verify(
         f"supervised tokens, {len(manifest.shards):,} shard(s)"
     )
     if rescore is not None:
+        from ...pipeline.progress import log_event
         from ..rescore import rescore as score_again
 
-        summary.print_rescored(score_again(folder, model, revision, rescore, seed))
+        result = score_again(folder, model, revision, rescore, seed)
+        summary.print_rescored(result)
+        log_event(log_json, "rescore", **asdict(result))
 
 
 def _check(folder: Path) -> None:

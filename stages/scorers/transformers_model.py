@@ -15,7 +15,7 @@ from torch import Tensor
 from ...pipeline.errors import UserError
 from ...pipeline.records import Example, ScoredExample
 from ...trainer.heads import logit_chunks, recognise
-from ...trainer.models import ModelFiles, load_model
+from ...trainer.models import ModelFiles, load_scoring_model
 from .base import GivenIds, ScorerSettings, say_once, scored, with_given
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
@@ -28,8 +28,8 @@ class TransformersScorer:
 
     def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
         self.vocab_size = model.vocab_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(model, getattr(torch, settings.dtype)).to(self.device).eval()
+        self.model = load_scoring_model(model, getattr(torch, settings.dtype))
+        self.device = self.model.device
         self.head_form = recognise(self.model)
 
     def score(

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_of_the_same_model_agree(scores: Path, tiny_model: Path) -> None:
     result = rescore(scores, str(tiny_model), examples=100)
     assert result.examples == 20
+    assert result.same_weights is True
     assert result.positions == sum(len(one.positions) for one in read_scores(scores))
     assert result.observed < 1e-4
     assert result.entries < 1e-4
@@ -53,7 +55,7 @@ def test_bfloat16_costs_something(scores: Path, tiny_model: Path, tmp_path: Path
         )
     )  # fmt: skip
     result = rescore(tmp_path / "low", str(tiny_model), examples=100)
-    assert result.folder_dtype == "bfloat16"
+    assert result.dtype == "bfloat16"
     assert 1e-3 < result.observed < 1
     assert result.ranks_changed > 0
     assert result.kl_max > 1e-6
@@ -98,7 +100,7 @@ def test_kl_is_that_of_the_distributions() -> None:
         tail_mass=np.array([0.3, 0.125], np.float32), token_weights=np.ones(2, np.float32),
     )  # fmt: skip
     entries = np.log(np.array([0.5, 0.2, 0.25, 0.25, 0.25]))
-    found = bucket_kl(example, np.array([0, 0, 1, 1, 1]), entries)
+    found = bucket_kl(example, entries)
     for row, k in ((0, 2), (1, 3)):
         p = np.append(fresh[row, :k], fresh[row, k:].sum())
         q = np.append(stored[row, :k], stored[row, k:].sum())
@@ -113,10 +115,62 @@ def test_examples_are_drawn_from_all_shards(scores: Path) -> None:
         assert found == [everything[row] for row in rows]
 
 
-def test_other_weights_are_refused(scores: Path, tmp_path: Path) -> None:
-    other = make_tiny_model(tmp_path / "other", vocab_size=320, seed=1)
-    with pytest.raises(UserError, match=r"weights of hash .* give the very --model"):
-        rescore(scores, str(other))
+def test_probabilities_above_one_are_not_hidden() -> None:
+    example = ScoredExample(
+        id="a", input_ids=np.zeros(2, np.int32), positions=np.array([1], np.int32),
+        observed_log_probs=np.zeros(1, np.float32), observed_ranks=np.ones(1, np.int32),
+        counts=np.array([2], np.int32), topk_ids=np.array([0, 1], np.int32),
+        topk_log_probs=np.log(np.array([0.75, 0.5], np.float32)),
+        tail_mass=np.zeros(1, np.float32), token_weights=np.ones(1, np.float32),
+    )  # fmt: skip
+    # 0.75 log(0.75/0.75) + 0.25 log(0.25/0.5)
+    assert bucket_kl(example, np.log([0.75, 0.25]))[0] == pytest.approx(-0.25 * np.log(2), abs=1e-6)
+
+
+def test_weights_that_the_name_has_meanwhile_are_refused_unless_they_are_asked_for(
+    scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a quantised model is compared with what it was made of."""
+    other = make_tiny_model(tmp_path / "tiny", vocab_size=320, seed=1)
+    result = rescore(scores, str(other), examples=2)
+    assert result.same_weights is False
+    assert result.kl_mean > 0.1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"weights of hash .*, model tiny has .* now: give --model"):
+        rescore(scores)
+
+
+def test_other_tokens_are_refused(scores: Path, tmp_path: Path) -> None:
+    larger = make_tiny_model(tmp_path / "larger", vocab_size=328)
+    with pytest.raises(UserError, match="with a vocabulary of 320, model larger has 328"):
+        rescore(scores, str(larger))
+    tokenizer = json.loads((larger / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (larger / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"with tokenizer hash .*, model larger has"):
+        rescore(scores, str(larger))
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine"),
+    [({"engine": "server", "weights_hash": None}, "server"), ({"imported": "axolotl"}, "import")],
+)
+def test_scores_whose_weights_nobody_knows_are_compared(
+    scores: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    engine: str,
+) -> None:
+    """Those that a server made, and those of another tool."""
+    manifest = module.read_manifest(scores, "score")
+    own = {key: manifest.settings[key] for key in ("tokenizer_hash", "vocab_size")}
+    identity = replace(manifest.identity, settings=own | settings)
+    monkeypatch.setattr(module, "read_manifest", lambda *_: replace(manifest, identity=identity))
+    result = rescore(scores, str(tiny_model), examples=2)
+    assert result.same_weights is None
+    assert result.engine.startswith(engine)
+    assert (result.dtype, result.observed < 1e-4) == ("unknown", True)
 
 
 def test_the_command(scores: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -217,6 +217,18 @@ def test_transformers_halves_a_batch_that_does_not_fit(
         run(scorer, 8)
 
 
+def test_a_model_that_the_gpu_has_no_room_for_is_one_clear_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    settings = ScorerSettings("transformers", "bfloat16", max_length=256)
+    with pytest.raises(UserError, match="model tiny: does not fit on the GPU in bfloat16: free"):
+        make_scorer(find_model(str(tiny_model)), settings)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_tokens_as_probable_as_the_last_of_the_top_k_count_in_the_rank(top_k: int) -> None:
     """Three tokens tie behind the first; each has rank 4, wherever the top k ends among them."""
