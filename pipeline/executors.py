@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import UserError
 from .locks import claimed, lock_of, locked
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
+from .parallel import in_order
 from .progress import Report, Watcher
 from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices
 from .shards import ShardContent
@@ -47,8 +48,15 @@ class Stage(Protocol):
         """Start what the making needs, an engine above all."""
         ...
 
-    def make(self, index: int, report: Report) -> ShardContent | None:
-        """Make shard `index`; None behind the last. It is quickest in ascending order."""
+    def read(self, index: int) -> Any | None:
+        """What shard `index` is made of; None behind the last. Quickest in ascending order.
+
+        One call at a time, but beside `make`, on another thread.
+        """
+        ...
+
+    def make(self, read: Any, report: Report, /) -> ShardContent:
+        """Make a shard of what was read for it, one at a time."""
         ...
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
@@ -149,13 +157,20 @@ def plan_of(stage: Stage) -> Plan:
 def _make_missing(
     stage: Stage, share: Share, run: ShardRun, watcher: Watcher, claim: Claim | None = None
 ) -> None:
+    """Make shards one after another, the next one being read and the last one written meanwhile."""
     shards, demonstrations = stage.shard_count, stage.demonstrations
     indices = share.indices(shards)
     if shards is None or any(index not in run.committed for index in indices):
         stage.start()  # before there is a bar, which its own progress would tear apart
     if shards and demonstrations:
         demonstrations = demonstrations * len(list(indices)) // shards
+    missing = (index for index in indices if index not in run.committed)
     with watcher.watch(run.committed.values(), demonstrations, shards) as watch:
-        tasks = ((index, partial(stage.make, index, watch.report)) for index in indices)
+
+        def make(read: Any | None) -> ShardContent | None:
+            return None if read is None else stage.make(read, watch.report)
+
+        ahead = in_order(lambda index: (index, stage.read(index)), missing, workers=1)
+        tasks = ((index, partial(make, read)) for index, read in ahead)
         for _ in run.shards(tasks, claim, watch.committed):
             pass

@@ -88,6 +88,11 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def begin(self) -> None:
+        """Take the time from now on: what makes the shards has started."""
+        self._speed = Speed()
+        self._bar.unpause()
+
     def report(self, demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None:
         """Count what has been made; `demonstrations` includes those rejected."""
         self._rejects += rejects

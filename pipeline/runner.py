@@ -6,9 +6,10 @@ missing shards; a folder made with other settings is refused, never overwritten.
 
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +30,7 @@ from .manifest import (
     write_manifest,
     write_plan,
 )
+from .parallel import in_order
 from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
@@ -41,7 +43,8 @@ HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub hol
 # a shard's index, and what makes it; that gives None behind the last shard
 Task = tuple[int, Callable[[], ShardContent | None]]
 Claim = Callable[[Path], AbstractContextManager[bool]]  # holds a shard; whether it is ours to make
-OnCommit = Callable[[int, ShardEntry, float], None]  # index, sidecar, seconds
+# index, sidecar, and seconds from the start of its making
+OnCommit = Callable[[int, ShardEntry, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,8 @@ class ShardRun:
         self.committed = _committed_shards(job, wanted)
         self.made = 0  # shards, by this run
         self.positions = 0  # supervised positions of these
-        self.seconds = 0.0  # spent on them
+        self.seconds = 0.0  # from the start of the first to the commit of the last
+        self._began = 0.0
 
     def shards(
         self,
@@ -155,34 +159,55 @@ class ShardRun:
     ) -> Iterator[ShardEntry]:
         """The shards of the tasks in their order, made first where they are missing.
 
-        It leaves out those that another process has claimed, and ends behind the last one.
+        One is committed, on a thread of its own, while the next is made. It leaves out those that
+        another process has claimed, and ends behind the last one.
         """
-        job = self.job
-        for index, make in tasks:
-            if index not in self.committed:
-                path = job.folder / shard_name(index)
-                with claim(path) if claim else nullcontext(True) as is_ours:
-                    if not is_ours or self.find(index):
-                        continue
-                    start = perf_counter()
-                    content = make()
-                    if content is None:
-                        return
-                    entry = commit_shard(
-                        job.folder, index, job.schema, job.identity.fingerprint, content
-                    )
-                    seconds = perf_counter() - start
-                    self.add(index, entry, seconds)
-                    if on_commit is not None:
-                        on_commit(index, entry, seconds)
-            yield self.committed[index]
+        claim = claim or (lambda _: nullcontext(True))
+        made = self._made(tasks, claim, on_commit)
+        return in_order(lambda commit: commit(), made, workers=1)
 
-    def add(self, index: int, entry: ShardEntry, seconds: float) -> None:
+    def _made(
+        self, tasks: Iterable[Task], claim: Claim, on_commit: OnCommit | None
+    ) -> Iterator[Callable[[], ShardEntry]]:
+        """What is left to do for each shard: to commit it, and to let go of it."""
+        for index, make in tasks:
+            if index in self.committed:
+                yield partial(self.committed.__getitem__, index)
+                continue
+            with ExitStack() as held:
+                is_ours = held.enter_context(claim(self.job.folder / shard_name(index)))
+                if not is_ours or self.find(index):
+                    continue
+                start = perf_counter()
+                self._began = self._began or start
+                content = make()
+                if content is None:
+                    return
+                yield partial(self._commit, index, content, start, held.pop_all(), on_commit)
+
+    def _commit(
+        self,
+        index: int,
+        content: ShardContent,
+        start: float,
+        held: ExitStack,
+        on_commit: OnCommit | None,
+    ) -> ShardEntry:
+        with held:
+            job = self.job
+            entry = commit_shard(job.folder, index, job.schema, job.identity.fingerprint, content)
+            end = perf_counter()
+            self.add(index, entry)
+            self.seconds = end - self._began
+            if on_commit is not None:
+                on_commit(index, entry, end - start)
+        return entry
+
+    def add(self, index: int, entry: ShardEntry) -> None:
         """Take note of a shard that this run made and committed."""
         self.committed[index] = entry
         self.made += 1
         self.positions += entry.positions
-        self.seconds += seconds
 
     def find(self, index: int) -> bool:
         """Whether a shard is there, looked up where this run does not know of it."""

@@ -1,6 +1,6 @@
 """`qpipe build-targets`: score shards in, target shards out, one for one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,11 @@ class BuildStage:
     def start(self) -> None:
         """Nothing needs to be started."""
 
-    def make(self, index: int, report: Report) -> ShardContent | None:
+    def read(self, index: int) -> Iterator[list[Evidence]]:
+        """A shard's evidence, which is read as the targets are built."""
+        return self.inputs.evidence(index)
+
+    def make(self, evidence: Iterator[list[Evidence]], report: Report) -> ShardContent:
         """Build a shard's targets."""
         settings = self.settings
 
@@ -137,7 +141,7 @@ class BuildStage:
             return [_build(evidence, settings.choice, settings.truncation) for evidence in pieces]
 
         content = ShardContent()
-        for pieces in in_order(build, self.inputs.evidence(index)):
+        for pieces in in_order(build, evidence):
             batch = join([batch for batch, _ in pieces])
             content.batches.append(batch)
             report(len(batch.ids), int(batch.lengths["position"].sum()))

@@ -227,9 +227,7 @@ class ScoreStage:
 
     @property
     def gpus(self) -> int:
-        if self.scorer_settings.server is not None:
-            return 0
-        return self.settings.tensor_parallel_size * self.settings.pipeline_parallel_size
+        return 0 if self.scorer_settings.server else self.scorer_settings.gpus
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -239,11 +237,12 @@ class ScoreStage:
     def start(self) -> None:
         _ = self.scorer
 
-    def make(self, index: int, report: Report) -> ShardContent | None:
+    def read(self, index: int) -> Unscored | None:
+        """Read and tokenise a shard's demonstrations."""
+        return self.source.read(index)
+
+    def make(self, shard: Unscored, report: Report) -> ShardContent:
         """Score a shard."""
-        shard = self.source.read(index)
-        if shard is None:
-            return None
         rejects = len(shard.content.rejects)
         report(demonstrations=rejects, rejects=rejects)
         scored: dict[int, ScoredExample] = {}

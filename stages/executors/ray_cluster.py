@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from importlib.util import find_spec
 from itertools import count
+from math import inf
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +31,7 @@ from ...pipeline.shards import commit_shard
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # workers that a shard may end
+_AT_A_TIME = 2  # shards that a worker has
 _CONNECT_SECONDS = 10.0
 _STORE_BYTES = 100 * 2**20  # for objects in transit, of which there are only small ones
 
@@ -60,12 +63,16 @@ def run_on_ray(
 
 
 class _Worker:
-    """Makes shards in a process of its own, as a Ray actor."""
+    """Makes shards in a process of its own, as a Ray actor.
+
+    Two at a time: while one is made, the other is read or written.
+    """
 
     def __init__(self, stage: bytes, folder: str) -> None:
         quiet_libraries()
         self.pickled = stage
         self.folder = folder
+        self.reading, self.making = Lock(), Lock()
 
     def start(self) -> None:
         """Rebuild the stage from its settings, and start what it needs."""
@@ -86,12 +93,18 @@ class _Worker:
         self.stage.start()
 
     def make(self, index: int) -> tuple[ShardEntry, float] | None:
-        """Make and commit a shard: its sidecar, and how many seconds it took."""
+        """Make and commit a shard: its sidecar, and how many seconds it took; None behind the last.
+
+        Threads of Ray's call it, `_AT_A_TIME` of them.
+        """
         job = self.stage.job
-        start = perf_counter()
-        content = self.stage.make(index, _unseen)
-        if content is None:
+        with self.reading:
+            read = self.stage.read(index)
+        if read is None:
             return None
+        with self.making:
+            start = perf_counter()
+            content = self.stage.make(read, _unseen)
         entry = commit_shard(job.folder, index, job.schema, job.identity.fingerprint, content)
         return entry, perf_counter() - start
 
@@ -109,8 +122,16 @@ class _Room:
     gpus: int
 
 
+@dataclass(slots=True, eq=False)
+class _Hired:
+    """A worker, and how many shards it has: None while it starts."""
+
+    actor: Any
+    shards: int | None = None
+
+
 class _HandOut:
-    """Gives each worker the lowest shard that nobody has, until none is left."""
+    """Gives workers the lowest shards that nobody has, until none is left."""
 
     def __init__(self, ray: Any, stage: Stage, run: ShardRun, room: _Room, watch: Watch) -> None:
         self.ray = ray
@@ -119,32 +140,43 @@ class _HandOut:
         self.room = room
         self.arguments = (ray.put(pickle.dumps(stage)), str(Path.cwd()))
         self.actor = ray.remote(_Worker).options(
-            num_cpus=room.cpus, num_gpus=room.gpus, scheduling_strategy="SPREAD"
+            num_cpus=room.cpus,
+            num_gpus=room.gpus,
+            max_concurrency=_AT_A_TIME,
+            scheduling_strategy="SPREAD",
         )
-        self.tasks: dict[Any, tuple[Any, int | None]] = {}  # worker, and shard or None: it starts
-        self.idle: list[Any] = []
+        self.workers: list[_Hired] = []
+        self.tasks: dict[Any, tuple[_Hired, int | None]] = {}  # and the shard, or None: it starts
         self.returned: list[int] = []  # shards of dead workers, a heap
         self.fresh: Iterator[int] = iter(())
+        self.left = 0.0  # shards that nobody has, infinite where only reading tells
         self.deaths: Counter[int | None] = Counter()  # by what the worker was at
 
     def make_missing(self, shards: int | None) -> None:
         """Make what is missing of so many shards; of all up to the last, where None."""
         indices = count() if shards is None else range(shards)
         self.fresh = (index for index in indices if index not in self.run.committed)
-        missing = None if shards is None else shards - len(self.run.committed)
-        for _ in range(min(self.room.workers, missing or self.room.workers)):
+        self.left = inf if shards is None else shards - len(self.run.committed)
+        for _ in range(int(min(self.room.workers, self.left))):
             self._start_worker()
         began = None
-        while not (self.idle and all(index is None for _, index in self.tasks.values())):
+        while not self._is_done():
             (task,), _ = self.ray.wait(list(self.tasks), num_returns=1)
             worker, index = self.tasks.pop(task)
             if self._took_result(task, index):
-                began = began or perf_counter()
-                self.idle.append(worker)
+                if began is None:
+                    began = perf_counter()
+                    self.watch.begin()
+                worker.shards = 0 if worker.shards is None else worker.shards - 1
             else:
-                self._start_worker()
+                self._bury(worker)
             self._assign()
         self.run.seconds = perf_counter() - began if began else 0.0
+
+    def _is_done(self) -> bool:
+        """Whether a worker has found nothing to make, and no shard is under way."""
+        under_way = any(index is not None for _, index in self.tasks.values())
+        return not under_way and any(worker.shards == 0 for worker in self.workers)
 
     def _took_result(self, task: Any, index: int | None) -> bool:
         """Take note of what a worker has done; False if it has died."""
@@ -160,10 +192,10 @@ class _HandOut:
         if index is None:
             self.deaths[None] = 0
         elif result is None:
-            self.fresh = iter(())  # behind the last shard
+            self.left, self.fresh = len(self.returned), iter(())  # behind the last shard
         else:
             entry, seconds = result
-            self.run.add(index, entry, seconds)
+            self.run.add(index, entry)
             self.watch.report_shard(entry)
             self.watch.committed(index, entry, seconds)
         return True
@@ -178,19 +210,31 @@ class _HandOut:
                 "--gpu-memory-utilization or --max-length"
             )
         if index is not None:
+            self.left += 1
             heappush(self.returned, index)
 
+    def _bury(self, worker: _Hired) -> None:
+        """Start another worker in place of one that has died, which loses all its shards."""
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self._start_worker()
+
     def _start_worker(self) -> None:
-        worker = self.actor.remote(*self.arguments)
-        self.tasks[worker.start.remote()] = worker, None
+        worker = _Hired(self.actor.remote(*self.arguments))
+        self.workers.append(worker)
+        self.tasks[worker.actor.start.remote()] = worker, None
 
     def _assign(self) -> None:
-        while self.idle and (index := self._next_shard()) is not None:
-            worker = self.idle.pop()
-            self.tasks[worker.make.remote(index)] = worker, index
-
-    def _next_shard(self) -> int | None:
-        return heappop(self.returned) if self.returned else next(self.fresh, None)
+        """Hand out shards, a second one only where enough are left for those that have none."""
+        while ready := [each for each in self.workers if each.shards in range(_AT_A_TIME)]:
+            worker = min(ready, key=lambda each: each.shards or 0)
+            starting = sum(each.shards is None for each in self.workers)
+            if self.left <= (starting if worker.shards else 0):
+                return
+            index = heappop(self.returned) if self.returned else next(self.fresh)
+            self.left -= 1
+            worker.shards = (worker.shards or 0) + 1
+            self.tasks[worker.actor.make.remote(index)] = worker, index
 
 
 def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:

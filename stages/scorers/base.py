@@ -53,6 +53,11 @@ class ScorerSettings:
     top_k: int = 64  # that memory is planned for
     server: ServerSettings | None = None
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GivenIds:

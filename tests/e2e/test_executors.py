@@ -140,8 +140,18 @@ def test_ray_builds_the_same_targets(made: Path, tmp_path: Path) -> None:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The Ray workers that make shards for this command."""
-    return [int(line.split()[0]) for line in ray_processes() if " ray::_Worker.make" in line]
+    """The Ray workers that make shards for this command, and for no other on the machine."""
+    found = [int(line.split()[0]) for line in ray_processes() if " ray::_Worker.make" in line]
+    return [pid for pid in found if process.pid in ancestors(pid)]
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    while pid:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            return
+        yield pid
 
 
 def test_the_shard_of_a_killed_worker_is_made_by_another(

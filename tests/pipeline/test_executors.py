@@ -4,12 +4,15 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from qpipe.pipeline import runner
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
 from qpipe.pipeline.locks import claimed, locked
@@ -42,10 +45,13 @@ class ToyStage:
     def start(self) -> None:
         self.started += 1
 
-    def make(self, index: int, report: Any) -> Any:
+    def read(self, index: int) -> int | None:
         if index >= 3:
             self.shard_count = 3
             return None
+        return index
+
+    def make(self, index: int, report: Any) -> Any:
         return self.toy.content(index)
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
@@ -66,6 +72,53 @@ def test_one_process_makes_all(
 
     assert (stage.toy.calls, stage.started) == ([0, 1, 2], 1)
     assert isinstance(result, StageResult)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_a_shard_is_made_while_the_next_is_read_and_the_last_written(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    stage = ToyStage(toy, folder)
+    was_read = [threading.Event() for _ in range(3)]
+    read, make = stage.read, stage.make
+
+    def note(index: int) -> int | None:
+        if index < 3:
+            was_read[index].set()
+        return read(index)
+
+    def wait(index: int, report: Any) -> Any:
+        assert was_read[min(index + 1, 2)].wait(timeout=20)
+        deadline = time.monotonic() + 20
+        while index and not (folder / f"shard-0000{index - 1}.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return make(index, report)
+
+    stage.read, stage.make = note, wait
+    run_alone(stage, WATCHER)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    commit = runner.commit_shard
+
+    def full(folder: Path, index: int, *rest: Any) -> ShardEntry:
+        if index == 1:
+            raise UserError("no space left")
+        return commit(folder, index, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "commit_shard", full)
+        with pytest.raises(UserError, match="no space left"):
+            run_alone(ToyStage(toy, folder), WATCHER)
+    kept = sorted(path.name for path in folder.glob("shard-*.json"))
+    assert kept == ["shard-00000.json", "shard-00002.json"]  # which was made meanwhile
+    again = ToyStage(toy, folder)
+    run_alone(again, WATCHER)
+    assert again.toy.calls == [1]
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 

@@ -49,6 +49,15 @@ def test_as_many_items_are_worked_on_at_a_time_as_there_are_cores() -> None:
     assert max(most) <= 2 * WORKERS  # some may not have left yet when the next ones come
 
 
+def test_one_worker_is_at_one_item_while_the_caller_is_at_another() -> None:
+    done = [threading.Event() for _ in range(4)]
+    results = in_order(lambda item: done[item].set() or item, range(4), workers=1)
+    for item in range(3):
+        assert next(results) == item
+        assert done[item + 1].wait(timeout=20)
+    assert list(results) == [3]
+
+
 def test_items_are_taken_only_so_far_ahead() -> None:
     taken: list[int] = []
 
