@@ -112,6 +112,7 @@ def plan(settings: ScoreSettings, gpu_memory: float | None = None) -> ScorePlan:
         dtype=dtype,
         max_length=demonstrations.max_length,
         tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         top_k=settings.top_k,
     )
@@ -156,9 +157,8 @@ def _add_rejects(work: Workload, rejects: Iterable[Reject]) -> None:
 
 
 def _memory(model: ModelFiles, settings: ScorerSettings, gpu_memory: float | None) -> Memory:
-    parts = settings.tensor_parallel_size
-    weights = weight_bytes(model, settings.dtype) // parts
-    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // parts
+    weights = weight_bytes(model, settings.dtype) // settings.gpus
+    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
     if gpu_memory is None:
         return Memory(weights, kv_cache)
     gpu = int(gpu_memory * 2**30)

@@ -24,6 +24,7 @@ from .vllm_start import (
     is_memory,
     plan_memory,
     start_engine,
+    starts_late,
     stop_engine,
     takes_ids,
 )
@@ -114,6 +115,8 @@ class VllmScorer:
         from vllm.sampling_params import RequestOutputKind
 
         options: dict[str, Any] = {"prompt_logprobs": top_k}
+        if self.starts_late:
+            options |= {"prompt_logprob_start": _first_row(example)}
         if given is not None:
             options |= _id_options(example, given) if self.takes_ids else {"prompt_logprobs": -1}
         return SamplingParams(
@@ -159,6 +162,7 @@ class VllmScorer:
         self.llm = llm
         self.engine: Any = llm.llm_engine
         self.takes_ids = takes_ids(self.engine)
+        self.starts_late = starts_late(self.engine)
 
     def _restart_smaller(self, died: str) -> None:
         self._make_smaller(died)
@@ -187,7 +191,7 @@ class VllmScorer:
         self, example: Example, given: GivenIds | None, output: Any, top_k: int
     ) -> ScoredExample:
         arrays = prompt_arrays(output.prompt_logprobs)
-        rows_N = example.positions - 1
+        rows_N = _rows(example, arrays)
         result = scored(
             example,
             observed_log_probs_N=arrays.log_probs[rows_N, 0],
@@ -215,13 +219,30 @@ def _stopped(error: Exception) -> Exception:
     )
 
 
+def _first_row(example: Example) -> int:
+    """The row of the first supervised position: row i predicts token i + 1."""
+    return int(example.positions[0]) - 1
+
+
+def _rows(example: Example, arrays: PromptArrays) -> NDArray[np.integer]:
+    """The rows of the supervised positions, among those that the engine gave: the last ones."""
+    left_out = len(example.input_ids) - 1 - len(arrays.ranks)
+    if not 0 <= left_out <= _first_row(example):
+        raise UserError(
+            f"example {example.id}: vLLM gave log-probabilities of {len(arrays.ranks)} tokens for "
+            f"a prompt of {len(example.input_ids)}: finished shards are kept: use --engine "
+            "transformers and another --out"
+        )
+    return example.positions - 1 - left_out
+
+
 def _id_options(example: Example, given: GivenIds) -> dict[str, Any]:
     """The request for given ids: a row for every token from the first position on.
 
     Row i scores its ids as predictions of token `prompt_logprob_start` + i + 1; -1 is no id. Rows
     without any must be there as well, and one column at least.
     """
-    start = int(example.positions[0]) - 1
+    start = _first_row(example)
     given_Nw = given.padded()
     rows = len(example.input_ids) - 1 - start
     ids_Rw = np.full((rows, max(1, given_Nw.shape[1])), -1, np.int64)

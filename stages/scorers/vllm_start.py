@@ -32,13 +32,13 @@ def plan_memory(
     import torch
 
     on_cpu = gpu_memory is None and not torch.cuda.is_available()
-    parts = settings.tensor_parallel_size
-    rows = Rows(model.vocab_size, settings.top_k, VALUE_BYTES[settings.dtype], parts, on_cpu=on_cpu)
-    weights = weight_bytes(model, settings.dtype) // parts
+    value_bytes, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
+    rows = Rows(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu=on_cpu)
+    weights = weight_bytes(model, settings.dtype) // settings.gpus
     if on_cpu:
         kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _CPU_KV_CACHE) * 2**30
         return fit_cpu(_available_memory(), weights, kv_cache, rows, settings.max_length)
-    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // parts
+    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
     total = gpu_memory or _gpu_memory()
     share = settings.gpu_memory_utilization
     return fit_gpu(total, share, weights, kv_cache, rows, settings.max_length)
@@ -99,6 +99,21 @@ def takes_ids(engine: Any) -> bool:
     return hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(
         engine.vllm_config, "use_v2_model_runner", False
     )
+
+
+def starts_late(engine: Any) -> bool:
+    """Whether an engine leaves out the top k of the tokens before `prompt_logprob_start`.
+
+    vLLM's own word: 0.33 takes that parameter with given ids alone, older ones have none.
+    """
+    from vllm import SamplingParams
+
+    try:
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=1, prompt_logprob_start=1)
+        sampling.verify(engine.vllm_config.model_config, None, None, None)
+    except Exception:  # each version has its own kinds
+        return False
+    return True
 
 
 def is_memory(error: BaseException) -> bool:

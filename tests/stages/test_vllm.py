@@ -27,8 +27,9 @@ GIB = 2**30
 
 
 def example(seed: int, length: int) -> Example:
+    """Every second token is supervised, and of the longer ones none of the first 20."""
     ids = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
-    return Example(f"e{seed}", ids, np.arange(1, length, 2, dtype=np.int32))
+    return Example(f"e{seed}", ids, np.arange(1 if length < 50 else 21, length, 2, dtype=np.int32))
 
 
 EXAMPLES = [example(seed, length) for seed, length in enumerate((12, 200, 2, 256, 61, 33, 7, 100))]
@@ -117,6 +118,52 @@ class Failing:
         if self.left == 0:
             raise self.error
         return self.engine.step()
+
+
+class Late:
+    """The engine as a later version has it: without the top k before `prompt_logprob_start`."""
+
+    def __init__(self, engine: Any, too_late: int = 0) -> None:
+        self.engine, self.too_late = engine, too_late
+        self.output_processor = engine.output_processor
+        self.starts: dict[str, int] = {}
+
+    def add_request(self, request_id: str, prompt: Any, sampling: Any) -> Any:
+        self.starts[request_id] = sampling.prompt_logprob_start + self.too_late
+        sampling.prompt_logprob_start = None  # this version refuses it
+        return self.engine.add_request(request_id, prompt, sampling)
+
+    def step(self) -> list[Any]:
+        outputs = self.engine.step()
+        for output in outputs:
+            tensors = output.prompt_logprobs[0][:3]
+            start = self.starts[output.request_id]
+            output.prompt_logprobs = [[tensor[start:] for tensor in tensors]]
+        return outputs
+
+
+def test_this_version_starts_the_top_k_with_the_prompt(scorer: Any) -> None:
+    assert not scorer.starts_late
+    taken = scorer.engine.vllm_config.model_config
+    assert not vllm_start.starts_late(scorer.engine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.SamplingParams.verify", lambda self, config, *_: config is taken)
+        assert vllm_start.starts_late(scorer.engine)
+
+
+def test_an_engine_that_can_leaves_the_prompt_out(
+    scorer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(scorer)
+    late = Late(scorer.engine)
+    monkeypatch.setattr(scorer, "engine", late)
+    monkeypatch.setattr(scorer, "starts_late", True)
+    check_same(run(scorer), whole)
+    assert list(late.starts.values()) == [one.positions[0] - 1 for one in EXAMPLES]
+    late.too_late = 1
+    with pytest.raises(UserError, match=r"gave log-probabilities of \d+ tokens for a prompt of"):
+        run(scorer)
+    late.engine.abort_request(list(late.output_processor.external_req_ids))
 
 
 def out_of_memory() -> Exception:
@@ -339,3 +386,21 @@ def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
     plan = vllm_start.plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
     assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.9)
     assert plan.added == 256 * (VOCAB * 10 + 64 * 28)
+
+
+def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
+    tiny_model: Path,
+) -> None:
+    files = find_model(str(tiny_model))
+    of_model = weight_bytes(files, "bfloat16") + kv_cache_bytes(files, "bfloat16") * 16384
+    needed = [
+        vllm_start.plan_memory(
+            files,
+            ScorerSettings(
+                "vllm", "bfloat16", 256, tensor_parallel_size=tp, pipeline_parallel_size=pp
+            ),
+            gpu_memory=24 * GIB,
+        ).needed
+        for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2))
+    ]
+    assert [each - GIB for each in needed] == [of_model // parts for parts in (1, 2, 2, 4)]
