@@ -3,14 +3,16 @@
     python tests/benchmarks/score.py MODEL [DEMONSTRATIONS]
 
 MODEL is a folder; DEMONSTRATIONS are chats of several turns, about as long as GSM8K's answers, made
-of data/arithmetic.jsonl where none are given. k is 64. Three figures, each of runs that take turns,
+of data/arithmetic.jsonl where none are given. k is 64. Four figures, each of runs that take turns,
 medians of them:
 
 - the stage with vLLM, reading, tokenising and writing included, against a bare `LLM.generate` with
   `flat_logprobs=True, detokenize=False` on the same engine;
 - the stage with transformers against a plain script: padded batches of 8 in the order given,
   log-softmax and top k over all positions;
-- what the front end costs a token, on arrays, without a model.
+- what the front end costs a token, on arrays, without a model;
+- the stage around a stand-in for a GPU that takes 40 µs a token and leaves the cores free, against
+  that engine alone: whether shards are read and written while the engine works.
 
 The stage's seconds are those that it reports, as its speed is: shards from reading to writing,
 without the start of the engine and the hash of its weights.
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,6 +49,7 @@ TOP_K, MAX_LENGTH = 64, 1024
 CHATS = int(os.environ.get("CHATS", "48"))
 RUNS = int(os.environ.get("RUNS", "3"))
 PLAIN_BATCH = 8
+SECONDS_A_TOKEN = 40e-6  # as of a model of some billions of parameters on a large GPU
 
 
 @dataclass(slots=True)
@@ -78,6 +82,7 @@ def main(model: Path, demonstrations: Path | None) -> None:
         rows.append((name, ours, theirs, f"{times.ratio:.3f}"))
     print_table(rows)
     front_end()
+    around_an_engine(files)
 
 
 def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times, Times, int, int]:
@@ -111,7 +116,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def run_stage(engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Path) -> float:
+def run_stage(
+    engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Path, shard_size: int = 512
+) -> float:
     """Seconds of the stage as the command runs it, but for an engine that is there already."""
     settings = ScoreSettings(
         model=str(files.folder),
@@ -120,6 +127,7 @@ def run_stage(engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Pat
         engine=engine,
         top_k=TOP_K,
         max_length=MAX_LENGTH,
+        shard_size=shard_size,
     )
     made, stage.make_scorer = stage.make_scorer, lambda *_: scorer
     try:
@@ -202,12 +210,46 @@ def front_end() -> None:
     print(f"front end: {seconds / requests / T * 1e6:.2f} µs a token at k = {TOP_K}")
 
 
-def make_chats(path: Path) -> Path:
+class _Elsewhere:
+    """An engine on a processor of its own; what it answers is made up."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        weights = np.sort(rng.exponential(1, (MAX_LENGTH, TOP_K)) ** 4, axis=1)[:, ::-1]
+        masses = weights / weights.sum(axis=1, keepdims=True) * 0.98
+        self.log_probs = np.log(masses).astype(np.float32)
+        self.ids = rng.integers(0, 49152, (MAX_LENGTH, TOP_K)).astype(np.int32)
+        self.tokens, self.seconds = 0, 0.0
+
+    def score(self, examples: list[Example], top_k: int, at: None = None) -> Any:
+        for place, example in enumerate(examples):
+            tokens = len(example.input_ids)
+            self.tokens += tokens
+            self.seconds += timed(partial(time.sleep, tokens * SECONDS_A_TOKEN))
+            rows = slice(len(example.positions))
+            log_probs, ids = self.log_probs[rows], self.ids[rows]
+            ones = np.ones(len(ids), np.int32)
+            yield place, scored(example, log_probs[:, 0], ones, ids, log_probs, 49152)
+
+
+def around_an_engine(files: ModelFiles) -> None:
+    """What reading, tokenising, packing and writing cost an engine that needs no core."""
+    engine = _Elsewhere()
+    with tempfile.TemporaryDirectory() as folder:
+        chats = make_chats(Path(folder) / "chats.jsonl", 1024)
+        seconds = run_stage("transformers", engine, files, chats, Path(folder) / "out", 64)
+    print(
+        f"around an engine of {engine.tokens / engine.seconds:,.0f} tokens/s elsewhere: "
+        f"{engine.tokens / seconds:,.0f} tokens/s, {engine.seconds / seconds:.3f} of it"
+    )
+
+
+def make_chats(path: Path, count: int = CHATS) -> Path:
     """Conversations of two to eight turns of arithmetic."""
     rows = [json.loads(line)["messages"] for line in ARITHMETIC.read_text().splitlines()]
     rng = np.random.default_rng(0)
     with path.open("w") as file:
-        for _ in range(CHATS):
+        for _ in range(count):
             chosen = rng.choice(len(rows), rng.integers(2, 9), replace=False)
             messages = [message for row in chosen for message in rows[row]]
             file.write(json.dumps({"messages": messages}) + "\n")
