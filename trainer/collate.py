@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..pipeline.records import TargetExample
+from ..pipeline.records import Ints, TargetExample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,20 +42,22 @@ class SparseTargets:
 class Batch:
     """Examples as the rows of a batch, and where in it the logits of supervised tokens stand.
 
-    Padded, every example has a row, filled up on the right. Packed, all stand end to end in one
-    row; the position ids start again with each, by which a model tells them apart.
+    Padded, every example has a row, filled up on the right. Packed, all are in one row: the tokens
+    that all begin with once, then the rest of each, up to its last supervised token. `segments` are
+    the lengths of these parts; with them `attention.packed_attention` keeps the examples apart.
 
-    The logits at column t predict token t + 1, so the token at position p of an example is scored
-    one column before it.
+    The logits that predict a token stand one column before it, or, where it is the first of its
+    segment, in the last column of the shared beginning.
     """
 
     ids: list[str]
-    input_ids: Tensor  # [B, T], [1, T of all] if packed
+    input_ids: Tensor  # [B, T], [1, sum of segments] if packed
     attention_mask: Tensor | None  # [B, T], None if packed
     rows: Tensor  # [N]
     columns: Tensor  # [N]
     targets: SparseTargets
-    position_ids: Tensor | None = None  # [1, T of all], None if padded
+    position_ids: Tensor | None = None  # [1, sum of segments], None if padded
+    segments: tuple[int, ...] = ()  # the first may be 0; none if padded
 
     @property
     def tokens(self) -> int:
@@ -63,13 +65,11 @@ class Batch:
         return len(self.rows)
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with.
-
-        It keeps packed examples apart only without an attention mask and with `use_cache=False`.
-        """
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
         if self.position_ids is not None:
-            return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+            packed = {"position_ids": self.position_ids, "segments": self.segments}
+            return {"input_ids": self.input_ids, **packed}
         assert self.attention_mask is not None
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
@@ -84,6 +84,7 @@ class Batch:
             self.columns.to(device),
             self.targets.to(device),
             None if position_ids is None else position_ids.to(device),
+            self.segments,
         )
 
 
@@ -111,20 +112,26 @@ def collate(examples: Sequence[TargetExample]) -> Batch:
 
 def pack(examples: Sequence[TargetExample]) -> Batch:
     """Join examples into a packed batch, of one token and N = 0 if there are none."""
-    lengths_B = _lengths(examples)
-    starts_B = np.cumsum(lengths_B) - lengths_B
-    input_ids_T = _join(examples, "input_ids", np.int64) if examples else np.zeros(1, np.int64)
-    position_ids_T = np.arange(len(input_ids_T)) - np.repeat(starts_B, lengths_B)
+    # what follows the last supervised token leads to none
+    used = [each.input_ids[: each.positions.max(initial=1)] for each in examples]
+    used = used or [np.zeros(1, np.int32)]
+    shared = _common_beginning(used)
+    rests_B = np.array([len(tokens) - shared for tokens in used])
+    starts_B = shared + np.cumsum(rests_B) - rests_B
+    parts = [used[0][:shared], *(tokens[shared:] for tokens in used)]
+    places = [np.arange(shared), *(np.arange(shared, shared + rest) for rest in rests_B)]
     example_of_N = _example_of(examples)
-    columns_N = starts_B[example_of_N] + _join(examples, "positions", np.int64) - 1
+    columns_N = _join(examples, "positions", np.int64) - 1
+    moved_N = starts_B[example_of_N] + columns_N - shared
     return Batch(
         ids=[example.id for example in examples],
-        input_ids=torch.from_numpy(input_ids_T[None]),
+        input_ids=torch.from_numpy(np.concatenate(parts, dtype=np.int64)[None]),
         attention_mask=None,
         rows=torch.zeros(len(columns_N), dtype=torch.int64),
-        columns=torch.from_numpy(columns_N),
+        columns=torch.from_numpy(np.where(columns_N < shared, columns_N, moved_N)),
         targets=_sparse_targets(examples, torch.from_numpy(example_of_N)),
-        position_ids=torch.from_numpy(position_ids_T[None]),
+        position_ids=torch.from_numpy(np.concatenate(places)[None]),
+        segments=(shared, *(int(rest) for rest in rests_B if rest)),
     )
 
 
@@ -155,6 +162,14 @@ def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> Sp
         support_probs=torch.from_numpy(support_probs_NS),
         tail_mass=torch.from_numpy(_join(examples, "tail_mass", np.float32)),
     )
+
+
+def _common_beginning(rows: Sequence[Ints]) -> int:
+    """How many tokens all rows begin with."""
+    shortest = min(map(len, rows))
+    heads = np.stack([row[:shortest] for row in rows])
+    is_same = (heads == heads[0]).all(axis=0)
+    return shortest if is_same.all() else int(is_same.argmin())
 
 
 def _lengths(examples: Sequence[TargetExample]) -> NDArray[np.int64]:

@@ -90,24 +90,6 @@ def recognise(model: Any) -> HeadForm | None:
     return None
 
 
-@torch.no_grad()
-def keeps_apart(model: Any) -> bool:
-    """Whether examples that are packed end to end leave each other alone in this model."""
-    causal = causal_model(model)
-    was_training = model.training
-    model.eval()
-    first = torch.arange(_PROBE_TOKENS, device=causal.device)
-    second = first.flip(0)
-    places = torch.arange(_PROBE_TOKENS, device=causal.device).repeat(2)[None]
-    both = torch.cat([first, second])[None]
-    try:
-        packed = causal(input_ids=both, position_ids=places, use_cache=False).logits
-        alone = causal(input_ids=second[None], use_cache=False).logits
-    finally:
-        model.train(was_training)
-    return torch.allclose(packed[:, _PROBE_TOKENS:], alone, 1e-4, 1e-4)
-
-
 def _candidates(config: Any) -> Iterator[HeadForm]:
     """The plain head, then what the configuration names."""
     softcap = getattr(config, "final_logit_softcapping", None)

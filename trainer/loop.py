@@ -10,22 +10,21 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..pipeline.errors import UserError
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, Manifest
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
+from .attention import can_pack
 from .checkpoint import remove_checkpoints
 from .checks import settled_method
-from .heads import keeps_apart
-from .models import find_model
+from .models import ModelFiles, find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, run_identity
 from .saving import save_adapter, save_model
 from .settings import TrainSettings
 from .sources import Source, find_sources, open_sources, settled, unfolded
 from .step import NOT_FINITE, precision_of, start_accelerator
-from .student import load_student
+from .student import Student, load_student
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -60,17 +59,7 @@ def train(settings: TrainSettings) -> TrainResult:
         set_seed(settings.seed)  # new adapters are the same everywhere
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
-        if settings.pack and not keeps_apart(student.model):
-            raise UserError(
-                f"--pack: model {base.name} mixes demonstrations that stand end to end: leave it "
-                "out"
-            )
-        if student.head_form is None and accelerator.is_main_process:
-            print(
-                f"model {base.name}: the fused loss does not know its output head: the plain one "
-                "runs, which takes more memory and time",
-                file=sys.stderr,
-            )
+        settings = _adapted(settings, base, student, accelerator.is_main_process)
         run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
         result = run.train()
         save = save_adapter if settings.keep_adapter else save_model
@@ -90,6 +79,24 @@ def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> N
     (settings.out / NOT_FINITE).unlink(missing_ok=True)
     if settings.resume == "never":
         remove_checkpoints(settings.out)
+
+
+def _adapted(
+    settings: TrainSettings, base: ModelFiles, student: Student, is_main: bool
+) -> TrainSettings:
+    """The settings as the model can follow them, with a word about what it cannot."""
+    words = []
+    if student.head_form is None:
+        words.append(
+            "the fused loss does not know its output head: the plain one runs, which takes more "
+            "memory and time"
+        )
+    if settings.pack and not can_pack(student.model):
+        words.append("packed demonstrations would not stay apart in it: they are padded")
+        settings = replace(settings, pack=False)
+    for each in words if is_main else ():
+        print(f"model {base.name}: {each}", file=sys.stderr)
+    return settings
 
 
 def _record(

@@ -188,7 +188,7 @@ class Run:
 
     def _batch(self, examples: list[TargetExample]) -> Batch:
         """Examples as a batch with the targets of the method."""
-        batch = pack(examples) if self.settings.pack and examples else collate(examples)
+        batch = pack(examples) if self.settings.pack else collate(examples)
         return observed_only(batch) if self.settings.method == SFT else batch
 
     def _learning_rate(self, step: int) -> float:

@@ -23,8 +23,9 @@ class TrainSettings:
     """The settings of `qpipe train`.
 
     An optimizer step takes `batch_size` examples over all processes, or as many as have
-    `step_tokens` tokens; each process cuts its share into forward passes of `forward_tokens` padded
-    tokens, which leaves the gradient as it is. Raises UserError for a value out of its range.
+    `step_tokens` tokens; each process cuts its share into forward passes of `forward_tokens`
+    tokens, padding included, which leaves the gradient as it is. Raises UserError for a value out
+    of its range.
     """
 
     targets: Path | tuple[Path, ...]  # several are mixed
@@ -41,7 +42,7 @@ class TrainSettings:
     batch_size: int = 8
     step_tokens: int | None = None  # instead of batch_size
     forward_tokens: int = 8192
-    pack: bool = False  # examples end to end without padding
+    pack: bool = True  # examples end to end, where the model keeps them apart; else padded
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0  # of matrices only
     max_grad_norm: float = 1.0

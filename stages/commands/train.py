@@ -73,7 +73,10 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
     help="Most tokens of a forward pass, padding included; the gradient stays the same.",
 )
 @click.option(
-    "--pack", is_flag=True, help="Put demonstrations end to end in a forward pass, not padded."
+    "--pack/--no-pack",
+    default=True,
+    help="Put demonstrations end to end in a forward pass, a beginning that all share once; or pad "
+    "them, as happens to a model that would mix them.",
 )
 @click.option(
     "--optimizer",

@@ -226,21 +226,30 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 def test_packing_and_any_cut_train_the_same_model(settings: TrainSettings, tmp_path: Path) -> None:
     train(settings)
     for name, change in {
-        "packed": {"pack": True},
+        "padded": {"pack": False},
         "one by one": {"forward_tokens": 1},
-        "packed in pieces": {"pack": True, "forward_tokens": 20},
+        "padded in pieces": {"pack": False, "forward_tokens": 20},
+        "packed in pieces": {"forward_tokens": 20},
     }.items():
         other = replace(settings, out=tmp_path / name, **change)
         train(other)
         torch.testing.assert_close(weights(other.out), weights(settings.out), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_mixes_packed_examples_is_refused(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_mixes_packed_examples_is_padded(
+    settings: TrainSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("qpipe.trainer.loop.keeps_apart", lambda _: False)
-    with pytest.raises(UserError, match=r"^--pack: model .* mixes demonstrations"):
-        train(replace(settings, pack=True))
+    padded = replace(settings, out=tmp_path / "padded", pack=False)
+    train(padded)
+    monkeypatch.setattr("qpipe.trainer.loop.can_pack", lambda _: False)
+    train(settings)
+    assert "packed demonstrations would not stay apart in it: they are padded" in (
+        capsys.readouterr().err
+    )
+    assert_same_run(settings.out, padded.out)
 
 
 def test_a_step_of_tokens_resumes_at_the_same_places(
