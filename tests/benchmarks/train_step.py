@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summary import print_table
+from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.models import find_model, load_model
 from qpipe.trainer.objective import Objective
@@ -35,7 +37,7 @@ from qpipe.trainer.stream import open_streams
 from qpipe.trainer.student import Student
 from torch.nn.functional import kl_div
 
-EXAMPLES, STEPS = 8, 3
+STEPS = 3  # a turn
 _MEMORY = """
 import sys, torch
 from qpipe.pipeline.methods import choose
@@ -64,45 +66,44 @@ print((peak() - before) / 1024)
 """
 
 
-def main(model: str, targets: Path, rounds: int) -> None:
+def main(model: str, targets: Path, rounds: int, size: int) -> None:
     """Time the steps, then measure the loss."""
     base = find_model(model)
     manifest = read_manifest(targets, "build-targets")
     stream, _ = open_streams(targets, manifest, eval_fraction=0)
-    examples = list(islice(stream.in_order(), EXAMPLES * STEPS))
-    batches = [collate(examples[i * EXAMPLES : (i + 1) * EXAMPLES]) for i in range(STEPS)]
-    packed = [pack(examples[i * EXAMPLES : (i + 1) * EXAMPLES]) for i in range(STEPS)]
-    contenders: dict[str, Callable[[], list[float]]] = {
-        "transformers.Trainer, plain SFT": trainer_steps(base, batches),
-        "on-line distillation, dense KL": distillation_steps(base, batches),
-        "qpipe sft": our_steps(base, batches, "sft", "live"),
-        "qpipe sft+kl, frozen-target": our_steps(base, batches, "sft+kl", "frozen-target"),
-        "qpipe target-sft, live": our_steps(base, batches, "target-sft", "live"),
-        "qpipe sft+kl, packed": our_steps(base, packed, "sft+kl", "frozen-target"),
+    examples = list(islice(stream.in_order(), size * STEPS))
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    padded, packed = [collate(part) for part in parts], [pack(part) for part in parts]
+    print(
+        f"a step: {size} demonstrations, {per_step(len(e.input_ids) for e in examples)} tokens, "
+        f"{per_step(batch.input_ids.numel() for batch in padded)} padded, "
+        f"{per_step(batch.input_ids.numel() for batch in packed)} packed, "
+        f"{per_step(batch.tokens for batch in padded)} supervised"
+    )
+    contenders = {
+        "transformers.Trainer, plain SFT": trainer_steps(base, padded),
+        "on-line distillation, dense KL": distillation_steps(base, padded),
+        **our_steps(base, packed, ""),
+        **our_steps(base, padded, ", padded"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, steps in contenders.items():
             times = steps()
             seconds[name] += times if turn else []  # the first turn warms up
-    reference = median(seconds["transformers.Trainer, plain SFT"])
-    tokens = sum(batch.input_ids.numel() for batch in packed) // STEPS
-    padded = sum(batch.input_ids.numel() for batch in batches) // STEPS
-    supervised = sum(batch.tokens for batch in batches) // STEPS
-    print(
-        f"{EXAMPLES} demonstrations a step: {tokens} tokens, {padded} with padding, {supervised} "
-        "supervised"
-    )
+    sft, online, *_ = (median(times) for times in seconds.values())
     rows = [
         (
             name,
             f"{median(times):.3f} s",
             f"{min(times):.3f} to {max(times):.3f}",
-            f"{median(times) / reference:.2f}",
+            f"{median(times) / sft:.2f}",
+            f"{online / median(times):.2f}",
         )
         for name, times in seconds.items()
     ]
-    print_table([("step", "median", "spread", "of Trainer's"), *rows])
+    heads = ("step", "median", "spread", "of Trainer's", "times as fast as on-line")
+    print_table([heads, *rows])
     peaks = {name: peak(name) for name in ("dense", "plain", "fused")}
     print_table(
         [
@@ -112,22 +113,42 @@ def main(model: str, targets: Path, rounds: int) -> None:
     )
 
 
-def our_steps(base: Any, batches: list[Batch], method: str, form: str) -> Callable[[], list[float]]:
-    """Steps of this trainer; the stored base stands for a teacher where the method wants one."""
+def per_step(counts: Iterable[int]) -> int:
+    """The mean over the steps."""
+    return round(sum(counts) / STEPS)
+
+
+def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Callable[[], list[float]]]:
+    """Steps of this trainer, by name, of one student.
+
+    The stored base stands for a teacher where the method wants one.
+    """
     settings = TrainSettings(targets=Path("."), model="", out=Path("."))
-    objective = Objective(choose(method, form), "student", "base")
     student = Student(load_model(base, torch.float32)).train()
-    stepper = Stepper(start_accelerator("float32"), student, settings, objective)
+    if batches[0].segments:
+        assert can_pack(student.model)
+    objectives = {
+        "qpipe sft": Objective(choose("sft"), "student", "base"),
+        "qpipe sft+kl": Objective(choose("sft+kl"), "student", "base"),
+        "qpipe target-sft, live": Objective(choose("target-sft", "live"), "student", "base"),
+    }
+    stepper = Stepper(start_accelerator("float32"), student, settings, objectives["qpipe sft"])
 
-    def steps() -> list[float]:
-        times = []
-        for batch in batches:
-            start = time.perf_counter()
-            stepper.step(1, [batch], 1e-6)
-            times.append(time.perf_counter() - start)
-        return times
+    def steps(objective: Objective) -> list[float]:
+        stepper.objective = objective
+        return timed(lambda batch: stepper.step(1, [batch], 1e-6), batches)
 
-    return steps
+    return {name + word: partial(steps, objective) for name, objective in objectives.items()}
+
+
+def timed(step: Callable[[Batch], Any], batches: list[Batch]) -> list[float]:
+    """The seconds that each step takes."""
+    times = []
+    for batch in batches:
+        start = time.perf_counter()
+        step(batch)
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
@@ -139,28 +160,19 @@ def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[flo
     student, teacher = (load_model(base, torch.float32) for _ in range(2))
     student.train()
     teacher.eval()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def step(batch: Batch) -> None:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         with torch.no_grad():
-            wanted = teacher(**inputs).logits.log_softmax(-1)
-        log_probs = student(**inputs).logits.log_softmax(-1)
+            wanted = teacher(**batch.inputs).logits.log_softmax(-1)
+        log_probs = student(**batch.inputs).logits.log_softmax(-1)
         losses = kl_div(log_probs, wanted, reduction="none", log_target=True).sum(-1)
         losses[batch.rows, batch.columns].mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def steps() -> list[float]:
-        times = []
-        for batch in batches:
-            start = time.perf_counter()
-            step(batch)
-            times.append(time.perf_counter() - start)
-        return times
-
-    return steps
+    return lambda: timed(step, batches)
 
 
 def trainer_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
@@ -200,8 +212,8 @@ def trainer_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
         clock = Clock()
         arguments = TrainingArguments(
             output_dir=out,
-            max_steps=STEPS,
-            per_device_train_batch_size=EXAMPLES,
+            max_steps=1 + STEPS,
+            per_device_train_batch_size=len(batches[0].ids),
             learning_rate=1e-6,
             report_to=[],
             save_strategy="no",
@@ -223,7 +235,7 @@ def trainer_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
         )
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(same)
         trainer.train()
-        return clock.times
+        return clock.times[1:]  # the first makes the moments, as a new Trainer must
 
     return steps
 
@@ -239,4 +251,5 @@ def peak(name: str) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 5)
+    words = dict(enumerate(sys.argv))
+    main(words[1], Path(words[2]), int(words.get(3, 5)), int(words.get(4, 8)))
