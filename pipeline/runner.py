@@ -37,6 +37,7 @@ from .shards import ShardContent, commit_shard, committed_shard
 from .storage import TEMPORARY, atomic_file, read_json
 
 REJECTS = "rejects.jsonl"
+MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`
 HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub holds
 
 
@@ -88,6 +89,11 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
     else, or the same stage with other settings.
     """
     plan = Plan(plan) if isinstance(plan, Identity) else plan
+    if plan.shards is not None and plan.shards > MOST_SHARDS:
+        raise UserError(
+            f"{folder}: would have {plan.shards:,} shards, {MOST_SHARDS:,} is the most that a "
+            "manifest can hold: give a larger --shard-size"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file: --out needs a folder")
     if (folder / MANIFEST).exists():
@@ -210,10 +216,14 @@ class ShardRun:
         self.positions += entry.positions
 
     def find(self, index: int) -> bool:
-        """Whether a shard is there, looked up where this run does not know of it."""
+        """Whether a shard is there, looked up where this run does not know of it.
+
+        It is another task's then, which has compared its hash: here its size is enough, or the task
+        that seals would read the whole folder.
+        """
         if index not in self.committed:
             job = self.job
-            entry = committed_shard(job.folder, index, job.identity.fingerprint)
+            entry = committed_shard(job.folder, index, job.identity.fingerprint, verify=False)
             if entry is not None:
                 self.committed[index] = entry
         return index in self.committed
@@ -258,14 +268,11 @@ def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
 
 
 def _committed_shards(job: Job, wanted: Container[int] | None) -> dict[int, ShardEntry]:
-    found = {}
-    for index in sidecar_indices(job.folder):
-        if wanted is not None and index not in wanted:
-            continue
-        entry = committed_shard(job.folder, index, job.identity.fingerprint)
-        if entry is not None:
-            found[index] = entry
-    return found
+    indices = [i for i in sidecar_indices(job.folder) if wanted is None or i in wanted]
+    look_up = partial(committed_shard, job.folder, fingerprint=job.identity.fingerprint)
+    # hashing leaves the interpreter free, and so does waiting for a store
+    entries = zip(indices, in_order(look_up, indices), strict=True)
+    return {index: entry for index, entry in entries if entry is not None}
 
 
 def sidecar_indices(folder: Path) -> list[int]:
@@ -275,18 +282,27 @@ def sidecar_indices(folder: Path) -> list[int]:
 
 
 def _refuse_incomplete(folder: Path, manifest: Manifest) -> None:
-    for entry in manifest.shards:
-        path = folder / entry.file
-        if not path.exists() or path.stat().st_size != entry.bytes:
-            what = "damaged" if path.exists() else "missing"
+    paths = [folder / entry.file for entry in manifest.shards]
+    for path, entry, size in zip(paths, manifest.shards, in_order(_size, paths), strict=True):
+        if size != entry.bytes:
+            what = "missing" if size is None else "damaged"
             raise UserError(
                 f"{path}: {what}, the manifest names it: restore it, or remove {folder} and make "
                 "it again"
             )
 
 
+def _size(path: Path) -> int | None:
+    """The bytes of a file; None where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 def _holds_rows(folder: Path) -> bool:
-    entries = [read_json(sidecar) for sidecar in folder.glob("shard-*.json")]
+    # looked at one by one: the first that is there has rows as a rule
+    entries = (read_json(sidecar) for sidecar in folder.glob("shard-*.json"))
     return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
 
 

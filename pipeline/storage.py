@@ -13,7 +13,7 @@ from .errors import UserError
 from .remote import is_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
-MOST_BYTES = 2**28  # of a JSON file: that of half a million shards, or two million rejects
+MOST_BYTES = 2**28  # of a JSON file: that of half a million scored shards, or two million rejects
 MOST_DENSE = 100_000  # values of a JSON file, however short they are
 
 

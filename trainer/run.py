@@ -239,6 +239,10 @@ class Run:
 def run_size(settings: TrainSettings, stream: Samples) -> tuple[int, int]:
     """The steps of a run and the samples they take, repetitions counted."""
     samples = max(1, round(settings.epochs * len(stream)))
+    if settings.step_tokens is None:  # then no length needs to be looked at
+        steps = -(-samples // settings.batch_size)
+        steps = min(steps, settings.max_steps or steps)
+        return steps, min(samples, steps * settings.batch_size)
     steps = taken = 0
     for step in cut(settings, stream, 0, samples):
         if steps == settings.max_steps:

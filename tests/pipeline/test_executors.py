@@ -162,6 +162,30 @@ def test_the_number_of_tasks_may_change_and_a_plain_run_finishes_their_work(
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 
+def test_the_last_task_hashes_no_shard_of_the_others(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Or one task would read the whole folder, while the others' GPUs are gone."""
+    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    hashed: list[str] = []
+    monkeypatch.setattr("qpipe.pipeline.shards.sha256_of_file", lambda path: hashed.append(path))
+    result = run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+
+    assert isinstance(result, StageResult)
+    assert hashed == []
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_the_last_task_does_not_seal_over_a_shard_that_was_cut_off(toy: Any, folder: Path) -> None:
+    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    (folder / "shard-00002.arrow").write_bytes(b"ARROW1")
+    result = run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+
+    assert isinstance(result, PartResult)
+    assert not (folder / "manifest.json").exists()
+
+
 def test_the_last_task_tidies_what_a_killed_one_left(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:

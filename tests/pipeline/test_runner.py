@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -15,9 +15,10 @@ import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.locks import locked
-from qpipe.pipeline.manifest import ShardEntry, read_manifest
+from qpipe.pipeline.manifest import Plan, ShardEntry, read_manifest, shard_name
 from qpipe.pipeline.records import Reject
-from qpipe.pipeline.runner import open_folder, totals_of
+from qpipe.pipeline.runner import MOST_SHARDS, open_folder, totals_of
+from qpipe.pipeline.storage import MOST_BYTES, json_bytes
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 FILES = [
@@ -473,6 +474,21 @@ def test_a_plan_that_led_to_nothing_gives_way_to_another(toy: Any, folder: Path)
     toy(folder).run()
 
     assert read_manifest(folder).fingerprint == toy(folder).job.identity.fingerprint
+
+
+def test_more_shards_than_a_manifest_can_hold_are_refused_before_the_work(
+    toy: Any, folder: Path
+) -> None:
+    with pytest.raises(UserError, match=r"150,001 shards, 150,000 is the most.*--shard-size"):
+        open_folder(folder, Plan(toy(folder).job.identity, shards=150_001))
+    assert not folder.exists()
+
+
+def test_a_manifest_of_the_most_shards_can_be_read() -> None:
+    """A target folder's says the most of each shard: 28 sums."""
+    sums = {f"ceiling.divergence.{number}": -1234567.123456789 for number in range(28)}
+    entry = ShardEntry(shard_name(99_999), "0" * 64, *[10**9] * 5, "0" * 64, [], sums)
+    assert MOST_SHARDS * len(json_bytes([asdict(entry)])) < MOST_BYTES
 
 
 def test_a_folder_that_another_process_works_in_is_refused(folder: Path) -> None:
