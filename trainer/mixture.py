@@ -5,7 +5,9 @@ state but the number of samples consumed, as a single stream. Each stream goes t
 epochs: with weights other than their sizes, an epoch of the mixture, which has as many samples as
 the streams have in all, shows the examples of one stream more than once and not all of another's.
 After any number of samples, a stream has given within one of its exact share: Balinski and
-Young's quota method (The quota method of apportionment, 1975).
+Young's quota method (The quota method of apportionment, 1975). Streams in proportion to their sizes
+may take more than `LONGEST_PERIOD` samples until the pattern repeats; then each stream's samples
+are spread evenly, which is within half a sample and half the number of streams of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,12 +78,14 @@ class Mixture:
         return (next(parts[stream]) for stream, _ in order)
 
 
-def mix(streams: Sequence[TargetStream], weights: Sequence[float]) -> Mixture:
+def mix(streams: Sequence[TargetStream], weights: Sequence[float] = ()) -> Mixture:
     """Streams in proportion to their weights, which need not add up to anything.
 
-    Raises UserError for weights that are not positive or too finely set against each other.
+    Without weights, in proportion to their sizes: each example comes once an epoch. Raises
+    UserError for weights that are not positive or too finely set against each other.
     """
-    shares = shares_of(weights)
+    sizes = [len(stream) for stream in streams]
+    shares = shares_of(weights) if weights else tuple(size // gcd(*sizes) for size in sizes)
     turns = turns_of(shares)
     places = np.empty_like(turns)
     for stream, share in enumerate(shares):
@@ -105,12 +109,16 @@ def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def turns_of(shares: Sequence[int]) -> Ints:
-    """Whose turn each sample of a period is, by the quota method.
+    """Whose turn each sample of a period is, by the quota method; evenly spread in a long one.
 
     Of the streams that this sample would not put above their exact share rounded up, it is the turn
     of the one with the greatest share for each sample it would then have had.
     """
     period = sum(shares)
+    if period > LONGEST_PERIOD:  # the quota method takes a second and a half for a million
+        places = [(np.arange(share) + 0.5) / share for share in shares]
+        streams = np.repeat(np.arange(len(shares), dtype=np.int32), shares)
+        return streams[np.argsort(np.concatenate(places), kind="stable")]
     given = [0] * len(shares)
     turns = np.empty(period, np.int32)
     for number in range(period):

@@ -93,9 +93,7 @@ def open_sources(
         )
     if len(sources) == 1:
         return train_streams[0], eval_streams
-    # by their sizes each example comes once an epoch
-    weights = settings.mixture_weights or tuple(map(len, train_streams))
-    return mix(train_streams, weights), eval_streams
+    return mix(train_streams, settings.mixture_weights), eval_streams
 
 
 def in_order(

@@ -47,6 +47,29 @@ def test_every_count_is_within_one_of_its_exact_share(shares: list[int]) -> None
         assert all(abs(int(n) - e) < 1 for n, e in zip(given_so_far, exact, strict=True))
 
 
+@settings(deadline=None)
+@given(SHARES)
+def test_a_long_period_is_spread_evenly(shares: list[int]) -> None:
+    """Each stream gives its share, never off by more than half a sample and half the streams."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpipe.trainer.mixture.LONGEST_PERIOD", 0)
+        turns = turns_of(shares)
+    assert Counter(turns.tolist()) == dict(enumerate(shares))
+    for stream, share in enumerate(shares):
+        exact = share * np.arange(1, len(turns) + 1) / sum(shares)
+        most = 0.5 + len(shares) / 2
+        assert np.abs(np.cumsum(turns == stream) - exact).max() <= most
+
+
+def test_by_their_sizes_each_example_comes_once_however_many_there_are(
+    mixture: Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpipe.trainer.mixture.LONGEST_PERIOD", 46)  # they are 40 and 7
+    ids = [example.id for example in mix(mixture.streams).samples(0, range(94))]
+    names = [f"a-example-{i}" for i in range(40)] + [f"b-example-{i}" for i in range(7)]
+    assert sorted(ids[:47]) == sorted(ids[47:]) == sorted(names)
+
+
 def test_turns_by_hand() -> None:
     # the second is not for stream 0, whose exact share of two is one; at the third 0 and 2 claim
     # one sample for each share alike, and the first of them has it
