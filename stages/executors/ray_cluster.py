@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from ...pipeline.runner import ShardRun, StageResult, open_folder
 from ...pipeline.shards import commit_shard
 from ..quiet import quiet_libraries
 
-_TRIES = 3  # workers that a shard may end
+_TRIES = 3  # workers that a shard may end, or that may die one after the other as they start
 _AT_A_TIME = 2  # shards that a worker has
 _CONNECT_SECONDS = 10.0
 _STORE_BYTES = 100 * 2**20  # for objects in transit, of which there are only small ones
@@ -42,7 +43,7 @@ def run_on_ray(
     """Make what is missing of a folder on Ray workers, and seal it.
 
     Raises UserError where Ray is not installed or not to be reached, where it has no room for the
-    workers, and where one shard has ended three of them.
+    workers, where one shard has ended three of them, and where none is left that could start.
     """
     if find_spec("ray") is None:
         raise UserError("--executor ray: Ray is not installed: pip install 'qpipe[ray]'")
@@ -150,7 +151,8 @@ class _HandOut:
         self.returned: list[int] = []  # shards of dead workers, a heap
         self.fresh: Iterator[int] = iter(())
         self.left = 0.0  # shards that nobody has, infinite where only reading tells
-        self.deaths: Counter[int | None] = Counter()  # by what the worker was at
+        self.deaths: Counter[int | None] = Counter()  # by shard; None: in starting, in a row
+        self.last_words = Exception()  # of a worker that died
 
     def make_missing(self, shards: int | None) -> None:
         """Make what is missing of so many shards; of all up to the last, where None."""
@@ -169,7 +171,7 @@ class _HandOut:
                     self.watch.begin()
                 worker.shards = 0 if worker.shards is None else worker.shards - 1
             else:
-                self._bury(worker)
+                self._bury(worker, index)
             self._assign()
         self.run.seconds = perf_counter() - began if began else 0.0
 
@@ -202,22 +204,29 @@ class _HandOut:
 
     def _note_death(self, index: int | None, error: Exception) -> None:
         self.deaths[index] += 1
-        if self.deaths[index] == _TRIES:
-            what = "starting" if index is None else f"making shard {index}"
-            raise UserError(
-                f"{_TRIES} Ray workers died while {what}, of memory as a rule: {one_line(error)}: "
-                "finished shards are kept: run again with fewer --workers, a smaller "
-                "--gpu-memory-utilization or --max-length"
-            )
+        self.last_words = error
         if index is not None:
+            if self.deaths[index] == _TRIES:
+                raise _too_many_deaths(_TRIES, f"making shard {index}", error)
             self.left += 1
             heappush(self.returned, index)
 
-    def _bury(self, worker: _Hired) -> None:
-        """Start another worker in place of one that has died, which loses all its shards."""
-        if worker in self.workers:
-            self.workers.remove(worker)
+    def _bury(self, worker: _Hired, index: int | None) -> None:
+        """Start another worker in place of one that has died, which loses all its shards.
+
+        Not where several have died as they start: the others then go on without, as a machine that
+        ends all of its own ends no other's.
+        """
+        if worker not in self.workers:
+            return
+        self.workers.remove(worker)
+        if index is not None or self.deaths[None] < _TRIES:
             self._start_worker()
+        elif self.workers:
+            left = len(self.workers)
+            print(f"Ray workers die while starting: {left} others go on", file=sys.stderr)
+        else:
+            raise _too_many_deaths(self.deaths[None], "starting", self.last_words)
 
     def _start_worker(self) -> None:
         worker = _Hired(self.actor.remote(*self.arguments))
@@ -235,6 +244,14 @@ class _HandOut:
             self.left -= 1
             worker.shards = (worker.shards or 0) + 1
             self.tasks[worker.actor.make.remote(index)] = worker, index
+
+
+def _too_many_deaths(deaths: int, what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{deaths} Ray workers died while {what}, of memory as a rule: {one_line(error)}: finished "
+        "shards are kept: run again with fewer --workers, a smaller --gpu-memory-utilization or "
+        "--max-length"
+    )
 
 
 def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
