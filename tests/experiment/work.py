@@ -33,6 +33,7 @@ from .processes import in_process, qpipe
 from .task import Problem, demonstrations, parts
 
 TRAINING = ("--batch-size", 8, "--precision", "bfloat16", "--warmup-ratio", 0.1)
+SHARD_SIZE = 16  # so that a shard with the whole vocabulary fits into memory
 HELP_LEARNING_RATE = 1e-4  # of the warm start and of the teacher
 
 
@@ -147,7 +148,7 @@ class Work:
 
     def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
         rows = ("--template", TEMPLATE) if given[0] == "--demonstrations" else ()
-        fixed = ("--engine", "transformers", "--top-k", top_k, "--shard-size", 64)
+        fixed = ("--engine", "transformers", "--top-k", top_k, "--shard-size", SHARD_SIZE)
         return self._made(out, "manifest.json", "score", "--model", model, *given, *rows, *fixed)
 
     def _train(self, out: Path, targets: Path, model: Path, run: Run | None = None) -> Path:
