@@ -23,6 +23,7 @@ from qpipe.stages.cli import cli
 from qpipe.stages.scorers.base import scored
 from qpipe.stages.status import FolderStatus, TrainStatus, status_of
 
+SETTINGS = {"vocab_size": 100, "top_k": 2, "tokenizer_hash": "3fa9"}
 ROWS = 4  # of a shard, and one rejected
 
 
@@ -48,7 +49,7 @@ def content(index: int) -> ShardContent:
 def begin(folder: Path, shards: int, in_all: int | None = 10) -> ShardRun:
     """A score folder with so many shards, the last made just now, one every ten seconds."""
     schema = schema_of("score", 100)
-    identity = Identity("score", {"vocab_size": 100}, {}, identity_schema(schema))
+    identity = Identity("score", SETTINGS, {}, identity_schema(schema))
     demonstrations = None if in_all is None else in_all * (ROWS + 1)
     assert open_folder(folder, Plan(identity, in_all, demonstrations)) is None
     run = ShardRun(Job(folder, schema, identity, {}, {}))
