@@ -236,7 +236,9 @@ def check_version(path: Path, identity: Identity) -> None:
 def first_difference(wanted: Identity, found: Identity) -> str:
     """The first field in which two identities differ, with both values, as words."""
     left, right = _leaves(asdict(wanted)), _leaves(asdict(found))
-    for name in sorted(left.keys() | right.keys(), key=lambda name: (name != "stage", name)):
+    # the order of ids follows from other settings: these say more
+    weight = {"stage": -1, "settings.support_order": 1}
+    for name in sorted(left.keys() | right.keys(), key=lambda name: (weight.get(name, 0), name)):
         there, now = right.get(name, "absent"), left.get(name, "absent")
         if there != now:
             return f"{name} is {there} there and {now} now"

@@ -346,17 +346,16 @@ def test_targets_of_older_formats_are_read_verified_and_streamed(
 
 
 def test_targets_of_format_3_are_read_by_their_own_levels(verify: Verify, own: Path) -> None:
-    """The very bytes, said to be of format 3: a code below 115 is (1 − code/128)² there."""
+    """The very bytes, said to be of format 3, whose levels are worked out here."""
     reseal(own, lambda m: replace(m, identity=replace(m.identity, format_version=3)))
     assert verify(own)[0] == 0
     row = pa.ipc.open_file((own / "shard-00000.arrow").read_bytes()).read_all().to_pylist()[1]
     example = list(read_targets(own))[1]
     codes = np.array(row["support_log_probs"])
-    high = codes < 115
-    assert high.sum() > 2
-    wanted = (1 - codes[high] / 128) ** 2
-    found = example.support_probs[high]
-    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=1e-5)
+    nats = np.interp(codes, [114.66667, 177.84316, 254], [2 * np.log(9.6), 14, 88])
+    wanted = np.where(codes < 115, (1 - codes / 128) ** 2, np.exp(-nats))
+    found = example.support_probs
+    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=1e-4)
 
 
 def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_path: Path) -> None:
@@ -371,10 +370,10 @@ def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_pat
     assert verify(build(folder, tmp_path / "targets"))[0] == 0
 
 
-@pytest.mark.parametrize("version", [0, 4, "3", None, [], 2.5, True])
+@pytest.mark.parametrize("version", [0, 5, "3", None, [], 2.5, True])
 def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, version: Any) -> None:
     folder = older(tmp_path / "targets", version)
-    words = f"format version {version}, this qpipe reads 1 and 2 and 3: make it again with `qpipe b"
+    words = f"format version {version}, this qpipe reads 1 and 2 and 3 and 4: make it again with"
     assert refused(verify, folder, words, "or use the qpipe that made it").count("\n") == 1
 
 
