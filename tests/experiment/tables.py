@@ -4,6 +4,7 @@ S seeds, I items.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from statistics import mean, stdev
 
 import numpy as np
@@ -68,7 +69,7 @@ def _set_up(size: Size, parts: Parts) -> str:
     )
     return (
         f"SmolLM2-135M-Instruct learns worked sums of three numbers from {size.demonstrations} "
-        f"demonstrations, each seen once, all weights trained; {size.seeds} seeds, each with "
+        f"demonstrations, each seen once, all weights trained; {size.seeds} seed(s), each with "
         f"demonstrations and an order of its own, and the same {size.test} test problems for all. "
         f"Corrupted: in {CORRUPTED_SHARE:.0%} of the demonstrations no carry from the units is "
         f"made. Right: `{right}`; corrupted: `{wrong}`. Every problem has such a carry.\n\n"
@@ -165,10 +166,11 @@ def _predictions(records: list[Record], parts: Parts) -> str:
         if means:
             columns = {name: np.array([each[name] for each in means]) for name in means[0]}
             cells = (rank_correlation(columns[a], columns[b]) for a, b in _PAIRS)
-            rows.append((f"{start}, {data}", *(f"{value:+.2f}" for value in cells)))
+            told = ("–" if isnan(value) else f"{value:+.2f}" for value in cells)
+            rows.append((f"{start}, {data}", *told))
     return (
-        "Spearman's rank correlation over the methods of a condition, means over the seeds. The "
-        "ceiling's columns need no training run.\n\n" + _table(rows)
+        "Spearman's rank correlation over the methods of a condition, means over the seeds; – "
+        "where all are alike. The ceiling's columns need no training run.\n\n" + _table(rows)
     )
 
 
