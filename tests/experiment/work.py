@@ -147,8 +147,10 @@ class Work:
         return self._train(self.root / name, targets, self.base)
 
     def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
-        rows = ("--template", TEMPLATE) if given[0] == "--demonstrations" else ()
-        fixed = ("--engine", "transformers", "--top-k", top_k, "--shard-size", SHARD_SIZE)
+        """Scores of demonstrations, or with --at of a folder's examples, whose shards they follow."""
+        of_rows = ("--template", TEMPLATE, "--shard-size", SHARD_SIZE)
+        rows = of_rows if given[0] == "--demonstrations" else ()
+        fixed = ("--engine", "transformers", "--top-k", top_k)
         return self._made(out, "manifest.json", "score", "--model", model, *given, *rows, *fixed)
 
     def _train(self, out: Path, targets: Path, model: Path, run: Run | None = None) -> Path:
