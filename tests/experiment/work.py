@@ -147,7 +147,7 @@ class Work:
         return self._train(self.root / name, targets, self.base)
 
     def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
-        """Scores of demonstrations, or with --at of a folder's examples, whose shards they follow."""
+        """Scores of demonstrations, or with --at of a folder's examples, in the shards of those."""
         of_rows = ("--template", TEMPLATE, "--shard-size", SHARD_SIZE)
         rows = of_rows if given[0] == "--demonstrations" else ()
         fixed = ("--engine", "transformers", "--top-k", top_k)
