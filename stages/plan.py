@@ -1,7 +1,7 @@
 """`qpipe score --plan`: what scoring would take, from the demonstrations and the model's files.
 
-Rows are read and tokenised as scoring does it, one at a time; neither weights are loaded nor
-anything is written.
+Rows are read and tokenised as scoring does it, one at a time; weights are neither fetched nor
+loaded, and nothing is written.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ from ..pipeline.progress import progress_bar
 from ..pipeline.records import Reject
 from ..trainer.model_size import kv_cache_bytes, weight_bytes
 from ..trainer.models import ModelFiles, find_model
+from .costs import Costs, Throughput, costs
 from .demonstrations import check_readable
 from .score import Demonstrations, ScoreSettings, check_top_k
 from .scorers.base import ScorerSettings, choose_dtype
@@ -96,13 +97,18 @@ class ScorePlan:
     model: str
     dtype: str
     memory: Memory
+    costs: Costs | None  # None where the model's architecture is not known
 
 
-def plan(settings: ScoreSettings, gpu_memory: float | None = None) -> ScorePlan:
+def plan(
+    settings: ScoreSettings,
+    gpu_memory: float | None = None,
+    throughput: Throughput | None = None,
+) -> ScorePlan:
     """Look at the demonstrations and the model; `gpu_memory` is that of a GPU, in GiB."""
     sources = open_sources(settings.demonstrations)
     check_readable(sources, settings.format)
-    model = find_model(settings.model, settings.revision)
+    model = find_model(settings.model, settings.revision, weights=False)
     check_top_k(settings.top_k, model)
     demonstrations = Demonstrations(replace(settings, strict=False), sources, model)
     workload = _workload(demonstrations)
@@ -122,6 +128,7 @@ def plan(settings: ScoreSettings, gpu_memory: float | None = None) -> ScorePlan:
         model=model.name,
         dtype=dtype,
         memory=_memory(model, scorer, gpu_memory),
+        costs=costs(model, workload.lengths.counts, workload.positions, throughput or Throughput()),
     )
 
 

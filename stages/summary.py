@@ -19,6 +19,7 @@ from .lineage import described
 if TYPE_CHECKING:
     from ..trainer.loop import TrainResult
     from .compare_methods import Comparison
+    from .costs import Costs
     from .doctor import Diagnosis
     from .plan import Memory, ScorePlan, Workload
     from .rescore import Rescored
@@ -76,13 +77,14 @@ def print_plan(plan: "ScorePlan") -> None:
     print_table(
         [
             *_workload_rows(plan.workload),
-            ("folder", f"about {_size(plan.folder_bytes)}"),
+            ("scores", f"about {_size(plan.folder_bytes)}"),
             (
                 "model",
                 f"{plan.model} in {plan.dtype}: {_size(memory.weights)} of weights on each GPU, "
                 f"{_size(memory.kv_cache)} of KV cache for what is in flight",
             ),
             *_memory_rows(memory),
+            *_cost_rows(plan.costs),
         ]
     )
     if not memory.fits and memory.engine is not None:
@@ -128,6 +130,38 @@ def _memory_rows(memory: "Memory") -> list[tuple[str, str]]:
             f"{_size(engine.added)} of it for prompt log-probabilities outside of vLLM's share",
         ),
     ]
+
+
+def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
+    """What scoring takes, and what then comes of it."""
+    if costs is None:
+        return []
+    from .costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
+
+    throughput = costs.throughput
+    basis = (
+        f"{costs.flop:.2g} FLOP at {UTILIZATION:.0%} of {throughput.tflops:g} TFLOP/s, which is "
+        "assumed: --gpu-speed takes what you measured"
+        if throughput.speed is None
+        else f"at the {throughput.speed:,.0f} supervised tokens/s of a GPU that you gave"
+    )
+    return [
+        ("scoring", f"{_hours(costs.score_hours)}: {basis}"),
+        ("targets", f"about {_size(costs.targets_bytes)}, of a method that stores a distribution"),
+        (
+            "training",
+            f"{_hours(costs.epoch_hours)} an epoch of this model, {EPOCH} times scoring; "
+            f"{_size(costs.training_bytes)} of GPU memory over all, {TRAINED_WEIGHT_BYTES} bytes a "
+            "weight, activations besides",
+        ),
+    ]
+
+
+def _hours(hours: float) -> str:
+    """GPU hours in two digits."""
+    if hours < 1 / 60:
+        return "below a GPU minute"
+    return f"about {hours:,.0f} GPU hours" if hours >= 10 else f"about {hours:.2g} GPU hours"
 
 
 def plan_event(plan: "ScorePlan") -> dict[str, Any]:

@@ -1,17 +1,39 @@
-"""How much memory a model takes, told from its files without loading it."""
+"""How large a model is, told from its files without loading it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from .models import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# what configurations call the experts of a layer, and how many of them a token meets
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_MET = "num_experts_per_tok"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCounts:
+    """How many weights a model has, and how many of them a token is multiplied by."""
+
+    stored: int
+    multiplied: float
 
 
 def weight_bytes(model: ModelFiles, dtype: str) -> int:
-    """Bytes of the weights in `dtype`; of quantised ones, those of their files."""
+    """Bytes of the weights in `dtype`; of quantised ones, those of their files.
+
+    Where the files have not been fetched, the configuration tells how many weights there will be; 0
+    where it is of an architecture that transformers lacks.
+    """
     from safetensors import safe_open
 
     files = sorted(model.folder.glob("*.safetensors"))
+    others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
+    if not files and not others:
+        counts = count_weights(model)
+        return counts.stored * VALUE_BYTES[dtype] if counts else 0
     if not files or getattr(model.config, "quantization_config", None) is not None:
-        others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
         return sum(path.stat().st_size for path in files or others)
     values = 0
     for path in files:
@@ -24,10 +46,55 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     return values * VALUE_BYTES[dtype]
 
 
+def count_weights(model: ModelFiles) -> WeightCounts | None:
+    """The weights of a model's configuration; None where transformers lacks its architecture.
+
+    An embedding that is no output head as well multiplies nothing; of a mixture's experts, a token
+    meets those that its router chooses.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # shapes without memory
+            made = AutoModelForCausalLM.from_config(model.config)
+    except Exception:  # each library of an architecture has its own ways to fail
+        return None
+    embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
+    stored, multiplied = 0, 0.0
+    for name, weight in made.named_parameters():
+        stored += weight.numel()
+        if weight is not embedding or embedding is head:
+            multiplied += weight.numel() * (_share_met(model) if ".experts." in name else 1)
+    return WeightCounts(stored, multiplied)
+
+
+def forward_flop(model: ModelFiles, multiplied: float, lengths: Mapping[int, int]) -> float:
+    """Floating-point operations of a forward pass over sequences of some lengths (tokens: number).
+
+    A multiplication and an addition for each weight and token, and for each token before it, in
+    every layer and head, as many for the keys and the values.
+    """
+    config = model.config.get_text_config()
+    width = config.num_hidden_layers * config.num_attention_heads * _head_size(config)
+    return sum(
+        number * (2 * length * multiplied + 4 * width * length * (length + 1) / 2)
+        for length, number in lengths.items()
+    )
+
+
 def kv_cache_bytes(model: ModelFiles, dtype: str) -> int:
     """Bytes of keys and values of a token, as full attention in every layer would have them."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * key_heads * head_size * VALUE_BYTES[dtype]
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * key_heads * _head_size(config) * VALUE_BYTES[dtype]
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _share_met(model: ModelFiles) -> float:
+    config = model.config.get_text_config()
+    experts = next((found for name in _EXPERTS if (found := getattr(config, name, None))), 1)
+    return min(1.0, getattr(config, _EXPERTS_MET, experts) / experts)

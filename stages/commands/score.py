@@ -106,7 +106,8 @@ from ..options import (
 @click.option(
     "--plan",
     is_flag=True,
-    help="Only read the demonstrations, and tell what scoring them would take. Writes nothing.",
+    help="Only read the demonstrations, and tell what scoring and training would take: tokens, GPU "
+    "hours, memory, disk. Fetches no weights and writes nothing.",
 )
 @click.option(
     "--gpu-memory",
@@ -114,6 +115,20 @@ from ..options import (
     default=None,
     metavar="GIB",
     help="With --plan: what vLLM would take of a GPU of this size.",
+)
+@click.option(
+    "--gpu-tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    metavar="N",
+    help="With --plan: a GPU's peak, of which 40 % are reckoned with.  [default: 989, an H100's]",
+)
+@click.option(
+    "--gpu-speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    metavar="N",
+    help="With --plan, instead: supervised tokens a second that a GPU scores, as you measured it.",
 )
 @click.option(
     "--server-url",
@@ -144,7 +159,6 @@ def score(
     demonstrations: tuple[str, ...],
     at: Path | None,
     plan: bool,
-    gpu_memory: float | None,
     **options: Any,
 ) -> None:
     """Score demonstrations under a base model's prior.
@@ -161,11 +175,13 @@ def score(
     qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
     qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --plan --gpu-memory 80
     """
+    gpu = {name: options.pop(name) for name in ("gpu_memory", "gpu_tflops", "gpu_speed")}
     if plan:
-        _plan(ctx, demonstrations, gpu_memory, options)
+        _plan(ctx, demonstrations, options, **gpu)
         return
-    if gpu_memory is not None:
-        raise click.UsageError("--gpu-memory goes with --plan: leave it out, or add --plan", ctx)
+    for name in (name for name, value in gpu.items() if value is not None):
+        option = "--" + name.replace("_", "-")
+        raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
     from .. import summary
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
@@ -185,11 +201,14 @@ def score(
 def _plan(
     ctx: click.Context,
     demonstrations: tuple[str, ...],
-    gpu_memory: float | None,
     options: dict[str, Any],
+    gpu_memory: float | None,
+    gpu_tflops: float | None,
+    gpu_speed: float | None,
 ) -> None:
     from ...pipeline.progress import log_event
     from .. import summary
+    from ..costs import H100_TFLOPS, Throughput
     from ..plan import plan
     from ..score import ScoreSettings
 
@@ -199,7 +218,8 @@ def _plan(
     options["out"] = Path()  # nothing is written
     execution = take_execution(options)
     settings = ScoreSettings(demonstrations=demonstrations, **options)
-    result = plan(settings, gpu_memory)
+    throughput = Throughput(gpu_tflops or H100_TFLOPS, gpu_speed)
+    result = plan(settings, gpu_memory, throughput)
     summary.print_plan(result)
     log_event(execution.log_json, **summary.plan_event(result))
 

@@ -1,7 +1,9 @@
 """`score --plan` against what scoring then does, and against sizes worked out by hand."""
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.cli import cli
+from qpipe.stages.costs import Throughput, costs
 from qpipe.stages.plan import Lengths, Workload, folder_bytes, plan
 from qpipe.stages.score import ScoreSettings, score
+from qpipe.trainer.model_size import count_weights, forward_flop
+from qpipe.trainer.models import find_model
 
 GIB = 2**30
 
@@ -79,6 +84,68 @@ def test_memory_of_a_gpu(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     assert not plan(options, gpu_memory=1.2).memory.fits
 
 
+# of the tiny model: the head, and in each of two layers queries, keys, values, output, three
+# matrices of the MLP and two norms; the last norm
+MULTIPLIED = 320 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+
+
+def test_the_work_of_a_forward_pass(tiny_model: Path) -> None:
+    model = find_model(str(tiny_model))
+    counts = count_weights(model)
+    assert counts is not None
+    assert counts.multiplied == MULTIPLIED
+    assert counts.stored == MULTIPLIED + 320 * 64  # the embedding
+    # token t attends to t tokens: a product with each key and value, in 2 layers of 2 heads of 32
+    attended = sum(range(1, 11))
+    one = 10 * 2 * MULTIPLIED + attended * 2 * (2 * 2 * 2 * 32)
+    assert forward_flop(model, MULTIPLIED, {10: 3}) == 3 * one
+
+
+def test_a_token_meets_some_of_the_experts(tiny_model: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )
+    counts = count_weights(replace(find_model(str(tiny_model)), config=config))
+    assert counts is not None
+    expert = 3 * 64 * 16
+    assert counts.stored - counts.multiplied == 6 * expert
+
+
+def test_hours_and_bytes(tiny_model: Path) -> None:
+    model = find_model(str(tiny_model))
+    flop = forward_flop(model, MULTIPLIED, {100: 1000})
+    reckoned = costs(model, {100: 1000}, 50_000, Throughput(tflops=flop / 0.4e12 / 3600))
+    assert reckoned is not None
+    assert (reckoned.score_hours, reckoned.epoch_hours) == pytest.approx((1, 3))
+    assert reckoned.targets_bytes == 44 * 50_000
+    assert reckoned.training_bytes == 16 * (MULTIPLIED + 320 * 64)
+    measured = costs(model, {100: 1000}, 50_000, Throughput(speed=50_000 / 7200))
+    assert measured is not None
+    assert (measured.score_hours, measured.epoch_hours) == pytest.approx((2, 6))
+
+
+def test_weights_that_are_not_here_are_not_needed(
+    tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    here, elsewhere = (
+        plan(settings(model, chats, tmp_path)) for model in (tiny_model, tmp_path / "model")
+    )
+    assert elsewhere.memory == here.memory
+    assert elsewhere.costs == here.costs is not None
+
+
 def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     tiny_model: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -89,10 +156,12 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     assert "42 read, 40 to score, 2 rejected" in done.output
     assert "chats.jsonl, line 4: not JSON" in done.output
     assert "2,048 tokens a step" in done.output
+    assert "FLOP at 40% of 989 TFLOP/s, which is assumed" in done.output
     event = json.loads(log.read_text())
     assert event["event"] == "plan"
     assert event["workload"]["lengths"]["1.0"] > event["workload"]["lengths"]["0.0"]
     assert event["memory"]["fits"] is True
+    assert event["costs"]["epoch_hours"] == 3 * event["costs"]["score_hours"] > 0
     assert list(tmp_path.iterdir()) == [log]
 
 
@@ -101,6 +170,7 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     [
         (["--plan", "--at", "x"], "--plan reads --demonstrations FILE"),
         (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "goes with --plan"),
+        (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed goes with --plan"),
         (["--demonstrations", "x.jsonl"], "give --out DIR, or --store ROOT"),
     ],
 )
