@@ -98,6 +98,8 @@ def make_targets(folder: Path) -> None:
     """A sealed folder of made-up targets."""
     schema = schema_of("build-targets", VOCAB_SIZE)
     settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "mean_support": MEAN_SUPPORT}
+    settings |= {"tokenizer_hash": "none", "method": "sft+kl", "form": "frozen-target"}
+    settings |= {"parameters": {}, "residual": "base", "tail_shape": "student", "top_p": 0.99}
     identity = Identity("build-targets", settings, {"made": "up"}, identity_schema(schema))
     job = Job(folder, schema, identity, parents={}, provenance={})
     if open_folder(folder, identity) is not None:
