@@ -2,6 +2,9 @@
 
     python tests/benchmarks/build_targets.py [FOLDER]
 
+First the default method beside a plain script: the same rows read with pyarrow, a loop over the
+positions in numpy, the same supports written as lists to parquet.
+
 Score folders of a base and a teacher are made up (k = 64, vocabulary 49,152, 100 supervised
 positions a demonstration), in two sizes, and kept in FOLDER for the next run. Each method is built
 three times from the larger folder, in turns; the medians are of whole stages: reading and
@@ -14,17 +17,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from qpipe.pipeline.codec import FlatBatch
-from qpipe.pipeline.manifest import Identity, identity_schema
+from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.methods import choose
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
-from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
+from qpipe.pipeline.shards import BATCH_ROWS, ShardContent, read_scores
+from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.summary import print_table
+from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 
 VOCAB_SIZE, TOP_K, TOKENS, POSITIONS = 49152, 64, 200, 100
 SHARD_BATCHES = 8
@@ -69,6 +78,7 @@ def main(folder: Path) -> None:
     for shards in (1, SMALL, LARGE):
         for model in ("base", "teacher"):
             make_scores(folder / f"{model}-{shards}", model, shards)
+    compare_with_plain(folder / "base-1")
     speeds: dict[tuple[str, str], list[float]] = {each: [] for each in METHODS}
     peaks: dict[tuple[str, str], dict[int, float]] = {each: {} for each in METHODS}
     for _ in range(RUNS):
@@ -93,6 +103,56 @@ def main(folder: Path) -> None:
     print_table([head, *rows])
 
 
+def compare_with_plain(scores: Path) -> None:
+    """How many times as fast the stage is as a plain script, and how many times as small."""
+    kept = {"ours": 0, "theirs": 0}
+    with tempfile.TemporaryDirectory() as made:
+        numbers = count()
+
+        def ours() -> None:
+            out = Path(made) / f"{next(numbers)}"
+            build_targets(BuildSettings(scores, out, choose("sft+kl")))
+            kept["ours"] = sum(path.stat().st_size for path in out.iterdir())
+
+        def theirs() -> None:
+            kept["theirs"] = plain_script(scores, Path(made) / "plain.parquet")
+
+        seconds = take_turns({"ours": ours, "theirs": theirs}, RUNS)
+    positions = read_manifest(scores).totals["positions"]
+    times = seconds["ours"], "a loop in numpy", seconds["theirs"]
+    sizes = {name: size / positions for name, size in kept.items()}
+    ratio = sizes["theirs"] / sizes["ours"]
+    small, large = (f"{sizes[name]:.0f} B/token" for name in ("ours", "theirs"))
+    publish(
+        [
+            faster("build targets", *times, positions, "positions"),
+            Figure(
+                "targets on disk", small, f"lists in parquet, zstd: {large}", ratio, *[ratio] * 2
+            ),
+        ]
+    )
+
+
+def plain_script(scores: Path, out: Path) -> int:
+    """What one writes first; the bytes of its file."""
+    rows: dict[str, list[Any]] = {name: [] for name in ("input_ids", "ids", "log_probs", "tail")}
+    for example in read_scores(scores):
+        starts = np.cumsum(example.counts) - example.counts
+        ids, log_probs, tails = [], [], []
+        for start, size in zip(starts, example.counts, strict=True):
+            probs = np.exp(example.topk_log_probs[start : start + size])
+            most = int(np.searchsorted(np.cumsum(probs), 0.99)) + 1
+            ids.append(example.topk_ids[start : start + most])
+            log_probs.append(example.topk_log_probs[start : start + most])
+            tails.append(1 - probs[:most].sum())
+        rows["input_ids"].append(example.input_ids)
+        rows["ids"].append(ids)
+        rows["log_probs"].append(log_probs)
+        rows["tail"].append(tails)
+    pq.write_table(pa.table(rows), out, compression="zstd")
+    return out.stat().st_size
+
+
 def build(folder: Path, shards: int, method: str, form: str) -> tuple[float, float]:
     """Positions a second and peak MiB of one run of the stage in a process of its own."""
     has_teacher = "yes" if method in WITH_TEACHER else "no"
@@ -106,10 +166,10 @@ def build(folder: Path, shards: int, method: str, form: str) -> tuple[float, flo
     return speed, peak
 
 
-def make_scores(folder: Path, model: str, shards: int) -> None:
+def make_scores(folder: Path, model: str, shards: int, top_k: int = TOP_K) -> None:
     """A sealed folder of made-up scores; both models share most of their top k."""
     schema = schema_of("score", VOCAB_SIZE)
-    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "top_k": TOP_K}
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "top_k": top_k}
     settings |= {"tokenizer_hash": "none", "model": model}
     identity = Identity("score", settings, {"made": "up"}, identity_schema(schema))
     job = Job(folder, schema, identity, parents={}, provenance={})
@@ -119,7 +179,8 @@ def make_scores(folder: Path, model: str, shards: int) -> None:
 
     def shard(index: int) -> ShardContent:
         first = index * SHARD_BATCHES
-        batches = [made_up(model, number) for number in range(first, first + SHARD_BATCHES)]
+        numbers = range(first, first + SHARD_BATCHES)
+        batches = [made_up(model, number, top_k) for number in numbers]
         return ShardContent(batches, sums={"observed_nll": 0.0, "tail_mass": 0.0})
 
     for _ in run.shards((index, lambda index=index: shard(index)) for index in range(shards)):
@@ -127,18 +188,18 @@ def make_scores(folder: Path, model: str, shards: int) -> None:
     run.seal()
 
 
-def made_up(model: str, number: int) -> FlatBatch:
+def made_up(model: str, number: int, top_k: int = TOP_K) -> FlatBatch:
     """A batch of scores: ids of a narrow range at each position, probabilities that fall off."""
     size = BATCH_ROWS * POSITIONS
     shared = np.random.default_rng(number)
-    first_id = shared.integers(0, VOCAB_SIZE - 2 * TOP_K, (size, 1))
+    first_id = shared.integers(0, VOCAB_SIZE - 2 * top_k, (size, 1))
     observed = (first_id[:, 0] + shared.integers(0, 8, size)).reshape(BATCH_ROWS, POSITIONS)
     tokens = shared.integers(0, VOCAB_SIZE, (BATCH_ROWS, TOKENS))
     tokens[:, -POSITIONS:] = observed
 
     own = np.random.default_rng((number, model == "teacher"))
-    ids = first_id + np.argsort(own.random((size, TOP_K + 8)), axis=1)[:, :TOP_K]
-    falls = own.exponential(own.gamma(2, 0.3, (size, 1)), (size, TOP_K)).cumsum(axis=1)
+    ids = first_id + np.argsort(own.random((size, top_k + 8)), axis=1)[:, :top_k]
+    falls = own.exponential(own.gamma(2, 0.3, (size, 1)), (size, top_k)).cumsum(axis=1)
     log_probs = np.log(0.985) - falls - np.logaddexp.reduce(-falls, axis=1, keepdims=True)
     is_observed = ids == observed.reshape(-1, 1)
     observed_log_probs = np.where(is_observed, log_probs, -9.0).max(axis=1)
@@ -150,7 +211,7 @@ def made_up(model: str, number: int) -> FlatBatch:
             "positions": np.tile(np.arange(TOKENS - POSITIONS, TOKENS, dtype=np.int32), BATCH_ROWS),
             "observed_log_probs": observed_log_probs.astype(np.float32),
             "observed_ranks": np.ones(size, np.int32),
-            "counts": np.full(size, TOP_K, np.int32),
+            "counts": np.full(size, top_k, np.int32),
             "topk_ids": ids.ravel().astype(np.int32),
             "topk_log_probs": log_probs.ravel().astype(np.float32),
             "tail_mass": np.full(size, 0.015, np.float32),
@@ -159,7 +220,7 @@ def made_up(model: str, number: int) -> FlatBatch:
         {
             "token": lengths * TOKENS,
             "position": lengths * POSITIONS,
-            "entry": lengths * POSITIONS * TOP_K,
+            "entry": lengths * POSITIONS * top_k,
         },
     )
 

@@ -23,7 +23,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from qpipe.stages.quiet import quiet_libraries
 from qpipe.stages.score import ScoreSettings
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer, scored
 from qpipe.stages.scorers.vllm_arrays import keep_tensors, prompt_arrays
-from qpipe.stages.summary import print_table
+from qpipe.tests.benchmarks.figures import faster, publish, timed
 from qpipe.trainer.models import ModelFiles, find_model, load_model
 
 ARITHMETIC = Path(__file__).parents[2] / "data" / "arithmetic.jsonl"
@@ -59,11 +58,6 @@ class Times:
     ours: list[float]
     theirs: list[float]
 
-    @property
-    def ratio(self) -> float:
-        """The median of how many times as fast ours is."""
-        return median(theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True))
-
 
 def main(model: Path, demonstrations: Path | None) -> None:
     """Measure and print."""
@@ -76,12 +70,14 @@ def main(model: Path, demonstrations: Path | None) -> None:
         f"{tokens:,} tokens, {positions:,} of them supervised, k = {TOP_K}, {os.cpu_count()} "
         f"cores, load {os.getloadavg()}"
     )
-    rows = [("", "tokens/s", "beside it", "ratio")]
-    for name, times in (("vLLM against LLM.generate", vllm), ("transformers, plain", plain)):
-        ours, theirs = (f"{tokens / median(each):,.0f}" for each in (times.ours, times.theirs))
-        rows.append((name, ours, theirs, f"{times.ratio:.3f}"))
-    print_table(rows)
-    front_end()
+    generating, script = "bare LLM.generate, flat_logprobs", "padded batches, top k everywhere"
+    publish(
+        [
+            faster("score with vLLM", vllm.ours, generating, vllm.theirs, tokens, "tokens"),
+            faster("score with transformers", plain.ours, script, plain.theirs, tokens, "tokens"),
+        ]
+    )
+    print(f"front end: {front_end(TOP_K):.2f} µs a token at k = {TOP_K}")
     around_an_engine(files)
 
 
@@ -108,12 +104,6 @@ def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times
             seconds.append(work())
     tokens = sum(len(example.input_ids) for example in examples)
     return vllm, plain, tokens, sum(len(example.positions) for example in examples)
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def run_stage(
@@ -165,16 +155,16 @@ def plain_script(model: Any, examples: list[Any]) -> None:
 class _Request:
     """As much of vLLM's engine as `keep_tensors` touches, for one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, top_k: int) -> None:
         from vllm.v1.engine.logprobs import LogprobsProcessor
 
-        self.processor = LogprobsProcessor(None, None, None, None, None, TOP_K)
+        self.processor = LogprobsProcessor(None, None, None, None, None, top_k)
         self.output_processor = self
         self.request_states = {"r": self}
         self.logprobs_processor = self.processor
 
 
-def front_end() -> None:
+def front_end(top_k: int) -> float:
     """Microseconds a token from the engine's tensors to a scored example."""
     from vllm.v1.outputs import LogprobsTensors
 
@@ -182,16 +172,16 @@ def front_end() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 49152, T).astype(np.int32)
     example = Example("e", ids, np.arange(1, T, dtype=np.int32))
-    log_probs = -np.sort(rng.exponential(3, (T - 1, TOP_K + 1)), axis=1).astype(np.float32) - 2
+    log_probs = -np.sort(rng.exponential(3, (T - 1, top_k + 1)), axis=1).astype(np.float32) - 2
     tensors = LogprobsTensors(
-        torch.from_numpy(rng.integers(0, 49152, (T - 1, TOP_K + 1)).astype(np.int32)),
+        torch.from_numpy(rng.integers(0, 49152, (T - 1, top_k + 1)).astype(np.int32)),
         torch.from_numpy(log_probs),
         torch.ones(T - 1, dtype=torch.int64),
     )
 
     def one() -> None:
         example.input_ids.tolist()
-        engine = _Request()
+        engine = _Request(top_k)
         keep_tensors(engine, "r")
         engine.processor._update_prompt_logprobs(tensors)
         arrays = prompt_arrays(engine.processor.prompt_logprobs)
@@ -207,7 +197,7 @@ def front_end() -> None:
 
     one()
     seconds = median(timed(lambda: [one() for _ in range(requests)]) for _ in range(5))
-    print(f"front end: {seconds / requests / T * 1e6:.2f} µs a token at k = {TOP_K}")
+    return seconds / requests / T * 1e6
 
 
 class _Elsewhere:
