@@ -141,7 +141,7 @@ def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | Par
         shards = stage.shard_count
         assert shards is not None, "a task reads to the end"
         there = len(sidecar_indices(folder))
-        if there < shards or not all(run.find(index) for index in range(shards)):
+        if there < shards or not run.find_all(shards):
             return PartResult(folder, share, run.made, there, shards, run.positions, run.seconds)
         if (folder / MANIFEST).exists():
             return StageResult(read_manifest(folder), run.positions, run.seconds)

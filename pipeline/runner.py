@@ -228,6 +228,11 @@ class ShardRun:
                 self.committed[index] = entry
         return index in self.committed
 
+    def find_all(self, shards: int) -> bool:
+        """Whether so many shards are all there, those that this run does not know of looked up."""
+        unknown = [index for index in range(shards) if index not in self.committed]
+        return all(in_order(self.find, unknown))
+
     def seal(self, alone: bool = True) -> StageResult:
         """Write the rejects and the manifest, the last file of a folder.
 

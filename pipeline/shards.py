@@ -145,14 +145,18 @@ def committed_shard(
         return None
     entry = read_sidecar(folder, index)
     path = folder / shard_name(index)
-    whole = path.exists() and _is_whole(path, entry, verify)
-    return entry if whole and entry.fingerprint == fingerprint else None
+    whole = entry.fingerprint == fingerprint and _is_whole(path, entry, verify)
+    return entry if whole else None
 
 
 def _is_whole(path: Path, entry: ShardEntry, verify: bool) -> bool:
-    if is_remote(path) or not verify:  # a remote one was put there whole or not at all
-        return path.stat().st_size == entry.bytes
-    return sha256_of_file(path) == entry.sha256
+    try:
+        if path.stat().st_size != entry.bytes:
+            return False
+    except FileNotFoundError:
+        return False
+    # a remote one was put there whole or not at all
+    return is_remote(path) or not verify or sha256_of_file(path) == entry.sha256
 
 
 def read_shard(

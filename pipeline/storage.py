@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +74,11 @@ def read_json(path: Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     """The content of a file that this package wrote, which is never huge."""
     try:
-        if path.exists() and not path.is_file():
+        status = path.stat()  # once: for a remote file that is a request
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: cannot be read: not a file")
-        size = path.stat().st_size
-        if size > MOST_BYTES:
+        if status.st_size > MOST_BYTES:
+            size = status.st_size
             raise UserError(f"{path}: damaged, no such file of ours has {size:,} bytes")
         return path.read_bytes()
     except FileNotFoundError:
