@@ -1,6 +1,5 @@
 """`qpipe status`: how far a folder is, read beside those who work in it, without a lock."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from ..pipeline.locks import is_worked_in
 from ..pipeline.manifest import MANIFEST, PLAN, ShardEntry, read_manifest, read_plan, totals_of
 from ..pipeline.runner import sidecar_indices
 from ..pipeline.shards import read_sidecar, sidecar_path
-from ..trainer.run_folder import LOG, RUN
+from ..trainer.run_folder import LOG, RUN, is_number, parse_event
 
 _RECENT = 300.0  # seconds before the last shard that the speed is taken over
 _LOG_TAIL = 2**16  # bytes, many times a line of a training log
@@ -143,8 +142,8 @@ def _train_status(folder: Path) -> TrainStatus:
         is_done=is_done,
         is_worked_in=is_worked_in(folder),
         step=step.get("step"),
-        loss=step.get("loss"),
-        tokens_per_second=step.get("tokens_per_second"),
+        loss=_number(step.get("loss")),
+        tokens_per_second=_number(step.get("tokens_per_second")),
         seconds_since_step=since,
     )
 
@@ -156,11 +155,9 @@ def _last_step(log: Path) -> dict[str, Any]:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            event = json.loads(line)
-        except ValueError:  # cut off by the seek, or being written
-            continue
-        if event.get("event") == "step":
-            return event
-    return {}
+    events = map(parse_event, reversed(lines))  # one may be cut off by the seek, or being written
+    return next((event for event in events if event and event["event"] == "step"), {})
+
+
+def _number(value: Any) -> float | None:
+    return value if is_number(value) else None

@@ -51,7 +51,7 @@ def train(settings: TrainSettings) -> TrainResult:
     )
     record = finished_run(settings.out, identity)
     if record is not None:
-        return result_from(record["results"])
+        return result_from(settings.out, record["results"])
     samples, held_out = open_sources(settings, sources)
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():

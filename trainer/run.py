@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +30,7 @@ from .models import ModelFiles
 from .objective import Objective
 from .plan import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
 from .prefetch import Prefetch
-from .run_folder import Log, open_log
+from .run_folder import RUN, Log, open_log
 from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
@@ -273,10 +274,14 @@ def by_tokens(examples: Iterable[TargetExample], tokens: int) -> Iterator[list[T
         yield chunk
 
 
-def result_from(results: dict[str, Any]) -> TrainResult:
-    """The results of an earlier run, from its record."""
-    evaluations = {
-        name: None if results[name] is None else Evaluation(**results[name])
-        for name in ("before", "after")
-    }
-    return TrainResult(**{**results, **evaluations, "was_done": True})
+def result_from(folder: Path, results: dict[str, Any]) -> TrainResult:
+    """The results of an earlier run, from its record. Raises UserError where that is damaged."""
+    try:
+        evaluations = {
+            name: None if results[name] is None else Evaluation(**results[name])
+            for name in ("before", "after")
+        }
+        numbers = {name: value + 0 for name, value in results.items() if name not in evaluations}
+        return TrainResult(**{**numbers, **evaluations, "was_done": True})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / RUN}: damaged, no record of a run: remove {folder}") from error

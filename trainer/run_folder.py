@@ -6,6 +6,7 @@ went.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import PLAN, Identity, parse_identity
+from ..pipeline.manifest import PLAN, Identity, parse_identity, read_plan
+from ..pipeline.plausible import check_maps
 from ..pipeline.runner import refuse_other
 from ..pipeline.storage import read_json, write_json
 from .mixture import shares_of
@@ -51,15 +53,11 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
 
     Raises UserError where that is another run.
     """
-    path = folder / RUN
-    if not path.exists():
+    if not (folder / RUN).exists():
         return None
-    record = read_json(path)
-    try:
-        found, files = parse_identity(path, record["identity"]), dict(record["files"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, no record of a run: remove {folder}") from error
+    found, record = read_record(folder)
     refuse_other(folder, identity, found)
+    files = record["files"]
     lost = [name for name, size in files.items() if _size(folder / name) != size]
     if lost:
         raise UserError(
@@ -68,6 +66,41 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
         )
     (folder / PLAN).unlink(missing_ok=True)
     return record
+
+
+def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
+    """What a finished run's folder says of it. Raises UserError where that is damaged."""
+    path = folder / RUN
+    record = read_json(path)
+    try:
+        found = parse_identity(path, record["identity"])
+        check_maps(files=record["files"], results=record["results"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, no record of a run: remove {folder}") from error
+    return found, record
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of a run, finished or not; none where its folder does not tell."""
+    if (folder / RUN).exists():
+        return read_record(folder)[0].settings
+    return read_plan(folder).identity.settings if (folder / PLAN).exists() else {}
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """An event of a log; None for a line that holds none, such as one that was cut short."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_event = isinstance(event, dict) and type(event.get("step")) is int
+    return event if is_event and isinstance(event.get("event"), str) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of an event is a finite number."""
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and abs(value) < math.inf
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
@@ -93,15 +126,15 @@ def open_log(
     if not is_main:
         yield lambda **event: None
         return
-    kept = _logged_until(folder / LOG, step) if step else ""
+    kept = _logged_until(folder / LOG, step) if step else b""
     with (
         open_trackers(trackers, folder, step, identity) as track,
         open(folder / LOG, "wb", buffering=0) as file,
     ):
 
-        def write(text: str) -> None:
+        def write(lines: bytes) -> None:
             try:
-                file.write(text.encode())
+                file.write(lines)
             except OSError as error:
                 raise UserError(
                     f"{folder / LOG}: cannot be written: {error.strerror}: make room, then run the "
@@ -109,21 +142,15 @@ def open_log(
                 ) from error
 
         def log(**event: Any) -> None:
-            write(json.dumps(event) + "\n")
+            write(json.dumps(event).encode() + b"\n")
             track(event["step"], scalars(event))
 
         write(kept)
         yield log
 
 
-def _logged_until(path: Path, step: int) -> str:
-    """The lines of a log until a step; a last one that was cut short is none."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break
-        if event["step"] <= step:
-            kept.append(line + "\n")
-    return "".join(kept)
+def _logged_until(path: Path, step: int) -> bytes:
+    """The lines of a log until a step."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    events = ((line, parse_event(line)) for line in lines)
+    return b"".join(line + b"\n" for line, event in events if event and event["step"] <= step)

@@ -1,6 +1,5 @@
 """What the page of training runs shows: their curves, from log.jsonl, and what they differ in."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError
-from ...pipeline.manifest import PLAN
-from ...pipeline.storage import read_json
-from ...trainer.run_folder import LOG, RUN
+from ...trainer.run_folder import LOG, RUN, is_number, parse_event, settings_in
 from ..token_text import escaped
 from .data import json_text
 
@@ -73,34 +70,19 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
     tokens = 0
     for event in _events(folder / LOG):
         kind, step = event["event"], event["step"]
-        tokens += event.get("tokens", 0) if kind == "step" else 0
+        tokens += event["tokens"] if kind == "step" and is_number(event.get("tokens")) else 0
         for field, value in event.items():
-            if _is_number(value) and field not in _NO_CURVE and _is_wanted(kind, field):
+            if is_number(value) and field not in _NO_CURVE and _is_wanted(kind, field):
                 curves.setdefault((kind, field), []).append((step, value))
-    record = next((folder / each for each in (RUN, PLAN) if (folder / each).exists()), None)
-    found = {} if record is None else read_json(record)
-    settings = found.get("identity", found).get("settings", {})
+    settings = settings_in(folder)
     return TrainingRun(name, folder, settings, curves, tokens, (folder / RUN).exists())
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """The log's lines; a last one that was cut short is none."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break
-        if isinstance(event, dict) and "event" in event and "step" in event:
-            events.append(event)
+    events = [event for line in path.read_bytes().split(b"\n") if (event := parse_event(line))]
     if not events:
         raise UserError(f"{path}: nothing is logged yet: wait for the first step")
     return events
-
-
-def _is_number(value: Any) -> bool:
-    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_plain and math.isfinite(value)
 
 
 def _is_wanted(event: str, field: str) -> bool:

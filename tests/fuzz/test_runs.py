@@ -66,7 +66,7 @@ def logged_until(folder: Path, step: int) -> list[bytes]:
 
 def finished(folder: Path) -> TrainResult | None:
     record = finished_run(folder, IDENTITY)
-    return None if record is None else result_from(record["results"])
+    return None if record is None else result_from(folder, record["results"])
 
 
 @fuzz(80, files=run_files())

@@ -20,11 +20,13 @@ from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.stages.cli import cli
+from qpipe.stages.report.training import read_runs
 from qpipe.stages.scorers.base import scored
 from qpipe.stages.status import FolderStatus, TrainStatus, status_of
 
 SETTINGS = {"vocab_size": 100, "top_k": 2, "tokenizer_hash": "3fa9"}
 ROWS = 4  # of a shard, and one rejected
+SETTINGS = {"vocab_size": 100, "tokenizer_hash": "3fa9", "top_k": 2}
 
 
 def content(index: int) -> ShardContent:
@@ -170,6 +172,23 @@ def test_a_machine_that_tells_no_locks(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "read_text", fail)
     assert is_worked_in(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "line", [b"3", b"null", b"[]", b"\xff", b"{}", b'{"event": "step"}', b"[" * 5000]
+)
+def test_lines_of_a_log_that_hold_no_event_are_passed_over(tmp_path: Path, line: bytes) -> None:
+    first = {"event": "step", "step": 1, "loss": 2.5, "tokens": 9}
+    last = {"event": "step", "step": 2, "loss": "low", "tokens": None}
+    (tmp_path / "log.jsonl").write_bytes(
+        json.dumps(first).encode() + b"\n" + line + b"\n" + json.dumps(last).encode() + b"\n" + line
+    )
+    found = status_of(tmp_path)
+    assert isinstance(found, TrainStatus)
+    assert (found.step, found.loss) == (2, None)
+    (run,) = read_runs([tmp_path])
+    assert run.curves == {("step", "loss"): [(1, 2.5)]}
+    assert run.tokens == 9
 
 
 def test_the_command_prints_lines_or_json(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""A model without weights: a configuration, and a tokenizer of bytes."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCAB_SIZE = 256 + len(SPECIAL)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    made.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+@cache
+def model() -> Path:
+    """A model folder whose weights are a few bytes that nobody loads."""
+    from transformers import LlamaConfig
+
+    folder = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-")) / "tiny"
+    LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=256).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
