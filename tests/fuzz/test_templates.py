@@ -37,14 +37,19 @@ fragments = st.sampled_from(
         " ",
         "\n",
         "é",
-        "\U0001f600",
+        "😀",
         "</think>",
         "<think>",
         "<|im_end|>",
         "\ue000",
         "x" * 40,
+        "<|im_start|>assistant\n",
+        "é",
+        "\u200b",
+        "{{ 1 }}",
+        "\r\n",
+        "\x00",
     ]
-    + ["<|im_start|>assistant\n", "e\u0301", "\u200b", "{{ 1 }}", "\r\n", "\0"]
 ) | st.text(max_size=3)
 texts = st.lists(fragments, max_size=5).map("".join)
 
