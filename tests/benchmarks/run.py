@@ -46,6 +46,7 @@ def benchmarks(model: Path, demo: Path, work: Path) -> dict[str, Benchmark]:
         Benchmark("memory", "Memory of scoring", (f"{tiny}",)),
         Benchmark("build_targets", "Building targets", (f"{work / 'made-up'}",)),
         Benchmark("frontier", "Bytes against error", (f"{demo / 'scores'}",)),
+        Benchmark("codec", "Packing and unpacking", ()),
         Benchmark("stream", "The stream", (f"{work / 'made-up'}",)),
         Benchmark("stream_rivals", "The stream beside others", (f"{work / 'made-up'}",)),
         Benchmark("train_step", "A training step", (f"{model}", f"{demo / 'targets'}")),

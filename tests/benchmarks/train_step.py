@@ -27,6 +27,7 @@ import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summary import print_table
+from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.models import find_model, load_model
@@ -104,6 +105,17 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
     ]
     heads = ("step", "median", "spread", "of Trainer's", "times as fast as on-line")
     print_table([heads, *rows])
+    tokens = per_step(len(example.input_ids) for example in examples)
+    rivals = list(seconds)[:2]
+    publish(
+        [
+            faster(
+                f"a step: {ours}", seconds[f"qpipe {ours}"], rival, seconds[rival], tokens, "tokens"
+            )
+            for ours in ("sft", "sft+kl", "target-sft, live")
+            for rival in rivals
+        ]
+    )
     peaks = {name: peak(name) for name in ("dense", "plain", "fused")}
     print_table(
         [
