@@ -2,6 +2,7 @@
 #                and a small real model in .cache/
 # make demo      score -> build-targets -> train on data/, then a table of what came out
 # make test      ruff, pyright, import-linter, pytest; with npm also a browser for the report's tests
+# make scale     the tables of docs/scale.md: arithmetic, and a thousand workers in virtual time
 # make faults    the tests that take minutes: processes killed again and again, full disks
 # make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
 #                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
@@ -23,7 +24,7 @@ BROWSER := .cache/chromium/chromium
 BENCH := .cache/benchmarks
 ONLY ?=
 
-.PHONY: install demo test faults experiment bench clean
+.PHONY: install demo test faults scale experiment bench clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -53,6 +54,9 @@ test: install $(BROWSER)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/pytest
+
+scale: install
+	$(BIN)/python tests/simulation/scale.py
 
 faults: install
 	$(BIN)/pytest -m slow

@@ -1,0 +1,158 @@
+"""What single parts cost on this machine, one core: hashing, opening, planning, manifests."""
+
+import hashlib
+import os
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from qpipe.pipeline.manifest import (
+    Identity,
+    Manifest,
+    ShardEntry,
+    identity_schema,
+    read_manifest,
+    shard_name,
+    totals_of,
+    write_manifest,
+)
+from qpipe.pipeline.runner import Job, ShardRun, open_folder
+from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
+from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
+from qpipe.trainer import stream
+from qpipe.trainer.plan import Step, micro_batches
+from qpipe.trainer.stream import Outline, TargetStream, epoch_of, open_streams
+
+SUMS = 28  # that build-targets adds up of a shard
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Seconds, bytes and rates of one core."""
+
+    hash_rate: float  # bytes a second
+    open_rate: float  # supervised positions a second, hashed and decoded
+    length_seconds: float  # of a sample, as steps are cut
+    plan_seconds: float  # of a step of 8,000 samples, on each of 1,000 ranks
+    epoch_seconds: float  # to order ten million samples
+    row_bytes: float  # that an open stream keeps of a demonstration
+    opening_bytes: float  # of a demonstration at most, while it is opened
+    entry_bytes: float  # of a shard in a manifest of targets
+    entry_seconds: float  # to read it
+    entry_memory: float  # bytes at most, while it is read
+
+
+def measure(root: Path, batches: int = 32, entries: int = 5000, rows: int = 10**6) -> Measures:
+    """Measure all of them; the folders are made under `root`."""
+    pa.set_cpu_count(1)
+    folder = _made_up_targets(root / "opened", batches)
+    opened = _seconds(lambda: open_streams(folder, read_manifest(folder), 0.0))
+    outlined = _outlined(rows)
+    manifest, read_seconds, memory = _manifest(root / "many", folder, entries)
+    content = os.urandom(2**24)
+    numbers = range(min(rows, 200_000))
+    step = Step(0, tuple(np.random.default_rng(0).integers(50, 1500, 8000).tolist()))
+    return Measures(
+        hash_rate=len(content) / _seconds(lambda: hashlib.sha256(content)),
+        open_rate=batches * BATCH_ROWS * POSITIONS / opened,
+        length_seconds=_seconds(lambda: sum(outlined.lengths(0, numbers))) / len(numbers),
+        plan_seconds=_seconds(lambda: micro_batches(step, 7, 1000, 8192, False)),
+        epoch_seconds=_seconds(lambda: epoch_of(outlined.outline, 0, 1)) * 10**7 / rows,
+        row_bytes=sum(_size(getattr(outlined.outline, n)) for n in Outline.__slots__) / rows,
+        opening_bytes=_opening_bytes(min(rows, 200_000)),
+        entry_bytes=manifest / entries,
+        entry_seconds=read_seconds / entries,
+        entry_memory=memory / entries,
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The least of three tries."""
+    times = []
+    for _ in range(3):
+        start = perf_counter()
+        work()
+        times.append(perf_counter() - start)
+    return min(times)
+
+
+def _size(array: Any) -> int:
+    return array.nbytes
+
+
+def _outlined(rows: int) -> TargetStream:
+    blocks = rows // BATCH_ROWS
+    ones = np.ones(blocks * BATCH_ROWS, np.int32)
+    outline = Outline(
+        shards=np.zeros(blocks, np.int32),
+        numbers=np.arange(blocks, dtype=np.int32),
+        starts=np.arange(blocks + 1) * BATCH_ROWS,
+        places=np.tile(np.arange(BATCH_ROWS, dtype=np.int32), blocks),
+        tokens=400 * ones,
+        positions=250 * ones,
+    )
+    return TargetStream(Path(), Manifest(None, "", {}, {}, {}, []), outline)  # type: ignore
+
+
+def _opening_bytes(rows: int) -> float:
+    """Bytes for each row at most, as the blocks of all shards become an outline."""
+    places = np.arange(BATCH_ROWS)
+    batch = _Lengths({level: np.full(BATCH_ROWS, 250) for level in ("token", "position")})
+    tracemalloc.start()
+    made = (stream._block(0, number, batch, places) for number in range(rows // BATCH_ROWS))  # type: ignore
+    stream._outline(list(made))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak / rows
+
+
+@dataclass
+class _Lengths:
+    """As much of a batch as a block needs."""
+
+    lengths: dict[str, Any]
+
+
+def _manifest(folder: Path, like: Path, entries: int) -> tuple[int, float, int]:
+    """Of a manifest of targets: its bytes, the seconds and the memory that it takes to read."""
+    folder.mkdir()
+    manifest = read_manifest(like)
+    rng = np.random.default_rng(0)
+    made = []
+    for index in range(entries):
+        sums = {f"ceiling.divergence.{n}": float(rng.random() * 1e4) for n in range(SUMS)}
+        entry = replace(manifest.shards[0], file=shard_name(index), sums=sums)
+        made.append(replace(entry, sha256=hashlib.sha256(bytes(index)).hexdigest()))
+    write_manifest(folder, replace(manifest, shards=made, totals=totals_of(made)))
+    seconds = _seconds(lambda: read_manifest(folder))
+    tracemalloc.start()
+    read_manifest(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (folder / "manifest.json").stat().st_size, seconds, peak
+
+
+def _made_up_targets(folder: Path, batches: int) -> Path:
+    """A sealed folder of 100 supervised tokens a row and 30 entries each, eight batches a shard."""
+    schema = schema_of("build-targets", VOCAB_SIZE)
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tokenizer_hash": "made up"}
+    settings |= {"method": "sft+kl", "form": "frozen-target", "parameters": {"lam": 0.1}}
+    settings |= {"residual": "base", "tail_shape": "student", "top_p": 0.99, "max_support": 64}
+    identity = Identity("build-targets", settings, {}, identity_schema(schema))
+    open_folder(folder, identity)
+    run = ShardRun(Job(folder, schema, identity, {}, {}))
+
+    def shard(index: int) -> ShardContent:
+        return ShardContent([made_up(number) for number in range(8 * index, 8 * index + 8)])
+
+    tasks = ((index, lambda index=index: shard(index)) for index in range(batches // 8))
+    entries: list[ShardEntry] = list(run.shards(tasks))
+    assert len(entries) == batches // 8
+    run.seal()
+    return folder

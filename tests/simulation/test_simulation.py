@@ -1,0 +1,49 @@
+"""The simulation in small: forty workers and ranks that die, and everything once all the same."""
+
+from pathlib import Path
+
+import pytest
+from qpipe.tests.simulation.readers import Attempt, make_folder, read_epoch
+from qpipe.tests.simulation.scheduler import (
+    Trouble,
+    folder_hash,
+    run_array,
+    run_ray,
+    run_undisturbed,
+)
+from qpipe.trainer.mixture import mix
+
+TROUBLE = Trouble(shards=120, workers=40, mean_life=200.0, at_a_file=0.3, absence=30.0)
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "scores", TROUBLE.shards)
+
+
+def test_an_array_whose_tasks_die_makes_the_same_folder(tmp_path: Path, wanted: str) -> None:
+    outcome = run_array(tmp_path / "scores", TROUBLE, rate=20_000, delay=0.0005)
+    assert outcome.deaths > 10
+    assert folder_hash(tmp_path / "scores") == wanted
+
+
+@pytest.mark.parametrize("broken", [0, 8])
+def test_ray_workers_that_die_make_the_same_folder(
+    tmp_path: Path, wanted: str, broken: int
+) -> None:
+    """Also where every worker on one of five machines dies before it has started."""
+    outcome = run_ray(tmp_path / "scores", TROUBLE, broken)
+    assert outcome.deaths > 5
+    assert folder_hash(tmp_path / "scores") == wanted
+
+
+def test_ranks_that_die_read_each_sample_once_in_the_same_order(tmp_path: Path) -> None:
+    parts = [make_folder(tmp_path / name, rows) for name, rows in (("a", 128), ("b", 64))]
+    samples = mix(parts)
+    whole = [example.id for example in samples.samples(0, range(192))]
+    steps, in_vain, _ = read_epoch(
+        samples, [Attempt(40, 3), Attempt(39, 2), Attempt(7, 1), Attempt(40)], step_samples=24
+    )
+    assert [row for step in steps for row in step] == whole
+    assert len(set(whole)) == 192
+    assert in_vain > 0
