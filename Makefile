@@ -4,6 +4,7 @@
 # make test      ruff, pyright, import-linter, pytest; with npm also a browser for the report's tests
 # make scale     the tables of docs/scale.md: arithmetic, and a thousand workers in virtual time
 # make faults    the tests that take minutes: processes killed again and again, full disks
+# make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
 # make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
 #                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
 #                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes
@@ -15,6 +16,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+MINUTES ?= 10
 
 BIN := .venv/bin
 MODEL := .cache/SmolLM2-135M-Instruct
@@ -24,7 +26,7 @@ BROWSER := .cache/chromium/chromium
 BENCH := .cache/benchmarks
 ONLY ?=
 
-.PHONY: install demo test faults scale experiment bench clean
+.PHONY: install demo test faults fuzz scale experiment bench clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -60,6 +62,13 @@ scale: install
 
 faults: install
 	$(BIN)/pytest -m slow
+
+.venv/fuzz: requirements/fuzz.txt .venv/installed
+	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+fuzz: install .venv/fuzz
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
 experiment: install
 	$(BIN)/python -m qpipe.tests.experiment $(MODEL) $(if $(QUICK),--quick) $(if $(PLAN),--plan)

@@ -30,27 +30,11 @@ TEMPLATES = (
     "{% for m in messages %}{{ m.tool_calls[0].name }}{{ m.content }}{% endfor %}",
     "",
 )
-fragments = st.sampled_from(
-    [
-        "a",
-        "ab",
-        " ",
-        "\n",
-        "é",
-        "😀",
-        "</think>",
-        "<think>",
-        "<|im_end|>",
-        "\ue000",
-        "x" * 40,
-        "<|im_start|>assistant\n",
-        "é",
-        "\u200b",
-        "{{ 1 }}",
-        "\r\n",
-        "\x00",
-    ]
-) | st.text(max_size=3)
+FRAGMENTS = (
+    *("a", "ab", " ", "\n", "é", "\U0001f600", "</think>", "<think>", "<|im_end|>", "\ue000"),
+    *("x" * 40, "<|im_start|>assistant\n", "e\u0301", "\u200b", "{{ 1 }}", "\r\n", "\0"),
+)
+fragments = st.sampled_from(FRAGMENTS) | st.text(max_size=3)
 texts = st.lists(fragments, max_size=5).map("".join)
 
 
