@@ -1,11 +1,11 @@
 """What a step costs beside plain SFT in transformers' Trainer and beside on-line distillation.
 
-    python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS]
+    python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS [EXAMPLES]]
 
-The same model in float32, the same demonstrations padded alike (but for the last contender, which
-has them end to end), the same optimizer; the contenders take turns, a few steps each, and the
-medians of their steps are compared. TARGETS is a folder with a base residual, such as `make demo`
-leaves in demo/targets.
+The same model in float32, the same demonstrations, the same optimizer (torch's fused AdamW, which
+is Trainer's default); the contenders take turns, a few steps each, and the medians of their steps
+are compared. Trainer and the distillation pad; qpipe packs, as it does by default, or pads where
+that is said. TARGETS is a folder with a base residual, such as `make demo` leaves in demo/targets.
 
 Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
 the fused loss and of the dense one, each in a process of its own.
