@@ -89,7 +89,7 @@ def within(supports: Supports, vocab_size: int) -> Supports:
 def observed_only(observed_ids: NDArray[np.int32], log_probs: Floats) -> Supports:
     """The observed token with its probability, the rest in the tail."""
     counts = np.ones(len(observed_ids), np.int64)
-    return Supports(counts, observed_ids, log_probs, -np.expm1(log_probs))
+    return Supports(counts, observed_ids, log_probs, 0 - np.expm1(log_probs))  # never -0.0
 
 
 def truncated(

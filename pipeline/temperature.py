@@ -49,6 +49,8 @@ def _tail_sums(supports: Supports, power: float, top_k: int, vocab_size: int) ->
     starts = np.cumsum(supports.counts) - supports.counts
     last_of_top = starts + np.minimum(top_k, supports.counts) - 1
     log_most = np.minimum(supports.log_probs[last_of_top], safe_log(mass, 0.0))
-    log_alike = np.log(ids) + power * (safe_log(mass) - np.log(ids))
+    log_mean = safe_log(mass) - np.log(ids)
+    log_most = np.maximum(log_most, log_mean)  # a tail of rounding errors alone may be above it
+    log_alike = np.log(ids) + power * log_mean
     log_few = safe_log(mass) + (power - 1) * log_most
     return np.where(mass > 0, np.exp([log_alike, log_few]), 0.0)

@@ -210,6 +210,18 @@ def test_a_large_vocabulary_is_no_trouble(temperature: float) -> None:
         assert_within_bound([row], temperature, 3)
 
 
+def test_a_tail_of_rounding_errors_below_which_entries_are_impossible_is_no_trouble() -> None:
+    """Three ids are left, and share 6e-9, though the last entry is said to be less probable."""
+    supports = Supports(
+        np.array([2]), np.array([0, 1], np.int32), np.array([0.0, -1500]), np.array([6e-9])
+    )
+    found, bound = tempered(supports, 20.0, 2, 5)
+    others = 3 * (2e-9) ** (1 / 20)  # e^-75 of the other entry is nothing
+    assert found.probs == pytest.approx([1 / (1 + others), 0], abs=1e-12)
+    assert found.tail_mass == pytest.approx([others / (1 + others)])
+    assert bound == pytest.approx([0], abs=1e-12)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_with_all_ids_gathered_it_is_exact(temperature: float) -> None:
     rng = np.random.default_rng(5)
