@@ -35,7 +35,10 @@ def local_copy(path: Path, sha256: str) -> Path:
 
         def check(fetched: Path) -> None:
             if sha256_of_file(fetched) != sha256:
-                raise UserError(f"{path}: damaged, its hash is not the manifest's")
+                raise UserError(
+                    f"{path}: damaged, its hash is not the manifest's: restore it, or share the "
+                    "folder again"
+                )
 
         _fetch(path, copy, check)
         _checked[copy] = _state(copy)

@@ -131,7 +131,7 @@ def read_plan(folder: Path) -> Plan:
         check_counts(counts)
         return Plan(identity, **counts)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, not a plan ({one_line(error)})") from error
+        raise _damaged(path, f"not a plan ({one_line(error)})") from error
 
 
 def identity_schema(schema: Schema) -> dict[str, str]:
@@ -150,7 +150,10 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
             raise UserError(
                 f"{folder}: not finished yet: run `qpipe {made_by}` with the same options again"
             )
-        raise UserError(f"{folder}: not a qpipe folder, it has no {MANIFEST}")
+        makers = f"`qpipe {stage}`" if stage else "a qpipe command"
+        raise UserError(
+            f"{folder}: not a qpipe folder, it has no {MANIFEST}: give one made by {makers}"
+        )
     manifest = parse_manifest(folder / MANIFEST, read_bytes(folder / MANIFEST))
     if stage is not None and manifest.identity.stage != stage:
         raise UserError(
@@ -186,14 +189,18 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
             check_entry(entry, shard_name(index), manifest.fingerprint)
         fingerprint, totals = identity.fingerprint, totals_of(shards)
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not a manifest ({one_line(error)})") from error
+        raise _damaged(path, f"not a manifest ({one_line(error)})") from error
     if manifest.fingerprint != fingerprint:
-        raise UserError(f"{path}: damaged, its fingerprint is not that of its settings")
+        raise _damaged(path, "its fingerprint is not that of its settings")
     if manifest.totals != totals:
-        raise UserError(f"{path}: damaged, its totals are not those of its shards")
+        raise _damaged(path, "its totals are not those of its shards")
     if identity.format_version > 2 and not is_sealed:
-        raise UserError(f"{path}: damaged or changed, its seal is not that of its content")
+        raise _damaged(path, "its seal is not that of its content", "damaged or changed")
     return manifest
+
+
+def _damaged(path: Path, why: str, what: str = "damaged") -> UserError:
+    return UserError(f"{path}: {what}, {why}: restore it, or make {path.parent} again")
 
 
 def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
@@ -216,7 +223,7 @@ def parse_identity(path: Path, value: Any) -> Identity:
         check_kinds(identity)
         _ = identity.fingerprint  # what cannot be hashed is the identity of nothing
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not a plan ({one_line(error)})") from error
+        raise _damaged(path, f"not a plan ({one_line(error)})") from error
     check_version(path, identity)
     return identity
 

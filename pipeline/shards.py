@@ -179,7 +179,9 @@ def read_shard(
         if left[level]:
             said = getattr(entry, name)
             found = said - left[level]
-            raise UserError(f"{path}: holds {found:,} {name}, the manifest says {said:,}")
+            raise UserError(
+                f"{path}: holds {found:,} {name}, the manifest says {said:,}: make {folder} again"
+            )
 
 
 def stored_batches(

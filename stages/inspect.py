@@ -231,7 +231,10 @@ def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
         parts = [f"{skipped.missing:,} are not in it"] if skipped.missing else []
         parts += [f"{skipped.differing:,} have other tokens there"] if skipped.differing else []
         if parts and not overview.examples:
-            raise UserError(f"{path}: no example in common: {', '.join(parts)}")
+            raise UserError(
+                f"{path}: no example in common: {', '.join(parts)}: give a folder of the same "
+                "demonstrations"
+            )
         lines += [f"{path}: examples left out: {', '.join(parts)}."] if parts else []
     return lines
 

@@ -74,9 +74,13 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
             values = [f"{name}={one}" for name, one in value.items()] if _is_map(value) else value
             values = values if isinstance(values, list) else [values]
             if any(isinstance(one, list | dict | None) for one in values):
-                raise click.ClickException(f"--config {path}: {option} is no value: {value!r}")
+                raise click.ClickException(
+                    f"--config {path}: {option} is no value: {value!r}: give one, or leave it out"
+                )
             if not parameter.multiple and (_is_map(value) or isinstance(value, list)):
-                raise click.ClickException(f"--config {path}: {option} takes one value: {value!r}")
+                raise click.ClickException(
+                    f"--config {path}: {option} takes one value, not {value!r}"
+                )
             words = [str(one) for one in values]
             return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")

@@ -80,7 +80,7 @@ class Encoder:
         input_ids, offsets = self._tokenise(layout.text)
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
-            raise UnusableError(f"{len(input_ids)} tokens, the limit is {self.max_length}")
+            raise UnusableError(f"{len(input_ids)} tokens, --max-length is {self.max_length}")
         if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
             raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 

@@ -124,13 +124,16 @@ def _load(model: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if Path(model).is_absolute() and not Path(model).is_dir():
-        raise UserError(f"--model {model}: no such folder")
+        raise UserError(f"--model {model}: no such folder: give that of the model that was scored")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # damaged files fail in as many ways as there are libraries
         raise UserError(f"--model {model}: no tokenizer to be had: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"--model {model}: has no fast tokenizer (tokenizer.json)")
+        raise UserError(
+            f"--model {model}: has no fast tokenizer: save one in it (tokenizer.json), or leave "
+            "--model out to see ids"
+        )
     return tokenizer
 
 

@@ -163,7 +163,7 @@ def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]
     if path.is_file():
         raise UserError(f"model {model}: is a file: give the folder it is in")
     if path.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-        raise UserError(f"model {model}: no such folder")
+        raise UserError(f"model {model}: no such folder: give one, or a name on the hub")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"]

@@ -118,7 +118,10 @@ def folder_page(settings: ReportSettings) -> Page:
             ]
             progress.update(len(group))
     if not overview.examples:
-        raise UserError(f"{main.path}: no example in common with the folders given beside it")
+        raise UserError(
+            f"{main.path}: no example in common with the folders given beside it: give folders of "
+            "the same demonstrations"
+        )
     notes = [note] if note else []
     if len(drawn) < main.size:
         notes.append(f"{len(drawn):,} of {main.size:,} demonstrations are shown, drawn at random.")

@@ -135,7 +135,8 @@ def choose_engine(option: str, gathers: bool = False) -> str:
         )
     if option == "server" and gathers:
         raise UserError(
-            "--at goes with no server, which scores no given ids: use --engine vllm or transformers"
+            "--engine server scores no given ids, which --at asks for: use --engine vllm or "
+            "transformers"
         )
     if option != "auto":
         return option

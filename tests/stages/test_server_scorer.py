@@ -436,7 +436,7 @@ def test_a_server_that_is_not_there_is_one_clear_line() -> None:
 
 
 def test_given_ids_are_not_for_a_server() -> None:
-    with pytest.raises(UserError, match="--at goes with no server"):
+    with pytest.raises(UserError, match="--engine server scores no given ids"):
         choose_engine("server", gathers=True)
 
 

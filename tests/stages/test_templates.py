@@ -609,7 +609,7 @@ class TestLength:
         assert isinstance(fitting.encode(self.DEMO), Encoded)
 
     def test_rejected(self):
-        assert self.reason(max_length=13) == "14 tokens, the limit is 13"
+        assert self.reason(max_length=13) == "14 tokens, --max-length is 13"
 
     def test_cut(self):
         encoded = encoder(None, max_length=5, too_long="cut").encode(self.DEMO)
