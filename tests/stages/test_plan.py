@@ -128,7 +128,7 @@ def test_hours_and_bytes(tiny_model: Path) -> None:
     reckoned = costs(model, {100: 1000}, 50_000, Throughput(tflops=flop / 0.4e12 / 3600))
     assert reckoned is not None
     assert (reckoned.score_hours, reckoned.epoch_hours) == pytest.approx((1, 3))
-    assert reckoned.targets_bytes == 44 * 50_000
+    assert reckoned.targets_bytes == 50 * 50_000
     assert reckoned.training_bytes == 16 * (MULTIPLIED + 320 * 64)
     measured = costs(model, {100: 1000}, 50_000, Throughput(speed=50_000 / 7200))
     assert measured is not None
