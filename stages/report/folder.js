@@ -136,13 +136,14 @@ function plots() {
     .filter(([name]) => places[name])
     .map(([name, kind, said]) => ({ name: said, kind: `k-${kind}`, dots: true, points: places.starts.map((start, i) => [start, places[name][i]]) }));
   const last = places.starts.length - 1;
+  const columns = 3 - made.length % 3; // what the last row has room for
   const chart = lines("Loss by position", "nats, by place in the answer", series, {
-    box: wide(714, 170),
+    box: [BOX, wide(714, 170), wide(1088, 190)][columns - 1],
     across: (value) => places.starts.indexOf(value) / (last || 1),
     ticks: places.starts.map((start) => [start, start]).filter((_, i) => last < 8 || i % 2 === 0).map(([start]) => [start, count(start + 1)]),
     xName: (value) => spanName(places.starts, value),
   });
-  chart.classList.add("two");
+  chart.classList.add(`over-${columns}`);
   if (series.length > 1) chart.append(element("ul", { class: "keys small" }, ...series.map((each) => key(each.kind, each.name))));
   return [...made, chart];
 }

@@ -43,6 +43,8 @@ def write_picture(path: Path, runs: Sequence[TrainingRun]) -> None:
 
 
 def _draw(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     is_mixed = len({is_noisy for _, is_noisy, _ in chart.curves}) > 1
     dashes = "--" if is_mixed else "-"
     for run, is_noisy, points in chart.curves:
@@ -56,6 +58,8 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_title(chart.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(chart.unit, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
