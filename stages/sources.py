@@ -358,6 +358,7 @@ def _arrow_facts(path: Path) -> tuple[str, int]:
 def _batch_rows(batches: "Iterator[pa.RecordBatch]", row: int, start: int) -> Lines:
     """Rows from `start` on of batches of which the first one begins at `row`."""
     for batch in batches:
+        batch.validate(full=True)  # or lists that point astray would end the process
         for offset in range(max(0, start - row), batch.num_rows, BATCH_ROWS):
             rows = batch.slice(offset, BATCH_ROWS).to_pylist()
             yield from enumerate(map(_without_nones, rows), row + offset + 1)

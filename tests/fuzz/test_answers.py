@@ -114,9 +114,10 @@ def answers(draw: Draw) -> tuple[bytes, int]:
     if draw(st.booleans()):
         return draw(damaged(json.dumps(right).encode())), top_k
     numbers = st.floats(-60, 5) | st.integers(-3, 20) | odd_values
+    if draw(st.booleans()):
+        return as_json(draw(spoilt(right, numbers))), top_k
     prompt = draw(spoilt(right["choices"][0]["prompt_logprobs"], numbers))
-    right["choices"][0]["prompt_logprobs"] = prompt
-    return as_json(draw(spoilt(right, most=1))), top_k
+    return as_json({"choices": [{"prompt_logprobs": prompt}]}), top_k
 
 
 def as_json(value: Any) -> bytes:

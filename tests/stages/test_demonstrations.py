@@ -7,6 +7,7 @@ import os
 import shutil
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
@@ -346,6 +347,19 @@ def test_parquet_damaged_in_the_middle(tmp_path):
     (source,) = open_sources([write(tmp_path / "x.parquet", bytes(content))])
     with pytest.raises(UserError, match="cannot be read"):
         list(read_demonstrations([source]))
+
+
+@pytest.mark.parametrize("kind", ["x.ipc", "x.arrow"])
+def test_texts_that_point_astray(tmp_path, kind):
+    """Unseen, they would be read far behind the end of the file, which ends the process."""
+    WRITERS[kind](tmp_path / kind, [{"prompt": text, "completion": text} for text in ("ab", "cd")])
+    content = (tmp_path / kind).read_bytes()
+    offsets = np.array([0, 2, 4], "<i4").tobytes()
+    assert offsets in content
+    astray = np.array([0, 2**30, 2**31 - 1], "<i4").tobytes()
+    (tmp_path / kind).write_bytes(content.replace(offsets, astray))
+    with pytest.raises(UserError, match="cannot be read"):
+        read(str(tmp_path / kind))
 
 
 @pytest.mark.parametrize("content", [b'[{"a": 1}', b"[\xff]", b"[1] [2]"])
