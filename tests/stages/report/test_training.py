@@ -5,10 +5,12 @@ import builtins
 import json
 import re
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from qpipe.pipeline.manifest import Identity
 from qpipe.stages.report.training import charts, read_runs, smoothed, thinned
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 
@@ -16,7 +18,8 @@ from qpipe.tests.made_up import folder_of, qpipe, targeted
 def run_folder(folder: Path, events: list[dict[str, Any]], **settings: Any) -> Path:
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "qpipe.json").write_text(json.dumps({"identity": {"settings": settings}}))
+    identity = asdict(Identity("train", settings, inputs={}, schema={}))
+    (folder / "qpipe.json").write_text(json.dumps({"identity": identity}))
     return folder
 
 
