@@ -149,7 +149,13 @@ class Encoder:
 
     def _ends_twice(self, input_ids: NDArray[np.int32]) -> bool:
         """Whether the tokenizer has added an end-of-sequence token after ours."""
-        return len(input_ids) > 1 and bool((input_ids[-2:] == self.tokenizer.eos_token_id).all())
+        ends = input_ids[-2:] == self.tokenizer.eos_token_id
+        return self._adds_end and len(ends) > 1 and bool(ends.all())
+
+    @cached_property
+    def _adds_end(self) -> bool:
+        """Whether the tokenizer ends every text with an end-of-sequence token of its own."""
+        return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     @cached_property
     def _end_of_turn(self) -> re.Pattern[str]:

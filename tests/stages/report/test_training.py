@@ -19,7 +19,8 @@ def run_folder(folder: Path, events: list[dict[str, Any]], **settings: Any) -> P
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     identity = asdict(Identity("train", settings, inputs={}, schema={}))
-    (folder / "qpipe.json").write_text(json.dumps({"identity": identity}))
+    record = {"identity": identity, "files": {}, "results": {}}
+    (folder / "qpipe.json").write_text(json.dumps(record))
     return folder
 
 
