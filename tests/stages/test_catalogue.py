@@ -87,7 +87,7 @@ def test_what_others_sealed_cannot_end_it(tmp_path: Path) -> None:
     said = qpipe("list", tmp_path)
     assert len(said.splitlines()) == 4
     assert "\x1b" not in said
-    assert re.search(r"^b +damaged .*\(setting method is missing\)$", said, re.MULTILINE)
+    assert re.search(r"^b +damaged .*\(setting method is missing\): ", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("root", ["{}/nowhere", "s3://bucket/nowhere", "s3://missing/root"])
