@@ -73,9 +73,9 @@ def fused_loss(hidden_ND: Tensor, head: Head, targets: SparseTargets, objective:
 
 
 def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    """Consecutive rows whose logits are few enough to be held at once."""
+    """Consecutive rows whose logits are few enough to be held at once; no rows are one chunk."""
     size = max(1, _CHUNK_VALUES // vocab_size)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    return (slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size))
 
 
 def rows_of(targets: SparseTargets, rows: slice) -> SparseTargets:
@@ -103,7 +103,7 @@ class _FusedLoss(torch.autograd.Function):
         total = hidden_ND.new_zeros((), dtype=add_up)
         bounds_N = hidden_ND.new_zeros(len(hidden_ND), dtype=add_up)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=add_up) if needs_weight else None
+        grad_weight = None
         grad_bias = weight_VD.new_zeros(len(weight_VD), dtype=add_up) if needs_bias else None
         cast = replace(head, weight=weight_VD.to(hidden_ND.dtype), bias=_like(bias_V, hidden_ND))
 
@@ -123,8 +123,8 @@ class _FusedLoss(torch.autograd.Function):
             scores_nV = scores_nV.to(hidden_nD.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = scores_nV @ cast.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, scores_nV.T, hidden_nD)
+            if needs_weight:
+                grad_weight = _plus_product(grad_weight, scores_nV.T, hidden_nD, add_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(bounds_N)
@@ -174,7 +174,11 @@ def _sparse(logits_nV: Tensor, targets: SparseTargets, tail_shape: str) -> tuple
 
     support_nS = torch.where(mask, logits_nV.gather(1, ids), -torch.inf)
     level_n = logits_nV.scatter_(1, ids, 0).sum(1) / outside_n if tail_shape == "uniform" else None
-    outside_norm_n = logits_nV.scatter_(1, ids, -torch.inf).logsumexp(1)
+    # one pass of exp for both the sum and the gradient
+    top_n = _finite(logits_nV.scatter_(1, ids, -torch.inf).amax(1))
+    scaled_nV = logits_nV.sub_(top_n[:, None]).exp_()
+    sum_n = scaled_nV.sum(1)
+    outside_norm_n = top_n + sum_n.log()
     log_norm_n = torch.logaddexp(outside_norm_n, support_nS.logsumexp(1))
     log_probs_nS = support_nS - log_norm_n[:, None]
     tail_log_probs_n = (outside_norm_n if level_n is None else level_n) - log_norm_n
@@ -182,12 +186,12 @@ def _sparse(logits_nV: Tensor, targets: SparseTargets, tail_shape: str) -> tuple
 
     if level_n is None:
         # each share of the tail, times what the tail as a whole has too much
-        shares_nV = logits_nV.sub_(_finite(outside_norm_n)[:, None]).exp_()
         excess_n = mass_n * tail_log_probs_n.exp() - tail_n
-        gradient_nV = shares_nV.mul_((weights_n * excess_n)[:, None])
+        factor_n = torch.where(sum_n > 0, weights_n * excess_n / sum_n, 0)
+        gradient_nV = scaled_nV.mul_(factor_n[:, None])
     else:
-        probs_nV = logits_nV.sub_(log_norm_n[:, None]).exp_()
-        gradient_nV = probs_nV.mul_((weights_n * mass_n)[:, None])
+        factor_n = weights_n * mass_n * (top_n - log_norm_n).exp()
+        gradient_nV = scaled_nV.mul_(factor_n[:, None])
         gradient_nV.sub_((weights_n * tail_n / outside_n.clamp(min=1))[:, None])
         gradient_nV.scatter_(1, ids, 0)
     on_support_nS = weights_n[:, None] * (mass_n[:, None] * log_probs_nS.exp() - target_nS)
@@ -222,16 +226,16 @@ def _sequence_log_ratios(
         observed_losses(head.logits(hidden_ND[rows]), rows_of(targets, rows))
         for rows in chunks(len(hidden_ND), len(head.weight))
     ]
-    log_probs_N = -torch.cat(losses) if losses else hidden_ND.new_zeros(0)
-    return example_means(log_probs_N - stored_log_prob(targets), targets.example_of)
+    return example_means(-torch.cat(losses) - stored_log_prob(targets), targets.example_of)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a matrix product, without room for it where the types allow."""
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum with a matrix product added, in place and without room for it where the types allow."""
+    if total is None:
+        return (left @ right).to(dtype)
     if total.dtype == left.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
 
 
 def _finite(values: Tensor) -> Tensor:
