@@ -47,7 +47,7 @@ def list_folders(root: Path, stage: str | None, contains: str | None, as_json: b
 
     def cells(each: Listed) -> tuple[str, ...]:
         if each.error is not None:
-            return (_clean(each.folder), "damaged", "", _clean(each.error), *[""] * 5)
+            return (_clean(each.folder), "damaged", *[""] * 6, _clean(each.error))
         size = "" if each.bytes_per_token is None else f"{each.bytes_per_token:.1f}"
         return (
             _clean(each.folder),

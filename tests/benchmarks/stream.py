@@ -6,15 +6,20 @@ A folder is made up (200 tokens and 100 supervised positions a row, supports of 
 the mean) and kept in FOLDER for the next run. Steps of 65,536 tokens are cut into micro-batches of
 8,192, padded and packed; a resumed stream starts in the middle of the folder. Medians of the runs,
 all layouts in turns; no model and no prefetching take part.
+
+Then how long a consumer waits that takes steps of 8,192 tokens from the trainer's prefetching
+thread at a given rate: it sleeps where a model would compute on a device. Of the rates, the first
+is 8 times what SmolLM2-135M takes on two cores (train_step.py: some 500 supervised positions/s).
 """
 
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,8 @@ from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.plan import micro_batches, read_steps, steps_of_tokens
+from qpipe.trainer.prefetch import Prefetch
+from qpipe.trainer.run import STEPS_AHEAD
 from qpipe.trainer.stream import TargetStream, open_streams
 
 VOCAB_SIZE, TOKENS, POSITIONS = 49152, 200, 100
@@ -34,6 +41,8 @@ MEAN_SUPPORT, MAX_SUPPORT = 30, 64
 SHARDS, SHARD_BATCHES = 16, 8
 STEP_TOKENS, BATCH_TOKENS = 65536, 8192
 RUNS = 7
+RATES = (4_000, 50_000, 250_000, 500_000)  # positions/s of the consumers that wait
+STEPS = 16  # that each of them takes
 
 
 def main(folder: Path) -> None:
@@ -65,6 +74,12 @@ def main(folder: Path) -> None:
             f"{name:30} {median(speeds[name]):9,.0f} positions/s ({low:,.0f} to {high:,.0f}), "
             f"first batch after {median(firsts[name]):.3f} s"
         )
+    for rate in RATES:
+        first, later = waiting(stream, rate)
+        print(
+            f"a consumer of {rate:7,} positions/s waits {later:6.2%} of the time, "
+            f"and {first:.3f} s for its first step"
+        )
 
 
 def one_core() -> None:
@@ -75,10 +90,12 @@ def one_core() -> None:
     pa.set_io_thread_count(1)
 
 
-def batches(stream: TargetStream, start: int, packed: bool, world_size: int = 1) -> Iterator[Batch]:
+def batches(
+    stream: TargetStream, start: int, packed: bool, world_size: int = 1, tokens: int = STEP_TOKENS
+) -> Iterator[Batch]:
     """The batches of the first rank, from a sample to the end of the epoch."""
     lengths = stream.lengths(0, range(start, len(stream)))
-    steps = steps_of_tokens(lengths, start, STEP_TOKENS)
+    steps = steps_of_tokens(lengths, start, tokens)
     plans = (micro_batches(step, 0, world_size, BATCH_TOKENS, packed) for step in steps)
     join = pack if packed else collate
     return (join(batch) for step in read_steps(stream, 0, plans) for batch in step)
@@ -92,6 +109,19 @@ def measure(way: Callable[[], Iterator[Batch]]) -> tuple[float, float]:
     first = perf_counter() - start
     positions += sum(batch.tokens for batch in made)
     return positions / (perf_counter() - start), first
+
+
+def waiting(stream: TargetStream, rate: float) -> tuple[float, float]:
+    """Seconds until the first step is there, and the share of the time afterwards that the later
+    ones are waited for."""
+    steps = islice(batches(stream, 0, True, tokens=BATCH_TOKENS), STEPS)
+    with Prefetch(steps, STEPS_AHEAD) as ready:
+        first = next(ready)
+        begin, before = perf_counter(), ready.waited
+        sleep(first.tokens / rate)
+        for batch in ready:
+            sleep(batch.tokens / rate)
+        return before, (ready.waited - before) / (perf_counter() - begin)
 
 
 def make_targets(folder: Path) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.records import TargetExample
-from qpipe.tests.benchmarks.figures import faster, publish, take_turns
+from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
 from qpipe.trainer.collate import collate
 from qpipe.trainer.dataset import TargetDataset
@@ -52,22 +52,40 @@ def main(folder: Path) -> None:
         assert way() == stream.positions, f"{name} has lost rows"
     seconds = take_turns(ways, RUNS)
     rivals = {"datasets": "datasets, streaming", "litdata": "litdata"}
+    folders = {"qpipe": "targets", "datasets": "parquet", "litdata": "litdata"}
+    sizes = {name: size_of(folder / folders[name]) / stream.positions for name in ways}
     publish(
         [
-            faster(
-                "stream of targets, one core",
-                seconds["qpipe"],
-                rivals[name],
-                seconds[name],
-                stream.positions,
-                "positions",
-            )
+            figure
             for name in ways
             if name != "qpipe"
+            for figure in (
+                faster(
+                    "stream of targets, one core",
+                    seconds["qpipe"],
+                    rivals[name],
+                    seconds[name],
+                    stream.positions,
+                    "positions",
+                ),
+                smaller("the same targets on disk", sizes["qpipe"], rivals[name], sizes[name]),
+            )
         ]
     )
     if "litdata" not in ways:
         print("litdata is not installed: pip install -r requirements/bench.txt")
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def smaller(what: str, ours: float, beside: str, theirs: float) -> Figure:
+    """How many times as small ours is, in bytes a position."""
+    ratio = theirs / ours
+    own, other = (f"{size:.0f} bytes/position" for size in (ours, theirs))
+    return Figure(what, own, f"{beside}: {other}", ratio, ratio, ratio)
 
 
 def drain(rows: Iterable[dict[str, Any]]) -> int:

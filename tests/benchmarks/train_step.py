@@ -4,8 +4,9 @@
 
 The same model in float32, the same demonstrations, the same optimizer (torch's fused AdamW, which
 is Trainer's default); the contenders take turns, a few steps each, and the medians of their steps
-are compared. Trainer and the distillation pad; qpipe packs, as it does by default, or pads where
-that is said. TARGETS is a folder with a base residual, such as `make demo` leaves in demo/targets.
+are compared. Trainer, TRL's SFTTrainer and the distillation pad; qpipe packs, as it does by
+default, or pads where that is said. TARGETS is a folder with a base residual, such as `make demo`
+leaves in demo/targets.
 
 Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
 the fused loss and of the dense one, each in a process of its own.
@@ -37,6 +38,7 @@ from qpipe.trainer.step import Stepper, start_accelerator
 from qpipe.trainer.stream import open_streams
 from qpipe.trainer.student import Student
 from torch.nn.functional import kl_div
+from torch.nn.utils.rnn import pad_sequence
 
 STEPS = 3  # a turn
 _MEMORY = """
@@ -82,8 +84,9 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
         f"{per_step(batch.tokens for batch in padded)} supervised"
     )
     contenders = {
-        "transformers.Trainer, plain SFT": trainer_steps(base, padded),
+        "transformers.Trainer, plain SFT": trainer_steps(base, padded, "transformers"),
         "on-line distillation, dense KL": distillation_steps(base, padded),
+        "TRL's SFTTrainer, plain SFT": trainer_steps(base, padded, "trl"),
         **our_steps(base, packed, ""),
         **our_steps(base, padded, ", padded"),
     }
@@ -106,7 +109,7 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
     heads = ("step", "median", "spread", "of Trainer's", "times as fast as on-line")
     print_table([heads, *rows])
     tokens = per_step(len(example.input_ids) for example in examples)
-    rivals = list(seconds)[:2]
+    rivals = list(seconds)[:3]
     publish(
         [
             faster(
@@ -187,19 +190,11 @@ def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[flo
     return lambda: timed(step, batches)
 
 
-def trainer_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
-    """Steps of transformers' Trainer on the same rows with labels."""
+def trainer_steps(base: Any, batches: list[Batch], name: str) -> Callable[[], list[float]]:
+    """Steps of transformers' Trainer, or of TRL's SFTTrainer, on the same rows with labels."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    rows = []
-    for batch in batches:
-        labels = torch.full_like(batch.input_ids, -100)
-        places = (batch.rows, batch.columns + 1)
-        labels[places] = batch.input_ids[places]
-        rows += [
-            {"input_ids": ids, "attention_mask": mask, "labels": label}
-            for ids, mask, label in zip(batch.input_ids, batch.attention_mask, labels, strict=True)
-        ]
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -211,49 +206,64 @@ def trainer_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(time.perf_counter() - self.start)
 
-    model = load_model(base, torch.float32)
-    out = tempfile.mkdtemp()
-
-    def pad(features: list[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(int(each["attention_mask"].sum()) for each in features)
-        return {
-            name: torch.stack([each[name][:longest] for each in features]) for name in features[0]
-        }
+    rows = labelled_rows(batches)
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": 1 + STEPS,
+        "per_device_train_batch_size": len(batches[0].ids),
+        "learning_rate": 1e-6,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+    }
+    given: dict[str, Any] = {
+        "model": load_model(base, torch.float32),
+        "processing_class": base.tokenizer,
+        "train_dataset": rows,
+        "data_collator": padded_rows,
+    }
 
     def steps() -> list[float]:
         clock = Clock()
-        arguments = TrainingArguments(
-            output_dir=out,
-            max_steps=1 + STEPS,
-            per_device_train_batch_size=len(batches[0].ids),
-            learning_rate=1e-6,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=False,
-        )
-        width = max(len(row["input_ids"]) for row in rows)
-        same = [
-            {k: _wide(v, width, -100 if k == "labels" else 0) for k, v in r.items()} for r in rows
-        ]
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=same,  # pyright: ignore[reportArgumentType]
-            data_collator=pad,
-            callbacks=[clock],
-        )
-        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(same)
+        if name == "trl":
+            plain: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
+            plain["dataset_kwargs"] = {"skip_prepare_dataset": True}
+            trainer: Any = SFTTrainer(**given, args=SFTConfig(**common, **plain), callbacks=[clock])
+        else:
+            trainer = Trainer(**given, args=TrainingArguments(**common), callbacks=[clock])
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
         trainer.train()
         return clock.times[1:]  # the first makes the moments, as a new Trainer must
 
     return steps
 
 
-def _wide(values: torch.Tensor, width: int, fill: int) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
+def labelled_rows(batches: list[Batch]) -> Any:
+    """A data set of the examples, with labels at the supervised positions."""
+    from datasets import Dataset
+
+    rows = []
+    for batch in batches:
+        labels = torch.full_like(batch.input_ids, -100)
+        places = (batch.rows, batch.columns + 1)
+        labels[places] = batch.input_ids[places]
+        lengths = batch.attention_mask.sum(1).tolist()
+        for ids, label, length in zip(batch.input_ids, labels, lengths, strict=True):
+            rows.append({"input_ids": ids[:length].tolist(), "labels": label[:length].tolist()})
+    return Dataset.from_list(rows)
+
+
+def padded_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of them, padded on the right."""
+    fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    masked = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in masked], True, fill)
+        for name, fill in fills.items()
+    }
 
 
 def peak(name: str) -> float:
