@@ -36,7 +36,8 @@ from qpipe.stages.summary import print_table
 
 SETTINGS: list[tuple[str, float, int, Precision]] = [
     *((f"mass {p:g}", p, 64, "uint8") for p in (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),
-    ("mass 0.999", 0.999, 128, "uint8"),
+    ("mass 0.99 of 128", 0.99, 128, "uint8"),
+    ("mass 0.999 of 128", 0.999, 128, "uint8"),
     *((f"fixed k={k}", 1.0, k, "uint8") for k in (8, 16, 32, 64)),
     ("mass 0.99", 0.99, 64, "float16"),
     ("mass 0.99", 0.99, 64, "float32"),
