@@ -9,7 +9,8 @@ default, or pads where that is said. TARGETS is a folder with a base residual, s
 leaves in demo/targets.
 
 Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
-the fused loss and of the dense one, each in a process of its own.
+the fused loss, of the dense one and, on a GPU where it is installed, of Liger's kernel for one-hot
+targets, each in a process of its own.
 """
 
 import json
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -28,7 +30,7 @@ import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summary import print_table
-from qpipe.tests.benchmarks.figures import faster, publish
+from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.models import find_model, load_model
@@ -48,6 +50,8 @@ from qpipe.trainer.collate import SparseTargets
 from qpipe.trainer.fused import Head, fused_loss
 from qpipe.trainer.objective import Objective
 N, V, D, S = 4096, 151936, 896, 32
+on_gpu = torch.cuda.is_available()
+torch.set_default_device("cuda" if on_gpu else "cpu")
 hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D).mul_(0.02)
 weight.requires_grad_()
 observed = torch.randint(0, V, (N,))
@@ -56,11 +60,16 @@ probs = torch.full((N, S), 0.98 / S)
 targets = SparseTargets(observed, torch.zeros(N, dtype=torch.long), torch.full((N,), 0.9),
     torch.ones(N), ids, torch.ones(N, S, dtype=torch.bool), probs, torch.full((N,), 0.02))
 objective = Objective(choose("sft+kl"), "student", "base")
-def peak():  # of this process alone: getrusage remembers the one that started it
+def peak():  # in KiB, of this process alone: getrusage remembers the one that started it
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 1024
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
 if sys.argv[1] == "fused":
     fused_loss(hidden, Head(weight), targets, objective).sum.backward()
+elif sys.argv[1] == "liger":
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    LigerFusedLinearCrossEntropyLoss()(weight, hidden, observed).backward()
 elif sys.argv[1] == "dense":
     torch.nn.functional.cross_entropy(hidden @ weight.T, observed).backward()
 else:
@@ -119,13 +128,18 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
             for rival in rivals
         ]
     )
-    peaks = {name: peak(name) for name in ("dense", "plain", "fused")}
+    liger = ["liger"] if torch.cuda.is_available() and find_spec("liger_kernel") else []
+    peaks = {name: peak(name) for name in ("dense", "plain", "fused", *liger)}
     print_table(
         [
             ("loss", "peak MiB", "of the dense"),
             *((n, f"{mib:,.0f}", f"{mib / peaks['dense']:.2f}") for n, mib in peaks.items()),
         ]
     )
+    times_as_small = peaks["dense"] / peaks["fused"]
+    own, other = (f"{peaks[name]:,.0f} MiB" for name in ("fused", "dense"))
+    what = "memory of the loss, 4,096 positions, vocabulary 151,936"
+    publish([Figure(what, own, f"dense: {other}", times_as_small, times_as_small, times_as_small)])
 
 
 def per_step(counts: Iterable[int]) -> int:
