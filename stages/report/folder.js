@@ -4,6 +4,8 @@
 const ROLE_NAMES = { target: "target", base: "base", teacher: "teacher" };
 const PER_UNIT = { "log-prob": 1000, share: 1000, nats: 100, rank: 1 };
 const NEAR = "1400px"; // how far from the screen a demonstration is drawn
+const GROUP = 32; // demonstrations that are watched as one while they are far
+const SLICE = 5; // milliseconds of drawing in a frame
 const HELD_CHUNKS = 48;
 const LONG_PROMPT = 900, HEAD_SHOWN = 320, TAIL_SHOWN = 260; // characters
 
@@ -263,20 +265,29 @@ function arrange() {
   list(by === "tokens" ? "" : by);
 }
 
-let watcher;
+// Thousands of demonstrations are too many to watch one by one: groups of them are, and those of the
+// groups at hand.
+let groupWatcher, watcher;
 function list(sortedBy) {
+  groupWatcher?.disconnect();
   watcher?.disconnect();
+  waiting.clear();
   hidePop();
   cards.length = 0;
   const width = byId("list").clientWidth || 900;
-  watcher = new IntersectionObserver(drawNear, { rootMargin: `${NEAR} 0px` });
+  const margin = { rootMargin: `${NEAR} 0px` };
+  watcher = new IntersectionObserver(drawNear, margin); // the first to be told, see watchNear
+  groupWatcher = new IntersectionObserver(watchNear, margin);
+  const groups = [];
   for (const index of order) {
+    if (cards.length % GROUP === 0) groups.push(element("div", { class: "group" }));
     const node = element("article", { class: "demo", "data-place": cards.length });
     node.style.minHeight = guess(index, width);
     cards.push({ index, node, sortedBy });
-    watcher.observe(node);
+    groups.at(-1).append(node);
   }
-  byId("list").replaceChildren(...cards.map((card) => card.node));
+  byId("list").replaceChildren(...groups);
+  for (const group of groups) groupWatcher.observe(group);
   if (!cards.length) byId("list").append(element("p", { class: "empty" }, page.examples.ids.length ? `No demonstration has “${query}” in its id or its text.` : "This folder holds no demonstrations."));
   const all = page.examples.ids.length;
   byId("count").textContent = order.length === all ? `${count(all)} demonstrations` : `${count(order.length)} of ${count(all)}`;
@@ -289,14 +300,45 @@ function guess(index, width) {
   return `${74 + 26 * Math.ceil(characters / Math.max(width / 8.5, 20))}px`;
 }
 
-function drawNear(changes) {
-  for (const change of changes) {
-    const card = cards[change.target.dataset.place];
-    if (card?.node !== change.target) continue;
-    card.isNear = change.isIntersecting;
-    if (card.isNear && !card.look) draw(card);
-    else if (!card.isNear && card.look) erase(card);
+// Those of a group that went away have been erased by then: they are told before it is.
+function watchNear(changes) {
+  for (const { target: group, isIntersecting } of changes) {
+    for (const node of group.children) {
+      if (isIntersecting) watcher.observe(node);
+      else watcher.unobserve(node);
+    }
   }
+}
+
+const waiting = new Set();
+function drawNear(changes) {
+  for (const { target, isIntersecting, boundingClientRect: box } of changes) {
+    const card = cards[target.dataset.place];
+    if (card?.node !== target) continue;
+    card.isNear = isIntersecting;
+    card.middle = box.top + box.height / 2 + scrollY;
+    if (!isIntersecting) waiting.delete(card);
+    if (isIntersecting && !card.look) waiting.add(card);
+    else if (!isIntersecting && card.look) erase(card, box.height);
+  }
+  if (waiting.size) drawWaiting();
+}
+
+// A few a frame, those first that are nearest to what is seen.
+let isDrawing = false;
+async function drawWaiting() {
+  if (isDrawing) return;
+  isDrawing = true;
+  while (waiting.size) {
+    await new Promise(requestAnimationFrame);
+    const [end, middle] = [performance.now() + SLICE, scrollY + innerHeight / 2];
+    const away = (card) => Math.abs(card.middle - middle);
+    for (const card of [...waiting].sort((a, b) => away(a) - away(b))) {
+      if (waiting.delete(card)) await draw(card);
+      if (performance.now() > end) break;
+    }
+  }
+  isDrawing = false;
 }
 
 async function draw(card) {
@@ -343,9 +385,9 @@ function prompt(text) {
   return [span];
 }
 
-function erase(card) {
+function erase(card, height) {
   if (card.body.contains(document.activeElement)) return;
-  card.node.style.minHeight = `${card.node.offsetHeight}px`;
+  card.node.style.minHeight = `${height}px`;
   card.node.replaceChildren();
   card.look = card.body = card.tokens = undefined;
 }
