@@ -7,9 +7,11 @@ some 150 supervised tokens, the stages build targets and the page; nothing is le
 them. Distributions of random weights are flat, so no real folder packs worse. Then the page is
 opened: time to the first paint and until it is usable, and the time between frames while it scrolls
 as fast as a hand can, 200 pixels a frame, and from end to end in 240 frames, a leap of many
-demonstrations each. The browser draws without a GPU.
+demonstrations each; beside it an empty page of that height and one of the same text and no more,
+which say what the browser takes itself. It draws without a GPU, at most 60 frames a second.
 """
 
+import html
 import json
 import random
 import sys
@@ -77,8 +79,8 @@ def make_folders(folder: Path, demonstrations: int) -> tuple[Path, Path]:
     return scores, targets
 
 
-def opened(path: Path) -> dict[str, Any]:
-    """What a browser says of the page."""
+def opened(path: Path, texts: list[str]) -> dict[str, Any]:
+    """What a browser says of the page, and of bare ones with the same texts."""
     with browser() as running:
         page = running.new_page(viewport={"width": 1120, "height": 900})
         errors: list[str] = []
@@ -90,7 +92,25 @@ def opened(path: Path) -> dict[str, Any]:
         page.wait_for_timeout(500)
         paint = max(page.evaluate(_PAINT)) / 1000
         found = page.evaluate(_FRAMES)
-        return found | {"usable": usable, "paint": paint, "errors": errors}
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.close()
+        floor = {name: _by_hand(running, body) for name, body in _bare(texts, height).items()}
+        return found | {"usable": usable, "paint": paint, "errors": errors, "floor": floor}
+
+
+def _bare(texts: list[str], height: int) -> dict[str, str]:
+    """Pages that do nothing, as high as the report."""
+    style = f"height: {height / len(texts)}px; margin: 0; font: 14px/1.85 monospace"
+    plain = "".join(f'<p style="{style}">{html.escape(text)}' for text in texts)
+    return {"an empty page": f'<div style="height: {height}px">', "plain text": plain}
+
+
+def _by_hand(running: Any, body: str) -> list[float]:
+    page = running.new_page(viewport={"width": 1120, "height": 900})
+    page.set_content(f"<!doctype html>{body}")
+    gaps = page.evaluate(_FRAMES)["by_hand"]
+    page.close()
+    return gaps
 
 
 def _spread(gaps: list[float]) -> str:
@@ -119,11 +139,12 @@ def main(demonstrations: int, folder: Path) -> None:
     if reason:
         print_table([*rows, ("browser", reason)])
         return
-    found = opened(out)
+    found = opened(out, (folder / "chats.jsonl").read_text().splitlines())
     rows += [
         ("first paint", f"{found['paint']:.2f} s"),
         ("usable after", f"{found['usable']:.2f} s"),
         ("a frame, 200 pixels", _spread(found["by_hand"])),
+        *((f"{name}, the same", _spread(gaps)) for name, gaps in found["floor"].items()),
         ("a frame, end to end in 240", _spread(found["leaping"])),
         ("tokens drawn at the end", f"{found['spans']:,}"),
         ("all drawn in sight", str(found["drawn"])),
