@@ -65,7 +65,7 @@ def inspect(settings: InspectSettings) -> Inspection:
             selection.offer(group)
             progress.update(len(group))
     skipped = _skipped(companions, overview)
-    colour_by = settings.colour_by or _colour_by(main, settings)
+    colour_by = settings.colour_by or _colour_by(main, settings, overview)
     sorted_by = selection.measure if isinstance(selection, _Extremes) else None
     notes = [line for line in (note, *skipped) if line]
     return Inspection(main, overview, selection.chosen(), colour_by, sorted_by, text, notes)
@@ -239,7 +239,12 @@ def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
     return lines
 
 
-def _colour_by(main: Folder, settings: InspectSettings) -> str:
+def _colour_by(main: Folder, settings: InspectSettings, overview: Overview) -> str:
     if settings.against is not None:
         return "tv"
-    return "trust" if main.has_targets else "base"
+    if not main.has_targets:
+        return "base"
+    trust = overview.spreads.get("trust")
+    if trust is None or not trust.is_constant:
+        return "trust"
+    return "target" if settings.scores is None else "base"  # one colour for all says nothing

@@ -24,7 +24,7 @@ from ..pipeline.supports import (
 )
 
 Floats = NDArray[np.float64]
-Scale = Literal["share", "nats", "rank", "difference"]  # how a value becomes a colour
+Scale = Literal["share", "distance", "nats", "rank", "difference"]  # how a value becomes a colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,9 @@ MEASURES = {
             labels=_KEPT_LABELS,
         ),
         _nats("kl", "KL", "from this distribution to the other, nats, at least"),
-        _share("tv", "Total variation", "between the two distributions, at least"),
+        Measure(
+            "tv", "Total variation", "between the two distributions, at least", "distance", _SHARES
+        ),
     )
 }
 

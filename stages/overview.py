@@ -27,6 +27,11 @@ class Spread:
     high: float = -np.inf
     bins: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all tokens have the same value."""
+        return self.high - self.low < 1e-6
+
     def add(self, name: str, values_N: Floats) -> None:
         """Count some tokens."""
         counted = MEASURES[name].histogram(values_N)

@@ -37,11 +37,13 @@ def use_colour(wanted: bool | None) -> bool:
 def ink(scale: Scale, value: float) -> float:
     """How strongly a value is coloured: 0 what is expected, 1 what stands out; −1…1 a difference.
 
-    Small shares, large entropies and losses, and far ranks stand out.
+    Small shares, large distances, entropies and losses, and far ranks stand out.
     """
     match scale:
         case "share":
             return min(max(1 - value, 0.0), 1.0)
+        case "distance":
+            return min(max(value, 0.0), 1.0)
         case "nats":
             return min(max(value, 0.0) / 4, 1.0)
         case "rank":
@@ -111,12 +113,17 @@ def _marked(shown: str, strength: float) -> str:
 def _legend(measure: str, colour: bool) -> str:
     what = MEASURES[measure]
     if not colour:
-        return (
-            f"Marked: {what.title}, {what.words}. A small digit, in tenths, says how much a token "
-            "stands out (1 − a share, nats/4, log₁₀ rank/3); none is 0."
-        )
+        digit = {
+            "share": "tenths that it lacks of 1",
+            "distance": "tenths",
+            "nats": "tenths of 4 nats",
+            "rank": "tenths of the way to rank 1,000, by the logarithm",
+            "difference": "tenths",
+        }[what.scale]
+        return f"Marked: {what.title}, {what.words}. A small digit: {digit}; none is 0."
     ends = {
         "share": ("1", "0"),
+        "distance": ("0", "1"),
         "nats": ("0", "4 nats or more"),
         "rank": ("1", "1,000 or more"),
         "difference": ("−1", "1"),

@@ -1,4 +1,4 @@
-"""Pictures of a page, as the README shows them.
+"""Pictures of a page, as the README shows them: of 256 colours, which take a third of the bytes.
 
 python tests/screenshot.py PAGE.html OUT.png [--dark] [--width 1120] [--height 900]
                            [--scroll CSS] [--token N] [--colour MEASURE]
@@ -7,6 +7,7 @@ python tests/screenshot.py PAGE.html OUT.png [--dark] [--width 1120] [--height 9
 import argparse
 from pathlib import Path
 
+from PIL import Image
 from qpipe.tests.browser import browser
 
 
@@ -40,6 +41,10 @@ def main() -> None:
             page.locator(".tokens u").nth(given.token).hover()
             page.wait_for_timeout(200)
         page.screenshot(path=given.out)
+    picture = Image.open(given.out).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=8, dither=Image.Dither.NONE).save(
+        given.out, optimize=True
+    )
 
 
 if __name__ == "__main__":

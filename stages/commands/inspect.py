@@ -40,7 +40,7 @@ from ..options import FOLDER, Command, config_option, model_option
     "--color-by",
     default=None,
     metavar="MEASURE",
-    help="What colours a token.  [default: trust, of scores base, of two folders tv]",
+    help="What colours a token.  [default: trust if it varies, of scores base, of two folders tv]",
 )
 @click.option(
     "--alternatives",

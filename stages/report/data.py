@@ -179,8 +179,7 @@ def _facts(
     constant = {
         name
         for name in ("trust", "weight")
-        if name in overview.spreads
-        and overview.spreads[name].high - overview.spreads[name].low < 1e-6
+        if name in overview.spreads and overview.spreads[name].is_constant
     }
     return {
         "kind": "folder",

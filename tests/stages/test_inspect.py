@@ -42,6 +42,14 @@ def test_a_summary_and_the_first_examples(targets: Path) -> None:
     assert "⟨0⟩⟨7⟩₉⟨8⟩" in output  # trust 0 stands out, trust 1 does not
 
 
+def test_trust_that_is_the_same_everywhere_colours_nothing(tmp_path: Path) -> None:
+    rows = [targeted("demo", IDS, [0.5, 0.5], [{7: 0.2, 9: 0.8}, {8: 1.0}])]
+    targets = folder_of(tmp_path / "targets", rows)
+    assert "⟨0⟩⟨7⟩₄⟨8⟩\n" in qpipe("inspect", targets)  # Q(7) = 0.6, Q(8) = 1
+    scores = folder_of(tmp_path / "scores", [scored("demo", IDS, [{7: 0.2, 9: 0.8}, {8: 1.0}])])
+    assert "⟨0⟩⟨7⟩₈⟨8⟩\n" in qpipe("inspect", targets, "--scores", scores)  # b(7) = 0.2
+
+
 def test_examples_by_statistic_by_id_and_at_random(targets: Path, scores: Path) -> None:
     assert shown(qpipe("inspect", targets, "--sort", "lowest-trust", "-n", 2)) == [
         "demo-0",
@@ -66,6 +74,7 @@ def test_two_folders_show_where_they_differ_most(targets: Path, tmp_path: Path) 
     other = folder_of(tmp_path / "other", rows)
     output = qpipe("inspect", targets, "--against", other, "-n", 1, "--alternatives", 2)
     assert shown(output) == ["demo-3"]
+    assert "⟨0⟩⟨7⟩₃⟨8⟩\n" in output  # what differs is marked, by how much
     assert "⟨7⟩ 65.0%  ⟨9⟩ 35.0%" in output
     assert "⟨7⟩ 95.0%  ⟨9⟩ 5.0%" in output
     found = json.loads(qpipe("inspect", targets, "--against", other, "-n", 1, "--json"))
@@ -127,6 +136,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(
 def test_how_strongly_a_value_is_coloured() -> None:
     assert ink("share", 1.0) == 0 == ink("nats", 0.0) == ink("rank", 1)
     assert ink("share", 0.0) == 1 == ink("nats", 4.0) == ink("rank", 5000)
+    assert (ink("distance", 0.0), ink("distance", 0.25)) == (0, 0.25)
     assert ink("rank", 10) == pytest.approx(1 / 3)
     assert ink("difference", -0.5) == -0.5
 
