@@ -115,8 +115,8 @@ function summary() {
     element("p", { class: "lead" }, `${words}: `, element("code", {}, made), folder.model ? ` of ${folder.model}` : ""),
     ...page.notes.map((note) => element("p", { class: "note" }, note)),
     tiles([
-      [count(folder.examples), "demonstrations"],
-      [count(folder.supervised_tokens), "supervised tokens"],
+      [count(folder.examples), plural(folder.examples, "demonstration")],
+      [count(folder.supervised_tokens), plural(folder.supervised_tokens, "supervised token")],
       ...(measures.trust ? [[number(measures.trust.mean), "mean trust γ"]] : []),
       [number(Math.exp(-(measures["base-nll"] ?? measures.nll).mean)), measures.target && !measures.base ? "geometric mean of Q(y)" : "geometric mean of b(y)"],
       [number(folder.mean_support), "mean support, entries"],
@@ -276,7 +276,7 @@ function list(sortedBy) {
   cards.length = 0;
   const width = byId("list").clientWidth || 900;
   const margin = { rootMargin: `${NEAR} 0px` };
-  watcher = new IntersectionObserver(drawNear, margin); // the first to be told, see watchNear
+  watcher = new IntersectionObserver(drawNear, margin);
   groupWatcher = new IntersectionObserver(watchNear, margin);
   const groups = [];
   for (const index of order) {
@@ -290,7 +290,7 @@ function list(sortedBy) {
   for (const group of groups) groupWatcher.observe(group);
   if (!cards.length) byId("list").append(element("p", { class: "empty" }, page.examples.ids.length ? `No demonstration has “${query}” in its id or its text.` : "This folder holds no demonstrations."));
   const all = page.examples.ids.length;
-  byId("count").textContent = order.length === all ? `${count(all)} demonstrations` : `${count(order.length)} of ${count(all)}`;
+  byId("count").textContent = order.length === all ? `${count(all)} ${plural(all, "demonstration")}` : `${count(order.length)} of ${count(all)}`;
 }
 
 // How high a demonstration will be, so that the page keeps its length as it is drawn.
@@ -300,8 +300,9 @@ function guess(index, width) {
   return `${74 + 26 * Math.ceil(characters / Math.max(width / 8.5, 20))}px`;
 }
 
-// Those of a group that went away have been erased by then: they are told before it is.
+// What is left to be told of demonstrations comes first: none is told of those of a group that left.
 function watchNear(changes) {
+  drawNear(watcher.takeRecords());
   for (const { target: group, isIntersecting } of changes) {
     for (const node of group.children) {
       if (isIntersecting) watcher.observe(node);

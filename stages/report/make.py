@@ -25,6 +25,9 @@ def make_report(
     if all(are_runs):
         _report_runs(folders, out, png, options)
     elif any(are_runs) or len(folders) > 1:
+        for folder in folders:
+            if not folder.exists():
+                raise UserError(f"{folder}: no such folder")
         raise UserError(
             "one folder of targets or scores makes a page, or one or several training runs: of "
             f"{', '.join(map(str, folders))} give one kind"

@@ -45,6 +45,10 @@ function count(value) {
   return Math.round(value).toLocaleString("en-US");
 }
 
+function plural(value, noun) {
+  return value === 1 ? noun : `${noun}s`;
+}
+
 function number(value, digits = 3) {
   if (value == null || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);

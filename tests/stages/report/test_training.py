@@ -128,4 +128,6 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     assert "--scores" in qpipe("report", run, "--scores", targets, *out, fails=True)
     empty = run_folder(tmp_path / "b", [])
     assert "nothing is logged yet" in qpipe("report", empty, *out, fails=True)
-    assert "no such folder" in qpipe("report", tmp_path / "nowhere", *out, fails=True)
+    nowhere = tmp_path / "nowhere"
+    for folders in ((nowhere,), (run, nowhere)):
+        assert f"{nowhere}: no such folder" in qpipe("report", *folders, *out, fails=True)
