@@ -17,7 +17,7 @@ from .locks import claimed, lock_of, locked
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
 from .parallel import in_order
 from .progress import Report, Watcher
-from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices
+from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
 from .shards import ShardContent
 
 
@@ -144,6 +144,8 @@ def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | Par
         if there < shards or not run.find_all(shards):
             return PartResult(folder, share, run.made, there, shards, run.positions, run.seconds)
         if (folder / MANIFEST).exists():
+            if lock.alone():  # whoever sealed it was not
+                tidy(folder)
             return StageResult(read_manifest(folder), run.positions, run.seconds)
         stage.check(list(run.committed.values()))
         return run.seal(lock.alone())

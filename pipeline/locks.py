@@ -167,9 +167,11 @@ def claimed(path: Path) -> Iterator[bool]:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         is_ours = _try(descriptor, fcntl.LOCK_EX)
-        yield is_ours
-        if is_ours:
-            claim.unlink(missing_ok=True)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                claim.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

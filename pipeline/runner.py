@@ -5,7 +5,8 @@ missing shards; a folder made with other settings is refused, never overwritten.
 """
 
 import json
-from collections.abc import Callable, Container, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -99,7 +100,8 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         refuse_other(folder, plan.identity, manifest.identity)
-        _refuse_incomplete(folder, manifest)
+        way_out = f"the manifest names it: restore it, or remove {folder} and make it again"
+        refuse_incomplete(folder, manifest.shards, way_out)
         if alone:
             tidy(folder)
         return manifest
@@ -238,9 +240,12 @@ class ShardRun:
 
         Several processes may do so at a time: they write the same. `alone` says that nobody else
         works in the folder, whose temporary files are then removed.
+
+        Raises UserError where a shard has been removed or cut since it was made.
         """
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
+        refuse_incomplete(job.folder, shards, "it was there: run the same command again")
         packing = job.schema.packing
         manifest = Manifest(
             identity=job.identity,
@@ -286,15 +291,13 @@ def sidecar_indices(folder: Path) -> list[int]:
     return sorted(int(each) for each in digits if each.isdecimal())  # others are not of our making
 
 
-def _refuse_incomplete(folder: Path, manifest: Manifest) -> None:
-    paths = [folder / entry.file for entry in manifest.shards]
-    for path, entry, size in zip(paths, manifest.shards, in_order(_size, paths), strict=True):
+def refuse_incomplete(folder: Path, shards: Sequence[ShardEntry], way_out: str) -> None:
+    """Raises UserError, with a way out, for a shard that is missing or of another size."""
+    paths = [folder / entry.file for entry in shards]
+    for path, entry, size in zip(paths, shards, in_order(_size, paths), strict=True):
         if size != entry.bytes:
             what = "missing" if size is None else "damaged"
-            raise UserError(
-                f"{path}: {what}, the manifest names it: restore it, or remove {folder} and make "
-                "it again"
-            )
+            raise UserError(f"{path}: {what}, {way_out}")
 
 
 def _size(path: Path) -> int | None:
@@ -315,7 +318,10 @@ def tidy(folder: Path) -> None:
     """Remove what a sealed folder no longer needs."""
     (folder / PLAN).unlink(missing_ok=True)
     for leftover in folder.glob(TEMPORARY):
-        leftover.unlink(missing_ok=True)  # or its writer has
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)  # or its writer has
 
 
 def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:

@@ -50,6 +50,13 @@ def cli() -> None:
     Each command takes a folder and makes a folder. Run again after a crash, they go on where they
     stopped (train at its last checkpoint); run again when done, they do nothing. `qpipe status DIR`
     tells from any terminal how far a folder is.
+
+    \b
+    Exit status
+      0    done
+      2    something to be put right, told in one line
+      130  stopped by Ctrl-C: the shard or steps under work are given up
+      143  stopped by SIGTERM: likewise
     """
 
 
@@ -78,15 +85,20 @@ for _command in (
 
 def main() -> None:
     """Run the command line: exit status 2 and one line for what the user can mend."""
+    from ..pipeline.termination import Terminated, ends_when_terminated
+
     try:
-        sys.exit(_run())
+        with ends_when_terminated():
+            sys.exit(_run())
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Stopped: finished shards and checkpoints are kept, the same command goes on after "
-            "them.",
-            err=True,
-        )
-        sys.exit(130)
+        status = 130
+    except Terminated as error:
+        status = error.code
+    click.echo(
+        "Stopped: finished shards and checkpoints are kept, the same command goes on after them.",
+        err=True,
+    )
+    sys.exit(status)
 
 
 def _run() -> int:

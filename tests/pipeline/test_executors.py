@@ -350,3 +350,50 @@ def test_the_speed_is_that_of_the_last_half_minute(monkeypatch: pytest.MonkeyPat
         fast = speed.add(30)
     assert slow == pytest.approx(10)
     assert fast == pytest.approx(30)
+
+
+def test_a_task_that_comes_behind_the_seal_tidies(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
+) -> None:
+    """Whoever sealed was not alone, and left what a killed task had left."""
+    run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+    (folder / ".shard-00001.arrow.0a1b.tmp").write_bytes(b"half a shard")
+    find, job = ShardRun.find, ToyStage(toy, folder).job
+
+    def find_and_seal(run: ShardRun, index: int) -> bool:
+        is_there = len(list(folder.glob("shard-*.json"))) == 3
+        if is_there and not (folder / "manifest.json").exists():
+            ShardRun(job).seal(alone=False)  # as another task
+        return find(run, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardRun, "find", find_and_seal)
+        assert isinstance(run_share(ToyStage(toy, folder), Share(0, 2), WATCHER), StageResult)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+@pytest.mark.parametrize("fault", ["removed", "cut"])
+def test_no_folder_is_sealed_without_a_shard_that_is_gone(
+    toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes, fault: str
+) -> None:
+    stage = ToyStage(toy, folder)
+    shard = folder / "shard-00000.arrow"
+
+    def check(shards: Sequence[ShardEntry]) -> None:
+        if fault == "removed":
+            shard.unlink()
+        else:
+            os.truncate(shard, shard.stat().st_size - 1)
+
+    stage.check = check
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: (missing|damaged), it was there"):
+        run_alone(stage, WATCHER)
+    assert not (folder / "manifest.json").exists()
+    run_alone(ToyStage(toy, folder), WATCHER)
+    assert folder_bytes(folder) == folder_bytes(undisturbed)
+
+
+def test_an_error_lets_go_of_a_claim(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "shard-00000.arrow"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
