@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import sha256
@@ -44,6 +44,7 @@ class Source:
     origin: str  # as the user gave it, for messages
     reader: "_Reader"
     known: "Facts | None" = None  # where another process has found them
+    opened: "Version" = None  # what the file was when it was opened
 
     @property
     def finds_rows(self) -> bool:
@@ -74,6 +75,17 @@ class Source:
         with _reading(self.origin):
             yield from self.reader.rows(start)
 
+    def refuse_changed(self) -> None:
+        """Raises UserError where the file is no longer what was opened, and so fingerprinted."""
+        if self.reader.version() != self.opened:
+            raise UserError(
+                f"demonstrations {self.origin}: changed while they were read: run the same command "
+                "again, with another --out if the rows are others now"
+            )
+
+
+Version = tuple[int, ...] | None  # of a file; None where it is not there, or is none
+
 
 class Facts(NamedTuple):
     """A source's fingerprint, and its number of rows where that is known."""
@@ -88,6 +100,7 @@ class _Reader(NamedTuple):
     rows: Callable[[int], Lines]
     facts: Callable[[], tuple[str, int | None]]  # fingerprint and count
     finds_rows: bool = False
+    version: Callable[[], Version] = lambda: None
 
 
 def open_sources(names: Sequence[str]) -> list[Source]:
@@ -143,7 +156,10 @@ class RowReader:
         return sum(known) if len(known) == len(counts) else self._end
 
     def read(self, start: int, stop: int) -> list[tuple[Source, int, Any]]:
-        """Rows `start` to `stop` - 1, fewer at the end: source, line, and what each holds."""
+        """Rows `start` to `stop` - 1, fewer at the end: source, line, and what each holds.
+
+        Raises UserError where a file has changed since it was opened.
+        """
         behind = start < self._next
         ahead = start > self._next and all(source.finds_rows for source in self.sources)
         if self._rows is None or behind or ahead:
@@ -152,6 +168,8 @@ class RowReader:
         self._next += sum(1 for _ in islice(self._rows, start - self._next))
         rows = list(islice(self._rows, stop - start))
         self._next += len(rows)
+        for source in self.sources:
+            source.refuse_changed()
         if len(rows) < stop - start and self.count is None:
             self._end = self._next
         return rows
@@ -164,7 +182,8 @@ def _open(name: str) -> Source:
     if "://" in name and not path.is_file():
         raise UserError(f"demonstrations {name}: no such file: of URLs, only a file's can be read")
     if path.exists() and not path.is_dir():
-        return Source(path.name, name, _file_reader(path))
+        reader = _file_reader(path)
+        return Source(path.name, name, reader, opened=reader.version())
     data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
     folder = Path(data_set)
     if folder.is_dir():
@@ -205,7 +224,14 @@ def _file_reader(path: Path) -> _Reader:
             f"demonstrations {path}: unknown kind of file {path.suffix!r}; known are "
             f"{', '.join(FILE_KINDS)}, those of JSON also with {' or '.join(COMPRESSIONS)} after it"
         )
-    return kind(local_version(path))
+    local = local_version(path)
+    return kind(local)._replace(version=lambda: _version(local))
+
+
+def _version(path: Path) -> Version:
+    with suppress(FileNotFoundError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _suffix(path: Path) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from qpipe.pipeline.errors import UserError
 from qpipe.stages.sources import Facts, RowReader, Source, open_sources
 
 ORDERS = [
@@ -93,3 +94,22 @@ def test_known_facts_save_reading_the_file(files: list[str]) -> None:
     facts = source.facts
     Path(files[0]).unlink()
     assert replace(source, known=facts).count() == 11
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("fault", ["removed", "cut", "changed"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    files: list[str], place: int, fault: str
+) -> None:
+    """Its rows would not be those of its fingerprint."""
+    sources = open_sources(files)
+    reader = RowReader(sources)
+    assert len(reader.read(0, 5)) == 5
+    path = Path(files[place])
+    content = path.read_bytes()
+    if fault == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-3] if fault == "cut" else content[:-3] + b"?" + content[-2:])
+    with pytest.raises(UserError, match=f"{path.name}: changed while they were read"):
+        reader.read(5, 10)
