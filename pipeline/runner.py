@@ -184,7 +184,7 @@ class ShardRun:
                 continue
             with ExitStack() as held:
                 is_ours = held.enter_context(claim(self.job.folder / shard_name(index)))
-                if not is_ours or self.find(index):
+                if not is_ours or self.find(index, verify=True):  # made since this run began
                     continue
                 start = perf_counter()
                 self._began = self._began or start
@@ -217,15 +217,15 @@ class ShardRun:
         self.made += 1
         self.positions += entry.positions
 
-    def find(self, index: int) -> bool:
+    def find(self, index: int, verify: bool = False) -> bool:
         """Whether a shard is there, looked up where this run does not know of it.
 
-        It is another task's then, which has compared its hash: here its size is enough, or the task
-        that seals would read the whole folder.
+        `verify` compares its hash. To seal, its size is enough: it is another task's then, which
+        has compared its hash, or the task that seals would read the whole folder.
         """
         if index not in self.committed:
             job = self.job
-            entry = committed_shard(job.folder, index, job.identity.fingerprint, verify=False)
+            entry = committed_shard(job.folder, index, job.identity.fingerprint, verify=verify)
             if entry is not None:
                 self.committed[index] = entry
         return index in self.committed

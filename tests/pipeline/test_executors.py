@@ -360,11 +360,11 @@ def test_a_task_that_comes_behind_the_seal_tidies(
     (folder / ".shard-00001.arrow.0a1b.tmp").write_bytes(b"half a shard")
     find, job = ShardRun.find, ToyStage(toy, folder).job
 
-    def find_and_seal(run: ShardRun, index: int) -> bool:
+    def find_and_seal(run: ShardRun, index: int, verify: bool = False) -> bool:
         is_there = len(list(folder.glob("shard-*.json"))) == 3
         if is_there and not (folder / "manifest.json").exists():
             ShardRun(job).seal(alone=False)  # as another task
-        return find(run, index)
+        return find(run, index, verify)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardRun, "find", find_and_seal)
