@@ -56,7 +56,7 @@ def cli() -> None:
       0    done
       2    something to be put right, told in one line
       130  stopped by Ctrl-C: the shard or steps under work are given up
-      143  stopped by SIGTERM: likewise
+      143  stopped by SIGTERM: so is the shard, while train first writes a checkpoint
     """
 
 

@@ -136,7 +136,8 @@ def _recent(
 def _train_status(folder: Path) -> TrainStatus:
     step = _last_step(folder / LOG)
     is_done = (folder / RUN).exists()
-    since = time.time() - (folder / LOG).stat().st_mtime if step and not is_done else None
+    is_under_way = step and not is_done
+    since = max(0.0, time.time() - (folder / LOG).stat().st_mtime) if is_under_way else None
     return TrainStatus(
         stage="train",
         is_done=is_done,

@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ..pipeline.errors import UserError, one_line
 from ..pipeline.manifest import Identity, parse_identity
 from ..pipeline.runner import refuse_other
-from ..pipeline.storage import read_json, sync_folder, write_json
+from ..pipeline.storage import TEMPORARY, read_json, sync_folder, write_json
 from .evaluate import Evaluation
+from .run_folder import CHECKPOINTS
 
-CHECKPOINTS = "checkpoints"
 _PROGRESS = "progress.json"
 
 
@@ -71,11 +71,6 @@ def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
     return found[-1]
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove what a run would go on from."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
 def save_checkpoint(
     folder: Path,
     identity: Identity,
@@ -93,7 +88,8 @@ def save_checkpoint(
     temporary = folder / CHECKPOINTS / f".{name}.tmp"
     error: BaseException | None = None
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in temporary.parent.glob(TEMPORARY):  # of a killed run
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -178,10 +174,13 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong, without the library's account of where."""
+    """What went wrong, without the library's account of where: what the system says, if it did."""
     if isinstance(error, CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
+        error = next(iter(error.failures.values()))[0]
+    chain = [error]
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    return next((each for each in chain if isinstance(each, OSError)), error)
 
 
 def _commit(temporary: Path, path: Path) -> None:

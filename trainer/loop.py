@@ -14,12 +14,12 @@ from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, Manifest
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
+from ..pipeline.termination import notes_termination
 from .attention import can_pack
-from .checkpoint import remove_checkpoints
 from .checks import settled_method
 from .models import ModelFiles, find_model
 from .run import Run, TrainResult, result_from
-from .run_folder import finish, finished_run, run_identity
+from .run_folder import finish, finished_run, remove_checkpoints, run_identity
 from .saving import save_adapter, save_model
 from .settings import TrainSettings
 from .sources import Source, find_sources, open_sources, settled, unfolded
@@ -29,6 +29,9 @@ from .student import Student, load_student
 
 def train(settings: TrainSettings) -> TrainResult:
     """Fine-tune a model on a target folder; returns at once where that was done before.
+
+    SIGTERM makes it write a checkpoint and end with Terminated, or lets it finish behind the last
+    step.
 
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss stops being finite.
@@ -61,13 +64,13 @@ def train(settings: TrainSettings) -> TrainResult:
         set_seed(settings.seed, device_specific=True)  # dropout is not
         settings = _adapted(settings, base, student, accelerator.is_main_process)
         run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
-        result = run.train()
-        save = save_adapter if settings.keep_adapter else save_model
-        save(student, base, settings.out, accelerator.is_main_process)
-        if accelerator.is_main_process:
-            remove_checkpoints(settings.out)
-            finish(settings.out, _record(settings, sources, identity, accelerator, result))
-        accelerator.wait_for_everyone()
+        with notes_termination() as has_come:
+            result = run.train(has_come)
+            save = save_adapter if settings.keep_adapter else save_model
+            save(student, base, settings.out, accelerator.is_main_process)
+            if accelerator.is_main_process:
+                finish(settings.out, _record(settings, sources, identity, accelerator, result))
+            accelerator.wait_for_everyone()
     return result
 
 

@@ -6,13 +6,14 @@ A step's samples, and so its gradient, are the same on any number of processes.
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
 from ..pipeline.records import TargetExample
 from ..pipeline.storage import write_json
+from ..pipeline.termination import Terminated
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from .checks import SFT
 from .collate import Batch, collate, observed_only, pack
@@ -82,8 +84,11 @@ class Run:
         self.stepper = Stepper(accelerator, student, settings, self.objective)
         self.steps, self.samples = run_size(settings, train_samples)
 
-    def train(self) -> TrainResult:
-        """Take every step that is left; a whole model's weights end rounded to what is saved."""
+    def train(self, must_end: Callable[[], bool] = lambda: False) -> TrainResult:
+        """Take every step that is left; a whole model's weights end rounded to what is saved.
+
+        Raises Terminated, a checkpoint written, where this or another process must end before.
+        """
         progress = self._resumed()
         is_main = self.accelerator.is_main_process
         bar = progress_bar(
@@ -97,9 +102,7 @@ class Run:
         with open_log(*log_to) as log, bar as shown:
             if progress.step == 0:
                 progress = replace(progress, before=self._evaluate(0, log))
-            with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
-                for step, batches in ready:
-                    progress = self._step(progress, step, batches, ready.waited, log, shown)
+            progress = self._take_steps(progress, log, shown, must_end)
             stays_apart = self.settings.keep_adapter or is_sharded(self.student)
             if not (self.student.has_adapter and stays_apart):  # merged when saved, if at all
                 self.student.finish(saved_dtype(self.base))
@@ -107,6 +110,27 @@ class Run:
         return TrainResult(
             self.steps, self.samples, progress.tokens, progress.seconds, progress.before, after
         )
+
+    def _take_steps(
+        self, progress: Progress, log: Log, shown: tqdm, must_end: Callable[[], bool]
+    ) -> Progress:
+        saved = progress.step
+        with Prefetch(self._batches(self._plans(progress)), STEPS_AHEAD) as ready:
+            for step, batches in ready:
+                if self._anywhere(must_end()):
+                    if progress.step > saved:
+                        self._save(progress)
+                    raise Terminated
+                progress = self._step(progress, step, batches, ready.waited, log, shown)
+                if self._is_due(self.settings.save_every, progress.step):
+                    self._save(progress)
+                    saved = progress.step
+        return progress
+
+    def _anywhere(self, is_so: bool) -> bool:
+        """Whether something is so on any of the processes."""
+        flag = torch.tensor(int(is_so)).to(self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
 
     def _step(
         self,
@@ -117,7 +141,7 @@ class Run:
         log: Log,
         shown: tqdm,
     ) -> Progress:
-        """Take one step and what is due after it."""
+        """Take one step, and evaluate where that is due after it."""
         number = progress.step + 1
         learning_rate = self._learning_rate(number)
         start = perf_counter()
@@ -148,8 +172,6 @@ class Run:
         )
         if self._is_due(self.settings.eval_every, number):
             self._evaluate(number, log)
-        if self._is_due(self.settings.save_every, number):
-            self._save(progress)
         return progress
 
     def _resumed(self) -> Progress:

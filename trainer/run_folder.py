@@ -7,23 +7,26 @@ went.
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity, read_plan
 from ..pipeline.plausible import check_maps
-from ..pipeline.runner import refuse_other
-from ..pipeline.storage import read_json, write_json
+from ..pipeline.runner import refuse_other, tidy
+from ..pipeline.storage import TEMPORARY, atomic_file, read_json, write_json
 from .mixture import shares_of
 from .settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
 RUN = "qpipe.json"
 LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
 
 Log = Callable[..., None]  # takes the fields of an event
 
@@ -64,7 +67,7 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
             f"{folder / lost[0]}: missing or damaged, {RUN} names it: restore it, or remove "
             f"{folder} and train again"
         )
-    (folder / PLAN).unlink(missing_ok=True)
+    _tidy(folder)
     return record
 
 
@@ -105,10 +108,26 @@ def is_number(value: Any) -> bool:
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
     """Declare a run finished; the record gets the names and sizes of the model's files."""
-    others = (PLAN, LOG, *TRACKER_FOLDERS)
-    names = sorted(path.name for path in folder.iterdir() if path.name not in others)
-    write_json(folder / RUN, record | {"files": {name: _size(folder / name) for name in names}})
-    (folder / PLAN).unlink(missing_ok=True)
+    others = (PLAN, LOG, CHECKPOINTS, *TRACKER_FOLDERS)
+    names = {path.name for path in folder.iterdir() if not fnmatch(path.name, TEMPORARY)}
+    files = {name: _size(folder / name) for name in sorted(names.difference(others))}
+    write_json(folder / RUN, record | {"files": files})
+    _tidy(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what a run would go on from: all at once, so that no half of a checkpoint is left."""
+    aside = folder / f".{CHECKPOINTS}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        (folder / CHECKPOINTS).rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished run no longer needs; only now, or a killed one would start anew."""
+    remove_checkpoints(folder)
+    tidy(folder)
 
 
 def _size(path: Path) -> int | None:
@@ -127,9 +146,11 @@ def open_log(
         yield lambda **event: None
         return
     kept = _logged_until(folder / LOG, step) if step else b""
+    with atomic_file(folder / LOG) as file:
+        file.write(kept)
     with (
         open_trackers(trackers, folder, step, identity) as track,
-        open(folder / LOG, "wb", buffering=0) as file,
+        open(folder / LOG, "ab", buffering=0) as file,
     ):
 
         def write(lines: bytes) -> None:
@@ -145,7 +166,6 @@ def open_log(
             write(json.dumps(event).encode() + b"\n")
             track(event["step"], scalars(event))
 
-        write(kept)
         yield log
 
 

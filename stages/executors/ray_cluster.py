@@ -6,7 +6,6 @@ shard of a worker that dies is made by another one.
 
 import os
 import pickle
-import signal
 import socket
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ from ...pipeline.manifest import PLAN, ShardEntry
 from ...pipeline.progress import Watch, Watcher
 from ...pipeline.runner import ShardRun, StageResult, open_folder
 from ...pipeline.shards import commit_shard
+from ...pipeline.termination import ends_when_terminated
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # workers that a shard may end, or that may die one after the other as they start
@@ -303,7 +303,7 @@ def _ray(address: str | None) -> Iterator[Any]:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             where = "on this machine" if address is None else f"at --ray-address {address}"
             raise _unreachable(where, error) from error
-        with _ends_when_terminated():  # only now: ray.init has put a handler of its own
+        with ends_when_terminated():  # again: ray.init has put a handler of its own
             yield ray
     finally:
         ray.shutdown()
@@ -325,17 +325,3 @@ def _unreachable(where: str, error: Exception) -> UserError:
         f"Ray cannot be reached {where}: {one_line(error)}: start a cluster with `ray start "
         "--head`, or leave --ray-address out"
     )
-
-
-@contextmanager
-def _ends_when_terminated() -> Iterator[None]:
-    """Make SIGTERM an exception, so that what this command has started ends with it."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
