@@ -51,21 +51,29 @@ def is_remote(path: Path) -> bool:
 @contextmanager
 def remote_file(path: Path) -> Iterator[BinaryIO]:
     """A local file to write that is put in its remote place when the block ends well."""
+    with nameless_file() as (file, local):
+        try:
+            yield file
+            file.flush()
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise UserError(f"{where}: cannot be written: {error.strerror or error}") from error
+        store, place = _store(path)
+        try:
+            store.put_file(str(local), place)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be written: {one_line(error)}") from error
+
+
+@contextmanager
+def nameless_file() -> Iterator[tuple[BinaryIO, Path]]:
+    """A temporary file that is gone with this process, however that ends, and a way to open it."""
     try:
-        file = tempfile.NamedTemporaryFile(prefix="qpipe-")  # noqa: SIM115
+        file = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{tempfile.gettempdir()}: cannot be written: {error.strerror}") from error
     with file:
-        try:
-            yield cast(BinaryIO, file)
-            file.flush()
-        except OSError as error:
-            raise UserError(f"{file.name}: cannot be written: {error.strerror or error}") from error
-        store, place = _store(path)
-        try:
-            store.put_file(file.name, place)
-        except Exception as error:
-            raise UserError(f"{path}: cannot be written: {one_line(error)}") from error
+        yield cast(BinaryIO, file), Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def fetch(path: Path, local: Path) -> None:

@@ -1,7 +1,6 @@
 """`qpipe share`: a sealed folder copied to another place, checked there, with a card beside it."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,16 @@ from ..pipeline.locks import locked
 from ..pipeline.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from ..pipeline.mixing import MIX
 from ..pipeline.progress import progress_bar
-from ..pipeline.remote import fetch, is_remote, look_anew
-from ..pipeline.runner import HUB_FILE, REJECTS, finished, open_folder, rejects_bytes, tidy
+from ..pipeline.remote import fetch, is_remote, look_anew, nameless_file
+from ..pipeline.runner import (
+    HUB_FILE,
+    REJECTS,
+    finished,
+    open_folder,
+    refuse_incomplete,
+    rejects_bytes,
+    tidy,
+)
 from ..pipeline.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
 from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file
 from .card import card
@@ -60,6 +67,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
                     _copy_shard(folder, target, index, entry)
                     copied += 1
                 progress.update(entry.bytes)
+        refuse_incomplete(target, manifest.shards, "it was there: run the same command again")
         for name, content in beside.items():
             _put(target / name, content)
         tidy(target)
@@ -124,9 +132,9 @@ def _sha256_there(path: Path) -> str:
     """The hash of a file, wherever it is; never of a copy in the cache."""
     if not is_remote(path):
         return sha256_of_file(path)
-    with tempfile.NamedTemporaryFile(prefix="qpipe-") as file:
-        fetch(path, Path(file.name))
-        return sha256_of_file(Path(file.name))
+    with nameless_file() as (_, local):
+        fetch(path, local)
+        return sha256_of_file(local)
 
 
 def _put(path: Path, content: bytes) -> None:
