@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
+from ..pipeline.errors import UserError, one_line
 from .models import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,10 +27,8 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     """Bytes of the weights in `dtype`; of quantised ones, those of their files.
 
     Where the files have not been fetched, the configuration tells how many weights there will be; 0
-    where it is of an architecture that transformers lacks.
+    where it is of an architecture that transformers lacks. Raises UserError where one is damaged.
     """
-    from safetensors import safe_open
-
     files = sorted(model.folder.glob("*.safetensors"))
     others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
     if not files and not others:
@@ -35,15 +36,21 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
         return counts.stored * VALUE_BYTES[dtype] if counts else 0
     if not files or getattr(model.config, "quantization_config", None) is not None:
         return sum(path.stat().st_size for path in files or others)
-    values = 0
-    for path in files:
+    return sum(_values(model, path) for path in files) * VALUE_BYTES[dtype]
+
+
+def _values(model: ModelFiles, path: Path) -> int:
+    """How many numbers a file of weights holds."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, "np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                values += size
-    return values * VALUE_BYTES[dtype]
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model {model.name}: {path.name} cannot be read: {one_line(error)}: fetch it again"
+        ) from error
+    return sum(map(prod, shapes))
 
 
 def count_weights(model: ModelFiles) -> WeightCounts | None:

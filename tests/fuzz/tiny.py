@@ -33,11 +33,13 @@ def tokenizer() -> Any:
 
 @cache
 def model() -> Path:
-    """A model folder whose weights are a few bytes that nobody loads."""
+    """A model folder with a file of weights that nobody loads."""
+    import numpy as np
+    from safetensors.numpy import save_file
     from transformers import LlamaConfig
 
     folder = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-")) / "tiny"
     LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=256).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(b"weights")
+    save_file({"weight": np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
     return folder

@@ -1,6 +1,7 @@
 """The vLLM scorer beside its numbers: both ways to the arrays, its memory, and coming back."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -379,6 +380,13 @@ def test_sizes_of_a_model_are_those_of_its_weights(tiny_model: Path) -> None:
     assert weight_bytes(files, "bfloat16") == 2 * values
     # 2 layers, a key and a value of one head of 32
     assert kv_cache_bytes(files, "float32") == 2 * 2 * 32 * 4
+
+
+def test_a_damaged_file_of_weights_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "tiny")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"model tiny: model\.safetensors cannot be read: .*again"):
+        weight_bytes(find_model(str(folder)), "float32")
 
 
 def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
