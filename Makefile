@@ -4,7 +4,8 @@
 # make test      ruff, pyright, import-linter, pytest in two processes, whole files each; with npm
 #                also a browser for the report's tests
 # make scale     the tables of docs/scale.md: arithmetic, and a thousand workers in virtual time
-# make faults    the tests that take minutes: processes killed again and again, full disks
+# make faults    the tests that take minutes: processes killed hundreds of times, full disks, clocks
+#                that jump; the counts of all that at the end
 # make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
 # make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
 #                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes

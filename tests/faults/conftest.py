@@ -1,0 +1,69 @@
+"""The four commands, small, each with what it makes undisturbed; and the counts at the end."""
+
+import json
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from qpipe.tests.faults.work import COUNTS, TALLY, Work
+
+STAGES = ("score", "build-targets", "share", "train")
+
+
+@pytest.fixture(scope="session")
+def works(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Work]:
+    """The commands by their names; 47 demonstrations in six shards, two of them rejected."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    file = root / "chats.jsonl"
+    rows: list[object] = [
+        {"prompt": f"Say {n}.", "completion": f"The answer is {n}. " * (1 + n % 5)}
+        for n in range(45)
+    ]
+    rows[20:20] = [{"text": "no known form"}, {"prompt": "What?", "completion": ""}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, targets = root / "score", root / "build-targets"
+    words = {
+        "score": ("score", "--model", tiny_model, "--demonstrations", file, "--engine",
+                  "transformers", "--top-k", 8, "--shard-size", 8, "--out"),
+        "build-targets": ("build-targets", "--scores", scores, "--out"),
+        "share": ("share", targets),
+        "train": ("train", "--targets", targets, "--model", tiny_model, "--batch-size", 8,
+                  "--epochs", 4, "--save-every", 5, "--learning-rate", 1e-3, "--eval-fraction",
+                  0.2, "--eval-every", 7, "--out"),
+    }  # fmt: skip
+    return {name: undisturbed(Work(name, words[name], root / name)) for name in STAGES}
+
+
+def undisturbed(work: Work) -> Work:
+    """The work, done twice without a fault, and how long that takes the second time."""
+    again = work.undisturbed.with_name(f"{work.name}-again")
+    seconds = 0.0
+    for out in (work.undisturbed, again):
+        start = time.monotonic()
+        command = work.start(out)
+        assert command.wait() == 0, command.said
+        seconds = time.monotonic() - start
+    work.judge(again)
+    return replace(work, seconds=seconds)
+
+
+# what building does under faults, scoring and sharing do as well
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow) if n == "build-targets" else n for n in STAGES]
+)
+def work(request: pytest.FixtureRequest, works: dict[str, Work]) -> Work:
+    """One command after the other."""
+    return works[request.param]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the counts of all faults: the last four must be zero."""
+    if not TALLY:
+        return
+    terminalreporter.section("faults")
+    rows = [*TALLY.items(), ("all", sum(TALLY.values(), Counter()))]
+    for first, *others in (("", *COUNTS), *((name, *map(row.get, COUNTS)) for name, row in rows)):
+        cells = "".join(f"{each or 0:>14}" for each in others)
+        terminalreporter.write_line(f"{first:15}{cells}")
