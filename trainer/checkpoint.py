@@ -112,7 +112,10 @@ def save_checkpoint(
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     if failed:
-        reason = one_line(_cause(error)) if error else "another process failed"
+        cause = _cause(error) if error else None
+        if isinstance(cause, KeyboardInterrupt):  # Ctrl-C, which torch wraps as a failure
+            raise cause
+        reason = one_line(cause) if cause else "another process failed"
         raise UserError(
             f"{folder / CHECKPOINTS / name}: cannot be written: {reason}: make room, then run the "
             "same command again"
