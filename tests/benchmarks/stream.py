@@ -3,13 +3,13 @@
     python tests/benchmarks/stream.py [FOLDER]
 
 A folder is made up (200 tokens and 100 supervised positions a row, supports of 1 to 64 ids, 30 in
-the mean) and kept in FOLDER for the next run. Steps of 65,536 tokens are cut into micro-batches of
-8,192, padded and packed; a resumed stream starts in the middle of the folder. Medians of the runs,
-all layouts in turns; no model and no prefetching take part.
+the mean, packed as build-targets does) and kept in FOLDER for the next run. Steps of 65,536 tokens
+are cut into micro-batches of 8,192, padded and packed; a resumed stream starts in the middle of the
+folder. Medians of the runs, all layouts in turns; no model and no prefetching take part.
 
 Then how long a consumer waits that takes steps of 8,192 tokens from the trainer's prefetching
-thread at a given rate: it sleeps where a model would compute on a device. Of the rates, the first
-is 8 times what SmolLM2-135M takes on two cores (train_step.py: some 500 supervised positions/s).
+thread at a given rate: it sleeps where a model would compute on a device. The lowest rate is above
+8 times what SmolLM2-135M takes on two cores, some 150 supervised positions/s in train_step.py.
 """
 
 import os
@@ -27,6 +27,7 @@ import pyarrow as pa
 import torch
 from qpipe.pipeline.codec import FlatBatch
 from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.packing import Packing
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
@@ -41,7 +42,7 @@ MEAN_SUPPORT, MAX_SUPPORT = 30, 64
 SHARDS, SHARD_BATCHES = 16, 8
 STEP_TOKENS, BATCH_TOKENS = 65536, 8192
 RUNS = 7
-RATES = (4_000, 50_000, 250_000, 500_000)  # positions/s of the consumers that wait
+RATES = (2_000, 50_000, 250_000, 500_000)  # positions/s of the consumers that wait
 STEPS = 16  # that each of them takes
 
 
@@ -126,8 +127,9 @@ def waiting(stream: TargetStream, rate: float) -> tuple[float, float]:
 
 def make_targets(folder: Path) -> None:
     """A sealed folder of made-up targets."""
-    schema = schema_of("build-targets", VOCAB_SIZE)
+    schema = schema_of("build-targets", VOCAB_SIZE, Packing("uint8", VOCAB_SIZE, MAX_SUPPORT + 1))
     settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "mean_support": MEAN_SUPPORT}
+    settings |= {"precision": "uint8", "max_support": MAX_SUPPORT}
     settings |= {"tokenizer_hash": "none", "method": "sft+kl", "form": "frozen-target"}
     settings |= {"parameters": {}, "residual": "base", "tail_shape": "student", "top_p": 0.99}
     identity = Identity("build-targets", settings, {"made": "up"}, identity_schema(schema))
