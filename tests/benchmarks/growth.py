@@ -51,7 +51,8 @@ from qpipe.trainer.objective import Objective
 N, V, D, S = 1024, int(sys.argv[1]), 256, 32
 hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D).mul_(0.02)
 weight.requires_grad_()
-observed, ids = torch.randint(0, V, (N,)), torch.stack([torch.randperm(V)[:S] for _ in range(N)])
+observed = torch.randint(0, V, (N,))
+ids = torch.stack([torch.randperm(V)[:S].clone() for _ in range(N)])
 ids[:, 0] = observed
 targets = SparseTargets(observed, torch.zeros(N, dtype=torch.long), torch.full((N,), 0.9),
     torch.ones(N), ids, torch.ones(N, S, dtype=torch.bool), torch.full((N, S), 0.98 / S),
