@@ -89,7 +89,7 @@ def save_checkpoint(
     error: BaseException | None = None
     if accelerator.is_main_process:
         for leftover in temporary.parent.glob(TEMPORARY):  # of a killed run
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -109,7 +109,7 @@ def save_checkpoint(
         else:
             _commit(temporary, folder / CHECKPOINTS / name)
             for old in checkpoints_in(folder)[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
     accelerator.wait_for_everyone()
     if failed:
         cause = _cause(error) if error else None
@@ -184,6 +184,17 @@ def _cause(error: BaseException) -> BaseException:
     while (before := chain[-1].__context__) is not None:
         chain.append(before)
     return next((each for each in chain if isinstance(each, OSError)), error)
+
+
+def _remove(folder: Path) -> None:
+    """Raises UserError where it cannot be removed; the system names but the file within."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be removed: {error.strerror}: see to its permissions, then run the "
+            "same command again"
+        ) from error
 
 
 def _commit(temporary: Path, path: Path) -> None:
