@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .remote import is_remote, remote_file
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 MOST_BYTES = 2**28  # of a JSON file: that of half a million scored shards, or two million rejects
 MOST_DENSE = 100_000  # values of a JSON file, however short they are
+_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")  # escaped
 
 
 @contextmanager
@@ -99,6 +101,8 @@ def parse_json(path: Path, content: bytes) -> Any:
     if values > MOST_DENSE + len(content) // 8:
         size = len(content)
         raise UserError(f"{path}: damaged, no file of ours has {values:,} values in {size:,} bytes")
+    if _HALF_PAIR.search(content):  # written as they are, no character needs an escaped pair
+        raise UserError(f"{path}: damaged, not JSON of ours (half a character)")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

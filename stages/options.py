@@ -55,7 +55,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
     try:
         config = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
     group = ctx.parent.command if ctx.parent else None
     commands = group.commands.keys() if isinstance(group, click.Group) else set[str]()
@@ -63,7 +63,10 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         config = config.get(ctx.info_name) or {}
     if not isinstance(config, dict):
         raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
-    ctx.default_map = dict(_default(ctx, path, str(key), value) for key, value in config.items())
+    try:
+        ctx.default_map = dict(_default(ctx, path, str(key), val) for key, val in config.items())
+    except RecursionError as error:
+        raise click.ClickException(f"--config {path}: values within values without end") from error
 
 
 def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:

@@ -18,6 +18,7 @@ from qpipe.pipeline.manifest import (
 )
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import folder_schema
+from qpipe.pipeline.storage import parse_json
 
 IDENTITY = Identity(
     stage="build-targets",
@@ -237,3 +238,12 @@ def test_an_unfinished_folder_of_another_format_version_is_refused(
         match="format version 1, this qpipe reads 2 and 3: make it again with `qpipe score`",
     ):
         toy(tmp_path / "scores").run()
+
+
+def test_half_a_character_is_damage(tmp_path: Path) -> None:
+    """It could be neither printed nor written again."""
+    path = tmp_path / "shard-00000.json"
+    for spelt in (rb'{"a": "\ud800"}', rb'{"a": "\\\uDBff"}'):
+        with pytest.raises(UserError, match="half a character"):
+            parse_json(path, spelt)
+    assert parse_json(path, rb'{"a": "C:\\ud800 \u000a"}') == {"a": "C:\\ud800 \n"}

@@ -91,3 +91,10 @@ def test_a_config_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException) as refused:
         parsed("build-targets", *BUILD, "--config", tmp_path / "missing.yaml")
     assert "missing.yaml: cannot be read" in refused.value.format_message()
+
+
+@pytest.mark.parametrize("depth", [100, 5000])
+def test_a_config_file_of_nested_lists(tmp_path: Path, depth: int) -> None:
+    config = config_file(tmp_path, f"top-k: {'[' * depth}{']' * depth}\n")
+    with pytest.raises(click.ClickException, match="--config"):
+        parsed("score", "--config", config)
