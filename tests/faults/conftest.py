@@ -1,8 +1,11 @@
 """The four commands, small, each with what it makes undisturbed; and the counts at the end."""
 
 import json
+import shutil
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,23 @@ import pytest
 from qpipe.tests.faults.work import COUNTS, TALLY, Work
 
 STAGES = ("score", "build-targets", "share", "train")
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system with the options given, where this user may."""
+    folder = tmp_path / "mounted"
+
+    def mount(options: str) -> Path:
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Folders that cannot be written, or no longer."""
 
-import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,9 @@ OPERATIONS = 1000
 
 
 @pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
+def read_only(mounted: Callable[[str], Path]) -> Path:
     """A folder that is mounted read-only."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return mounted("ro,size=1m")
 
 
 def test_a_read_only_folder(work: Work, read_only: Path) -> None:
