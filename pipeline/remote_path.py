@@ -42,7 +42,9 @@ class RemotePath(ProxyUPath):
     stat = _told(ProxyUPath.stat, FileNotFoundError)
     mkdir = _told(ProxyUPath.mkdir)
     unlink = _told(ProxyUPath.unlink, FileNotFoundError)
-    read_bytes = _told(ProxyUPath.read_bytes, FileNotFoundError)
+
+    # in one request, or an object that another process replaces between two could not be read
+    read_bytes = _told(lambda self: self.fs.cat_file(self.path), FileNotFoundError)
 
     @_told
     def iterdir(self) -> Iterator[Any]:

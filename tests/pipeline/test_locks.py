@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,6 +112,24 @@ def test_tasks_that_come_at_once_all_get_in(s3: Bucket) -> None:
         assert time.monotonic() - start < 5
         with pytest.raises(UserError), locked(open_path(HELD)):
             pass
+
+
+def test_a_lease_that_is_renewed_while_it_is_read_still_holds(s3: Bucket) -> None:
+    s3.put(LEASE, lease())
+    is_over = threading.Event()
+
+    def renew() -> None:
+        while not is_over.is_set():
+            s3.put(LEASE, lease(until=time.time() + 100))
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    try:
+        with Lease(open_path(HELD)) as held:
+            assert not any(held.alone() for _ in range(50))
+    finally:
+        is_over.set()
+        renewing.join()
 
 
 def test_a_lease_that_cannot_be_written_is_one_line(s3: Bucket) -> None:
