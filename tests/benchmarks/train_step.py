@@ -3,10 +3,10 @@
     python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS [EXAMPLES]]
 
 The same model in float32, the same demonstrations, the same optimizer (torch's fused AdamW, which
-is Trainer's default); the contenders take turns, a few steps each, and the medians of their steps
-are compared. Trainer, TRL's SFTTrainer and the distillation pad; qpipe packs, as it does by
-default, or pads where that is said. TARGETS is a folder with a base residual, such as `make demo`
-leaves in demo/targets.
+is Trainer's default); the contenders, each in a process of its own, take turns, a few steps each,
+and the medians of their steps are compared. Trainer, TRL's SFTTrainer and the distillation pad;
+qpipe packs, as it does by default, or pads where that is said. TARGETS is a folder with a base
+residual, such as `make demo` leaves in demo/targets.
 
 Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
 the fused loss, of the dense one and, on a GPU where it is installed, of Liger's kernel for one-hot
@@ -19,9 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +36,7 @@ from qpipe.stages.summary import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
+from qpipe.trainer.host_memory import keep_freed_memory
 from qpipe.trainer.models import find_model, load_model
 from qpipe.trainer.objective import Objective
 from qpipe.trainer.settings import TrainSettings
@@ -43,6 +47,12 @@ from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 
 STEPS = 3  # a turn
+TRAINER = "transformers.Trainer, plain SFT"
+ONLINE = "on-line distillation, dense KL"
+TRL = "TRL's SFTTrainer, plain SFT"
+PADDED = "qpipe sft+kl, padded"
+Steps = Callable[[], list[float]]  # takes a turn; the seconds of each step
+_READY: dict[str, Steps] = {}  # the contenders that this process has loaded
 _MEMORY = """
 import sys, torch
 from qpipe.pipeline.methods import choose
@@ -80,32 +90,75 @@ print((peak() - before) / 1024)
 
 def main(model: str, targets: Path, rounds: int, size: int) -> None:
     """Time the steps, then measure the loss."""
-    base = find_model(model)
-    manifest = read_manifest(targets, "build-targets")
-    stream, _ = open_streams(targets, manifest, eval_fraction=0)
-    examples = list(islice(stream.in_order(), size * STEPS))
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    padded, packed = [collate(part) for part in parts], [pack(part) for part in parts]
+    padded, packed = both_forms(targets, size)
+    lengths = [int(batch.attention_mask.sum()) for batch in padded]
     print(
-        f"a step: {size} demonstrations, {per_step(len(e.input_ids) for e in examples)} tokens, "
+        f"a step: {size} demonstrations, {per_step(lengths)} tokens, "
         f"{per_step(batch.input_ids.numel() for batch in padded)} padded, "
         f"{per_step(batch.input_ids.numel() for batch in packed)} packed, "
         f"{per_step(batch.tokens for batch in padded)} supervised"
     )
-    contenders = {
-        "transformers.Trainer, plain SFT": trainer_steps(base, padded, "transformers"),
-        "on-line distillation, dense KL": distillation_steps(base, padded),
-        "TRL's SFTTrainer, plain SFT": trainer_steps(base, padded, "trl"),
-        **our_steps(base, packed, ""),
-    }
-    name = "qpipe sft+kl, padded"
-    contenders[name] = our_steps(base, padded, ", padded")[name]
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with ExitStack() as stack:
+        seconds = time_steps(contenders(stack, model, targets, size), rounds)
+    show_steps(seconds, per_step(lengths))
+    show_loss()
+
+
+def both_forms(targets: Path, size: int) -> tuple[list[Batch], list[Batch]]:
+    """The same steps' demonstrations, padded and packed."""
+    stream, _ = open_streams(targets, read_manifest(targets, "build-targets"), eval_fraction=0)
+    examples = list(islice(stream.in_order(), size * STEPS))
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    return [collate(part) for part in parts], [pack(part) for part in parts]
+
+
+def per_step(counts: Iterable[int]) -> int:
+    """The mean over the steps."""
+    return round(sum(counts) / STEPS)
+
+
+def contenders(stack: ExitStack, model: str, targets: Path, size: int) -> dict[str, Steps]:
+    """Those that take turns, by name.
+
+    Each family has a process of its own, as what one does with its memory would help the others.
+    """
+    found: dict[str, Steps] = {}
+    for family in FAMILIES:
+        worker = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        names = worker.submit(make_ready, family, model, targets, size).result()
+        found |= {name: partial(_in_turn, worker, name) for name in names}
+    return found
+
+
+def make_ready(family: str, model: str, targets: Path, size: int) -> list[str]:
+    """Load the contenders of a family into this process; their names."""
+    padded, packed = both_forms(targets, size)
+    _READY.update(FAMILIES[family](find_model(model), padded, packed))
+    return list(_READY)
+
+
+def take_turn(name: str) -> list[float]:
+    """A contender's steps, in the process that has it."""
+    return _READY[name]()
+
+
+def _in_turn(worker: ProcessPoolExecutor, name: str) -> list[float]:
+    return worker.submit(take_turn, name).result()
+
+
+def time_steps(ways: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each one's steps."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, steps in contenders.items():
+        for name, steps in ways.items():
             times = steps()
             seconds[name] += times if turn else []  # the first turn warms up
-    sft, online, *_ = (median(times) for times in seconds.values())
+    return seconds
+
+
+def show_steps(seconds: dict[str, list[float]], tokens: int) -> None:
+    """Print the steps' medians, and publish ours beside those of others."""
+    sft, online = (median(seconds[name]) for name in (TRAINER, ONLINE))
     rows = [
         (
             name,
@@ -118,17 +171,19 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
     ]
     heads = ("step", "median", "spread", "of Trainer's", "times as fast as on-line")
     print_table([heads, *rows])
-    tokens = per_step(len(example.input_ids) for example in examples)
-    rivals = list(seconds)[:3]
     publish(
         [
             faster(
                 f"a step: {ours}", seconds[f"qpipe {ours}"], rival, seconds[rival], tokens, "tokens"
             )
             for ours in ("sft", "sft+kl", "target-sft, live")
-            for rival in rivals
+            for rival in (TRAINER, ONLINE, TRL)
         ]
     )
+
+
+def show_loss() -> None:
+    """Measure the loss alone, and publish its memory."""
     liger = ["liger"] if torch.cuda.is_available() and find_spec("liger_kernel") else []
     peaks = {name: peak(name) for name in ("dense", "plain", "fused", *liger)}
     print_table(
@@ -143,17 +198,15 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
     publish([Figure(what, own, f"dense: {other}", times_as_small, times_as_small, times_as_small)])
 
 
-def per_step(counts: Iterable[int]) -> int:
-    """The mean over the steps."""
-    return round(sum(counts) / STEPS)
-
-
-def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Callable[[], list[float]]]:
+def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Steps]:
     """Steps of this trainer, by name, of one student.
 
     The stored base stands for a teacher where the method wants one.
     """
     settings = TrainSettings(targets=Path("."), model="", out=Path("."))
+    accelerator = start_accelerator("float32")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     student = Student(load_model(base, torch.float32)).train()
     if batches[0].segments:
         assert can_pack(student.model)
@@ -162,7 +215,7 @@ def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Callable[
         "qpipe sft+kl": Objective(choose("sft+kl"), "student", "base"),
         "qpipe target-sft, live": Objective(choose("target-sft", "live"), "student", "base"),
     }
-    stepper = Stepper(start_accelerator("float32"), student, settings, objectives["qpipe sft"])
+    stepper = Stepper(accelerator, student, settings, objectives["qpipe sft"])
 
     def steps(objective: Objective) -> list[float]:
         stepper.objective = objective
@@ -181,7 +234,7 @@ def timed(step: Callable[[Batch], Any], batches: list[Batch]) -> list[float]:
     return times
 
 
-def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[float]]:
+def distillation_steps(base: Any, batches: list[Batch]) -> Steps:
     """Steps of plain distillation from a frozen copy that runs in the loop.
 
     As trainers do it that take whole batches of logits: the divergence at all positions, of which
@@ -205,9 +258,9 @@ def distillation_steps(base: Any, batches: list[Batch]) -> Callable[[], list[flo
     return lambda: timed(step, batches)
 
 
-def trainer_steps(base: Any, batches: list[Batch], name: str) -> Callable[[], list[float]]:
+def trainer_steps(base: Any, batches: list[Batch], name: str) -> Steps:
     """Steps of transformers' Trainer, or of TRL's SFTTrainer, on the same rows with labels."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -249,6 +302,7 @@ def trainer_steps(base: Any, batches: list[Batch], name: str) -> Callable[[], li
             trainer: Any = SFTTrainer(**given, args=SFTConfig(**common, **plain), callbacks=[clock])
         else:
             trainer = Trainer(**given, args=TrainingArguments(**common), callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
         trainer.train()
         return clock.times[1:]  # the first makes the moments, as a new Trainer must
@@ -279,6 +333,15 @@ def padded_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         name: pad_sequence([torch.tensor(row[name]) for row in masked], True, fill)
         for name, fill in fills.items()
     }
+
+
+FAMILIES: dict[str, Callable[..., dict[str, Steps]]] = {
+    "Trainer": lambda base, padded, _: {TRAINER: trainer_steps(base, padded, "transformers")},
+    "on-line": lambda base, padded, _: {ONLINE: distillation_steps(base, padded)},
+    "TRL": lambda base, padded, _: {TRL: trainer_steps(base, padded, "trl")},
+    "qpipe, packed": lambda base, _, packed: our_steps(base, packed, ""),
+    "qpipe, padded": lambda base, padded, _: {PADDED: our_steps(base, padded, ", padded")[PADDED]},
+}
 
 
 def peak(name: str) -> float:
