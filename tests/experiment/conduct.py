@@ -48,6 +48,8 @@ def _chosen(work: Work, records: Records, start: Start, variant: Variant) -> flo
     runs = search_runs(work.size, start, variant)
     for run in runs:
         _sit(work, records, run)
+    if not runs:
+        return work.size.learning_rates[0]
     return best_learning_rate(records.of(runs), work.parts["validation"])
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
-from .plan import DEFAULT, KEPT, STARTS, VARIANTS, Size, conditions, reference_runs
+from .plan import DEFAULT, KEPT, STARTS, VARIANTS, Size, conditions, reference_runs, search_runs
 from .records import Record, Records
 
 # measured on two cores of an AMD EPYC with AVX-512, the machine otherwise idle
@@ -60,7 +60,7 @@ def _kinds(size: Size, records: list[Record]) -> list[Kind]:
         ),
         Kind(
             "search for learning rates",
-            len(STARTS) * methods * len(size.learning_rates),
+            sum(len(search_runs(size, start, each)) for start in STARTS for each in VARIANTS),
             training + searching,
             [record for record in records if record["exam"] == "validation"],
         ),

@@ -152,7 +152,9 @@ def reference_runs() -> list[Run]:
 
 
 def search_runs(size: Size, start: Start, variant: Variant) -> list[Run]:
-    """The runs that a method's learning rate is chosen by."""
+    """The runs that a method's learning rate is chosen by; none where there is no choice."""
+    if len(size.learning_rates) == 1:
+        return []
     return [
         Run("validation", start, "clean", variant, 0, learning_rate)
         for learning_rate in size.learning_rates

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.errors import UserError
+from qpipe.trainer.host_memory import keep_freed_memory
 
 _LIBRARIES = [
     "qpipe.stages.cli",
@@ -24,10 +25,6 @@ _LIBRARIES = [
     "transformers.generation.utils",
 ]
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-# or the allocator gives each gradient's pages back and faults them in again at every step
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-for _name, _value in _KEEP_MEMORY.items():
-    os.environ.setdefault(_name, _value)
 _FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(_LIBRARIES)
 
@@ -59,6 +56,7 @@ def _work(
     sender: Connection, log: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    keep_freed_memory()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -26,7 +26,7 @@ from qpipe.tests.experiment.records import Records, best_learning_rate
 from qpipe.tests.experiment.tables import page
 from qpipe.tests.experiment.task import Problem, demonstrations, parts
 
-SIZE = replace(QUICK, seeds=2, test=8)
+SIZE = replace(QUICK, seeds=2, test=8, learning_rates=(1e-4, 3e-4))
 
 
 def test_a_corrupted_answer_drops_the_carry_from_the_units() -> None:
@@ -124,6 +124,11 @@ def test_runs_have_names_of_their_own_and_test_runs_share_the_searched_model() -
     assert len({run.key for run in runs}) == len(runs)
 
 
+def test_one_learning_rate_is_not_searched_for() -> None:
+    assert len(search_runs(SIZE, "cold", VARIANTS[0])) == 2
+    assert search_runs(QUICK, "cold", VARIANTS[0]) == []
+
+
 def test_the_forecast_ends_when_every_run_is_recorded(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     # eleven methods; one of the four conditions is tried with the first seed alone
@@ -147,7 +152,7 @@ def test_the_page_tells_who_is_right_and_what_agrees() -> None:
 def test_the_page_is_made_of_whatever_is_there() -> None:
     problems = _parts(SIZE)
     assert "| sft |" not in page([], SIZE, problems)
-    (run,) = search_runs(SIZE, "cold", VARIANTS[0])
+    run, _ = search_runs(SIZE, "cold", VARIANTS[0])
     assert "| cold | sft | **0.00" in page([_record(run, problems)], SIZE, problems)
 
 
