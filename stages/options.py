@@ -1,5 +1,6 @@
 """What the commands' options have in common."""
 
+import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         config = config.get(ctx.info_name) or {}
     if not isinstance(config, dict):
         raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
-    try:
-        ctx.default_map = dict(_default(ctx, path, str(key), val) for key, val in config.items())
-    except RecursionError as error:
-        raise click.ClickException(f"--config {path}: values within values without end") from error
+    ctx.default_map = dict(_default(ctx, path, str(key), val) for key, val in config.items())
 
 
 def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:
@@ -74,23 +72,20 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
     option = "--" + key.replace("_", "-")
     for parameter in ctx.command.params:
         if option in parameter.opts and option != "--config" and parameter.name is not None:
-            values = [f"{name}={one}" for name, one in value.items()] if _is_map(value) else value
-            values = values if isinstance(values, list) else [values]
+            named = value if isinstance(value, dict) else {}
+            values = value if isinstance(value, list) else list(named.values()) or [value]
+            shown = reprlib.repr(value)[:80]  # bounded, whatever lies within what
             if any(isinstance(one, list | dict | None) for one in values):
                 raise click.ClickException(
-                    f"--config {path}: {option} is no value: {value!r}: give one, or leave it out"
+                    f"--config {path}: {option} is no value: {shown}: give one, or leave it out"
                 )
-            if not parameter.multiple and (_is_map(value) or isinstance(value, list)):
+            if not parameter.multiple and isinstance(value, list | dict):
                 raise click.ClickException(
-                    f"--config {path}: {option} takes one value, not {value!r}"
+                    f"--config {path}: {option} takes one value, not {shown}"
                 )
-            words = [str(one) for one in values]
+            words = [f"{name}={one}" for name, one in named.items()] or list(map(str, values))
             return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def config_option(command: Any) -> Any:

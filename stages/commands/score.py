@@ -207,9 +207,9 @@ def _plan(
     gpu_speed: float | None,
 ) -> None:
     from ...pipeline.progress import log_event
-    from .. import summary
     from ..costs import H100_TFLOPS, Throughput
     from ..plan import plan
+    from ..plan_summary import plan_event, print_plan
     from ..score import ScoreSettings
 
     if not demonstrations or ctx.params["at"] is not None:
@@ -220,8 +220,8 @@ def _plan(
     settings = ScoreSettings(demonstrations=demonstrations, **options)
     throughput = Throughput(gpu_tflops or H100_TFLOPS, gpu_speed)
     result = plan(settings, gpu_memory, throughput)
-    summary.print_plan(result)
-    log_event(execution.log_json, **summary.plan_event(result))
+    print_plan(result)
+    log_event(execution.log_json, **plan_event(result))
 
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:

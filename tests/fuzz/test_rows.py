@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from qpipe.pipeline.records import Reject
 from qpipe.pipeline.storage import json_bytes
 from qpipe.stages.demonstrations import FORMATS, WEIGHT_KEYS, Demonstration, parse_row
-from qpipe.stages.sources import Source, _json_reader
+from qpipe.stages.readers.text import json_reader
+from qpipe.stages.sources import Source
 
 from .inputs import Draw, fuzz, odd_values, spoilt
 
-SOURCE = Source("chats", "chats", _json_reader(Path("chats.jsonl")))
+SOURCE = Source("chats", "chats", json_reader(Path("chats.jsonl")))
 FIELDS = (
     *("messages", "conversations", "instruction", "input", "output", "system", "prompt"),
     *("completion", "response", "tools", "id", *WEIGHT_KEYS),

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from qpipe.pipeline.records import Reject
 from qpipe.pipeline.storage import json_bytes
 from qpipe.stages.demonstrations import parse_row
-from qpipe.stages.sources import Source, _json_reader
+from qpipe.stages.readers.text import json_reader
+from qpipe.stages.sources import Source
 from qpipe.stages.templates import Encoded, Encoder, load_template
 
 from .inputs import Draw, damaged, fuzz, made_or_refused
 from .tiny import CHATML, VOCAB_SIZE, tokenizer
 
-SOURCE = Source("chats", "chats", _json_reader(Path("chats.jsonl")))
+SOURCE = Source("chats", "chats", json_reader(Path("chats.jsonl")))
 TEMPLATES = (
     CHATML,
     CHATML.replace("message['content']", "message['content'] | trim"),

@@ -93,6 +93,32 @@ def test_a_config_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     assert "missing.yaml: cannot be read" in refused.value.format_message()
 
 
+def each_in_the_next(lists: int, times: int) -> str:
+    """A list of lists, each of which holds the one before it some times over."""
+    rows = [", ".join([f"*a{number - 1}"] * times) for number in range(1, lists)]
+    return f"[&a0 [1], {', '.join(f'&a{n} [{row}]' for n, row in enumerate(rows, 1))}]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        each_in_the_next(3000, times=1),
+        f"{{x: {each_in_the_next(3000, times=1)}}}",
+        each_in_the_next(10, times=9),  # three hundred million values
+        "{x: [1]}",
+        "&a [*a]",
+        "&a {x: *a}",
+        "{}",
+    ],
+    ids=range(7),
+)
+def test_a_config_file_of_values_within_values(tmp_path: Path, value: str) -> None:
+    config = config_file(tmp_path, f"param: {value}\n")
+    with pytest.raises(click.ClickException, match="--param is no value") as refused:
+        parsed("build-targets", *BUILD, "--config", config)
+    assert len(refused.value.format_message()) < 500
+
+
 @pytest.mark.parametrize("depth", [100, 5000])
 def test_a_config_file_of_nested_lists(tmp_path: Path, depth: int) -> None:
     config = config_file(tmp_path, f"top-k: {'[' * depth}{']' * depth}\n")

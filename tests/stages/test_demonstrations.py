@@ -25,7 +25,8 @@ from qpipe.stages.demonstrations import (
     check_readable,
     read_demonstrations,
 )
-from qpipe.stages.sources import BATCH_ROWS, open_sources
+from qpipe.stages.readers.columnar import BATCH_ROWS
+from qpipe.stages.sources import open_sources
 
 USER = {"role": "user", "content": "a?"}
 ASSISTANT = {"role": "assistant", "content": "One."}

@@ -1,0 +1,1 @@
+"""How each kind of source is read: row by row, from any row on."""

@@ -1,0 +1,74 @@
+"""Parquet and Arrow files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...pipeline.storage import sha256_of_file
+from .reader import Lines, Reader, without_nones
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 256  # turned into Python objects at a time
+BUFFER_BYTES = 1 << 20
+
+
+def parquet_reader(path: Path) -> Reader:
+    """Reads a Parquet file, some rows of a row group at a time."""
+    return Reader(lambda start: _parquet_rows(path, start), lambda: _parquet_facts(path), True)
+
+
+def _parquet_rows(path: Path, start: int) -> Lines:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+        row = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if row + size > start:
+                batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group])
+                yield from _batch_rows(batches, row, start)
+            row += size
+
+
+def _parquet_facts(path: Path) -> tuple[str, int]:
+    from pyarrow.parquet import read_metadata
+
+    return sha256_of_file(path), read_metadata(path).num_rows
+
+
+def arrow_reader(path: Path) -> Reader:
+    """Reads an Arrow file of either IPC format, mapped into memory."""
+    return Reader(lambda start: _arrow_rows(path, start), lambda: _arrow_facts(path), True)
+
+
+def _arrow_rows(path: Path, start: int) -> Lines:
+    yield from _batch_rows(_arrow_batches(path), 0, start)
+
+
+def _arrow_batches(path: Path) -> "Iterator[pa.RecordBatch]":
+    """The batches of an Arrow file, in either of the two IPC formats; mapped, not read."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            yield from pa.ipc.open_stream(file)
+
+
+def _arrow_facts(path: Path) -> tuple[str, int]:
+    return sha256_of_file(path), sum(batch.num_rows for batch in _arrow_batches(path))
+
+
+def _batch_rows(batches: "Iterator[pa.RecordBatch]", row: int, start: int) -> Lines:
+    """Rows from `start` on of batches of which the first one begins at `row`."""
+    for batch in batches:
+        batch.validate(full=True)  # or lists that point astray would end the process
+        for offset in range(max(0, start - row), batch.num_rows, BATCH_ROWS):
+            rows = batch.slice(offset, BATCH_ROWS).to_pylist()
+            yield from enumerate(map(without_nones, rows), row + offset + 1)
+        row += batch.num_rows

@@ -1,0 +1,41 @@
+"""The reader of a file, by its name."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ...pipeline.cache import local_version
+from ...pipeline.errors import UserError
+from .columnar import arrow_reader, parquet_reader
+from .reader import Reader, Version
+from .text import COMPRESSIONS, json_reader, suffixes
+
+FILE_KINDS: Mapping[str, Callable[[Path], Reader]] = {
+    ".jsonl": json_reader,
+    ".ndjson": json_reader,
+    ".json": json_reader,
+    ".parquet": parquet_reader,
+    ".arrow": arrow_reader,
+    ".feather": arrow_reader,
+    ".ipc": arrow_reader,
+}
+OTHER_FILES = (".csv", ".tsv", ".txt", ".xml", ".yaml", ".zip", ".bz2", ".xz")  # no data set's name
+
+
+def file_reader(path: Path) -> Reader:
+    """Reads a file, or a local copy of it. Raises UserError for one of an unknown kind."""
+    suffix, compression = suffixes(path)
+    kind = FILE_KINDS.get(suffix)
+    if kind is None or (compression and kind is not json_reader):
+        raise UserError(
+            f"demonstrations {path}: unknown kind of file {path.suffix!r}; known are "
+            f"{', '.join(FILE_KINDS)}, those of JSON also with {' or '.join(COMPRESSIONS)} after it"
+        )
+    local = local_version(path)
+    return kind(local)._replace(version=lambda: _version(local))
+
+
+def _version(path: Path) -> Version:
+    with suppress(FileNotFoundError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns

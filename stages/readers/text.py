@@ -1,0 +1,103 @@
+"""JSON in text files, one value a line or one array, also compressed with gzip or zstd."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .reader import Lines, Reader, reading
+
+COMPRESSIONS = (".gz", ".zst")
+CHUNK_BYTES = 1 << 20
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """The suffix that tells the kind of a file, and that of its compression or ""."""
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSIONS else (last, "")
+
+
+def json_reader(path: Path) -> Reader:
+    """Reads JSON lines, or in a file named so an array, which is held in memory as a whole."""
+    if suffixes(path)[0] == ".json" and _starts_array(path):
+        return Reader(lambda start: _array_rows(path, start), lambda: _array_facts(path))
+    return Reader(lambda start: _text_rows(path, start), lambda: _text_facts(path))
+
+
+def _text_lines(path: Path) -> Iterator[bytes]:
+    """All lines, the mark of UTF-8 that some editors put before the first one left out."""
+    for number, line in enumerate(_raw_lines(path)):
+        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file, decompressed."""
+    with path.open("rb") as file:
+        match suffixes(path)[1]:
+            case ".gz":
+                yield from gzip.GzipFile(fileobj=file)
+            case ".zst":
+                yield from _split_lines(_zstd_chunks(file))
+            case _:
+                yield from file
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The content of one zstd frame after another, with windows as long as the format allows."""
+    from zstandard import ZstdDecompressor
+
+    decompressor = ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    while chunk := file.read(CHUNK_BYTES):
+        while chunk:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the compressed file ends too early")
+
+
+def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+def _text_rows(path: Path, start: int) -> Lines:
+    lines = enumerate(_text_lines(path), 1)
+    yield from islice(((number, line) for number, line in lines if line.strip()), start, None)
+
+
+def _text_facts(path: Path) -> tuple[str, int]:
+    digest = sha256()
+    count = 0
+    for line in _text_lines(path):
+        digest.update(line)
+        count += bool(line.strip())
+    return digest.hexdigest(), count
+
+
+def _starts_array(path: Path) -> bool:
+    with reading(str(path)):
+        return next(
+            (line.lstrip()[:1] == b"[" for line in _text_lines(path) if line.strip()), False
+        )
+
+
+def _load_array(path: Path) -> list[Any]:
+    return json.loads(b"".join(_text_lines(path)).decode("utf-8"))
+
+
+def _array_rows(path: Path, start: int) -> Lines:
+    yield from islice(enumerate(_load_array(path), 1), start, None)
+
+
+def _array_facts(path: Path) -> tuple[str, int]:
+    return _text_facts(path)[0], len(_load_array(path))
