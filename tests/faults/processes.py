@@ -76,7 +76,8 @@ class Command:
     def signal(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal; one that has ended gets none."""
         if self.process.is_alive():
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     def wait(self) -> int:
         """Its exit status, as subprocess tells it: a negative one is the signal that ended it."""
