@@ -1,5 +1,7 @@
 """The one error that is the user's to mend."""
 
+import reprlib
+
 
 class UserError(Exception):
     """Something the user can put right: the message names the thing, its value and the way out.
@@ -17,3 +19,8 @@ def one_line(error: BaseException) -> str:
 def quoted(text: str) -> str:
     """A text from a file as an error may show it: cut, on one line, nothing that moves a cursor."""
     return repr(text[:80])
+
+
+def shown(value: object) -> str:
+    """Any value from a file as an error may show it: short, whatever lies within what."""
+    return reprlib.repr(value)[:80]

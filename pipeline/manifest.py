@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, shown
 from .plausible import (
     check_counts,
     check_entry,
@@ -234,7 +234,7 @@ def check_version(path: Path, identity: Identity) -> None:
     readable = READABLE_VERSIONS.get(stage, (FORMAT_VERSION,))
     if type(identity.format_version) is not int or identity.format_version not in readable:
         raise UserError(
-            f"{path}: format version {identity.format_version}, this qpipe reads "
+            f"{path}: format version {shown(identity.format_version)}, this qpipe reads "
             f"{' and '.join(map(str, readable))}: make it again with `qpipe {stage[:20]}`, or use "
             "the qpipe that made it"
         )

@@ -5,6 +5,7 @@ where the parts are: URLs, and local folders relative to the mixture, which is t
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os.path import relpath
 from pathlib import Path
@@ -99,8 +100,10 @@ def _named(folder: Path, manifest: Manifest) -> list[tuple[float, str, str]]:
     """What a mixture says of its parts: their weights, references and fingerprints."""
     try:
         weights = [float(weight) for weight in manifest.settings["weights"]]
-        paths = [str(path) for _, path in sorted(manifest.provenance["parts"].items(), key=_number)]
+        paths = [path for _, path in sorted(manifest.provenance["parts"].items(), key=_number)]
         inputs = [print_ for _, print_ in sorted(manifest.identity.inputs.items(), key=_number)]
+        if not all(isinstance(path, str) for path in paths):
+            raise TypeError("their places are no texts")
         return list(zip(weights, paths, inputs, strict=True))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: damaged, it names no parts ({error})") from error
@@ -108,9 +111,13 @@ def _named(folder: Path, manifest: Manifest) -> list[tuple[float, str, str]]:
 
 def _part(folder: Path, weight: float, reference: str, fingerprint: str) -> Part:
     place = _located(folder, reference)
-    if not place.is_dir():
+    is_there = False
+    with suppress(OSError):  # a name that no file system takes
+        is_there = place.is_dir()
+    if not is_there:
         raise UserError(
-            f"{folder}: its part {place} is not there: put it back, or mix again with another --out"
+            f"{folder}: its part {str(place)[:300]} is not there: put it back, or mix again with "
+            "another --out"
         )
     part = Part(place, weight, _targets(place))
     if part.manifest.fingerprint != fingerprint:

@@ -1,11 +1,12 @@
 """What the commands' options have in common."""
 
-import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..pipeline.errors import shown
 
 if TYPE_CHECKING:
     from .execution import Execution
@@ -74,14 +75,14 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
         if option in parameter.opts and option != "--config" and parameter.name is not None:
             named = value if isinstance(value, dict) else {}
             values = value if isinstance(value, list) else list(named.values()) or [value]
-            shown = reprlib.repr(value)[:80]  # bounded, whatever lies within what
             if any(isinstance(one, list | dict | None) for one in values):
                 raise click.ClickException(
-                    f"--config {path}: {option} is no value: {shown}: give one, or leave it out"
+                    f"--config {path}: {option} is no value: {shown(value)}: give one, or leave "
+                    "it out"
                 )
             if not parameter.multiple and isinstance(value, list | dict):
                 raise click.ClickException(
-                    f"--config {path}: {option} takes one value, not {shown}"
+                    f"--config {path}: {option} takes one value, not {shown(value)}"
                 )
             words = [f"{name}={one}" for name, one in named.items()] or list(map(str, values))
             return parameter.name, words if parameter.multiple else words[0]

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qpipe.pipeline import decoder
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.manifest import read_manifest, write_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.mixing import read_mix, write_mix
 from qpipe.stages.build_targets import BuildSettings, build_targets
@@ -83,6 +84,22 @@ def test_a_changed_seal_is_refused(parts: tuple[Path, Path], tmp_path: Path) -> 
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     with pytest.raises(UserError, match="its seal is not that of its content"):
         read_mix(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("p" * 300, "its part .*ppp is not there"), ([1], "it names no parts"), (None, "names no")],
+)
+def test_a_sealed_place_that_cannot_be_is_refused(
+    parts: tuple[Path, Path], tmp_path: Path, place: Any, words: str
+) -> None:
+    mixed = tmp_path / "mixed"
+    write_mix(mixed, [(parts[0], 3), (parts[1], 1)])
+    manifest = read_manifest(mixed)
+    places = manifest.provenance["parts"] | {"part-1": place}
+    write_manifest(mixed, replace(manifest, provenance={"parts": places}))
+    with pytest.raises(UserError, match=words):
+        read_mix(mixed)
 
 
 def test_folders_that_do_not_fit_are_refused(
