@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
 
     Left to itself, the GNU C library gives most of what a step used back to the system, which must
     find and zero pages for the next step again: 120,000 of them with 135 million weights, nearly a
-    tenth of the step's time; this leaves a third of them. Larger arrays would be kept too where
-    they left holes, which nothing else fits into. Other C libraries are left as they are.
+    tenth of the step's time; this leaves a third of them. Larger arrays still go back: kept, they
+    would leave holes that only their like could fill. Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return
