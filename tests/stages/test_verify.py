@@ -373,7 +373,7 @@ def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_pat
 @pytest.mark.parametrize("version", [0, 5, "3", None, [], 2.5, True])
 def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, version: Any) -> None:
     folder = older(tmp_path / "targets", version)
-    words = f"format version {version}, this qpipe reads 1 and 2 and 3 and 4: make it again with"
+    words = f"format version {version!r}, this qpipe reads 1 and 2 and 3 and 4: make it again with"
     assert refused(verify, folder, words, "or use the qpipe that made it").count("\n") == 1
 
 
