@@ -17,7 +17,6 @@ from ..pipeline.runner import open_folder
 from ..pipeline.termination import notes_termination
 from .attention import can_pack
 from .checks import settled_method
-from .host_memory import keep_freed_memory
 from .models import ModelFiles, find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity
@@ -47,8 +46,6 @@ def train(settings: TrainSettings) -> TrainResult:
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     identity = run_identity(
         settings,
         inputs={source.name: source.manifest.fingerprint for source in sources}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .collate import Batch
+from .host_memory import keep_freed_memory
 from .objective import Objective
 from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
@@ -135,6 +136,8 @@ class Stepper:
 def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
     """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
 
+    On a CPU the process keeps freed memory from now on.
+
     A process that does not answer is given up after some minutes, after a day with `waits_long`.
 
     Raises UserError for float16 without a GPU.
@@ -147,6 +150,8 @@ def start_accelerator(precision: Precision, waits_long: bool = False) -> Acceler
     AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
     # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
     on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        keep_freed_memory()
     patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
     return Accelerator(
         cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience

@@ -36,7 +36,6 @@ from qpipe.stages.summary import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
-from qpipe.trainer.host_memory import keep_freed_memory
 from qpipe.trainer.models import find_model, load_model
 from qpipe.trainer.objective import Objective
 from qpipe.trainer.settings import TrainSettings
@@ -204,9 +203,6 @@ def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Steps]:
     The stored base stands for a teacher where the method wants one.
     """
     settings = TrainSettings(targets=Path("."), model="", out=Path("."))
-    accelerator = start_accelerator("float32")
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     student = Student(load_model(base, torch.float32)).train()
     if batches[0].segments:
         assert can_pack(student.model)
@@ -215,7 +211,7 @@ def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Steps]:
         "qpipe sft+kl": Objective(choose("sft+kl"), "student", "base"),
         "qpipe target-sft, live": Objective(choose("target-sft", "live"), "student", "base"),
     }
-    stepper = Stepper(accelerator, student, settings, objectives["qpipe sft"])
+    stepper = Stepper(start_accelerator("float32"), student, settings, objectives["qpipe sft"])
 
     def steps(objective: Objective) -> list[float]:
         stepper.objective = objective

@@ -226,6 +226,14 @@ def test_another_format_version_is_refused_with_both_named(sealed: Path, version
         read_manifest(sealed)
 
 
+def test_a_format_version_of_any_length_is_one_short_line(sealed: Path) -> None:
+    edit(sealed, lambda manifest: manifest["identity"].update(format_version=[["v" * 1000] * 9]))
+
+    with pytest.raises(UserError, match="this qpipe reads 2 and 3") as refused:
+        read_manifest(sealed)
+    assert len(str(refused.value)) < 400
+
+
 def test_an_unfinished_folder_of_another_format_version_is_refused(
     toy: Any, tmp_path: Path
 ) -> None:
