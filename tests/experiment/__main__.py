@@ -7,6 +7,7 @@ would take; --tables writes the page of what is recorded so far. Neither runs a 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qpipe.pipeline.locks import locked
 
 from .conduct import conduct
 from .forecast import forecast
-from .plan import FULL, QUICK
+from .plan import FULL, QUICK, STARTS
 from .records import Records
 from .tables import page
 from .work import Work
@@ -47,6 +48,8 @@ def main() -> None:
     if not options.tables:
         print(forecast(work.size, records), flush=True)
     if not (options.tables or options.plan):
+        share_of_cores = max(1, len(os.sched_getaffinity(0)) // len(STARTS))
+        os.environ["OMP_NUM_THREADS"] = str(share_of_cores)
         with locked(work.root):
             records.mend()
             conduct(work, records)

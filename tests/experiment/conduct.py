@@ -1,6 +1,11 @@
-"""The experiment itself: every run that is not recorded yet, those of the first seed first."""
+"""The experiment itself: every run that is not recorded yet, those of the first seed first.
+
+The starts go side by side, each on its share of the cores: two small models that train on a core
+each are done sooner than one after the other on two.
+"""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qpipe.pipeline.ceiling import ceilings, reproducible_share
@@ -30,17 +35,26 @@ def conduct(work: Work, records: Records) -> None:
     """Do what is left. Models are removed as soon as no exam is left for them."""
     for run in reference_runs():
         _sit(work, records, run)
+    with ThreadPoolExecutor(len(STARTS)) as pool:
+        going = [pool.submit(_conduct_from, work, records, start) for start in STARTS]
+    for each in going:
+        each.result()
+
+
+def _conduct_from(work: Work, records: Records, start: Start) -> None:
+    """What is left of one start."""
     for seed in range(work.size.seeds):
-        for start in STARTS:
-            for variant in VARIANTS:
-                learning_rate = _chosen(work, records, start, variant)
-                for run in final_runs(start, variant, seed, learning_rate):
-                    _sit(work, records, run)
-                work.forget_models()
-    learning_rate = _chosen(work, records, KEPT_START, KEPT_VARIANT)
+        for variant in VARIANTS:
+            learning_rate = _chosen(work, records, start, variant)
+            for run in final_runs(start, variant, seed, learning_rate):
+                _sit(work, records, run)
+            work.forget_models(start)
+    if start != KEPT_START:
+        return
+    learning_rate = _chosen(work, records, start, KEPT_VARIANT)
     for run in kept_runs(work.size, learning_rate):
         _sit(work, records, run)
-        work.forget_models()
+        work.forget_models(start)
 
 
 def _chosen(work: Work, records: Records, start: Start, variant: Variant) -> float:

@@ -40,7 +40,7 @@ def forecast(size: Size, records: Records) -> str:
         f"{kind.name:38} {kind.runs:4} runs, {kind.left:4} left, {kind.seconds_left / 60:4.0f} min"
         for kind in kinds
     ]
-    hours = sum(kind.seconds_left for kind in kinds) / 3600
+    hours = sum(kind.seconds_left for kind in kinds) / len(STARTS) / 3600  # side by side
     return "\n".join([*lines, f"about {hours:.1f} hours on two free cores"])
 
 

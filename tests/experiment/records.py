@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ Record = dict[str, Any]
 
 @dataclass
 class Records:
-    """The records of a file, by the key of their run."""
+    """The records of a file, by the key of their run. Threads may add at the same time."""
 
     path: Path
     by_key: dict[str, Record] = field(default_factory=dict)
+    _adding: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         if not self.path.exists():
@@ -47,7 +49,7 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Append a record; it survives whatever comes after."""
-        with open(self.path, "a") as file:
+        with self._adding, open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -86,8 +86,9 @@ class Work:
     def scores(self, start: Start, data: Data, seed: int) -> Path:
         """A start's scores of a seed's demonstrations."""
         share = CORRUPTED_SHARE if data == "corrupted" else 0.0
-        rows = self._rows(f"seed{seed}-{data}", demonstrations(self.parts[f"seed{seed}"], share))
-        out = self.root / f"scores/{start}-{data}-seed{seed}"
+        name = f"{start}-{data}-seed{seed}"
+        rows = self._rows(name, demonstrations(self.parts[f"seed{seed}"], share))
+        out = self.root / f"scores/{name}"
         return self._score(out, self.start(start), DEFAULT.top_k, "--demonstrations", rows)
 
     def targets(self, run: Run) -> Path:
@@ -114,12 +115,12 @@ class Work:
             return self.start(run.start)
         if run.variant == TEACHER:
             return self.teacher
-        out = self.root / f"models/{run.model_name}"
+        out = self.root / f"models/{run.start}/{run.model_name}"
         return self._train(out, self.targets(run), self.start(run.start), run)
 
-    def forget_models(self) -> None:
-        """Remove the trained models: half a gigabyte each, and all judged."""
-        shutil.rmtree(self.root / "models", ignore_errors=True)
+    def forget_models(self, start: Start) -> None:
+        """Remove a start's trained models: half a gigabyte each, and all judged."""
+        shutil.rmtree(self.root / f"models/{start}", ignore_errors=True)
 
     def exam(self, name: ExamName) -> Exam:
         """The problems of an exam and what else is measured in it."""
@@ -167,7 +168,7 @@ class Work:
     def _made(self, out: Path, seal: str, *words: object) -> Path:
         """A folder that one command makes, unless it is there."""
         if not (out / seal).exists():
-            out.parent.mkdir(exist_ok=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
             qpipe(self.log, *words, "--out", out)
         return out
 
