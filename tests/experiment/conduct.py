@@ -6,6 +6,7 @@ each are done sooner than one after the other on two.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from qpipe.pipeline.ceiling import ceilings, reproducible_share
@@ -33,12 +34,10 @@ from .work import Work
 
 def conduct(work: Work, records: Records) -> None:
     """Do what is left. Models are removed as soon as no exam is left for them."""
-    for run in reference_runs():
-        _sit(work, records, run)
+    work.sample_unlike()
     with ThreadPoolExecutor(len(STARTS)) as pool:
-        going = [pool.submit(_conduct_from, work, records, start) for start in STARTS]
-    for each in going:
-        each.result()
+        list(pool.map(partial(_sit, work, records), reference_runs()))
+        list(pool.map(partial(_conduct_from, work, records), STARTS))
 
 
 def _conduct_from(work: Work, records: Records, start: Start) -> None:

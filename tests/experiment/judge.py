@@ -46,8 +46,7 @@ def judge(folder: Path, base_folder: Path, exam: Exam) -> dict[str, Any]:
         judged["unlike_nll"] = _nll(tokenizer, model, exam.unlike)
         _, base = _load(base_folder)
         judged["kl_to_base"] = _divergence(tokenizer, model, base, exam.unlike)
-    # half the time of float32, and as good for a comparison
-    return judged | {"answers": _answers(tokenizer, model.bfloat16(), exam.problems)}
+    return judged | {"answers": _answers(tokenizer, model, exam.problems)}
 
 
 def sample_unlike(folder: Path, count: int) -> list[dict[str, Any]]:

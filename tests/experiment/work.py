@@ -32,7 +32,8 @@ from .plan import (
 from .processes import in_process, qpipe
 from .task import Problem, demonstrations, parts
 
-TRAINING = ("--batch-size", 8, "--precision", "bfloat16", "--warmup-ratio", 0.1)
+# in float32, which is everywhere the same, and on processors without bfloat16 far faster
+TRAINING = ("--batch-size", 8, "--precision", "float32", "--warmup-ratio", 0.1)
 SHARD_SIZE = 16  # so that a shard with the whole vocabulary fits into memory
 HELP_LEARNING_RATE = 1e-4  # of the warm start and of the teacher
 
@@ -126,14 +127,17 @@ class Work:
         """The problems of an exam and what else is measured in it."""
         problems = self.parts[name]
         held_out = demonstrations(problems[: self.size.held_out])
-        return Exam(problems, held_out, self._unlike if name == "test" else ())
+        return Exam(problems, held_out, read_json(self._unlike) if name == "test" else ())
 
-    @cached_property
-    def _unlike(self) -> list[dict[str, Any]]:
-        path = self.root / "unlike.json"
-        if not path.exists():
-            write_json(path, in_process(self.log, sample_unlike, self.base, self.size.unlike))
-        return read_json(path)
+    def sample_unlike(self) -> None:
+        """Make the chats on other subjects, which exams read."""
+        if not self._unlike.exists():
+            chats = in_process(self.log, sample_unlike, self.base, self.size.unlike)
+            write_json(self._unlike, chats)
+
+    @property
+    def _unlike(self) -> Path:
+        return self.root / "unlike.json"
 
     def _tuned(self, name: str) -> Path:
         """The base tuned on demonstrations of its own, by way of scores and sft targets."""
