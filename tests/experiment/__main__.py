@@ -1,9 +1,11 @@
 """What `make experiment` runs: the paper's claim in small, on this machine's cores.
 
     python -m qpipe.tests.experiment MODEL [--quick] [--plan | --tables] [--work DIR] [--page FILE]
+        [--published FILE]
 
 Interrupted at any moment, the same command goes on. --plan tells what is left and how long that
-would take; --tables writes the page of what is recorded so far. Neither runs a model.
+would take; --tables writes the page of what is recorded so far, and beside it the runs themselves.
+Neither runs a model. --published starts from runs that were written so, of this machine or another.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from qpipe.pipeline.locks import locked
 from .conduct import conduct
 from .forecast import forecast
 from .plan import FULL, QUICK, STARTS
+from .published import publish, take_over
 from .records import Records
 from .tables import page
 from .work import Work
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only write the page")
     parser.add_argument("--work", type=Path, help="folder to work in [.cache/experiment]")
     parser.add_argument("--page", type=Path, help=f"page to write [{PAGE}; in --work if --quick]")
+    parser.add_argument("--published", type=Path, help="runs to start from, if there are none")
     options = parser.parse_args()
     folder = "experiment-quick" if options.quick else "experiment"
     work = Work(
@@ -42,9 +46,11 @@ def main() -> None:
         options.model.resolve(),
         QUICK if options.quick else FULL,
     )
-    if not options.plan:
+    if options.published or not options.plan:
         work.open()
-    records = Records(work.root / "records.jsonl")
+    if options.published:
+        take_over(options.published, work)
+    records = Records(work.records)
     if not options.tables:
         print(forecast(work.size, records), flush=True)
     if not (options.tables or options.plan):
@@ -56,6 +62,8 @@ def main() -> None:
     if not options.plan:
         written = options.page or (work.root / "page.md" if options.quick else PAGE)
         written.write_text(page(records.by_key.values(), work.size, work.parts))
+        if records.by_key:
+            publish(written.with_suffix(".jsonl.zst"), work, records)
         print(written)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.storage import write_json
 from qpipe.tests.experiment.forecast import forecast
 from qpipe.tests.experiment.paired import difference_interval, mcnemar, rank_correlation
 from qpipe.tests.experiment.plan import (
@@ -22,9 +24,11 @@ from qpipe.tests.experiment.plan import (
     reference_runs,
     search_runs,
 )
+from qpipe.tests.experiment.published import publish, take_over
 from qpipe.tests.experiment.records import Records, best_learning_rate
 from qpipe.tests.experiment.tables import page
 from qpipe.tests.experiment.task import Problem, demonstrations, parts
+from qpipe.tests.experiment.work import Work
 
 SIZE = replace(QUICK, seeds=2, test=8, learning_rates=(1e-4, 3e-4))
 
@@ -154,6 +158,41 @@ def test_the_page_is_made_of_whatever_is_there() -> None:
     assert "| sft |" not in page([], SIZE, problems)
     run, _ = search_runs(SIZE, "cold", VARIANTS[0])
     assert "| cold | sft | **0.00" in page([_record(run, problems)], SIZE, problems)
+
+
+def test_published_runs_go_on_in_another_work_folder(tmp_path: Path) -> None:
+    run, other = search_runs(SIZE, "cold", VARIANTS[0])
+    work = _work(tmp_path / "one", SIZE)
+    write_json(work.unlike, [{"id": "unlike-00"}])
+    records = Records(work.records)
+    records.add(_record(run, _parts(SIZE)))
+    path = tmp_path / "runs.jsonl.zst"
+    publish(path, work, records)
+
+    there = _work(tmp_path / "other", SIZE)
+    take_over(path, there)
+    assert there.unlike.read_bytes() == work.unlike.read_bytes()
+    taken = Records(there.records)
+    assert taken.by_key == records.by_key
+    taken.add(_record(other, _parts(SIZE)))
+    take_over(path, there)  # it has runs by now, which stay
+    assert other in Records(there.records)
+
+
+def test_published_runs_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    work = _work(tmp_path / "one", SIZE)
+    write_json(work.unlike, [])
+    publish(tmp_path / "runs.jsonl.zst", work, Records(work.records))
+    there = _work(tmp_path / "other", replace(SIZE, test=9))
+    with pytest.raises(UserError, match="another experiment: leave --published out"):
+        take_over(tmp_path / "runs.jsonl.zst", there)
+    assert not there.records.exists()
+
+
+def _work(root: Path, size: Size) -> Work:
+    work = Work(root, Path("SmolLM2-135M-Instruct"), size)
+    work.open()
+    return work
 
 
 def _every_run(size: Size) -> list[Run]:

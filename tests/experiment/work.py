@@ -7,9 +7,10 @@ appended when a run has been judged. Killed at any moment, the experiment loses 
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from qpipe.pipeline.errors import UserError
@@ -45,10 +46,19 @@ class Work:
     root: Path
     base: Path
     size: Size
+    _tuning: Lock = field(default_factory=Lock)  # both starts have the one teacher
 
     def open(self) -> None:
         """Make the folder, or go on in it. Raises UserError where it holds another experiment."""
         self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / "settings.json"
+        if path.exists() and read_json(path) != self.settings:
+            raise UserError(f"{self.root}: holds another experiment: give another --work")
+        write_json(path, self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What runs must have in common to stand in one table, as JSON has it."""
         told = {
             "model": self.base.name,
             "size": asdict(self.size),
@@ -56,11 +66,17 @@ class Work:
             "kept": [asdict(kept) for kept in KEPT],
             "training": [*TRAINING, HELP_LEARNING_RATE],
         }
-        told = json.loads(json.dumps(told))
-        path = self.root / "settings.json"
-        if path.exists() and read_json(path) != told:
-            raise UserError(f"{self.root}: holds another experiment: give another --work")
-        write_json(path, told)
+        return json.loads(json.dumps(told))
+
+    @property
+    def records(self) -> Path:
+        """The records of its runs."""
+        return self.root / "records.jsonl"
+
+    @property
+    def unlike(self) -> Path:
+        """The chats on other subjects."""
+        return self.root / "unlike.json"
 
     @property
     def log(self) -> Path:
@@ -127,29 +143,26 @@ class Work:
         """The problems of an exam and what else is measured in it."""
         problems = self.parts[name]
         held_out = demonstrations(problems[: self.size.held_out])
-        return Exam(problems, held_out, read_json(self._unlike) if name == "test" else ())
+        return Exam(problems, held_out, read_json(self.unlike) if name == "test" else ())
 
     def sample_unlike(self) -> None:
         """Make the chats on other subjects, which exams read."""
-        if not self._unlike.exists():
+        if not self.unlike.exists():
             chats = in_process(self.log, sample_unlike, self.base, self.size.unlike)
-            write_json(self._unlike, chats)
-
-    @property
-    def _unlike(self) -> Path:
-        return self.root / "unlike.json"
+            write_json(self.unlike, chats)
 
     def _tuned(self, name: str) -> Path:
         """The base tuned on demonstrations of its own, by way of scores and sft targets."""
-        rows = self._rows(name, demonstrations(self.parts[name]))
-        given = ("--demonstrations", rows)
-        scores = self._score(self.root / f"scores/{name}", self.base, 1, *given)
-        targets = self._made(
-            self.root / f"targets/{name}",
-            "manifest.json",
-            *("build-targets", "--scores", scores, "--method", "sft"),
-        )
-        return self._train(self.root / name, targets, self.base)
+        with self._tuning:
+            rows = self._rows(name, demonstrations(self.parts[name]))
+            given = ("--demonstrations", rows)
+            scores = self._score(self.root / f"scores/{name}", self.base, 1, *given)
+            targets = self._made(
+                self.root / f"targets/{name}",
+                "manifest.json",
+                *("build-targets", "--scores", scores, "--method", "sft"),
+            )
+            return self._train(self.root / name, targets, self.base)
 
     def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
         """Scores of demonstrations, or with --at of a folder's examples, in the shards of those."""
