@@ -57,13 +57,14 @@ test: install $(BROWSER)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	    --max-worker-restart 0
 
 scale: install
 	$(BIN)/python tests/simulation/scale.py
 
 faults: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --timeout 3600
 
 .venv/fuzz: requirements/fuzz.txt .venv/installed
 	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps -r $<
