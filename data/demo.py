@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.manifest import read_manifest
-from qpipe.stages.summary import bytes_per_token, kept_mass, print_table
+from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.summaries.folders import bytes_per_token, kept_mass
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 DATA = Path("data/arithmetic.jsonl")

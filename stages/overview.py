@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .looking import Folder, Look
 from .measures import MEASURES, Floats
-from .summary import bytes_per_token, kept_mass
+from .summaries.folders import bytes_per_token, kept_mass
 
 STARTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # of supervised tokens
 _BY_POSITION = ("nll", "base-nll")

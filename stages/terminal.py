@@ -16,7 +16,7 @@ from .inspect import Inspection, alternatives_of
 from .looking import Look
 from .measures import MEASURES, Scale
 from .overview import Overview, folder_json
-from .summary import print_table
+from .summaries.aligned import print_table
 from .token_text import TokenText, escaped, one_line_of
 
 # backgrounds of the 256-colour palette, from none over amber to rust; legible without telling hues

@@ -76,8 +76,8 @@ def build_targets(
     qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
     """
     from ...pipeline.methods import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
-    from .. import summary
     from ..build_targets import BuildSettings, build_targets
+    from ..summaries.folders import report
 
     given = dict(_name_and_value(param) for param in params)
     if len(given) < len(params):
@@ -87,7 +87,7 @@ def build_targets(
     take_place(options)
     execution = take_execution(options)
     result = build_targets(BuildSettings(choice=choice, **options), execution)
-    summary.report(options["out"], options["in_store"], result, execution.log_json)
+    report(options["out"], options["in_store"], result, execution.log_json)
 
 
 def _name_and_value(param: str) -> tuple[str, str]:

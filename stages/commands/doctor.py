@@ -21,7 +21,7 @@ def doctor(as_json: bool) -> None:
     Changes nothing, and exits with status 0 whatever it finds.
     """
     from ..doctor import diagnose
-    from ..summary import print_diagnosis
+    from ..summaries.diagnosis import print_diagnosis
 
     found = diagnose(__version__)
     if as_json:

@@ -48,7 +48,7 @@ def import_(**options: Any) -> None:
     qpipe import logprobs.parquet --format distillkit --model Qwen/Qwen3-8B --out scores/
     """
     from ..import_scores import ImportSettings, import_scores
-    from ..summary import print_scores
+    from ..summaries.folders import print_scores
 
     print_scores(options["out"], import_scores(ImportSettings(**options)))
 

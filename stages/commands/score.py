@@ -182,9 +182,9 @@ def score(
     for name in (name for name, value in gpu.items() if value is not None):
         option = "--" + name.replace("_", "-")
         raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
-    from .. import summary
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
+    from ..summaries.folders import report
 
     take_place(options)
     execution = take_execution(options)
@@ -195,7 +195,7 @@ def score(
         result = score(ScoreSettings(demonstrations=demonstrations, **options), execution)
     else:
         raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
-    summary.report(options["out"], options["in_store"], result, execution.log_json)
+    report(options["out"], options["in_store"], result, execution.log_json)
 
 
 def _plan(
@@ -209,8 +209,8 @@ def _plan(
     from ...pipeline.progress import log_event
     from ..costs import H100_TFLOPS, Throughput
     from ..plan import plan
-    from ..plan_summary import plan_event, print_plan
     from ..score import ScoreSettings
+    from ..summaries.plan import plan_event, print_plan
 
     if not demonstrations or ctx.params["at"] is not None:
         raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)

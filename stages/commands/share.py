@@ -43,7 +43,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
     """List the folders under a path or URL, one line each."""
     from ..catalogue import Listed, catalogue
-    from ..summary import print_table
+    from ..summaries.aligned import print_table
 
     def cells(each: Listed) -> tuple[str, ...]:
         if each.error is not None:

@@ -22,7 +22,7 @@ def status(folder: Path, as_json: bool) -> None:
     qpipe status scores/
     """
     from ..status import status_of
-    from ..summary import print_status
+    from ..summaries.status import print_status
 
     found = status_of(folder)
     if as_json:

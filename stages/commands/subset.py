@@ -38,6 +38,6 @@ def subset(**options: Any) -> None:
     qpipe subset scores/ --out easy/ --where 'mean_nll < 2.5' 'tokens <= 1024'
     """
     from ..subset import SubsetSettings, subset
-    from ..summary import print_subset
+    from ..summaries.folders import print_subset
 
     print_subset(options["out"], subset(SubsetSettings(**options)))

@@ -165,8 +165,8 @@ def train(**options: Any) -> None:
     """
     from ...trainer.loop import train
     from ...trainer.settings import TrainSettings
-    from .. import summary
+    from ..summaries.training import print_training
 
     result = train(TrainSettings(**options))
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a process
-        summary.print_training(options["out"], result)
+        print_training(options["out"], result)

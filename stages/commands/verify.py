@@ -51,7 +51,6 @@ def verify(
     qpipe verify scores/ --rescore 32
     """
     from ...pipeline.manifest import read_manifest
-    from .. import summary
 
     _check(folder)
     manifest = read_manifest(folder)
@@ -63,9 +62,10 @@ def verify(
     if rescore is not None:
         from ...pipeline.progress import log_event
         from ..rescore import rescore as score_again
+        from ..summaries.rescored import print_rescored
 
         result = score_again(folder, model, revision, rescore, seed)
-        summary.print_rescored(result)
+        print_rescored(result)
         log_event(log_json, "rescore", **asdict(result))
 
 

@@ -32,7 +32,7 @@ from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, ShardContent, read_scores
 from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.summary import print_table
+from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 
 VOCAB_SIZE, TOP_K, TOKENS, POSITIONS = 49152, 64, 200, 100

@@ -25,7 +25,7 @@ from qpipe.pipeline.packing import Packing
 from qpipe.pipeline.ragged import segment_sums
 from qpipe.pipeline.schema import Schema, schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, COMPRESSED, folder_schema
-from qpipe.stages.summary import print_table
+from qpipe.stages.summaries.aligned import print_table
 
 POSITIONS, RUNS = 200_000, 5
 VOCAB_SIZE, MOST_ENTRIES = 49152, 64

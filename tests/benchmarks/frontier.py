@@ -32,7 +32,7 @@ from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, commit_shard, folder_schema, read_shard
 from qpipe.pipeline.supports import Supports, known_supports, truncated
 from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.summary import print_table
+from qpipe.stages.summaries.aligned import print_table
 
 SETTINGS: list[tuple[str, float, int, Precision]] = [
     *((f"mass {p:g}", p, 64, "uint8") for p in (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),

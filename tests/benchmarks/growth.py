@@ -31,7 +31,8 @@ from qpipe.pipeline.records import Example, TargetExample
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer
-from qpipe.stages.summary import bytes_per_token, print_table
+from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.summaries.folders import bytes_per_token
 from qpipe.stages.verify import verify
 from qpipe.tests.benchmarks.build_targets import make_scores
 from qpipe.tests.benchmarks.figures import timed

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.stages.summary import print_table
+from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack

@@ -11,7 +11,7 @@ from typing import Any
 
 from qpipe.pipeline.ceiling import ceilings, reproducible_share
 from qpipe.pipeline.manifest import read_manifest
-from qpipe.stages.summary import bytes_per_token
+from qpipe.stages.summaries.folders import bytes_per_token
 
 from .judge import judge
 from .plan import (

@@ -29,7 +29,7 @@ _PRELOADED = (
     "__main__",
     "qpipe.tests.faults.processes",
     "qpipe.stages.cli",
-    "qpipe.stages.summary",
+    "qpipe.stages.summaries.folders",
     "qpipe.stages.score",
     "qpipe.stages.scorers.transformers_model",
     "qpipe.stages.build_targets",

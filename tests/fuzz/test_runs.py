@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qpipe.pipeline.manifest import Identity
 from qpipe.stages.report.training import read_runs, training_head
 from qpipe.stages.status import status_of
-from qpipe.stages.summary import print_status
+from qpipe.stages.summaries.status import print_status
 from qpipe.trainer.checkpoint import CHECKPOINTS, latest_checkpoint
 from qpipe.trainer.run import TrainResult, result_from
 from qpipe.trainer.run_folder import LOG, RUN, finished_run, open_log

@@ -22,7 +22,10 @@ from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
 from qpipe.stages.cli import main
 from qpipe.stages.compare_methods import Comparison
-from qpipe.stages.summary import print_comparison, print_methods, print_scores, print_table
+from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.summaries.ceilings import print_comparison
+from qpipe.stages.summaries.folders import print_scores
+from qpipe.stages.summaries.methods import print_methods
 
 # the base at a position: token 0 is its mode in the first, and token 1 far from it in the second
 KNOWN, STRANGE, BETWEEN = [0.6, 0.2, 0.15, 0.05], [0.9, 0.04, 0.03, 0.03], [0.5, 0.25, 0.2, 0.05]

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .summary import print_table
+from .aligned import print_table
 
 if TYPE_CHECKING:
-    from .costs import Costs
-    from .plan import Memory, ScorePlan, Workload
+    from ..costs import Costs
+    from ..plan import Memory, ScorePlan, Workload
 
 
 def print_plan(plan: "ScorePlan") -> None:
@@ -77,7 +77,7 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
     """What scoring takes, and what then comes of it."""
     if costs is None:
         return []
-    from .costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
+    from ..costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
 
     throughput = costs.throughput
     basis = (

@@ -1,0 +1,1 @@
+"""What the commands say when they are done, a file a subject."""

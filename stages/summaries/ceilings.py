@@ -1,0 +1,65 @@
+"""What targets can teach at best: of one folder, and of every method."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...pipeline.ceiling import Ceiling, ceiling_advice, reproducible_share
+from .aligned import print_table
+
+if TYPE_CHECKING:
+    from ..compare_methods import Comparison
+
+
+def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:
+    """What targets can teach at best, by the base's probability of the token."""
+    if not rows:
+        return
+    at = " (at the start, where the student is the base)" if form == "live" else ""
+    click.echo(f"\nWhat these targets can teach at best{at}")
+    head = ("b(y)", "tokens", "-log Q(y)", "Q's mode is y", "γ < 0.05", "KL from base")
+    print_table([head, *(_ceiling_cells(row) for row in rows)])
+    share = reproducible_share(totals["sums"], totals["rows"])
+    click.echo(f"Demonstrations that greedy decoding of Q writes: {share:.1%}")
+    advice = ceiling_advice(rows[0], share)
+    if advice:
+        click.echo(f"Warning: {advice}", err=True)
+
+
+def _ceiling_cells(row: Ceiling) -> tuple[str, ...]:
+    if not row.positions:
+        return (row.name, "0", "", "", "", "")
+    return (
+        row.name,
+        f"{row.positions:,}",
+        f"{row.nll:.4f}",
+        f"{row.learnable:.1%}",
+        f"{row.starved:.1%}",
+        f"{row.divergence:.4f}",
+    )
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """The ceiling of every method."""
+    head = ("method", "form", "-log Q(y)", "Q's mode is y", "demos", "γ < 0.05", "KL from base")
+    rows = [
+        (
+            choice.method.name,
+            choice.form,
+            f"{row.nll:.4f}",
+            f"{row.learnable:.1%}",
+            f"{share:.1%}",
+            f"{row.starved:.1%}",
+            f"{row.divergence:.4f}",
+        )
+        for choice, row, share in comparison.rows
+    ]
+    print_table([head, *rows])
+    click.echo(
+        f"\n{comparison.positions:,} supervised tokens of {comparison.examples:,} demonstrations. "
+        "demos: how many greedy decoding of Q writes.\nA live form is shown as it starts, where "
+        "the student is the base. Q(y) below 1e-10 counts as 1e-10."
+    )
+    for reason, names in comparison.left_out.items():
+        click.echo(f"Left out, {reason}: {', '.join(names)}.")

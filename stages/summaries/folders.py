@@ -1,0 +1,141 @@
+"""What a run of score, build-targets, import-scores or subset made, and the folder's sizes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.ceiling import ceilings
+from ...pipeline.executors import PartResult
+from ...pipeline.manifest import Manifest
+from ...pipeline.progress import log_event
+from ...pipeline.runner import REJECTS, StageResult, folder_in
+from ..lineage import described
+from .aligned import print_table
+from .ceilings import print_ceiling
+
+
+def report(out: Path, in_store: bool, result: StageResult | PartResult, log: Path | None) -> None:
+    """Say what a run did; append the same to a file of JSON lines, where one is asked for."""
+    if isinstance(result, PartResult):
+        print_part(result)
+    else:
+        identity = result.manifest.identity
+        say = print_scores if identity.stage == "score" else print_targets
+        say(folder_in(out, in_store, identity), result)
+    _log_end(log, result)
+
+
+def print_scores(folder: Path, result: StageResult) -> None:
+    """What a score folder holds."""
+    totals = result.manifest.totals
+    rejected = f"{totals['rejected']:,} rejected"
+    if totals["rejected"]:
+        rejected += f" (see {folder / REJECTS})"
+    print_table(
+        [
+            ("scores", f"{folder}{_already(result)}"),
+            ("demonstrations", f"{totals['read']:,} read, {totals['rows']:,} scored, {rejected}"),
+            ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
+            ("supervised tokens", f"{totals['positions']:,}"),
+            *_left_out(totals),
+            ("kept mass", f"{kept_mass(result.manifest):.4f}"),
+            ("mean loss", f"{totals['sums']['observed_nll'] / totals['positions']:.4f} nats"),
+            *_size_and_speed(result),
+        ]
+    )
+
+
+def print_targets(folder: Path, result: StageResult) -> None:
+    """What a target folder holds, and what it can teach."""
+    settings, totals = result.manifest.settings, result.manifest.totals
+    has_tail = settings["top_p"] is not None
+    print_table(
+        [
+            ("targets", f"{folder}{_already(result)}"),
+            ("method", described(result.manifest.identity)),
+            ("supervised tokens", f"{totals['positions']:,}"),
+            ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
+            ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),
+            *([("kept mass", f"{kept_mass(result.manifest):.4f}")] if has_tail else []),
+            *_bounds(totals),
+            *_size_and_speed(result),
+        ]
+    )
+    print_ceiling(settings["form"], ceilings(totals["sums"]), totals)
+
+
+def print_subset(folder: Path, result: StageResult) -> None:
+    """What a subset holds."""
+    totals = result.manifest.totals
+    print_table(
+        [
+            ("subset", f"{folder}{_already(result)}"),
+            ("demonstrations", f"{totals['rows']:,}"),
+            ("supervised tokens", f"{totals['positions']:,}"),
+            ("bytes a token", f"{bytes_per_token(result.manifest):.1f}"),
+        ]
+    )
+
+
+def print_part(result: PartResult) -> None:
+    """What one of several tasks did for a folder that is not finished."""
+    rows = [
+        ("folder", f"{result.folder}  (not finished: the last task to finish seals it)"),
+        ("this task", f"{result.share}: {result.made:,} shards made"),
+        ("shards", f"{result.there:,} of {result.shards:,} are there"),
+    ]
+    if result.seconds:
+        speed = result.positions / result.seconds
+        rows.append(("speed", f"{speed:,.0f} supervised tokens/s"))
+    print_table(rows)
+
+
+def kept_mass(manifest: Manifest) -> float:
+    """The mean probability that the stored entries hold."""
+    return 1 - manifest.totals["sums"]["tail_mass"] / manifest.totals["positions"]
+
+
+def bytes_per_token(manifest: Manifest) -> float:
+    """Bytes of the shards for each supervised token."""
+    return manifest.totals["bytes"] / manifest.totals["positions"]
+
+
+def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tokens of an import whose log-probability was not in the file."""
+    number = totals["sums"].get("left_out")
+    return [("", f"{number:,.0f} left out: not among the entries")] if number else []
+
+
+def _bounds(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far off a temperature's distribution may be."""
+    return [
+        (f"{name} bound", f"{totals['sums'][key] / totals['positions']:.2g} (total variation)")
+        for name, key in (
+            ("temperature", "temperature_bound"),
+            ("teacher's", "teacher_temperature_bound"),
+        )
+        if key in totals["sums"]
+    ]
+
+
+def _already(result: StageResult) -> str:
+    return "" if not result.was_done else "  (was there already, nothing to do)"
+
+
+def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:
+    rows = [("bytes a token", f"{bytes_per_token(result.manifest):.1f}")]
+    if result.seconds:
+        rows.append(("speed", f"{result.positions / result.seconds:,.0f} supervised tokens/s"))
+    return rows
+
+
+def _log_end(log: Path | None, result: StageResult | PartResult) -> None:
+    own = {"positions": result.positions, "seconds": result.seconds}
+    if isinstance(result, PartResult):
+        counts = {"made": result.made, "there": result.there, "shards": result.shards}
+        share = {"rank": result.share.rank, "world_size": result.share.world_size}
+        log_event(log, "part", **own, **counts, **share)
+        return
+    manifest = result.manifest
+    named = {"stage": manifest.identity.stage, "fingerprint": manifest.fingerprint}
+    log_event(log, "done", **named, **own, totals=manifest.totals)
