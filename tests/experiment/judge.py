@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("chat.jinja")
 END = "<|im_end|>"
 ANSWER_TOKENS = 32  # a right answer has at most 27
 SAMPLE_TOKENS = 64
-PROMPTS_AT_ONCE, ROWS_AT_ONCE = 200, 25
+PROMPTS_AT_ONCE, ROWS_AT_ONCE = 400, 25
 
 
 @dataclass(frozen=True, slots=True)
