@@ -24,6 +24,7 @@ from qpipe.pipeline.records import Example, ScoredExample
 from qpipe.stages import score as scoring
 from qpipe.stages.cli import cli, main
 from qpipe.stages.scorers.base import scored
+from qpipe.trainer import loop  # here, since what takes seconds to load is not an input's fault
 
 from .folders import whole
 from .inputs import LONGEST_ERROR, ODD_TEXTS, Draw, damaged, fuzz, odd_values
@@ -112,7 +113,6 @@ def inside() -> Iterator[Path]:
 def run(*words: str) -> tuple[int, str, str]:
     """A command's exit status, and what it prints on both streams."""
     from qpipe.pipeline.errors import UserError
-    from qpipe.trainer import loop
 
     def stop(_: Any) -> Any:
         raise UserError("nothing is trained here")
