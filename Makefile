@@ -9,7 +9,8 @@
 # make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
 # make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
 #                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
-#                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes
+#                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes;
+#                with PUBLISHED=1 it starts from the runs that stand beside that page
 # make bench     every benchmark, and with their outcome docs/benchmarks.md and the README's table;
 #                ONLY="stream codec" runs some again
 #
@@ -74,7 +75,8 @@ fuzz: install .venv/fuzz
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
 experiment: install
-	$(BIN)/python -m qpipe.tests.experiment $(MODEL) $(if $(QUICK),--quick) $(if $(PLAN),--plan)
+	$(BIN)/python -m qpipe.tests.experiment $(MODEL) $(if $(QUICK),--quick) $(if $(PLAN),--plan) \
+	    $(if $(PUBLISHED),--published docs/experiment.jsonl.zst)
 
 .venv/benchmarks: .venv/installed requirements/bench.txt
 	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps \

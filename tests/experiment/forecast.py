@@ -33,6 +33,12 @@ class Kind:
         return self.left * (median(paces) if paces else self.seconds)
 
 
+def runs_left(size: Size, records: list[Record]) -> tuple[int, int]:
+    """Runs that are not recorded, and runs in all."""
+    kinds = _kinds(size, records)
+    return sum(kind.left for kind in kinds), sum(kind.runs for kind in kinds)
+
+
 def forecast(size: Size, records: Records) -> str:
     """A line for each kind of run, and the hours that are left."""
     kinds = _kinds(size, list(records.by_key.values()))

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+from .forecast import runs_left
 from .paired import difference_interval, mcnemar, rank_correlation
 from .plan import (
     CONDITIONS,
@@ -50,6 +51,7 @@ def page(records: Iterable[Record], size: Size, parts: Parts) -> str:
     sections = [
         "# The paper's claim in small",
         "Made by `make experiment`; do not edit.",
+        *_unfinished(records, size),
         _set_up(size, parts),
         *results,
         "## Do the ceilings predict the outcome?",
@@ -60,6 +62,13 @@ def page(records: Iterable[Record], size: Size, parts: Parts) -> str:
         _learning_rates(records, parts, size),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _unfinished(records: list[Record], size: Size) -> list[str]:
+    left, runs = runs_left(size, records)
+    if not left:
+        return []
+    return [f"**Not finished: {left} of {runs} runs are still to come.** Read nothing into it yet."]
 
 
 def _set_up(size: Size, parts: Parts) -> str:

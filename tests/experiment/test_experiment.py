@@ -146,6 +146,7 @@ def test_the_page_tells_who_is_right_and_what_agrees() -> None:
     problems = _parts(SIZE)
     records = [_record(run, problems) for run in _every_run(SIZE)]
     lines = page(records, SIZE, problems).splitlines()
+    assert not any("Not finished" in line for line in lines)
     kd = next(line for line in lines if line.startswith("| kd "))
     # solves all of 8 and sft none, in both seeds: 16 discordant pairs
     assert "| 1.000 ± 0.000 | +1.000 [+1.000, +1.000] | <0.001 |" in kd
@@ -156,6 +157,7 @@ def test_the_page_tells_who_is_right_and_what_agrees() -> None:
 def test_the_page_is_made_of_whatever_is_there() -> None:
     problems = _parts(SIZE)
     assert "| sft |" not in page([], SIZE, problems)
+    assert "**Not finished: 143 of 143 runs" in page([], SIZE, problems)
     run, _ = search_runs(SIZE, "cold", VARIANTS[0])
     assert "| cold | sft | **0.00" in page([_record(run, problems)], SIZE, problems)
 
