@@ -132,7 +132,7 @@ def _outcome(variant: Variant, found: _BySeed, sft: _BySeed, problems: list[Prob
         f"{variant.name} {' '.join(variant.params)}".strip(),
         f"{records[0]['learning_rate']:g}" if is_trained else "",
         _spread([_accuracy(record, problems) for record in records]),
-        *(_compared(found, sft, problems) if is_trained and found is not sft else ("", "")),
+        *(_compared(found, sft, problems) if is_trained and found != sft else ("", "")),
         *(_spread([r[name] for r in records]) for name in ("nll", "unlike_nll", "kl_to_base")),
         *(_promise(records) if is_trained else ("",) * 4),
     )

@@ -150,6 +150,8 @@ def test_the_page_tells_who_is_right_and_what_agrees() -> None:
     kd = next(line for line in lines if line.startswith("| kd "))
     # solves all of 8 and sft none, in both seeds: 16 discordant pairs
     assert "| 1.000 ± 0.000 | +1.000 [+1.000, +1.000] | <0.001 |" in kd
+    sft = next(line for line in lines if line.startswith("| sft |"))
+    assert "| 0.000 ± 0.000 |  |  |" in sft  # nothing to compare it with
     amounts = [line for line in lines if line.startswith("| top ")]
     assert [line.split("|")[-2].strip() for line in amounts] == ["yes", "no"]
 
