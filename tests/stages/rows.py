@@ -1,0 +1,50 @@
+"""Rows of demonstrations for tests: written as files, and read back."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+from qpipe.pipeline.records import Reject
+from qpipe.stages.demonstrations import read_demonstrations
+from qpipe.stages.sources import open_sources
+
+USER = {"role": "user", "content": "a?"}
+ASSISTANT = {"role": "assistant", "content": "One."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+QUESTION_AND_ANSWER = [USER, ASSISTANT]
+CHAT = {"messages": QUESTION_AND_ANSWER}
+
+
+def as_lines(rows):
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def write(path, content):
+    """A file of bytes, or of rows as JSON lines."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else as_lines(content))
+    return str(path)
+
+
+def as_table(rows):
+    return rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+
+
+def write_parquet(path, rows):
+    table = as_table(rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=300)
+
+
+def read(*names, **options):
+    return list(read_demonstrations(open_sources(names), **options))
+
+
+def read_row(tmp_path, row, **options):
+    """The demonstration of a row, or why there is none."""
+    (found,) = read(write(tmp_path / "x.jsonl", [row]), **options)
+    return found.reason if isinstance(found, Reject) else found
+
+
+def reasons(name):
+    """Line and reason of each reject, line and None of each demonstration."""
+    return [(row.line, row.reason if isinstance(row, Reject) else None) for row in read(name)]
