@@ -55,8 +55,7 @@ class Variant:
 VARIANTS = (
     Variant("sft", "sft", "frozen-target"),
     Variant("sft+kl", "sft+kl", "frozen-target", ("lam=0.1",)),
-    Variant("gift", "gift", "frozen-target", ("beta=20",)),
-    Variant("gift soft", "gift", "frozen-target", ("beta=5",)),
+    Variant("gift", "gift", "frozen-target", ("beta=5",)),
     Variant("dft live", "dft", "live"),
     Variant("dft frozen-target", "dft", "frozen-target"),
     Variant("dft frozen-weight", "dft", "frozen-weight"),
