@@ -177,7 +177,9 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         identity = Identity(**said["identity"])
         check_version(path, identity)
         shards = [ShardEntry(**entry) for entry in said["shards"]]
-        ids = tuple(map(int, said.get("frequent_ids", "").split()))
+        if identity.format_version < 3:  # there were none
+            said.setdefault("frequent_ids", "")
+        ids = tuple(map(int, said["frequent_ids"].split()))
         manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
         is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
         check_maps(parents=manifest.parents, provenance=manifest.provenance)

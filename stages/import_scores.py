@@ -167,7 +167,10 @@ class _Table:
         """The entries of the first position that has any."""
         for batch in self._batches([self.log_probs]):
             for each in batch.column(0):
-                counts, log_probs = _nested(each, np.float64)
+                try:
+                    counts, log_probs = _nested(each, np.float64)
+                except UnusableError:
+                    continue  # the row is rejected, with its reason, when it is its turn
                 real = without_padding(TopK(counts, np.zeros(len(log_probs), int), log_probs))
                 if real.counts.any():
                     return int(real.counts[real.counts > 0][0])
@@ -186,6 +189,8 @@ class _Table:
                     yield self._row(line, values)
                 except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
                     yield Reject(self.path.name, line, str(error))
+        if line != self.count:
+            raise UserError(f"{self.path}: damaged: it tells of {self.count:,} rows, has {line:,}")
 
     def _row(self, line: int, values: dict[str, Any]) -> TopKRow:
         ids = _nested(values[self.ids], np.int64)

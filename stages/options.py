@@ -85,8 +85,21 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
                     f"--config {path}: {option} takes one value, not {shown(value)}"
                 )
             words = [f"{name}={one}" for name, one in named.items()] or list(map(str, values))
+            if not all(map(_is_text, words)):
+                raise click.ClickException(
+                    f"--config {path}: {option} holds half a surrogate pair: {shown(value)}: it is "
+                    "no character, leave it out"
+                )
             return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def config_option(command: Any) -> Any:

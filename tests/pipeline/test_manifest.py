@@ -19,7 +19,7 @@ from qpipe.pipeline.manifest import (
 )
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import folder_schema
-from qpipe.pipeline.storage import parse_json
+from qpipe.pipeline.storage import json_bytes, parse_json, sha256_of_json
 
 IDENTITY = Identity(
     stage="build-targets",
@@ -187,6 +187,16 @@ def test_a_manifest_without_one_of_its_fields_is_refused(sealed: Path, field: st
     edit(sealed, lambda manifest: manifest.pop(field))
 
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+        read_manifest(sealed)
+
+
+def test_frequent_ids_are_missed_under_a_seal_that_fits(sealed: Path) -> None:
+    path = sealed / "manifest.json"
+    value = json.loads(path.read_bytes())
+    del value["frequent_ids"], value["seal"]
+    path.write_bytes(json_bytes(value | {"seal": sha256_of_json(value)}))
+
+    with pytest.raises(UserError, match="frequent_ids"):
         read_manifest(sealed)
 
 

@@ -165,6 +165,22 @@ def test_a_row_that_cannot_be_used_is_rejected_with_its_reason(
     assert [example.id for example in read_scores(folder)] == ["rows.parquet:1", "rows.parquet:3"]
 
 
+def test_the_width_is_of_the_first_row_that_can_be_read(tiny_model: Path, tmp_path: Path) -> None:
+    unusable = a_row(top_logs=[[-1.0, -2.0], None, [-1.0, -1.0]])
+    folder = imported(write(tmp_path / "rows.parquet", [unusable, a_row()]), tiny_model)
+    assert rejects(folder) == ["a list of entries is missing"]
+    assert [example.id for example in read_scores(folder)] == ["rows.parquet:2"]
+
+
+def test_rows_that_are_not_there_are_missed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.parquet", [a_row()])
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
+    with pytest.raises(UserError, match="damaged: it tells of 1 rows, has 0"):
+        imported(path, tiny_model, top_k=2)
+
+
 # axolotl
 
 
