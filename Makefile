@@ -7,9 +7,9 @@
 # make faults    the tests that take minutes: processes killed hundreds of times, full disks, clocks
 #                that jump; the counts of all that at the end
 # make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
-# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: about
-#                three hours on two cores, and goes on after any interruption; with QUICK=1 ten minutes
-#                and no page, to see that it runs; with PLAN=1 only what is left and how long it takes;
+# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: five
+#                hours on two cores without AVX-512, and goes on after any interruption; with QUICK=1
+#                very little of everything and no page, to see that it runs; with PLAN=1 only what is left and how long it takes;
 #                with PUBLISHED=1 it starts from the runs that stand beside that page
 # make bench     every benchmark, and with their outcome docs/benchmarks.md and the README's table;
 #                ONLY="stream codec" runs some again

@@ -6,10 +6,10 @@ from statistics import median
 from .plan import DEFAULT, KEPT, STARTS, VARIANTS, Size, conditions, reference_runs, search_runs
 from .records import Record, Records
 
-# measured on two cores of an AMD EPYC with AVX-512, the machine otherwise idle
-SECONDS_A_DEMONSTRATION = 0.17  # to train on
-SECONDS_A_PROBLEM = 0.05  # to answer
-SECONDS_A_RUN = 14.0  # loading, hashing and saving; scores and targets; NLL and KL
+# measured on one of two cores of an AMD EPYC without AVX-512, both at work on the experiment
+SECONDS_A_DEMONSTRATION = 0.48  # to train on
+SECONDS_A_PROBLEM = 0.22  # to answer
+SECONDS_A_RUN = 25.0  # loading, hashing and saving; scores and targets; NLL and KL
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def _set_up(size: Size, parts: Parts) -> str:
         "mean −log Q(y), the share of tokens whose target has y as its mode, the share of "
         "demonstrations that greedy decoding of Q writes, and KL(Q ‖ start); y is what the "
         f"demonstration says, corrupted or not. The condition {', '.join(ONE_SEED_IS_ENOUGH)} was "
-        "run with one seed alone, to stay below three hours."
+        "run with one seed alone, to save an hour."
     )
 
 
