@@ -12,8 +12,9 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, on one line of at most 300 characters, which any file can hold."""
+    words = " ".join(str(error).split())[:300] or type(error).__name__
+    return words.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, spelt out
 
 
 def quoted(text: str) -> str:

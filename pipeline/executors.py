@@ -131,11 +131,11 @@ def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | Par
     with lock_of(folder) as lock:
         alone = lock.alone()
         if not alone:
-            lock.share()
+            lock.share(str(share))
         done = open_folder(folder, plan_of(stage), alone)
         if done is not None:
             return StageResult(done, was_done=True)
-        lock.share()  # the task that has opened the folder lets the others in
+        lock.share(str(share))  # the task that has opened the folder lets the others in
         run = ShardRun(stage.job, share)
         _make_missing(stage, share, run, watcher, claimed)
         shards = stage.shard_count

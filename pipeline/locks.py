@@ -3,8 +3,9 @@
 The locks end with the process, however that ends. They hold on this machine, and between machines
 where their shared file system passes locks on; on a file system without locks they hold nobody off.
 In a remote folder whoever works there leaves a lease, an object that is renewed as long as the
-process lives; one of a killed process runs out, and on the same machine holds nobody off. Two that
-come within the same moment may not see each other: they write the same.
+process lives; one of a killed process runs out, and on the same machine holds nobody off. As there
+are no locks on single shards there, it also holds off the same task when that is started twice. Two
+that come within the same moment may not see each other: they write the same.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .remote import is_remote, remote_file
@@ -65,11 +67,12 @@ class FolderLock:
         """Hold the folder alone, if nobody else works in it; a share that was held may be lost."""
         return _try(self._descriptor, fcntl.LOCK_EX)
 
-    def share(self) -> None:
-        """Hold the folder together with others that share it.
+    def share(self, task: str) -> None:
+        """Hold the folder, as one of the tasks that share it.
 
         Raises UserError where a command works in it alone, and goes on to.
         """
+        del task  # that another process does it too is seen shard by shard: `claimed`
         deadline = time.monotonic() + _PATIENCE
         while not _try(self._descriptor, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
@@ -85,7 +88,7 @@ class Lease:
             raise UserError(f"{folder}: is a file: --out needs a folder")
         self._folder = folder
         self._path = folder / f".lease-{secrets.token_hex(6)}.tmp"
-        self._kind = ""
+        self._kind = self._task = ""
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, daemon=True)
 
@@ -101,24 +104,32 @@ class Lease:
 
     def alone(self) -> bool:
         """As `FolderLock.alone`."""
-        return self._take("alone", against=("alone", "share"))
+        if any(self._others()):
+            return False
+        self._take("alone")
+        return True
 
-    def share(self) -> None:
-        """As `FolderLock.share`."""
+    def share(self, task: str) -> None:
+        """As `FolderLock.share`; where the same task is at work, too.
+
+        Waits until a killed one would be forgotten.
+        """
+        self._task = task
         if self._kind == "alone":  # nobody can refuse it, or two that came at once would each wait
             self._kind = "share"
             self._write()
             return
-        deadline = time.monotonic() + _PATIENCE
-        while not self._take("share", against=("alone",)):
+        deadline = time.monotonic() + _LEASE + _PATIENCE
+        while any(each["kind"] == "alone" or each.get("task") == task for each in self._others()):
             if time.monotonic() > deadline:
                 raise _busy(self._folder)
             time.sleep(1)
+        self._take("share")
 
-    def _take(self, kind: str, against: tuple[str, ...]) -> bool:
-        for path in self._folder.glob(".lease-*.tmp"):
-            if path.name != self._path.name and self._holds(path, against):
-                return False
+    def _others(self) -> Iterator[dict[str, Any]]:
+        return (lease for name, lease in _leases(self._folder) if name != self._path.name)
+
+    def _take(self, kind: str) -> None:
         before, self._kind = self._kind, kind
         try:
             self._write()
@@ -127,21 +138,10 @@ class Lease:
             raise
         if not before:
             self._renewing.start()
-        return True
-
-    def _holds(self, path: Path, against: tuple[str, ...]) -> bool:
-        try:
-            lease = json.loads(path.read_bytes())
-            is_held = lease["kind"] in against and lease["until"] > time.time()
-            return is_held and not (lease["host"] == _host() and _has_ended(lease["pid"]))
-        except FileNotFoundError:  # given up just now
-            return False
-        except (ValueError, TypeError, KeyError, OverflowError):  # no lease of ours
-            return False
 
     def _write(self) -> None:
         lease = {"kind": self._kind, "until": time.time() + _LEASE}
-        lease |= {"host": _host(), "pid": os.getpid()}
+        lease |= {"host": _host(), "pid": os.getpid(), "task": self._task}
         with remote_file(self._path) as file:
             file.write(json.dumps(lease).encode())
 
@@ -149,6 +149,20 @@ class Lease:
         while not self._ended.wait(_LEASE / 4):
             with suppress(UserError):  # it still holds for a while
                 self._write()
+
+
+def _leases(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and contents of the leases in a remote folder that hold."""
+    for path in folder.glob(".lease-*.tmp"):
+        try:
+            lease = json.loads(path.read_bytes())
+            is_held = lease["kind"] in ("alone", "share") and lease["until"] > time.time()
+            if is_held and not (lease["host"] == _host() and _has_ended(lease["pid"])):
+                yield path.name, lease
+        except FileNotFoundError:  # given up just now
+            continue
+        except (ValueError, TypeError, KeyError, OverflowError):  # no lease of ours
+            continue
 
 
 @contextmanager
@@ -211,8 +225,10 @@ def _busy(folder: Path) -> UserError:
 def is_worked_in(folder: Path) -> bool | None:
     """Whether a process of this machine holds a folder, told without touching its locks.
 
-    None where the machine does not tell.
+    Of a remote folder: whether a process anywhere does. None where the machine does not tell.
     """
+    if is_remote(folder):
+        return any(_leases(folder))
     try:
         lines = Path("/proc/locks").read_text().splitlines()
         inode = str(folder.stat().st_ino)

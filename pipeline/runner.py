@@ -35,10 +35,11 @@ from .parallel import in_order
 from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
-from .storage import TEMPORARY, atomic_file, read_json
+from .storage import TEMPORARY, read_json, write_bytes
 
 REJECTS = "rejects.jsonl"
 MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`
+MOST_REJECTS = 1_000_000  # for the same reason
 HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub holds
 
 
@@ -115,6 +116,8 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
         if not alone or _holds_rows(folder):  # a plan that led to nothing binds nobody else
             refuse_other(folder, plan.identity, found.identity)
         if found != plan and alone:
+            if found.identity != plan.identity:
+                _forget_shards(folder)
             write_plan(folder, plan)
         return None
     try:
@@ -154,6 +157,8 @@ class ShardRun:
     def __init__(self, job: Job, wanted: Container[int] | None = None) -> None:
         self.job = job
         self.committed = _committed_shards(job, wanted)
+        self._rejects = 0
+        self._count_rejects(self.committed.values())
         self.made = 0  # shards, by this run
         self.positions = 0  # supervised positions of these
         self.seconds = 0.0  # from the start of the first to the commit of the last
@@ -212,10 +217,24 @@ class ShardRun:
         return entry
 
     def add(self, index: int, entry: ShardEntry) -> None:
-        """Take note of a shard that this run made and committed."""
+        """Take note of a shard that this run made and committed.
+
+        Raises UserError where the rejects are more than a manifest can hold.
+        """
+        self._count_rejects([entry])
         self.committed[index] = entry
         self.made += 1
         self.positions += entry.positions
+
+    def _count_rejects(self, entries: Iterable[ShardEntry]) -> None:
+        """Refuses more than a manifest can hold, early."""
+        self._rejects += sum(len(entry.rejects) for entry in entries)
+        if self._rejects > MOST_REJECTS:
+            raise UserError(
+                f"{self.job.folder}: {self._rejects:,} demonstrations cannot be used, its "
+                f"shard-*.json say why; {MOST_REJECTS:,} is the most that a manifest can hold: "
+                "leave such rows out of the demonstrations"
+            )
 
     def find(self, index: int, verify: bool = False) -> bool:
         """Whether a shard is there, looked up where this run does not know of it.
@@ -257,8 +276,7 @@ class ShardRun:
             frequent_ids=job.frequent_ids if packing is None else packing.frequent_ids,
         )
         try:
-            with atomic_file(job.folder / REJECTS) as file:
-                file.write(rejects_bytes(shards))
+            write_bytes(job.folder / REJECTS, rejects_bytes(shards))
             write_manifest(job.folder, manifest)
         except UserError:
             # another task has sealed it meanwhile, and tidied our temporary file away
@@ -312,6 +330,12 @@ def _holds_rows(folder: Path) -> bool:
     # looked at one by one: the first that is there has rows as a rule
     entries = (read_json(sidecar) for sidecar in folder.glob("shard-*.json"))
     return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
+
+
+def _forget_shards(folder: Path) -> None:
+    """Remove the shards of a plan that led to nothing, which are of no use to another one."""
+    for path in folder.glob("shard-*"):
+        path.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:

@@ -58,8 +58,13 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
+    write_bytes(path, json_bytes(value))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     with atomic_file(path) as file:
-        file.write(json_bytes(value))
+        file.write(content)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -14,8 +14,6 @@ from ..pipeline.executors import PartResult, Share, Stage, run_alone, run_share
 from ..pipeline.progress import Watcher
 from ..pipeline.runner import StageResult, finished
 
-EXECUTORS = ("local", "ray")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:

@@ -140,7 +140,7 @@ def _scored(row: TopKRow, reading: Reading, content: ShardContent) -> ScoredExam
     try:
         example, left_out = scored(row, reading)
     except UnusableError as error:
-        return Reject(row.source, row.line, str(error))
+        return Reject(row.source, row.line, one_line(error))
     content.add_sums(left_out=left_out)
     return example
 
@@ -188,7 +188,7 @@ class _Table:
                 try:
                     yield self._row(line, values)
                 except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
-                    yield Reject(self.path.name, line, str(error))
+                    yield Reject(self.path.name, line, one_line(error))
         if line != self.count:
             raise UserError(f"{self.path}: damaged: it tells of {self.count:,} rows, has {line:,}")
 

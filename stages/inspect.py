@@ -60,7 +60,7 @@ def inspect(settings: InspectSettings) -> Inspection:
     total = main.size
     with progress_bar(total=total, desc="inspect", unit="demo") as progress:
         for group in looks(main, companions):
-            _check_measures(settings, group[0])
+            _check_measures(settings, main, group[0])
             overview.add(group)
             selection.offer(group)
             progress.update(len(group))
@@ -190,6 +190,10 @@ def _check(settings: InspectSettings) -> None:
     ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one")
+    if settings.examples is not None and (settings.ids or settings.random is not None):
+        raise UserError(
+            f"-n {settings.examples}: goes with --sort; {given[0]} says itself how many"
+        )
     if settings.sort is not None:
         end, dash, measure = settings.sort.partition("-")
         if end not in ("lowest", *_HIGHEST) or not dash or measure not in MEASURES:
@@ -202,15 +206,16 @@ def _check(settings: InspectSettings) -> None:
         raise UserError("--against and --scores exclude each other: give one")
 
 
-def _check_measures(settings: InspectSettings, look: Look) -> None:
+def _check_measures(settings: InspectSettings, main: Folder, look: Look) -> None:
     sort = None if settings.sort is None else settings.sort.partition("-")[2]
     for option, name in (("--sort", sort), ("--colour-by", settings.colour_by)):
         if name is not None and name not in look.values:
+            more = "--scores or --against" if main.has_targets else "--against"
             way = {
-                "kl": "give --scores or --against",
+                "kl": f"give {more}",
                 "tv": "give --against",
                 "other": "give --against",
-            }.get(name, f"there are {', '.join(look.values)}, more with --scores")
+            }.get(name, f"there are {', '.join(look.values)}, more with {more}")
             raise UserError(f"{option} {name}: not known of {settings.folder}: {way}")
 
 

@@ -1,6 +1,7 @@
 """What the commands' options have in common."""
 
 from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,18 @@ class _Place(click.ParamType):
         return open_path(value)
 
 
+class Number(click.FloatRange):
+    """A finite number within a range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 FOLDER, FILE = _Place("folder"), _Place("file")
 
 
@@ -38,15 +51,22 @@ class Command(click.Command):
             for name in parameter.opts
         }
         spread: list[str] = []
-        current = None
+        current = greedy = None
         for argument in args:
             name = argument.partition("=")[0]
             if argument.startswith("-") and argument != "-":
                 current = name if name in several else None
             elif current is not None and spread[-1] != current:
                 spread.append(current)
+                greedy = current
             spread.append(argument)
-        return super().parse_args(ctx, spread)
+        try:
+            return super().parse_args(ctx, spread)
+        except click.MissingParameter as error:
+            if greedy is None:
+                raise
+            message = f"{error.format_message()} {greedy} takes all that follows it: put it last"
+            raise click.UsageError(message, ctx) from error
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -57,7 +77,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
     try:
         config = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
     group = ctx.parent.command if ctx.parent else None
     commands = group.commands.keys() if isinstance(group, click.Group) else set[str]()

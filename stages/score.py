@@ -20,9 +20,9 @@ from ..pipeline.manifest import Identity, ShardEntry, identity_schema
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.records import Example, Floats, Reject, ScoredExample
-from ..pipeline.runner import Job, StageResult, folder_in
+from ..pipeline.runner import Job, StageResult, folder_in, sidecar_indices
 from ..pipeline.schema import schema_of
-from ..pipeline.shards import ShardContent, batches_of
+from ..pipeline.shards import ShardContent, batches_of, committed_shard
 from ..pipeline.storage import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import check_readable, parse_row
@@ -37,6 +37,7 @@ from .scorers.base import (
     make_scorer,
 )
 from .sources import Facts, RowReader, Source, open_sources
+from .template_date import parse_day, template_date
 from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
@@ -75,6 +76,10 @@ class ModelSettings:
             raise UserError("--engine server needs --server-url, as in http://host:8000")
         if self.engine != "server" and url is not None:
             raise UserError(f"--server-url {url}: goes with --engine server: give that as well")
+        if self.engine != "server" and self.server_model is not None:
+            raise UserError(
+                f"--server-model {self.server_model}: goes with --engine server: give that as well"
+            )
         if url is not None and not url.startswith(("http://", "https://")):
             raise UserError(f"--server-url {url}: no address, as in http://host:8000")
 
@@ -100,6 +105,7 @@ class ScoreSettings(ModelSettings):
     format: str = "auto"
     template: str = "tokenizer"
     supervise: str = "assistant"
+    date: str | None = None  # that the template writes; None is today, or the folder's
     strict: bool = False
     shard_size: int = 512  # demonstrations
 
@@ -108,6 +114,8 @@ class ScoreSettings(ModelSettings):
         _require_count("shard_size", self.shard_size)
         if self.max_length is not None:
             _require(self.max_length >= 2, "max_length", self.max_length, "2 or more")
+        if self.date is not None:
+            parse_day(self.date)
 
 
 @dataclass(slots=True)
@@ -159,13 +167,18 @@ class ExampleSource(Protocol):
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | PartResult:
     """Make the score folder of demonstrations, or what is missing of it."""
-    result = run_stage(_stage(settings), execution)
-    if isinstance(result, PartResult):
-        return result
-    rejects = [reject for entry in result.manifest.shards for reject in entry.rejects]
-    if settings.strict and rejects:
-        raise _unusable(Reject(**rejects[0]))
-    return result
+    stage = _stage(settings)
+    if settings.strict:
+        _refuse_rejects(stage.job)
+    return run_stage(stage, execution)
+
+
+def _refuse_rejects(job: Job) -> None:
+    """--strict holds for what was made without it, too."""
+    for index in sidecar_indices(job.folder):
+        entry = committed_shard(job.folder, index, job.identity.fingerprint, verify=False)
+        if entry is not None and entry.rejects:
+            raise _unusable(Reject(**entry.rejects[0]))
 
 
 def _stage(
@@ -197,6 +210,7 @@ class ScoreStage:
         check_top_k(settings.top_k, model)
         self.schema = schema_of("score", model.vocab_size)
         engine = choose_engine(settings.engine, source.gathers)
+        _refuse_parallel(settings, engine)
         self.scorer_settings = ScorerSettings(
             engine=engine,
             dtype=choose_dtype(settings.dtype, model.config),
@@ -299,18 +313,24 @@ class Demonstrations:
         self.options = settings
         self.rows = RowReader(sources)
         self.max_length = _max_length(settings, model)
+        template = load_template(settings.template, model.tokenizer)
+        folder = None if settings.in_store else settings.out
         self.encoder = Encoder(
             model.tokenizer,
-            load_template(settings.template, model.tokenizer),
+            template,
             supervise=settings.supervise,
             max_length=self.max_length,
             too_long=settings.too_long,
             vocab_size=model.vocab_size,
+            day=template_date(template, settings.date, folder),
         )
 
     def settings(self) -> dict[str, Any]:
-        template = self.encoder.template
-        return {
+        template, day = self.encoder.template, self.encoder.day
+        special_tokens = self.encoder.special_tokens
+        told = {"special_tokens": special_tokens} if special_tokens else {}
+        told |= {} if day is None else {"date": day.isoformat()}
+        return told | {
             "max_length": self.max_length,
             "too_long": self.options.too_long,
             "format": self.options.format,
@@ -326,7 +346,9 @@ class Demonstrations:
         return {}
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
-        return _stage, (settings, job, [source.facts for source in self.rows.sources])
+        day = self.encoder.day
+        settled = replace(settings, date=None if day is None else day.isoformat())
+        return _stage, (settled, job, [source.facts for source in self.rows.sources])
 
     @property
     def count(self) -> int | None:
@@ -364,6 +386,17 @@ def check_top_k(top_k: int, model: ModelFiles) -> None:
             f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
             f"give {model.vocab_size} or less"
         )
+
+
+def _refuse_parallel(settings: ModelSettings, engine: str) -> None:
+    """Only vLLM spreads a model over several GPUs."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if engine != "vllm" and (value := getattr(settings, name)) > 1:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {value}: goes with vLLM, and here --engine is {engine}: leave it out, "
+                "or give --engine vllm"
+            )
 
 
 def _settled(server: ServerSettings | None) -> ServerSettings | None:

@@ -64,7 +64,10 @@ class _ScoreFolder:
         self.max_length = min(longest, model.max_length)
 
     def settings(self) -> dict[str, Any]:
-        return self.manifest.settings  # how rows were read, above all
+        """How rows were read, above all; not what scored them."""
+        theirs = ("imported", "mass", "server_model")
+        own = self.manifest.settings.items()
+        return {name: value for name, value in own if name not in theirs}
 
     def inputs(self) -> dict[str, str]:
         return {"at": self.manifest.fingerprint}

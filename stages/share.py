@@ -21,7 +21,7 @@ from ..pipeline.runner import (
     tidy,
 )
 from ..pipeline.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
-from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file
+from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file, write_bytes
 from .card import card
 from .hub import DATASETS, HubFolder
 
@@ -69,7 +69,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
                 progress.update(entry.bytes)
         refuse_incomplete(target, manifest.shards, "it was there: run the same command again")
         for name, content in beside.items():
-            _put(target / name, content)
+            write_bytes(target / name, content)
         tidy(target)
     return Shared(manifest, copied)
 
@@ -135,8 +135,3 @@ def _sha256_there(path: Path) -> str:
     with nameless_file() as (_, local):
         fetch(path, local)
         return sha256_of_file(local)
-
-
-def _put(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)

@@ -21,7 +21,8 @@ _LOG_TAIL = 2**16  # bytes, many times a line of a training log
 class FolderStatus:
     """How far a folder of shards is; None is what is not known.
 
-    `is_worked_in` speaks of this machine; others show in `seconds_since_shard`.
+    `is_worked_in` speaks of this machine, in a remote folder of all; others show in
+    `seconds_since_shard`.
     """
 
     stage: str
@@ -94,6 +95,8 @@ def _unfinished(folder: Path) -> FolderStatus:
     indices = sidecar_indices(folder)
     entries = [read_sidecar(folder, index) for index in indices]
     times = [sidecar_path(folder, index).stat().st_mtime for index in indices]
+    if not all(times):  # a store that keeps none
+        times = []
     totals = totals_of(entries)
     working = is_worked_in(folder)
     positions_speed = rows_speed = left = None

@@ -50,7 +50,8 @@ class ScoreFolder:
 
         They are told from a sample, spread evenly over the folder and the same whoever takes it.
         """
-        shards = self.manifest.shards[:: max(1, len(self.manifest.shards) // SAMPLED_BATCHES)]
+        filled = [entry for entry in self.manifest.shards if entry.rows]  # subsets have others
+        shards = filled[:: max(1, len(filled) // SAMPLED_BATCHES)]
         each = SAMPLED_BATCHES // len(shards) or 1
         batches = sum(min(each, -(-entry.rows // BATCH_ROWS)) for entry in shards)
         schema, most = folder_schema(self.manifest), SAMPLED_POSITIONS // max(1, batches)

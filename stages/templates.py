@@ -14,6 +14,7 @@ one of n turns at least 3n times; a turn that has weights by character or by tok
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..pipeline.errors import UserError, one_line
 from ..pipeline.records import Example, Floats, Reject
 from .demonstrations import Demonstration, Messages, TurnWeights, UnusableError
 from .token_weights import Kept, Span, Turn, find_kept, overlapping, weigh
+
+CLOCK = "strftime_now"  # the function that templates ask for the time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,6 +61,7 @@ class Encoder:
     supervise: str = "assistant"
     too_long: str = "reject"
     vocab_size: int | None = None  # the model's, where that may be smaller than the tokenizer's
+    day: date | None = None  # that a template which asks for the time is told; None is now
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -68,12 +72,22 @@ class Encoder:
         if self.template is None:
             _check_end_token(self.tokenizer)
 
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The tokenizer's special tokens that it writes by name; those of `tokenizer.json` apart.
+
+        They stand in another file, so the tokenizer's hash does not tell them.
+        """
+        written = "eos_token" if self.template is None else self.template
+        named = self.tokenizer.special_tokens_map
+        return {name: named[name] for name in sorted(named) if name in written}
+
     def encode(self, demonstration: Demonstration) -> Encoded | Reject:
         """The tokens of a demonstration, or why it cannot be used."""
         try:
             return self._encode(demonstration)
         except UnusableError as error:
-            return Reject(demonstration.source, demonstration.line, str(error))
+            return Reject(demonstration.source, demonstration.line, one_line(error))
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
         layout = self._lay_out(demonstration)
@@ -116,6 +130,8 @@ class Encoder:
         return turns[-1:] if self.supervise == "last" else turns
 
     def _renderer(self, tools: list[Any] | None) -> "_Render":
+        clock = {} if self.day is None else {CLOCK: self.day.strftime}
+
         def render(messages: Messages, generation_prompt: bool = False) -> str:
             try:
                 text = self.tokenizer.apply_chat_template(
@@ -124,6 +140,7 @@ class Encoder:
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
+                    **clock,
                 )
             except Exception as error:  # a template is a program: it may raise anything
                 raise UnusableError(f"the chat template says: {one_line(error)}") from error

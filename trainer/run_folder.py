@@ -19,7 +19,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity, read_plan
 from ..pipeline.plausible import check_maps
 from ..pipeline.runner import refuse_other, tidy
-from ..pipeline.storage import TEMPORARY, atomic_file, read_json, write_json
+from ..pipeline.storage import TEMPORARY, read_json, write_bytes, write_json
 from .mixture import shares_of
 from .settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
@@ -146,8 +146,7 @@ def open_log(
         yield lambda **event: None
         return
     kept = _logged_until(folder / LOG, step) if step else b""
-    with atomic_file(folder / LOG) as file:
-        file.write(kept)
+    write_bytes(folder / LOG, kept)
     with (
         open_trackers(trackers, folder, step, identity) as track,
         open(folder / LOG, "ab", buffering=0) as file,

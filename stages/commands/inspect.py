@@ -27,7 +27,7 @@ from ..options import FOLDER, Command, config_option, model_option
 )
 @click.option("--id", "ids", multiple=True, metavar="ID...", help="Show these examples.")
 @click.option("--random", type=click.IntRange(1), default=None, help="Show so many, drawn.")
-@click.option("--seed", type=int, default=0, help="Of the drawing.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the drawing.")
 @click.option(
     "--sort",
     default=None,

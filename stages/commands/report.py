@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, model_option
+from ..options import FOLDER, Command, Number, config_option, model_option
 
 
 @click.command(cls=Command)
@@ -43,11 +43,11 @@ from ..options import FOLDER, Command, config_option, model_option
 )
 @click.option(
     "--max-megabytes",
-    type=click.FloatRange(0.1),
+    type=Number(0.1),
     default=25.0,
     help="Of the file; where they do not fit, fewer demonstrations are shown.",
 )
-@click.option("--seed", type=int, default=0, help="Of the sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sample.")
 @click.option(
     "--png",
     type=click.Path(path_type=Path, dir_okay=False),

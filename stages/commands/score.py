@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from ..options import (
     FOLDER,
     Command,
+    Number,
     config_option,
     execution_options,
     one_of,
@@ -70,6 +71,13 @@ from ..options import (
     help="Chat template: the tokenizer's own, none, or a Jinja file.",
 )
 @click.option(
+    "--date",
+    default=None,
+    metavar="YYYY-MM-DD",
+    help="What a template that writes today's date takes it for.  [default: today, or the day that "
+    "the folder was begun with]",
+)
+@click.option(
     "--supervise",
     type=one_of("assistant", "last", "all"),
     default="assistant",
@@ -111,21 +119,21 @@ from ..options import (
 )
 @click.option(
     "--gpu-memory",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=None,
     metavar="GIB",
     help="With --plan: what vLLM would take of a GPU of this size.",
 )
 @click.option(
     "--gpu-tflops",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=None,
     metavar="N",
     help="With --plan: a GPU's peak, of which 40 % are reckoned with.  [default: 989, an H100's]",
 )
 @click.option(
     "--gpu-speed",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=None,
     metavar="N",
     help="With --plan, instead: supervised tokens a second that a GPU scores, as you measured it.",

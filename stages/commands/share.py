@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command
+from ..options import FOLDER, Command, one_of
 
 
 @click.command(cls=Command)
@@ -37,7 +37,12 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 
 @click.command("list", cls=Command)
 @click.argument("root", metavar="ROOT", type=FOLDER)
-@click.option("--stage", default=None, help="Only folders of this stage.")
+@click.option(
+    "--stage",
+    type=one_of("score", "build-targets", "mix"),
+    default=None,
+    help="Only folders of this stage.",
+)
 @click.option("--contains", default=None, metavar="TEXT", help="Only lines that hold this text.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line for each folder.")
 def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:

@@ -26,7 +26,7 @@ _MOST_SHOWN = 20
     "the same tokens to compare with: what theirs was quantised from.",
 )
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
-@click.option("--seed", type=int, default=0, help="Of the choice of examples.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the choice of examples.")
 @log_json_option("Append what --rescore finds to this file, as one JSON line.")
 @config_option
 def verify(
@@ -50,6 +50,9 @@ def verify(
     qpipe verify targets/
     qpipe verify scores/ --rescore 32
     """
+    for option, value in (("--model", model), ("--revision", revision)):
+        if value is not None and rescore is None:
+            raise click.UsageError(f"{option} {value}: goes with --rescore N: give that as well")
     from ...pipeline.manifest import read_manifest
 
     _check(folder)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ...pipeline.storage import atomic_file
+from ...pipeline.storage import write_bytes
 
 _BLOB = '<script type="application/octet-stream" id="{name}">{content}</script>\n'
 
@@ -39,8 +39,7 @@ def page_html(title: str, scripts: Sequence[str], blobs: dict[str, str]) -> str:
 def write_page(path: Path, text: str) -> int:
     """Write the page, whole or not at all; its size in bytes."""
     content = text.encode()
-    with atomic_file(path) as file:
-        file.write(content)
+    write_bytes(path, content)
     return len(content)
 
 

@@ -253,13 +253,18 @@ async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> li
 
 def _client(server: ServerSettings) -> httpx.AsyncClient:
     key = os.environ.get("VLLM_API_KEY")
-    return httpx.AsyncClient(
-        base_url=server.url,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
-        limits=httpx.Limits(max_connections=server.concurrency),
-        trust_env=False,  # a proxy for the web is none for this server
-    )
+    try:
+        return httpx.AsyncClient(
+            base_url=server.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
+            limits=httpx.Limits(max_connections=server.concurrency),
+            trust_env=False,  # a proxy for the web is none for this server
+        )
+    except httpx.InvalidURL as error:
+        raise UserError(
+            f"--server-url {server.url}: {one_line(error)}: give one as in http://host:8000"
+        ) from error
 
 
 async def _ask(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline import locks
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.locks import Lease, locked
+from qpipe.pipeline.locks import Lease, is_worked_in, locked
 from qpipe.pipeline.remote import open_path
 from qpipe.tests.s3 import Bucket
 
@@ -107,8 +107,8 @@ def test_tasks_that_come_at_once_all_get_in(s3: Bucket) -> None:
         assert other.alone()  # looked before the first one wrote
         other._folder = s3_names
         start = time.monotonic()
-        one.share()
-        other.share()
+        one.share("rank 0 of 2")
+        other.share("rank 1 of 2")
         assert time.monotonic() - start < 5
         with pytest.raises(UserError), locked(open_path(HELD)):
             pass
@@ -159,3 +159,35 @@ def test_the_host_is_the_same_in_every_process() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == locks._host()
     assert socket.gethostname() in locks._host()
+
+
+def test_a_task_that_is_started_twice_is_held_off(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the same rank would make each shard twice, and a sidecar may then be the other's."""
+    monkeypatch.setattr(locks, "_LEASE", 1.0)
+    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
+    s3.put(LEASE, lease(kind="share", task="rank 1 of 3"))
+    with Lease(open_path(HELD)) as other:
+        other.share("rank 2 of 3")
+    with (
+        Lease(open_path(HELD)) as same,
+        pytest.raises(UserError, match="another qpipe works in it"),
+    ):
+        same.share("rank 1 of 3")
+    assert s3.names() == [LEASE]
+
+
+def test_a_task_waits_for_the_end_of_a_killed_one_of_the_same_rank(s3: Bucket) -> None:
+    s3.put(LEASE, lease(kind="share", task="rank 1 of 3", until=time.time() + 2))
+    with Lease(open_path(HELD)) as again:
+        again.share("rank 1 of 3")
+        assert len(s3.names("held/.lease-")) == 2
+
+
+def test_a_remote_folder_is_worked_in_while_a_lease_holds(s3: Bucket) -> None:
+    folder = open_path(HELD)
+    with locked(folder):
+        assert is_worked_in(folder)
+    s3.put(LEASE, lease(until=time.time() - 1))
+    assert not is_worked_in(folder)

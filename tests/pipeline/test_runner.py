@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -474,6 +475,48 @@ def test_a_plan_that_led_to_nothing_gives_way_to_another(toy: Any, folder: Path)
     toy(folder).run()
 
     assert read_manifest(folder).fingerprint == toy(folder).job.identity.fingerprint
+
+
+def test_shards_of_a_plan_that_led_to_nothing_are_not_left_beside_those_of_another(
+    toy: Any, folder: Path
+) -> None:
+    """They hold rejects alone, and may be more than the other plan has."""
+
+    class Nothing(toy):
+        def records(self, index: int) -> list[Any]:
+            return []
+
+    stop_at(partial(Nothing, settings={"top_k": 99}, shard_count=9), folder, shard=8)
+    assert (folder / "shard-00007.arrow").exists()
+    toy(folder).run()
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+def test_more_rejects_than_a_manifest_can_hold_end_the_run(
+    toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rejecting(toy):
+        def content(self, index: int) -> Any:
+            content = super().content(index)
+            content.rejects = [Reject("chats.jsonl", 1, "too long")] * 4
+            return content
+
+    monkeypatch.setattr("qpipe.pipeline.runner.MOST_REJECTS", 7)
+    with pytest.raises(UserError, match=r"8 demonstrations cannot be used.* 7 is the most"):
+        Rejecting(folder, shard_count=9).run()
+    again = Rejecting(folder, shard_count=9)
+    with pytest.raises(UserError, match="demonstrations cannot be used"):
+        again.run()
+    assert again.calls == []
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(
+    toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpipe.pipeline.manifest.MOST_BYTES", 2000)
+    with pytest.raises(UserError, match=r"manifest.json: would have [\d,]+ bytes, 2,000 are"):
+        toy(folder).run()
+    assert not (folder / "manifest.json").exists()
 
 
 def test_more_shards_than_a_manifest_can_hold_are_refused_before_the_work(

@@ -37,6 +37,32 @@ def test_a_value_after_an_option_that_takes_one_is_refused() -> None:
         parsed("score", *SCORE, "--demonstrations", "a", "--top-k", 3, 4)
 
 
+def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
+    with pytest.raises(
+        click.UsageError, match=r"'DIR'.* --where takes all that follows it: put it"
+    ):
+        parsed("subset", "--where", "tokens < 3", "scores", "--out", "o")
+    with pytest.raises(click.MissingParameter):
+        parsed("subset", "--out", "o")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("score", *SCORE, "--plan", "--gpu-memory", "nan"), "nan is not a finite number"),
+        (("score", *SCORE, "--plan", "--gpu-speed", "inf"), "inf is not a finite number"),
+        (("report", "t", "--max-megabytes", "nan"), "nan is not a finite number"),
+        (("report", "t", "--seed", "-1"), "-1 is not in the range"),
+        (("inspect", "t", "--seed", "-1"), "-1 is not in the range"),
+        (("verify", "t", "--seed", "-1"), "-1 is not in the range"),
+        (("list", "root", "--stage", "targets"), "'targets' is not one of 'score'"),
+    ],
+)
+def test_values_out_of_range(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(click.BadParameter, match=message):
+        parsed(*words)
+
+
 def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path: Path) -> None:
     config = config_file(tmp_path, "model: m\nout: o\ndemonstrations: a.jsonl\ntop-k: 3\n")
     given = parsed("score", "--config", config, "--out", "elsewhere")
@@ -74,6 +100,7 @@ def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Pat
         ("- a\n", "must hold options"),
         ("build-targets: 3\n", "must hold options"),
         ("a: [\n", "cannot be read"),
+        ("top-k: 2024-13-45\n", "cannot be read: month must be in 1..12"),
         ("top-p: [1, 2]\n", "--top-p takes one value"),
         ("method: {a: 1}\n", "--method takes one value"),
         ("top-p: null\n", "--top-p is no value"),

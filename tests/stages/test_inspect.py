@@ -123,6 +123,7 @@ def test_a_demonstration_cannot_write_to_the_terminal(tmp_path: Path, tiny_model
         (["--sort", "largest-kl"], "--sort kl: not known of .*: give --scores or --against"),
         (["--colour-by", "charm"], "--colour-by charm: give one of trust"),
         (["--sort", "lowest-trust", "--random", "2"], "--random and --sort exclude each other"),
+        (["--random", "2", "-n", "5"], "-n 5: goes with --sort; --random says itself how many"),
         (["--scores", "nowhere"], "nowhere: no such folder"),
         (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     ],

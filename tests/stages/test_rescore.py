@@ -18,6 +18,7 @@ from qpipe.stages.rescore import bucket_kl, rescore
 from qpipe.stages.score import ScoreSettings, score
 
 from ..conftest import make_tiny_model
+from ..made_up import qpipe
 from .test_plan import write_chats
 
 
@@ -138,6 +139,12 @@ def test_weights_that_the_name_has_meanwhile_are_refused_unless_they_are_asked_f
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"weights of hash .*, model tiny has .* now: give --model"):
         rescore(scores)
+
+
+def test_a_model_without_rescoring_is_refused(scores: Path) -> None:
+    for option in ("--model", "--revision"):
+        said = qpipe("verify", scores, option, "x", fails=True)
+        assert f"{option} x: goes with --rescore N" in said
 
 
 def test_other_tokens_are_refused(scores: Path, tmp_path: Path) -> None:

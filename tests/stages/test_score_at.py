@@ -23,6 +23,7 @@ from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.stages.cli import cli
+from qpipe.stages.lineage import described
 from qpipe.stages.score_at import ScoreAtSettings, score_at
 from qpipe.stages.scorers import base
 from qpipe.stages.scorers.base import (
@@ -763,3 +764,22 @@ def test_auto_is_vllm_only_where_it_takes_ids(
 
     monkeypatch.setattr(vllm, "SamplingParams", object)  # an older version's
     assert choose_engine("auto", gathers=True) == "transformers"
+
+
+def test_what_scored_the_base_is_not_said_of_the_teacher(
+    tiny_model: Path, teacher: Path, tmp_path: Path
+) -> None:
+    of_the_base = {"imported": "axolotl", "mass": "k", "server_model": "base"}
+    folder = make_folder(tmp_path / "base", tiny_model, SHARDS[:1], **of_the_base)
+    score_at(settings(teacher, folder, tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out")
+    assert not of_the_base.keys() & manifest.settings.keys()
+    assert described(manifest.identity).endswith("transformers in float32")
+
+
+def test_more_gpus_for_an_engine_of_one_are_refused(
+    teacher: Path, scores: Path, tmp_path: Path
+) -> None:
+    options = settings(teacher, scores, tmp_path / "out", tensor_parallel_size=4)
+    with pytest.raises(UserError, match=r"--tensor-parallel-size 4: .* --engine is transformers"):
+        score_at(options)

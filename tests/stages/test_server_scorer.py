@@ -5,6 +5,7 @@ in tests/e2e/test_server.py.
 """
 
 import json
+import re
 import socket
 import threading
 import time
@@ -445,6 +446,7 @@ def test_given_ids_are_not_for_a_server() -> None:
     [
         ({"engine": "server"}, "needs --server-url"),
         ({"engine": "vllm", "server_url": "http://a"}, "goes with --engine server"),
+        ({"engine": "vllm", "server_model": "m"}, "--server-model m: goes with --engine server"),
         ({"engine": "server", "server_url": "host:8000"}, "--server-url host:8000: no address"),
         ({"server_requests": 0}, "--server-requests 0 is out of range"),
         ({"server_timeout": 0}, "--server-timeout 0 is out of range"),
@@ -453,6 +455,12 @@ def test_given_ids_are_not_for_a_server() -> None:
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ScoreSettings(model="m", out=Path("o"), demonstrations=("d",), **options)
+
+
+@pytest.mark.parametrize("url", ["http://host:abc", "http://[::1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=f"--server-url {re.escape(url)}: .*as in http://host"):
+        served_model(ServerSettings(url))
 
 
 def test_the_address_may_end_as_openai_clients_want_it() -> None:

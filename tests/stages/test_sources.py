@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -247,6 +248,14 @@ def test_missing_file(tmp_path, monkeypatch, name):
     with pytest.raises(UserError) as error:
         open_sources([name])
     assert str(error.value) == f"demonstrations {name}: no such file"
+
+
+def test_name_that_is_not_utf_8(tmp_path):
+    """The manifest could not name it."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    write(path, [CHAT])
+    with pytest.raises(UserError, match=r"'caf\\udce9.jsonl': its name is not UTF-8"):
+        open_sources([str(path)])
 
 
 def test_device():

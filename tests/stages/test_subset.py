@@ -17,6 +17,8 @@ from qpipe.stages.cli import main
 from qpipe.stages.subset import SubsetSettings, subset
 from qpipe.stages.verify import verify
 
+from .sealed import SCORES, scored, seal
+
 
 def taken(folder: Path, out: Path, *where: str, ids: Path | None = None) -> Path:
     subset(SubsetSettings(folder, out, ids, where))
@@ -92,6 +94,14 @@ def test_everything_downstream_takes_a_subset(scores: Path, tmp_path: Path) -> N
     wanted = [e.id for e in read_scores(scores) if len(e.input_ids) > 24 and len(e.input_ids) != 26]
     assert [example.id for example in read_targets(last)] == wanted
     assert wanted
+
+
+def test_targets_of_a_few_rows_of_many_shards(tmp_path: Path) -> None:
+    """Most shards of such a subset are empty, and the ids that pack well are told from a sample."""
+    folder = seal(tmp_path / "many", "score", SCORES, [[scored(number)] for number in range(140)])
+    some = taken(folder, tmp_path / "some", "supervised_tokens == 7")
+    build_targets(BuildSettings(some, tmp_path / "targets", choose("sft+kl")))
+    assert list(verify(tmp_path / "targets")) == []
 
 
 def test_a_second_run_does_nothing_and_another_condition_is_refused(

@@ -1,0 +1,106 @@
+"""What a template writes besides the rows, the day and special tokens, is part of the identity."""
+
+import json
+import re
+import shutil
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qpipe.pipeline import read_scores
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.manifest import read_manifest
+from qpipe.stages import template_date
+from qpipe.stages.execution import Execution
+from qpipe.stages.score import ScoreSettings, score
+from qpipe.trainer.models import find_model
+
+DATED = (
+    "{{ strftime_now('%d %b %Y %H:%M') }}{% for message in messages %}"
+    "{{ message.content + eos_token }}{% endfor %}"
+)
+
+
+class Day(date):
+    """The day on which a test believes to run."""
+
+    now = date(2026, 11, 25)
+
+    @classmethod
+    def today(cls) -> date:
+        return cls.now
+
+
+@pytest.fixture
+def options(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    rows = [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(4)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dated.jinja").write_text(DATED)
+    monkeypatch.setattr(template_date, "date", Day)
+    monkeypatch.setattr(Day, "now", date(2026, 11, 25))
+    return {
+        "model": str(tiny_model),
+        "demonstrations": (str(tmp_path / "chats.jsonl"),),
+        "template": str(tmp_path / "dated.jinja"),
+        "engine": "transformers",
+        "top_k": 4,
+        "shard_size": 2,
+        "out": tmp_path / "scores",
+    }
+
+
+def texts(options: dict[str, Any]) -> list[str]:
+    tokenizer = find_model(options["model"]).tokenizer
+    return [tokenizer.decode(each.input_ids) for each in read_scores(options["out"])]
+
+
+def test_a_folder_has_the_day_that_it_was_begun_with(options: dict[str, Any]) -> None:
+    score(ScoreSettings(**options), Execution(rank=0, world_size=2))
+    Day.now = date(2026, 11, 26)
+    score(ScoreSettings(**options))
+    assert read_manifest(options["out"]).settings["date"] == "2026-11-25"
+    assert [text[:17] for text in texts(options)] == ["25 Nov 2026 00:00"] * 4
+    assert getattr(score(ScoreSettings(**options)), "was_done", False)
+    other = options | {"out": options["out"].with_name("other")}
+    score(ScoreSettings(**other))
+    assert texts(other)[0].startswith("26 Nov 2026")
+
+
+def test_a_day_of_ones_own(options: dict[str, Any]) -> None:
+    score(ScoreSettings(**options, date="2024-07-26"))
+    assert texts(options)[0].startswith("26 Jul 2024 00:00")
+    with pytest.raises(UserError, match=r'settings.date is "2024-07-26" there and "2026-11-25"'):
+        score(ScoreSettings(**options, date="2026-11-25"))
+    assert getattr(score(ScoreSettings(**options)), "was_done", False)
+
+
+def test_days_for_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--date 2024-13-01: no day: give one as in 2026-11-25"):
+        ScoreSettings(**options, date="2024-13-01")
+    plain = options | {"template": "none"}
+    with pytest.raises(UserError, match="--date 2024-07-26: the template writes no date"):
+        score(ScoreSettings(**plain, date="2024-07-26"))
+    score(ScoreSettings(**plain))
+    assert "date" not in read_manifest(options["out"]).settings
+
+
+@pytest.mark.parametrize("template", ["none", "dated.jinja"])
+def test_other_special_tokens_are_another_folder(
+    options: dict[str, Any], tmp_path: Path, template: str
+) -> None:
+    """They stand in a file of their own beside tokenizer.json, whose hash stays the same."""
+    if template == "none":
+        options["template"] = template
+    score(ScoreSettings(**options), Execution(rank=0, world_size=2))
+    first = find_model(options["model"])
+    shutil.copytree(options["model"], tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(
+        re.sub(r'("eos_token": )"[^"]*"', r'\1"<|im_start|>"', path.read_text(), count=1)
+    )
+    second = find_model(str(tmp_path / "model"))
+    assert second.tokenizer_hash == first.tokenizer_hash
+    assert second.tokenizer.eos_token != first.tokenizer.eos_token
+    with pytest.raises(UserError, match=r"special_tokens.eos_token is .* there and .* now"):
+        score(ScoreSettings(**options | {"model": str(tmp_path / "model")}))
