@@ -50,8 +50,9 @@ class Ceiling:
 
 def has_ceiling(choice: Choice, base: Model) -> bool:
     """Whether the method's target at the start is a distribution, and known from the scores."""
-    enough = base.top_k >= min(TOP_ENTROPY_SIZE, base.vocab_size)
-    return choice.residual != "gem" and (enough or "top_entropy" not in choice.method.reads)
+    needed = {"top_entropy": min(TOP_ENTROPY_SIZE, base.vocab_size), "entropy": base.vocab_size}
+    enough = all(base.top_k >= needed.get(name, 0) for name in choice.method.reads)
+    return choice.residual != "gem" and enough
 
 
 def ceiling_sums(evidence: Evidence, choice: Choice, residual: Supports) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a manifest may say: every value of the kind that its readers take it for."""
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -84,8 +84,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_map(value: Any, is_right: _Rule) -> bool:
@@ -110,7 +111,7 @@ _ENTRY: dict[str, _Rule] = {
     **dict.fromkeys(("rows", "tokens", "positions", "entries", "bytes"), _is_count),
     "sha256": _is_text,
     "rejects": lambda value: isinstance(value, list) and all(map(_is_reject, value)),
-    "sums": lambda value: _is_map(value, _is_number),
+    "sums": lambda value: _is_map(value, is_number),
 }
 _SETTINGS: dict[str, _Rule] = {
     "vocab_size": lambda value: _is_count(value) and 0 < value <= 2**31,
@@ -119,14 +120,14 @@ _SETTINGS: dict[str, _Rule] = {
     "max_length": _is_count,
     "method": _is_text,
     "form": _is_text,
-    "parameters": lambda value: _is_map(value, lambda each: _is_number(each) or _is_text(each)),
+    "parameters": lambda value: _is_map(value, lambda each: is_number(each) or _is_text(each)),
     "residual": _is_text,
     "tail_shape": lambda value: value in ("student", "uniform"),
-    "top_p": _or_none(_is_number),
+    "top_p": _or_none(is_number),
     "max_support": _or_none(_is_count),
     "precision": lambda value: value in (None, *PRECISIONS),
-    "temperature": _is_number,
-    "teacher_temperature": _is_number,
+    "temperature": is_number,
+    "teacher_temperature": is_number,
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "score": ("vocab_size", "tokenizer_hash", "top_k"),

@@ -130,7 +130,7 @@ class Encoder:
         return turns[-1:] if self.supervise == "last" else turns
 
     def _renderer(self, tools: list[Any] | None) -> "_Render":
-        clock = {} if self.day is None else {CLOCK: self.day.strftime}
+        clock: dict[str, Any] = {} if self.day is None else {CLOCK: self.day.strftime}
 
         def render(messages: Messages, generation_prompt: bool = False) -> str:
             try:

@@ -89,7 +89,7 @@ def can_pack(model: Any) -> bool:
             input_ids=both, position_ids=places, segments=(2, 3, 3), use_cache=False
         ).logits
         stay_apart = torch.allclose(packed[0], torch.cat([alone[0], alone[1, 2:]]), 1e-4, 1e-4)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # another architecture altogether
+    except Exception:  # another architecture altogether: its code may raise anything
         stay_apart = False
     finally:
         model.train(was_training)

@@ -1,7 +1,6 @@
 """A user's own evaluation: a command that is run on a checkpoint and prints numbers as JSON."""
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line
+from ..pipeline.plausible import is_number
 
 CHECKPOINT = "{checkpoint}"
 
@@ -61,12 +61,8 @@ def _numbers(output: str) -> dict[str, float]:
     last = next((line for line in reversed(lines) if line.strip()), "")
     try:
         found = json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}
-    return {name: value for name, value in found.items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return {name: value for name, value in found.items() if is_number(value)}

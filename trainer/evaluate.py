@@ -13,6 +13,7 @@ from .collate import Batch, SparseTargets, collate
 from .loss import at_least_float32, observed_losses, residual_divergences
 from .objective import Objective
 from .sharding import let_go
+from .step import room_for
 from .student import Student
 
 
@@ -49,7 +50,8 @@ def evaluate(
     read = partial(_sums, objective=objective)
     sums = [0.0] * 7
     for batch in _in_step(batches, accelerator):
-        found = student.measure(batch.to(accelerator.device), read, objective.reads_examples)
+        with room_for("evaluation", "fewer --forward-tokens"), accelerator.autocast():
+            found = student.measure(batch.to(accelerator.device), read, objective.reads_examples)
         sums = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
     student.train(was_training)
     let_go(student)

@@ -230,10 +230,14 @@ def _sequence_log_ratios(
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum with a matrix product added, in place and without room for it where the types allow."""
+    """A sum with a matrix product added, in place and without room for it where the types allow.
+
+    Autocast, which leaves what is done in place alone, would compute it in fewer bits.
+    """
     if total is None:
         return (left @ right).to(dtype)
-    if total.dtype == left.dtype == right.dtype:
+    is_plain = not torch.is_autocast_enabled(left.device.type)
+    if is_plain and total.dtype == left.dtype == right.dtype:
         return total.addmm_(left, right)
     return total.add_(left @ right)
 

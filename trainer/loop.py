@@ -16,13 +16,14 @@ from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
 from ..pipeline.termination import notes_termination
 from .attention import can_pack
+from .checkpoint import latest_checkpoint
 from .checks import settled_method
 from .models import ModelFiles, find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity
 from .saving import save_adapter, save_model
 from .settings import TrainSettings
-from .sources import Source, find_sources, open_sources, settled, unfolded
+from .sources import Source, find_sources, open_sources, settled, tokens_alone, unfolded
 from .step import NOT_FINITE, precision_of, start_accelerator
 from .student import Student, load_student
 
@@ -40,6 +41,7 @@ def train(settings: TrainSettings) -> TrainResult:
     sources = find_sources(settings)
     base = find_model(settings.model, settings.revision)
     objective = settled(settings, sources, base)
+    alone = tokens_alone(settings, sources)
     first = sources[0]
     method = settled_method(settings.method, first.folder, first.manifest)
     settings = replace(settings, method=method)
@@ -51,6 +53,7 @@ def train(settings: TrainSettings) -> TrainResult:
         inputs={source.name: source.manifest.fingerprint for source in sources}
         | {"model": base.weights_hash()},
         precision=precision_of(accelerator),
+        **({"tokens_alone": True} if alone else {}),
     )
     record = finished_run(settings.out, identity)
     if record is not None:
@@ -63,7 +66,12 @@ def train(settings: TrainSettings) -> TrainResult:
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
         settings = _adapted(settings, base, student, accelerator.is_main_process)
-        run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
+        run = Run(
+            settings, identity, accelerator, student, base, objective, samples, held_out, alone
+        )
+        if settings.resume == "never" and accelerator.is_main_process:
+            remove_checkpoints(settings.out)
+        accelerator.wait_for_everyone()
         with notes_termination() as has_come:
             result = run.train(has_come)
             save = save_adapter if settings.keep_adapter else save_model
@@ -75,13 +83,11 @@ def train(settings: TrainSettings) -> TrainResult:
 
 
 def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> None:
-    """Open the output folder, and forget what an earlier try left that is of no use now."""
+    """Open the output folder, which may hold checkpoints of this very run alone."""
+    latest_checkpoint(settings.out, identity)
     open_folder(settings.out, identity)
-    if not is_main:
-        return
-    (settings.out / NOT_FINITE).unlink(missing_ok=True)
-    if settings.resume == "never":
-        remove_checkpoints(settings.out)
+    if is_main:
+        (settings.out / NOT_FINITE).unlink(missing_ok=True)
 
 
 def _adapted(

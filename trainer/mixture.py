@@ -13,7 +13,7 @@ are spread evenly, which is within half a sample and half the number of streams 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, tee
+from itertools import tee
 from math import gcd, lcm
 from typing import Any
 
@@ -39,11 +39,6 @@ class Mixture:
         """Samples an epoch: as many as the streams have in all, whatever their shares."""
         return sum(map(len, self.streams))
 
-    @property
-    def positions(self) -> int:
-        """Supervised positions of all streams, each once."""
-        return sum(stream.positions for stream in self.streams)
-
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
         """The samples of these numbers, ascending; every stream keeps a window in memory."""
         return self._merged(TargetStream.samples, seed, numbers)
@@ -51,10 +46,6 @@ class Mixture:
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
         """How many tokens the samples of these numbers have; reads nothing."""
         return self._merged(TargetStream.lengths, seed, numbers)
-
-    def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
-        """The rank's share of the examples, each once, stream after stream."""
-        return chain.from_iterable(stream.in_order(rank, world_size) for stream in self.streams)
 
     def turn(self, number: int) -> tuple[int, int]:
         """The stream that a sample comes from, and its number there."""

@@ -24,7 +24,6 @@ from ..pipeline.records import TargetExample
 from ..pipeline.storage import write_json
 from ..pipeline.termination import Terminated
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from .checks import SFT
 from .collate import Batch, collate, observed_only, pack
 from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
@@ -72,6 +71,7 @@ class Run:
         objective: Objective,
         train_samples: Samples,
         eval_streams: Sequence[TargetStream],
+        tokens_alone: bool,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -81,6 +81,7 @@ class Run:
         self.objective = objective
         self.train_samples = train_samples
         self.eval_streams = eval_streams
+        self.tokens_alone = tokens_alone
         self.stepper = Stepper(accelerator, student, settings, self.objective)
         self.steps, self.samples = run_size(settings, train_samples)
 
@@ -212,7 +213,7 @@ class Run:
     def _batch(self, examples: list[TargetExample]) -> Batch:
         """Examples as a batch with the targets of the method."""
         batch = pack(examples) if self.settings.pack else collate(examples)
-        return observed_only(batch) if self.settings.method == SFT else batch
+        return observed_only(batch) if self.tokens_alone else batch
 
     def _learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""

@@ -6,7 +6,6 @@ went.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ _PLACES = {"targets", "model", "revision", "out"}  # known by their content inst
 # these leave every gradient as it is
 _CUT = {"forward_tokens", "pack", "gradient_checkpointing", "fsdp"}
 _SAVING = {"save_every", "keep_checkpoints", "resume"}
-_SHOWING = {"track", "eval_command"}
+_SHOWING = {"track", "eval_command", "eval_every"}
 _CHECKS = {"verify"}
 
 
@@ -100,17 +99,13 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return event if is_event and isinstance(event.get("event"), str) else None
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of an event is a finite number."""
-    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_plain and abs(value) < math.inf
-
-
 def finish(folder: Path, record: dict[str, Any]) -> None:
     """Declare a run finished; the record gets the names and sizes of the model's files."""
-    others = (PLAN, LOG, CHECKPOINTS, *TRACKER_FOLDERS)
-    names = {path.name for path in folder.iterdir() if not fnmatch(path.name, TEMPORARY)}
-    files = {name: _size(folder / name) for name in sorted(names.difference(others))}
+    others = {PLAN, LOG, CHECKPOINTS, *TRACKER_FOLDERS}
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    own = [path for path in paths if not fnmatch(path.parts[0], TEMPORARY)]
+    names = sorted(str(path) for path in own if path.parts[0] not in others)
+    files = {name: _size(folder / name) for name in names}
     write_json(folder / RUN, record | {"files": files})
     _tidy(folder)
 

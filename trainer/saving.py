@@ -110,7 +110,7 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         paths = sorted(aside.iterdir(), key=lambda path: path.name == last)
-        for path in paths:
+        for path in aside.rglob("*"):
             _sync(path)
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         shutil.rmtree(aside, ignore_errors=True)
@@ -119,6 +119,8 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
             "same command again"
         ) from error
     for path in paths:
+        if path.is_dir():  # left of a run that was killed here, it would be in the way
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
     aside.rmdir()
 

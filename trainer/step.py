@@ -8,8 +8,8 @@ over all micro-batches and processes, so the same samples give the same step how
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from .sharding import shard, whole
 from .student import Student
 
 NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
+_MOST_NAMED = 5
 _ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -52,10 +53,11 @@ class NotFiniteError(UserError):
 
     def __init__(self, step: int, loss: float, examples: list[str]) -> None:
         what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
+        more = len(examples) - _MOST_NAMED
+        named = ", ".join(examples[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
         super().__init__(
-            f"step {step}: the {what} is not finite on examples {', '.join(examples)}: look at "
-            f"them (their ids are in {NOT_FINITE}), or give a lower --learning-rate and another "
-            "--out"
+            f"step {step}: the {what} is not finite on examples {named}: look at them (their ids "
+            f"are in {NOT_FINITE}), or give a lower --learning-rate and another --out"
         )
         self.record = {"step": step, "what": what, "examples": examples}
 
@@ -74,12 +76,13 @@ class Stepper:
         self.max_grad_norm = settings.max_grad_norm
         self.objective = objective
         given = (settings.optimizer, student, settings.learning_rate, settings.weight_decay)
-        if settings.fsdp and accelerator.num_processes > 1:
-            shard(student, accelerator)
-            self.model: Any = student
-            self.optimizer: Any = accelerator.prepare(make_optimizer(*given))
-        else:
-            self.model, self.optimizer = accelerator.prepare(student, make_optimizer(*given))
+        with room_for("the model", "--lora-rank, or --fsdp on several GPUs"):
+            if settings.fsdp and accelerator.num_processes > 1:
+                shard(student, accelerator)
+                self.model: Any = student
+                self.optimizer: Any = accelerator.prepare(make_optimizer(*given))
+            else:
+                self.model, self.optimizer = accelerator.prepare(student, make_optimizer(*given))
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take step `number` on this process' micro-batches, at least one.
@@ -88,13 +91,12 @@ class Stepper:
         finite.
         """
         tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
-        try:
+        with room_for(
+            f"step {number}",
+            "fewer --forward-tokens, which leaves the gradient as it is, or "
+            "--gradient-checkpointing",
+        ):
             sums, bound = self._backward(batches, int(tokens))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"step {number}: the device is out of memory: give fewer --forward-tokens, which "
-                "leaves the gradient as it is, or --gradient-checkpointing"
-            ) from error
         loss = float(self._sum(sums.sum())) / int(tokens)
         parameters = self.model.parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
@@ -106,7 +108,10 @@ class Stepper:
             raise NotFiniteError(number, loss, _at_fault(batches, sums))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        with room_for(  # its moments come with the first step
+            "the optimizer", "--optimizer adamw-8bit, --lora-rank, or --fsdp on several GPUs"
+        ):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, int(tokens), bound)
 
@@ -131,6 +136,15 @@ class Stepper:
     def _sum(self, value: Tensor) -> Any:
         """The sum of a number over the processes."""
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+
+
+@contextmanager
+def room_for(what: str, way_out: str) -> Iterator[None]:
+    """Turns a lack of the device's memory into a UserError that says what to give."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{what}: the device is out of memory: give {way_out}") from error
 
 
 def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:

@@ -18,7 +18,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -47,7 +47,6 @@ class Outline:
     starts: Rows  # [B + 1]
     places: Ints  # [R] the row's place in its record batch
     tokens: Ints  # [R]
-    positions: Ints  # [R] supervised ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +80,6 @@ class TargetStream:
         """Samples an epoch."""
         return len(self.outline.places)
 
-    @property
-    def positions(self) -> int:
-        """Supervised positions an epoch."""
-        return int(self.outline.positions.sum(dtype=np.int64))
-
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
         """The samples of these numbers, which ascend, so that no window is read twice.
 
@@ -99,10 +93,6 @@ class TargetStream:
         """How many tokens the samples of these numbers have; reads nothing."""
         for rows in self._windows(seed, numbers):
             yield from self.outline.tokens[rows].tolist()
-
-    def shuffled(self, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
-        """The rank's share of an endless run of epochs: every `world_size`-th sample."""
-        return self.samples(seed, count(rank, world_size))
 
     def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
         """The rank's share of the examples, as they stand in the folder."""
@@ -189,28 +179,21 @@ def permutation(size: int, seed: int, *key: int) -> Rows:
     return np.argsort(source.random_raw(size), kind="stable")
 
 
-_Block = tuple[int, int, Ints, Ints, Ints]  # shard, record batch, and the columns of its rows
+_Block = tuple[int, int, Ints, Ints]  # shard, record batch, and the columns of its rows
 
 
 def _block(shard: int, number: int, batch: FlatBatch, places: Rows) -> _Block:
-    tokens, positions = (batch.lengths[level][places] for level in ("token", "position"))
-    return (
-        shard,
-        number,
-        places.astype(np.int32),
-        tokens.astype(np.int32),
-        positions.astype(np.int32),
-    )
+    tokens = batch.lengths["token"][places]
+    return shard, number, places.astype(np.int32), tokens.astype(np.int32)
 
 
 def _outline(blocks: Sequence[_Block]) -> Outline:
     none = np.empty(0, np.int32)
-    shards, numbers, places, tokens, positions = zip(*blocks, strict=True) if blocks else [()] * 5
+    shards, numbers, places, tokens = zip(*blocks, strict=True) if blocks else [()] * 4
     return Outline(
         shards=np.array(shards, np.int32),
         numbers=np.array(numbers, np.int32),
         starts=np.cumsum([0, *map(len, places)]),
         places=np.concatenate([none, *places]),
         tokens=np.concatenate([none, *tokens]),
-        positions=np.concatenate([none, *positions]),
     )

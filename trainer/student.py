@@ -75,8 +75,16 @@ class Student(torch.nn.Module):
 def load_student(
     base: ModelFiles, gradient_checkpointing: bool, lora_rank: int | None = None
 ) -> Student:
-    """The model with float32 weights; with `lora_rank`, only adapters of that rank learn."""
+    """The model with float32 weights; with `lora_rank`, only adapters of that rank learn.
+
+    Raises UserError as `load_model` does, and for one that is quantised.
+    """
     model = load_model(base, torch.float32)
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"model {base.name}: its weights are quantised, and cannot learn: train the model that "
+            "it was made from"
+        )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # or frozen embeddings would cut the graph

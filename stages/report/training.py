@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError
-from ...trainer.run_folder import LOG, RUN, is_number, parse_event, settings_in
+from ...pipeline.plausible import is_number
+from ...trainer.run_folder import LOG, RUN, parse_event, settings_in
 from ..token_text import escaped
 from .data import json_text
 

@@ -51,10 +51,12 @@ def main(folder: Path) -> None:
     make_targets(folder / "targets")
     one_core()
     start = perf_counter()
-    stream, _ = open_streams(folder / "targets", read_manifest(folder / "targets"), 0.0)
+    manifest = read_manifest(folder / "targets")
+    positions = manifest.totals["positions"]
+    stream, _ = open_streams(folder / "targets", manifest, 0.0)
     opening = perf_counter() - start
-    print(f"{stream.positions:,} positions, one of {os.cpu_count()} cores, load {os.getloadavg()}")
-    print(f"opened and verified at {stream.positions / opening:,.0f} positions/s")
+    print(f"{positions:,} positions, one of {os.cpu_count()} cores, load {os.getloadavg()}")
+    print(f"opened and verified at {positions / opening:,.0f} positions/s")
     half = len(stream) // 2
     ways = {
         "padded": lambda: batches(stream, 0, False),

@@ -494,7 +494,7 @@ def test_gem_has_no_ceiling() -> None:
     assert not has_ceiling(gem, Model(20, 30))
     assert sums_of(evidence_of(DEMONSTRATIONS), gem) == {}
     assert ceilings({}) == ceilings({"trust": 1.0}) == []
-    assert all(has_ceiling(choice, Model(20, 30)) for choice in CHOICES)
+    assert all(has_ceiling(choice, Model(30, 30)) for choice in CHOICES)
 
 
 def test_a_target_that_follows_20_tokens_is_not_known_from_fewer() -> None:
@@ -503,6 +503,12 @@ def test_a_target_that_follows_20_tokens_is_not_known_from_fewer() -> None:
     assert not has_ceiling(eaft, Model(19, 30))
     assert has_ceiling(eaft, Model(5, 5))
     assert has_ceiling(choose("dft", "live"), Model(1, 30))
+
+
+def test_a_target_that_follows_the_whole_entropy_is_not_known_from_a_part() -> None:
+    """Taken from what is stored, the tail as one token, it can be half of what it is."""
+    assert not has_ceiling(choose("idft", "live"), Model(29, 30))
+    assert has_ceiling(choose("idft", "live"), Model(30, 30))
 
 
 @pytest.mark.parametrize(

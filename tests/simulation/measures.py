@@ -95,7 +95,6 @@ def _outlined(rows: int) -> TargetStream:
         starts=np.arange(blocks + 1) * BATCH_ROWS,
         places=np.tile(np.arange(BATCH_ROWS, dtype=np.int32), blocks),
         tokens=400 * ones,
-        positions=250 * ones,
     )
     return TargetStream(Path(), Manifest(None, "", {}, {}, {}, []), outline)  # type: ignore
 

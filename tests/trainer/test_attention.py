@@ -16,6 +16,8 @@ from qpipe.trainer.student import Student
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -113,8 +115,11 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
         lambda: MambaForCausalLM(
             MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=4)
         ),
+        lambda: DogeForCausalLM(
+            DogeConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        ),
     ],
-    ids=["positions by distance in the row", "a state that goes on"],
+    ids=["positions by distance in the row", "a state that goes on", "a mask of its own"],
 )
 def test_models_that_would_mix_examples_are_left_as_they_are(make: Callable[[], Any]) -> None:
     torch.manual_seed(1)

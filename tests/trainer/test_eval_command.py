@@ -154,3 +154,23 @@ def test_two_processes_run_it_once(settings: TrainSettings, tmp_path: Path) -> N
     found = events(settings.out)
     assert [event["step"] for event in found] == [0, 2, 4]
     assert found[2]["results"]["sum"] == pytest.approx(sum_of(settings.out))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"a": 1, "b": 0.5}', {"a": 1, "b": 0.5}),
+        ('{"passed": true, "a": 2}', {"a": 2}),
+        ('{"a": 1' + "0" * 400 + ', "b": 3}', {"b": 3}),
+        ('{"a": NaN, "b": Infinity, "c": 4}', {"c": 4}),
+        ("[" * 100_000, None),
+    ],
+)
+def test_what_counts_as_a_number(tmp_path: Path, line: str, found: dict[str, float] | None) -> None:
+    (tmp_path / "said").write_text(line + "\n\n")
+    (tmp_path / "run.py").write_text(
+        "import pathlib, sys; print(pathlib.Path(sys.argv[1], 'said').read_text())"
+    )
+    said = run_command(f"{sys.executable} {tmp_path / 'run.py'} {{checkpoint}}", tmp_path)
+    assert said.get("results") == found
+    assert ("error" in said) == (found is None)

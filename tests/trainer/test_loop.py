@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
 from qpipe.trainer.objective import objective_of
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper, StepResult, start_accelerator
+from qpipe.trainer.step import NotFiniteError, Stepper, StepResult, start_accelerator
 from qpipe.trainer.student import Student, load_student
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -197,6 +198,45 @@ def dense_cross_entropy(model: torch.nn.Module, examples: list[TargetExample]) -
         total = total + cross_entropy(logits_TV[:-1], labels[1:], reduction="sum")
         tokens += len(example.positions)
     return total / tokens
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("accelerate.Accelerator.prepare", "the model: .*: give --lora-rank"),
+        ("qpipe.trainer.step.Stepper._backward", "step 1: .*: give fewer --forward-tokens"),
+        ("torch.optim.AdamW.step", "the optimizer: .*: give --optimizer adamw-8bit"),
+        ("qpipe.trainer.student.Student.measure", "evaluation: .*: give fewer --forward-tokens"),
+    ],
+)
+def test_a_device_without_room_is_one_line_wherever_it_shows(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(UserError, match=words.replace(".*", "the device is out of memory")):
+        train(replace(settings, eval_fraction=0.3))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_a_quantised_model_is_refused(settings: TrainSettings, tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "quantised"
+    shutil.copytree(settings.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model quantised: (cannot be loaded|its weights)"):
+        train(replace(settings, model=str(folder)))
+
+
+def test_few_of_many_examples_that_are_not_finite_are_named() -> None:
+    error = NotFiniteError(3, math.inf, [f"chats.jsonl:{number}" for number in range(1, 2001)])
+    assert "chats.jsonl:5 and 1,995 more: look at them" in str(error)
+    assert "chats.jsonl:6" not in str(error)
+    assert len(error.record["examples"]) == 2000
+    assert "on examples a: look" in str(NotFiniteError(3, math.inf, ["a"]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -386,6 +426,30 @@ def test_sft_on_a_live_folder_is_sft(
         train(runs[-1])
         assert all(line["error_bound"] is None for line in read_log(runs[-1].out, "step"))
     assert_same_weights(runs[0].out, runs[1].out, rtol=0, atol=1e-5)
+
+
+def test_weights_of_tokens_count_in_a_folder_made_for_sft(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples, tmp_path: Path
+) -> None:
+    """--method sft leaves out another method's; sft has none but those of the demonstrations."""
+    examples = make_live_examples(17, "observed")
+    halved = [
+        replace(each, weights=np.where(each.positions % 2, 0, 1).astype(np.float32))
+        for each in examples
+    ]
+    own = LIVE["dft"] | {"method": "sft", "form": "frozen-target"}
+    losses = {}
+    for name, rows, of_folder in (("all", examples, own), ("half", halved, own)):
+        folder = make_targets(rows, name, **of_folder)
+        for method in (None, "sft"):
+            out = tmp_path / f"{name}-{method}"
+            train(replace(settings, targets=folder, out=out, method=method))
+            losses[name, method] = read_log(out, "step")[0]["loss"]
+    assert losses["half", None] < 0.9 * losses["all", None]
+    assert losses["half", "sft"] == losses["half", None]
+    other = make_targets(halved, "dft", **LIVE["dft"])
+    train(replace(settings, targets=other, out=tmp_path / "other", method="sft"))
+    assert read_log(tmp_path / "other", "step")[0]["loss"] == losses["all", None]
 
 
 def test_record_of_a_run(settings: TrainSettings, targets: Path) -> None:

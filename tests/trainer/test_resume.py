@@ -17,6 +17,7 @@ from qpipe.pipeline.records import TargetExample
 from qpipe.trainer import run as run_module
 from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
+from qpipe.trainer.run_folder import settings_in
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
@@ -182,7 +183,29 @@ def test_a_checkpoint_of_another_run_is_refused(
     killed_at(monkeypatch, settings, 3)
     with pytest.raises(UserError, match=r"settings.learning_rate is 0.001 there and 0.002 now"):
         train(replace(settings, learning_rate=0.002))
+    assert settings_in(settings.out)["learning_rate"] == 0.001  # and the plan is still this run's
+    kept = checkpoints_in(settings.out)
+    with pytest.raises(UserError, match=r"settings.learning_rate is 0.001 there and 0.002 now"):
+        train(replace(settings, learning_rate=0.002, resume="never"))
+    assert checkpoints_in(settings.out) == kept
     train(settings)
+
+
+def test_a_run_that_cannot_start_anew_keeps_what_it_would_go_on_from(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(monkeypatch, settings, 3)
+    kept = checkpoints_in(settings.out)
+    assert kept
+
+    def load(*_: Any) -> Any:
+        raise UserError("model tiny: cannot be loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qpipe.trainer.loop.load_student", load)
+        with pytest.raises(UserError, match="cannot be loaded"):
+            train(replace(settings, resume="never"))
+    assert checkpoints_in(settings.out) == kept
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(

@@ -1,6 +1,7 @@
 """What a student is on disk."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,3 +103,31 @@ def test_adapters_are_merged_in_the_copy_alone(model: Path, tmp_path: Path) -> N
     expected.finish(torch.float32)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(saved.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_killed_while_its_files_moved_is_saved_again(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer of several templates has a folder of them, which is there already then."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    folder = settings.out.with_name("model")
+    shutil.copytree(settings.model, folder)
+    tokenizer.save_pretrained(folder)
+    named = replace(settings, model=str(folder))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qpipe.trainer.loop.finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(named)
+    assert (named.out / "additional_chat_templates/tools.jinja").exists()
+    train(named)
+    files = json.loads((named.out / "qpipe.json").read_text())["files"]
+    assert files["additional_chat_templates/tools.jinja"] == len("{{ tools }}")
+    assert None not in files.values()
+    (named.out / "additional_chat_templates/tools.jinja").unlink()
+    with pytest.raises(UserError, match=r"tools.jinja: missing or damaged"):
+        train(named)

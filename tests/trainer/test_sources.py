@@ -15,6 +15,7 @@ from qpipe.pipeline.records import TargetExample
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
 from qpipe.trainer.settings import TrainSettings
+from qpipe.trainer.sources import find_sources, tokens_alone
 from qpipe.trainer.step import Stepper, StepResult
 from safetensors.torch import load_file
 
@@ -175,3 +176,19 @@ def test_a_mixture_has_weights_of_its_own(settings: TrainSettings, tmp_path: Pat
     write_mix(tmp_path / "mixed", [(folder, 1.0) for folder in settings.folders])
     with pytest.raises(UserError, match="mixed is a mixture with weights of its own"):
         train(replace(settings, targets=tmp_path / "mixed", mixture_weights=(1.0,)))
+
+
+def test_the_weights_of_a_mixture_do_not_depend_on_which_folder_comes_first(
+    settings: TrainSettings, make_targets: Make, make_examples: Examples, tmp_path: Path
+) -> None:
+    """The first one's method names the run's; sft there does not mean sft for all."""
+    one_hot = {"form": "frozen-weight", "residual": "-", "max_support": 0, "top_p": None}
+    examples = make_examples(4, 3)
+    folders = [
+        make_targets(examples, "of-sft", method="sft", parameters={}, **one_hot),
+        make_targets(examples, "of-dft", method="dft", parameters={}, **one_hot),
+    ]
+    assert not tokens_alone(settings, find_sources(replace(settings, targets=tuple(folders))))
+    asked = replace(settings, targets=tuple(folders), method="sft")
+    assert tokens_alone(asked, find_sources(asked))
+    assert not tokens_alone(asked, find_sources(replace(asked, targets=folders[0])))

@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def open_folder(folder: Path, eval_fraction: float = 0.0) -> tuple[TargetStream,
 
 
 def epoch_ids(stream: TargetStream, epochs: int = 1, seed: int = 0) -> list[str]:
-    return [example.id for example in islice(stream.shuffled(seed), epochs * len(stream))]
+    return [example.id for example in stream.samples(seed, range(epochs * len(stream)))]
 
 
 def outlined(sizes: list[int]) -> TargetStream:
@@ -47,7 +47,7 @@ def outlined(sizes: list[int]) -> TargetStream:
     shards = np.zeros(len(sizes), np.int32)
     rows = np.arange(sum(sizes), dtype=np.int32)
     starts = np.cumsum([0, *sizes])
-    outline = Outline(shards, np.arange(len(sizes), dtype=np.int32), starts, rows, rows, rows)
+    outline = Outline(shards, np.arange(len(sizes), dtype=np.int32), starts, rows, rows)
     return TargetStream(Path(), Manifest(None, "", {}, {}, {}, []), outline)  # type: ignore
 
 
@@ -92,7 +92,6 @@ def test_examples_arrive_as_written(folder: Path, make_examples: Examples) -> No
     read = list(stream.in_order())
     assert [example.id for example in read] == list(written)
     assert len(held_out) == 0
-    assert stream.positions == sum(len(example.positions) for example in written.values())
     for example in read:
         for field in fields(example):
             found, expected = (getattr(each, field.name) for each in (example, written[example.id]))
@@ -122,7 +121,7 @@ def test_ranks_share_one_order(folder: Path, world_size: int) -> None:
     dealt = [""] * len(whole)
     for rank in range(world_size):
         share = len(range(rank, len(whole), world_size))
-        examples = islice(stream.shuffled(0, rank, world_size), share)
+        examples = islice(stream.samples(0, count(rank, world_size)), share)
         dealt[rank::world_size] = [example.id for example in examples]
     assert dealt == whole
     in_order = [example.id for r in range(world_size) for example in stream.in_order(r, world_size)]
@@ -142,8 +141,6 @@ def test_held_out_examples_are_disjoint_complete_and_stable(
     assert 5 < len(parts[1]) < 35
     assert set(epoch_ids(one[0], 2)) == parts[0]
     assert [len(stream) for stream in one] == [len(part) for part in parts]
-    positions = {example.id: len(example.positions) for example in examples}
-    assert one[1].positions == sum(positions[row_id] for row_id in parts[1])
 
 
 def test_held_out_by_the_hash_of_the_id() -> None:
