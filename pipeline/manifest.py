@@ -152,7 +152,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
             raise UserError(
                 f"{folder}: not finished yet: run `qpipe {made_by}` with the same options again"
             )
-        makers = f"`qpipe {stage}`" if stage else "a qpipe command"
+        makers = f"`qpipe {stage}`" if stage else "`qpipe score` or `qpipe build-targets`"
         raise UserError(
             f"{folder}: not a qpipe folder, it has no {MANIFEST}: give one made by {makers}"
         )

@@ -15,7 +15,7 @@ from ..options import FOLDER, Command, Number, config_option, model_option
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
     metavar="FILE",
-    help="HTML file to write.",
+    help="HTML file to write: needed, unless --png is given.",
 )
 @click.option(
     "--scores",

@@ -30,7 +30,7 @@ ASSUMED = {
     "prefill": 20_000,  # tokens a second on a GPU, 8B model in bfloat16: not measured here
     "tokens": 400,  # of a demonstration
     "supervised": 250,  # of these
-    "target bytes": 44,  # a supervised token: docs/folders.md, tests/benchmarks/frontier.py
+    "target bytes": 50,  # a supervised token: docs/folders.md, tests/benchmarks/frontier.py
     "score bytes": 64 * 5.2 + 9,  # at k = 64: stages/plan.py
     "shard": 512,  # demonstrations: the default of --shard-size
 }
