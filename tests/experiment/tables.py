@@ -272,7 +272,8 @@ def _learning_rates(records: list[Record], parts: Parts, size: Size) -> str:
                 rows.append((start, variant.name, *rates))
     return (
         "Accuracy on the validation problems (NLL of their demonstrations); the best accuracy is "
-        "taken, of several the one with the lowest NLL.\n\n" + _table(rows)
+        "taken, of several the one with the lowest NLL. Where it is the first or the last that was "
+        "tried, a better one may lie beyond.\n\n" + _table(rows)
     )
 
 
