@@ -110,9 +110,9 @@ class Lease:
         return True
 
     def share(self, task: str) -> None:
-        """As `FolderLock.share`; where the same task is at work, too.
+        """As `FolderLock.share`, and a UserError also where the same task is at work.
 
-        Waits until a killed one would be forgotten.
+        Waits first, until a killed one would be forgotten.
         """
         self._task = task
         if self._kind == "alone":  # nobody can refuse it, or two that came at once would each wait
