@@ -5,8 +5,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -44,6 +44,25 @@ def local_copy(path: Path, sha256: str) -> Path:
         _checked[copy] = _state(copy)
     _touch(copy)
     return copy
+
+
+@contextmanager
+def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
+    """As `local_copy`, for files of one folder that are all needed at a time.
+
+    Their copies stay until the block ends, also where they are more than the cache holds.
+    """
+    if not is_remote(folder):
+        yield local_copy
+        return
+    with tempfile.TemporaryDirectory(dir=_folder("shards"), prefix=".fetch-") as kept:
+
+        def keep(path: Path, sha256: str) -> Path:
+            link = Path(kept) / sha256
+            os.link(local_copy(path, sha256), link)
+            return link
+
+        yield keep
 
 
 def local_version(path: Path) -> Path:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 DATASETS = "hf://datasets/"
+_PATHS_AT_ONCE = 500  # of a request: the hub refuses 1,000
 
 
 class HubFolder:
@@ -68,7 +69,13 @@ class HubFolder:
         """The SHA-256 of files, as the hub found it."""
         paths = [self._path(name) for name in names]
         try:
-            found = self.api.get_paths_info(paths=paths, **self.where)
+            found = [
+                info
+                for start in range(0, len(paths), _PATHS_AT_ONCE)
+                for info in self.api.get_paths_info(
+                    paths=paths[start : start + _PATHS_AT_ONCE], **self.where
+                )
+            ]
         except Exception as error:
             raise UserError(f"{self.url}: cannot be read: {one_line(error)}") from error
         large = ((info.path, getattr(info, "lfs", None)) for info in found)

@@ -16,13 +16,13 @@ from ..pipeline.codec import FlatBatch, flatten, segment_sums, split
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.records import Example
-from ..pipeline.shards import folder_schema, read_scores, read_shard, read_targets
+from ..pipeline.shards import folder_schema, read_rows, read_scores, read_targets, shard_ids
 from ..pipeline.supports import Supports, known_supports
 from . import measures
 from .measures import Floats
 
 BATCH = 64  # examples that are computed together
-_SHARDS_HELD = 4
+Place = tuple[int, int, int]  # shard, record batch, row of it
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,22 @@ class Folder:
         """Its examples, in order."""
         return read_targets(self.path) if self.has_targets else read_scores(self.path)
 
-    def shard(self, index: int) -> list[Any]:
-        """The examples of one shard."""
-        schema = folder_schema(self.manifest)
-        batches = read_shard(self.path, self.manifest, self.manifest.shards[index], verify=False)
-        return [example for batch in batches for example in split(schema, batch)]
+    def places(self) -> dict[str, Place]:
+        """Where its examples stand, by their ids."""
+        places: dict[str, Place] = {}
+        for shard, entry in enumerate(self.manifest.shards):
+            for number, ids in enumerate(shard_ids(self.path, self.manifest, entry)):
+                for row, example_id in enumerate(ids):
+                    places.setdefault(example_id, (shard, number, row))
+        return places
+
+    def at(self, place: Place) -> Any:
+        """One example; reads no more than its record batch."""
+        shard, number, row = place
+        wanted = [(number, np.array([row]))]
+        (batch,) = read_rows(self.path, self.manifest, shard, wanted)
+        (record,) = split(folder_schema(self.manifest), batch)
+        return record
 
     def supports(self, batch: FlatBatch) -> Supports:
         """The distributions of a batch."""
@@ -123,8 +134,7 @@ class Companion:
         self.folder = folder
         self.skipped = Skipped()
         self._stream: Iterator[Any] | None = folder.records()
-        self._places: dict[str, tuple[int, int]] = {}
-        self._held: dict[int, list[Any]] = {}
+        self._places: dict[str, Place] = {}
 
     def find(self, example: Example) -> Any | None:
         """The record of an example, None where it is missing or has other tokens."""
@@ -142,17 +152,9 @@ class Companion:
             if ahead is not None and ahead.id == example_id:
                 return ahead
             self._stream = None
-            for index in range(len(self.folder.manifest.shards)):
-                for row, record in enumerate(self.folder.shard(index)):
-                    self._places.setdefault(record.id, (index, row))
-        if example_id not in self._places:
-            return None
-        index, row = self._places[example_id]
-        if index not in self._held:
-            if len(self._held) == _SHARDS_HELD:
-                del self._held[next(iter(self._held))]
-            self._held[index] = self.folder.shard(index)
-        return self._held[index][row]
+            self._places = self.folder.places()
+        place = self._places.get(example_id)
+        return None if place is None else self.folder.at(place)
 
 
 def looks(main: Folder, companions: Mapping[str, Companion]) -> Iterator[list[Look]]:

@@ -52,6 +52,7 @@ class Measure:
 
 
 _SHARES = tuple(round(0.05 * i, 2) for i in range(21))
+_WEIGHTS = tuple(round(0.1 * i, 1) for i in range(21))
 _NATS = tuple(round(0.25 * i, 2) for i in range(25))
 _RANKS = (1, 2, 3, 4, 6, 11, 101, 1001, 10**9)
 _RANK_LABELS = ("1", "2", "3", "4–5", "6–10", "11–100", "101–1k", "> 1k")
@@ -78,7 +79,9 @@ MEASURES = {
     measure.name: measure
     for measure in (
         _share("trust", "Trust γ", "how far the target trusts the observed token"),
-        _share("weight", "Weight", "the factor of the token's loss"),
+        Measure(  # most methods' are up to about 1, those of demonstrations may be larger
+            "weight", "Weight", "the factor of the token's loss", "share", _WEIGHTS, is_open=True
+        ),
         _share("target", "Target Q(y)", "the target's probability of the observed token"),
         _share("base", "Base b(y)", "the base model's probability of the observed token"),
         _share("teacher", "Teacher q(y)", "the teacher's probability of the observed token"),

@@ -1,10 +1,11 @@
 """`qpipe share`: a sealed folder copied to another place, checked there, with a card beside it."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.cache import local_copy
+from ..pipeline.cache import kept_copies, local_copy
 from ..pipeline.errors import UserError
 from ..pipeline.locks import locked
 from ..pipeline.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
@@ -86,12 +87,13 @@ def _share_to_hub(
         raise UserError(
             f"{target}: holds something else ({min(others)}): give a folder inside of it"
         )
-    shards = {entry.file: _sound_shard(folder, entry) for entry in manifest.shards}
     sidecars = {
         sidecar_path(folder, index).name: sidecar_bytes(entry)
         for index, entry in enumerate(manifest.shards)
     }
-    hub.put({**shards, **sidecars, **beside}, f"qpipe share {manifest.fingerprint[:12]}")
+    with kept_copies(folder) as copy:
+        shards = {entry.file: _sound_shard(folder, entry, copy) for entry in manifest.shards}
+        hub.put({**shards, **sidecars, **beside}, f"qpipe share {manifest.fingerprint[:12]}")
     look_anew(target)
     there = hub.hashes(list(shards))
     for entry in manifest.shards:
@@ -107,9 +109,11 @@ def _was_there(target: Path, manifest: Manifest, content: bytes) -> Shared:
     return Shared(manifest, 0, was_done=True)
 
 
-def _sound_shard(folder: Path, entry: ShardEntry) -> Path:
+def _sound_shard(
+    folder: Path, entry: ShardEntry, copy: Callable[[Path, str], Path] = local_copy
+) -> Path:
     """A local file of a shard's content, its hash compared."""
-    source = local_copy(folder / entry.file, entry.sha256)
+    source = copy(folder / entry.file, entry.sha256)
     if not source.exists() or sha256_of_file(source) != entry.sha256:
         raise UserError(f"{folder / entry.file}: missing or damaged: restore it, or make it again")
     return source

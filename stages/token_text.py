@@ -106,7 +106,9 @@ def of_tokenizer(tokenizer: Any) -> TokenText:
     """The text of a fast tokenizer's tokens."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     is_byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
-    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    special = tokenizer.added_tokens_decoder.items()
+    # others go through the decoder as any token: runs of spaces, as Gemma has them
+    added = {number: str(token) for number, token in special if token.special or is_byte_level}
     size = len(tokenizer)
 
     def bytes_of(token_id: int) -> bytes | None:

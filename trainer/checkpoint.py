@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def load_checkpoint(
 ) -> Progress:
     """Put a checkpoint's state into the model and the optimizer; how far it was.
 
-    Raises UserError where it is damaged.
+    Raises UserError where it is damaged, cannot be read, or finds no room.
     """
     try:
         state = _state(accelerator, model, optimizer)
@@ -144,12 +145,28 @@ def load_checkpoint(
             accelerator.scaler.load_state_dict(state["scaler"])
         progress = _progress_from(read_json(path / _PROGRESS)["progress"])
         _restore_random_state(path / f"random-{accelerator.process_index}.pt")
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, CheckpointException) as error:
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{path}: damaged: {one_line(_cause(error))}: remove it, and the same command goes on "
+            f"{path}: the device is out of memory: free some, then run the same command again"
+        ) from error
+    except _UNREADABLE as error:
+        cause = _cause(error)
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise UserError(
+                f"{path}: cannot be read: {one_line(cause)}: mend that, then run the same command "
+                "again"
+            ) from error
+        raise UserError(
+            f"{path}: damaged: {one_line(cause)}: remove it, and the same command goes on "
             "from the one before"
         ) from error
     return progress
+
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError),
+    *(UnpicklingError, CheckpointException),
+)
 
 
 # frozen weights are the base model's

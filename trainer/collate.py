@@ -135,13 +135,13 @@ def pack(examples: Sequence[TargetExample]) -> Batch:
     )
 
 
-def observed_only(batch: Batch) -> Batch:
-    """The same batch with plain one-hot targets of weight 1, as `--method sft` trains on.
+def observed_only(targets: SparseTargets) -> SparseTargets:
+    """The same targets, plain one-hot and of weight 1, as `--method sft` trains on.
 
     The residual stays, so that the distance to it can still be measured.
     """
-    ones_N = torch.ones_like(batch.targets.trust)
-    return replace(batch, targets=replace(batch.targets, trust=ones_N, weights=ones_N))
+    ones_N = torch.ones_like(targets.trust)
+    return replace(targets, trust=ones_N, weights=ones_N)
 
 
 def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> SparseTargets:

@@ -11,7 +11,7 @@ N supervised positions of a batch, B rows, T tokens of the longest, V vocabulary
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,10 @@ class TargetCollator:
     A row is a dict as `TargetDataset` gives it, or as `datasets` does through
     `qpipe.pipeline.decoder`. The batch holds input_ids and attention_mask [B, T], labels [B, T]
     (the supervised tokens, -100 elsewhere), and under `targets` the rest, which no model reads.
-    With `method="sft"` the targets are the observed tokens alone.
     """
-
-    def __init__(self, method: str | None = None) -> None:
-        if method not in (None, SFT):
-            raise UserError(f"method {method}: give {SFT}, or nothing for that of the folder")
-        self.method = method
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = collate([_example(row) for row in rows])
-        batch = batch if self.method is None else observed_only(batch)
         assert batch.attention_mask is not None
         labels_BT = torch.full_like(batch.input_ids, IGNORED)
         labels_BT[batch.rows, batch.columns + 1] = batch.targets.observed_ids
@@ -71,10 +64,12 @@ def target_objective(folder: str | Path, method: str | None = None) -> Objective
 
     The parts of a mixture agree in it.
     """
-    settings = parts_of(open_path(folder))[0].manifest.settings
-    if method not in (None, SFT, settings["method"]):
-        raise UserError(f"{folder}: holds {settings['method']} targets, not {method}")
-    return objective_of(settings, method or settings["method"])
+    parts = [part.manifest.settings for part in parts_of(open_path(folder))]
+    own = parts[0]["method"]
+    if method not in (None, SFT, own):
+        raise UserError(f"{folder}: holds {own} targets, not {method}")
+    objectives = [objective_of(settings, method or settings["method"]) for settings in parts]
+    return replace(objectives[0], tokens_alone=any(each.tokens_alone for each in objectives))
 
 
 def target_loss(
@@ -90,6 +85,7 @@ def target_loss(
     """
     rows, columns = targets["rows"], targets["columns"]
     sparse = SparseTargets(**{name: targets[name] for name in _TARGETS})
+    sparse = observed_only(sparse) if objective.tokens_alone else sparse
     loss = objective(logits_BTV[rows, columns], sparse)
     return loss.sum / (len(rows) if tokens is None else tokens)
 

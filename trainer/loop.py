@@ -23,7 +23,7 @@ from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity
 from .saving import save_adapter, save_model
 from .settings import TrainSettings
-from .sources import Source, find_sources, open_sources, settled, tokens_alone, unfolded
+from .sources import Source, find_sources, open_sources, settled, unfolded
 from .step import NOT_FINITE, precision_of, start_accelerator
 from .student import Student, load_student
 
@@ -41,7 +41,6 @@ def train(settings: TrainSettings) -> TrainResult:
     sources = find_sources(settings)
     base = find_model(settings.model, settings.revision)
     objective = settled(settings, sources, base)
-    alone = tokens_alone(settings, sources)
     first = sources[0]
     method = settled_method(settings.method, first.folder, first.manifest)
     settings = replace(settings, method=method)
@@ -53,7 +52,7 @@ def train(settings: TrainSettings) -> TrainResult:
         inputs={source.name: source.manifest.fingerprint for source in sources}
         | {"model": base.weights_hash()},
         precision=precision_of(accelerator),
-        **({"tokens_alone": True} if alone else {}),
+        **({"tokens_alone": True} if objective.tokens_alone else {}),
     )
     record = finished_run(settings.out, identity)
     if record is not None:
@@ -66,9 +65,7 @@ def train(settings: TrainSettings) -> TrainResult:
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
         settings = _adapted(settings, base, student, accelerator.is_main_process)
-        run = Run(
-            settings, identity, accelerator, student, base, objective, samples, held_out, alone
-        )
+        run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
         if settings.resume == "never" and accelerator.is_main_process:
             remove_checkpoints(settings.out)
         accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line
+from ..pipeline.storage import read_json
 from .models import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -29,7 +30,7 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     Where the files have not been fetched, the configuration tells how many weights there will be; 0
     where it is of an architecture that transformers lacks. Raises UserError where one is damaged.
     """
-    files = sorted(model.folder.glob("*.safetensors"))
+    files = _safetensors(model.folder)
     others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
     if not files and not others:
         counts = count_weights(model)
@@ -37,6 +38,17 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     if not files or getattr(model.config, "quantization_config", None) is not None:
         return sum(path.stat().st_size for path in files or others)
     return sum(_values(model, path) for path in files) * VALUE_BYTES[dtype]
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The files that transformers and vLLM load: some folders hold the same weights twice."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        names: dict[str, str] = read_json(index)["weight_map"]
+        return [path for name in sorted(set(names.values())) if (path := folder / name).exists()]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _values(model: ModelFiles, path: Path) -> int:

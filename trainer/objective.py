@@ -40,6 +40,7 @@ class Objective:
     choice: Choice
     tail_shape: TailShape
     residual: str  # what the folder holds
+    tokens_alone: bool = False  # sft is asked of another method's targets: `observed_only`
 
     @property
     def has_error_bounds(self) -> bool:
@@ -84,12 +85,17 @@ class Objective:
 
 
 def objective_of(settings: dict[str, Any], method: str) -> Objective:
-    """The objective that a target folder's settings describe, or plain "sft" on any folder."""
+    """The objective that a target folder's settings describe, or plain "sft" on any folder.
+
+    Weights of a token and those of another method are stored as one, so sft leaves both out; a
+    folder made for sft has those of its tokens alone.
+    """
     if method == "sft":
         choice = choose("sft", "live")
     else:
         choice = choose(settings["method"], settings["form"], settings["parameters"])
-    return Objective(choice, settings["tail_shape"], settings["residual"])
+    tokens_alone = method == "sft" != settings["method"]
+    return Objective(choice, settings["tail_shape"], settings["residual"], tokens_alone)
 
 
 @torch.no_grad()

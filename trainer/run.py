@@ -71,7 +71,6 @@ class Run:
         objective: Objective,
         train_samples: Samples,
         eval_streams: Sequence[TargetStream],
-        tokens_alone: bool,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -81,7 +80,6 @@ class Run:
         self.objective = objective
         self.train_samples = train_samples
         self.eval_streams = eval_streams
-        self.tokens_alone = tokens_alone
         self.stepper = Stepper(accelerator, student, settings, self.objective)
         self.steps, self.samples = run_size(settings, train_samples)
 
@@ -213,7 +211,9 @@ class Run:
     def _batch(self, examples: list[TargetExample]) -> Batch:
         """Examples as a batch with the targets of the method."""
         batch = pack(examples) if self.settings.pack else collate(examples)
-        return observed_only(batch) if self.tokens_alone else batch
+        if self.objective.tokens_alone:
+            return replace(batch, targets=observed_only(batch.targets))
+        return batch
 
     def _learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""

@@ -9,7 +9,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.mixing import is_mix, read_mix
 from ..pipeline.records import TargetExample
-from .checks import SFT, check_fit, settled_method
+from .checks import check_fit, settled_method
 from .mixture import mix
 from .models import ModelFiles
 from .objective import Objective, objective_of
@@ -66,16 +66,7 @@ def settled(settings: TrainSettings, sources: Sequence[Source], base: ModelFiles
     objectives = [_objective(settings, source) for source in sources]
     for source, objective in zip(sources, objectives, strict=True):
         _refuse_other(sources[0], objectives[0], source, objective)
-    return objectives[0]
-
-
-def tokens_alone(settings: TrainSettings, sources: Sequence[Source]) -> bool:
-    """Whether sft is asked of targets of another method: weights, too, are then left out.
-
-    Those of a token and those of a method are stored as one; a folder made for sft has its own.
-    """
-    own = {source.manifest.settings["method"] for source in sources}
-    return settings.method == SFT and own != {SFT}
+    return replace(objectives[0], tokens_alone=any(each.tokens_alone for each in objectives))
 
 
 def open_sources(

@@ -188,7 +188,7 @@ class _HandOut:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
             raise
-        except self.ray.exceptions.RayActorError as error:
+        except self.ray.exceptions.RayError as error:  # dead, its machine gone, killed for memory
             self._note_death(index, error)
             return False
         if index is None:
@@ -256,7 +256,8 @@ def _too_many_deaths(deaths: int, what: str, error: Exception) -> UserError:
 
 def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
     """How many workers there are to be. Raises UserError where Ray has no room for them."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = [each for each in alive if each.get("CPU", 0) >= 1]  # a head may work for nobody
     gpus = [int(machine.get("GPU", 0)) for machine in machines]
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
     if stage.gpus and any(gpus):

@@ -562,8 +562,9 @@ function step(card, pressed) {
 async function go(by) {
   const focused = document.activeElement?.card;
   const top = byId("tools").getBoundingClientRect().bottom;
+  const below = cards.findIndex((card) => card.node.getBoundingClientRect().top >= top - 4);
   let place = focused ? Number(focused.node.dataset.place) + by
-    : cards.findIndex((card) => card.node.getBoundingClientRect().top >= top - 4);
+    : (below < 0 ? cards.length : below) - (by < 0 ? 1 : 0);
   place = Math.max(0, Math.min(cards.length - 1, place));
   const card = cards[place];
   if (!card) return;

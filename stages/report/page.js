@@ -162,7 +162,7 @@ function lines(title, note, series, { box = BOX, across, ticks, xName = number, 
   const { svg, y } = frame(box, low, high, (value) => number(value));
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `${title}: ${shown.map((each) => `${each.name} ends at ${number(each.points.at(-1)[1])}`).join(", ")}`);
-  const [left, right] = [Math.min(...xs), Math.max(...xs)];
+  const [left, right] = ends(xs);
   const place = across ?? ((value) => (value - left) / (right - left || 1));
   const x = (value) => box.left + place(value) * (box.width - box.left - box.right);
   for (const each of shown) {
@@ -182,6 +182,11 @@ function lines(title, note, series, { box = BOX, across, ticks, xName = number, 
   return made;
 }
 
+// The least and the greatest; spread out as arguments, the values of many runs would be too many.
+function ends(values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
 // A few wild steps at the start must not flatten the rest: thin curves count by their middle 98%.
 function range(series, zero) {
   const values = series.flatMap((each) => {
@@ -190,7 +195,7 @@ function range(series, zero) {
     return own.slice(cut, own.length - cut);
   });
   if (!values.length) return [0, 1];
-  let [low, high] = [Math.min(...values), Math.max(...values)];
+  let [low, high] = ends(values);
   if (Math.abs(low) < 0.02 * high || (zero && low > 0 && (low < 0.6 * high || high - low < 1e-9))) low = 0;
   const room = (high - low || 1) * 0.05;
   return [low === 0 ? 0 : low - room, high + room];

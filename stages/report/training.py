@@ -14,6 +14,7 @@ from .data import json_text
 
 MOST_POINTS = 1000  # of a curve; more are averaged
 _OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")
+_EVALUATIONS = ("evaluation", "eval_command")
 _NO_CURVE = {"step", "tokens", "time"}
 _TITLES = {
     "loss": "Loss",
@@ -72,7 +73,8 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
     for event in _events(folder / LOG):
         kind, step = event["event"], event["step"]
         tokens += event["tokens"] if kind == "step" and is_number(event.get("tokens")) else 0
-        for field, value in event.items():
+        own = event.get("results") if kind == "eval_command" else event
+        for field, value in own.items() if isinstance(own, dict) else ():
             if is_number(value) and field not in _NO_CURVE and _is_wanted(kind, field):
                 curves.setdefault((kind, field), []).append((step, value))
     settings = settings_in(folder)
@@ -87,7 +89,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_wanted(event: str, field: str) -> bool:
-    return event == "evaluation" or (event == "step" and field in _OF_STEPS)
+    return event in _EVALUATIONS or (event == "step" and field in _OF_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +117,15 @@ def charts(runs: Sequence[TrainingRun]) -> list[Chart]:
             if run.curves.get((event, name))
         ]
         if curves:
-            title = _TITLES.get(field) or f"Held-out {field.replace('_', ' ')}"
-            made.append(Chart(title, _UNITS.get(field, ""), curves))
+            made.append(_chart(group[0][0], field, curves))
     return made
+
+
+def _chart(event: str, field: str, curves: list[tuple[int, bool, Points]]) -> Chart:
+    if event == "eval_command":  # a name that the user's command gives
+        return Chart(escaped(field), "", curves)
+    title = _TITLES.get(field) or f"Held-out {field.replace('_', ' ')}"
+    return Chart(title, _UNITS.get(field, ""), curves)
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
@@ -170,9 +178,9 @@ def _curve_json(run: int, is_noisy: bool, points: Points) -> dict[str, Any]:
 
 def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
     last = {
-        field: points[-1][1]
+        escaped(field): points[-1][1]
         for (event, field), points in run.curves.items()
-        if event == "evaluation" and points
+        if event in _EVALUATIONS and points
     }
     speeds = [value for _, value in run.curves.get(("step", "tokens_per_second"), [])]
     return {

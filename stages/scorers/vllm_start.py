@@ -14,7 +14,10 @@ from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
 
 WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
 _CPU_KV_CACHE = 2  # GiB
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_MEMORY_WORDS = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc"),
+    "initialization failed",  # of an engine or worker in a process of its own, which says no more
+)
 
 
 class EngineDiedError(Exception):

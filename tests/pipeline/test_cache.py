@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.pipeline import cache
-from qpipe.pipeline.cache import local_copy, local_version
+from qpipe.pipeline.cache import kept_copies, local_copy, local_version
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.remote import open_path
 from qpipe.tests.s3 import Bucket
@@ -160,3 +160,19 @@ def test_processes_fetch_the_same_at_once(s3: Bucket, tmp_path: Path) -> None:
     ]
     assert [process.communicate()[0] for process in processes] == [b"4000000\n"] * 3
     assert [each.name for each in (tmp_path / "cache" / "shards").iterdir()] == [sha256]
+
+
+def test_all_of_a_folder_stays_while_it_is_needed(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """More than the cache holds, and for longer than a copy is left alone."""
+    monkeypatch.setenv("QPIPE_CACHE_GB", "1e-6")
+    monkeypatch.setattr(cache, "_FRESH", 0.0)
+    files = [put(s3, f"{each}", bytes([each]) * 1000) for each in range(3)]
+    with kept_copies(open_path("s3://bucket")) as copy:
+        kept = [copy(path, sha256) for path, sha256 in files]
+        assert [each.read_bytes()[0] for each in kept] == [0, 1, 2]
+        assert not local_copy(*files[0]).samefile(kept[0])  # the cache had let go of it
+    assert not any(each.exists() for each in kept)
+    with kept_copies(tmp_path) as copy:
+        assert copy(tmp_path / "a", "") == tmp_path / "a"

@@ -12,11 +12,19 @@ from itertools import count
 from typing import Any
 
 
-class ActorError(Exception):
+class RayError(Exception):
+    """Whatever goes wrong with Ray."""
+
+
+class ActorError(RayError):
     """That an actor has died."""
 
 
-class TaskError(Exception):
+class OutOfMemoryError(RayError):
+    """That an actor was killed for its memory: no ActorError of Ray's."""
+
+
+class TaskError(RayError):
     """That a method has raised something."""
 
     def __init__(self, cause: Exception) -> None:
@@ -27,6 +35,7 @@ class TaskError(Exception):
 class Exceptions:
     """As `ray.exceptions`."""
 
+    RayError = RayError
     RayActorError = ActorError
     RayTaskError = TaskError
 
@@ -150,7 +159,8 @@ class FakeRay:
                 heapq.heappush(self.free, actor.slot)
             if task.method == "make" and self.unseen():
                 self._call(task)
-            raise ActorError(f"the actor on GPU {actor.slot} died")
+            kind = OutOfMemoryError if actor.slot % 2 else ActorError
+            raise kind(f"the actor on GPU {actor.slot} died")
         return self._call(task)
 
     def _call(self, task: Task) -> Any:

@@ -1,8 +1,12 @@
 """The simulation in small: forty workers and ranks that die, and everything once all the same."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from qpipe.pipeline.errors import UserError
+from qpipe.stages.executors import ray_cluster
 from qpipe.tests.simulation.readers import Attempt, make_folder, read_epoch
 from qpipe.tests.simulation.scheduler import (
     Trouble,
@@ -47,3 +51,13 @@ def test_ranks_that_die_read_each_sample_once_in_the_same_order(tmp_path: Path) 
     assert [row for step in steps for row in step] == whole
     assert len(set(whole)) == 192
     assert in_vain > 0
+
+
+def test_a_head_that_works_for_nobody_takes_no_worker_and_leaves_the_others_their_cores() -> None:
+    """`ray start --head --num-cpus 0`: one worker for each other machine, with all of its cores."""
+    cores = [{"node": 1.0}, {"CPU": 64.0}, {"CPU": 64.0}]
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": each} for each in cores])
+    stage: Any = SimpleNamespace(gpus=0)
+    assert ray_cluster._room(ray, stage, None) == ray_cluster._Room(workers=2, cpus=64, gpus=0)
+    with pytest.raises(UserError, match="--workers 129: Ray has 128 CPU cores"):
+        ray_cluster._room(ray, stage, 129)

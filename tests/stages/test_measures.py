@@ -65,7 +65,7 @@ def test_divergences_take_what_only_one_knows_as_one_outcome() -> None:
         ("nll", [0.0, 0.25, 5.9, 80.0], {0: 1, 1: 1, 23: 2}),
         ("gain", [-1.0, 0.0, 1.0], {0: 1, 10: 1, 19: 1}),
         ("kept", [0.99, 0.9951, 1.0], {6: 1, 7: 1, 8: 1}),
-        ("weight", [1.1], {19: 1}),
+        ("weight", [0.05, 1.0, 1.1, 1.5, 100.0], {0: 1, 10: 1, 11: 1, 15: 1, 19: 1}),
     ],
 )
 def test_histograms_count_each_value_once(name: str, values: list[float], filled: dict) -> None:

@@ -87,7 +87,7 @@ main()
         ("{}", "after", 2, "_copy_shard", 1),
         ("s3://bucket", "after", 2, "_copy_shard", 1),
         ("s3://bucket", "before", 2, "_sha256_there", 2),  # it is there, nobody has looked at it
-        ("s3://bucket", "before", 3, "_put", 0),  # all but the manifest
+        ("s3://bucket", "before", 3, "write_bytes", 0),  # all but the manifest
         ("s3://bucket", "before", 1, "tidy", 0),
     ],
 )

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import tokenizers
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.provenance import tokenizer_hash
 from qpipe.stages.token_text import TokenText, escaped, of_tokenizer, token_text
 from qpipe.tests.made_up import folder_of, targeted
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 def by_bytes(*contents: bytes | None) -> TokenText:
@@ -85,3 +86,16 @@ def test_another_tokenizer_is_refused_and_none_leaves_ids(tmp_path: Path, tiny_m
     text, note = token_text(same, str(tiny_model))
     assert note == ""
     assert text.alone(7) != "⟨7⟩"
+
+
+def test_runs_of_spaces_that_a_tokenizer_has_added_are_spaces() -> None:
+    """As Gemma keeps the indentation of code; special tokens stay as they are spelt."""
+    model = tokenizers.models.BPE({"a": 0, "▁b": 1, "▁▁▁▁": 2, "<▁>": 3}, [])
+    made = tokenizers.Tokenizer(model)
+    made.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
+    )
+    made.add_tokens([tokenizers.AddedToken("▁▁▁▁", normalized=False)])
+    made.add_special_tokens([tokenizers.AddedToken("<▁>", special=True)])
+    text = of_tokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
+    assert text.pieces([0, 2, 1, 3]) == ["a", "    ", " b", "<▁>"]

@@ -1,5 +1,6 @@
 """The vLLM scorer beside its numbers: both ways to the arrays, its memory, and coming back."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from qpipe.stages import score as stage
 from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer
 from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
+from qpipe.stages.scorers.vllm_start import is_memory
 from qpipe.trainer.model_size import kv_cache_bytes, weight_bytes
 from qpipe.trainer.models import find_model
 
@@ -412,3 +414,26 @@ def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
         for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2))
     ]
     assert [each - GIB for each in needed] == [of_model // parts for parts in (1, 2, 2, 4)]
+
+
+def test_weights_that_a_folder_holds_twice_count_once(tiny_model: Path, tmp_path: Path) -> None:
+    """Mistral's folders have them in a file of another form too, which nobody here loads."""
+    folder = tmp_path / "twice"
+    shutil.copytree(tiny_model, folder)
+    once = weight_bytes(find_model(str(folder)), "float32")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weight_bytes(find_model(str(folder)), "float32") == once
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_bytes(find_model(str(folder)), "float32") == once
+
+
+def test_an_engine_in_a_process_of_its_own_that_cannot_start_may_lack_memory() -> None:
+    assert is_memory(
+        RuntimeError(
+            "Engine core initialization failed. See root cause above. Failed core proc(s): "
+            "{'EngineCore_DP0': 1}"
+        )
+    )
+    assert not is_memory(ValueError("Unknown architecture"))

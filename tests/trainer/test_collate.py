@@ -126,10 +126,9 @@ def test_examples_without_positions_keep_their_number() -> None:
 
 def test_observed_only_keeps_the_residual() -> None:
     batch = collate([SHORT, LONG])
-    hard = observed_only(batch)
-    assert hard.targets.trust.tolist() == hard.targets.weights.tolist() == [1, 1, 1]
-    assert hard.targets.support_probs is batch.targets.support_probs
-    assert hard.input_ids is batch.input_ids
+    hard = observed_only(batch.targets)
+    assert hard.trust.tolist() == hard.weights.tolist() == [1, 1, 1]
+    assert hard.support_probs is batch.targets.support_probs
 
 
 def test_student_logits_are_those_of_each_example_alone(

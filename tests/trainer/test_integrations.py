@@ -252,15 +252,19 @@ def test_trl_takes_the_same_steps(frozen: Path, model: Path, tmp_path: Path) -> 
     refuse_other_weights(student.state_dict(), ours(frozen, model, tmp_path / "run"), model)
 
 
-def test_sft_on_any_folder_takes_the_same_steps(live: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["frozen", "live"])
+def test_sft_on_any_folder_takes_the_same_steps(
+    request: pytest.FixtureRequest, kind: str, model: Path, tmp_path: Path
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
     student = AutoModelForCausalLM.from_pretrained(model)
-    with_target_loss(Trainer, live, method="sft")(
+    with_target_loss(Trainer, folder, method="sft")(
         model=student,
         args=arguments(TrainingArguments, tmp_path / "theirs"),
-        train_dataset=TargetDataset(live),
-        data_collator=TargetCollator(method="sft"),
+        train_dataset=TargetDataset(folder),
+        data_collator=TargetCollator(),
     ).train()
-    wanted = ours(live, model, tmp_path / "run", method="sft")
+    wanted = ours(folder, model, tmp_path / "run", method="sft")
     refuse_other_weights(student.state_dict(), wanted, model)
 
 

@@ -221,6 +221,32 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(
     train(settings)
 
 
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the device is out of memory: free some"),
+        (OSError(5, "Input/output error"), r"cannot be read: \[Errno 5\].*: mend that, then run"),
+    ],
+)
+def test_trouble_with_the_machine_is_not_called_damage(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, trouble: Exception, words: str
+) -> None:
+    """Or a user would remove good checkpoints, one after the other."""
+    killed_at(monkeypatch, settings, 5)
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise trouble
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qpipe.trainer.checkpoint.load", load)
+        with pytest.raises(UserError, match=f"step-00000004: {words}") as caught:
+            train(settings)
+    assert "remove" not in str(caught.value)
+    (checkpoints_in(settings.out)[-1] / "random-0.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-00000004: damaged: .* remove it"):
+        train(settings)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

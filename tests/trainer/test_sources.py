@@ -14,8 +14,9 @@ from qpipe.pipeline.mixing import write_mix
 from qpipe.pipeline.records import TargetExample
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
+from qpipe.trainer.models import find_model
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.sources import find_sources, tokens_alone
+from qpipe.trainer.sources import find_sources, settled
 from qpipe.trainer.step import Stepper, StepResult
 from safetensors.torch import load_file
 
@@ -188,7 +189,13 @@ def test_the_weights_of_a_mixture_do_not_depend_on_which_folder_comes_first(
         make_targets(examples, "of-sft", method="sft", parameters={}, **one_hot),
         make_targets(examples, "of-dft", method="dft", parameters={}, **one_hot),
     ]
-    assert not tokens_alone(settings, find_sources(replace(settings, targets=tuple(folders))))
-    asked = replace(settings, targets=tuple(folders), method="sft")
-    assert tokens_alone(asked, find_sources(asked))
-    assert not tokens_alone(asked, find_sources(replace(asked, targets=folders[0])))
+    base = find_model(settings.model)
+    for method, targets, is_so in (
+        (None, tuple(folders), False),
+        ("sft", tuple(folders), True),
+        ("sft", tuple(folders[::-1]), True),
+        ("sft", folders[0], False),
+        ("sft", folders[1], True),
+    ):
+        asked = replace(settings, targets=targets, method=method)
+        assert settled(asked, find_sources(asked), base).tokens_alone == is_so

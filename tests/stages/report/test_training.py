@@ -131,3 +131,16 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     for folders in ((nowhere,), (run, nowhere)):
         assert f"{nowhere}: no such folder" in qpipe("report", *folders, *out, fails=True)
+
+
+def test_numbers_of_the_users_own_command_are_drawn_under_their_names(tmp_path: Path) -> None:
+    own = [
+        {"event": "eval_command", "step": step, "results": {"pass@1": step / 4, "nll": 3.0}}
+        for step in (0, 4)
+    ]
+    failed = {"event": "eval_command", "step": 2, "error": "exit status 1"}
+    folder = run_folder(tmp_path / "a", [*events(), *own, failed])
+    found = {chart.title: chart.curves for chart in charts(read_runs([folder]))}
+    assert found["pass@1"] == [(0, False, [(0, 0.0), (4, 1.0)])]
+    assert found["nll"] == [(0, False, [(0, 3.0), (4, 3.0)])]
+    assert found["Held-out NLL"] == [(0, False, [(0, 1.5), (4, 1.5)])]
