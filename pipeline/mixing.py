@@ -11,7 +11,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, shown
 from .locks import locked
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
 from .methods import choose
@@ -20,6 +20,7 @@ from .runner import Job, ShardRun, StageResult, open_folder
 from .schema import schema_of
 
 MIX = "mix"
+_STORES = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss")  # whose reading runs no code
 _SHARED = ("vocab_size", "tokenizer_hash", "residual", "tail_shape")
 
 
@@ -130,11 +131,24 @@ def _part(folder: Path, weight: float, reference: str, fingerprint: str) -> Part
 
 
 def _reference(part: Path, out: Path) -> str:
-    return str(part) if is_remote(part) else relpath(part.resolve(), out.resolve())
+    if is_remote(part):
+        _refuse_strange(out, str(part))
+        return str(part)
+    return relpath(part.resolve(), out.resolve())
+
+
+def _refuse_strange(folder: Path, url: str) -> None:
+    """Raises UserError for a URL of no known store: the manifest may be a stranger's."""
+    if url.partition("://")[0] not in _STORES or "::" in url:
+        raise UserError(
+            f"{folder}: its part {shown(url)} lies in no store that a mixture may name, "
+            f"{', '.join(_STORES)}: copy the folder there, and mix again"
+        )
 
 
 def _located(folder: Path, reference: str) -> Path:
     if "://" in reference:
+        _refuse_strange(folder, reference)
         return open_path(reference)
     if is_remote(folder):
         raise UserError(f"{folder}: its part {reference} is on the machine that mixed it")

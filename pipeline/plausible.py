@@ -1,5 +1,6 @@
 """What a manifest may say: every value of the kind that its readers take it for."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -109,7 +110,7 @@ def _or_none(is_right: _Rule) -> _Rule:
 
 _ENTRY: dict[str, _Rule] = {
     **dict.fromkeys(("rows", "tokens", "positions", "entries", "bytes"), _is_count),
-    "sha256": _is_text,
+    "sha256": lambda value: _is_text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None,
     "rejects": lambda value: isinstance(value, list) and all(map(_is_reject, value)),
     "sums": lambda value: _is_map(value, is_number),
 }

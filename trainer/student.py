@@ -75,7 +75,7 @@ class Student(torch.nn.Module):
 def load_student(
     base: ModelFiles, gradient_checkpointing: bool, lora_rank: int | None = None
 ) -> Student:
-    """The model with float32 weights; with `lora_rank`, only adapters of that rank learn.
+    """The model with float32 weights, in training mode; with `lora_rank`, adapters alone learn.
 
     Raises UserError as `load_model` does, and for one that is quantised.
     """
@@ -88,7 +88,8 @@ def load_student(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # or frozen embeddings would cut the graph
-    return Student(model if lora_rank is None else _with_adapters(model, lora_rank))
+    student = Student(model if lora_rank is None else _with_adapters(model, lora_rank))
+    return student.train()  # a loaded model is not: no dropout, and no checkpointing either
 
 
 def _with_adapters(model: Any, rank: int) -> Any:

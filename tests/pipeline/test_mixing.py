@@ -88,7 +88,14 @@ def test_a_changed_seal_is_refused(parts: tuple[Path, Path], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [("p" * 300, "its part .*ppp is not there"), ([1], "it names no parts"), (None, "names no")],
+    [
+        ("p" * 300, "its part .*ppp is not there"),
+        ([1], "it names no parts"),
+        (None, "names no"),
+        ("reference://::data:application/json;base64,e30=", "lies in no store that a mixture"),
+        ("simplecache::s3://bucket/a", "lies in no store that a mixture may name"),
+        ("http://169.254.169.254/latest", "lies in no store that a mixture may name, s3, .*: copy"),
+    ],
 )
 def test_a_sealed_place_that_cannot_be_is_refused(
     parts: tuple[Path, Path], tmp_path: Path, place: Any, words: str

@@ -15,6 +15,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.records import ScoredExample
+from qpipe.stages import import_scores as module
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.export_scores import ExportSettings, export_scores
@@ -170,6 +171,35 @@ def test_the_width_is_of_the_first_row_that_can_be_read(tiny_model: Path, tmp_pa
     folder = imported(write(tmp_path / "rows.parquet", [unusable, a_row()]), tiny_model)
     assert rejects(folder) == ["a list of entries is missing"]
     assert [example.id for example in read_scores(folder)] == ["rows.parquet:2"]
+
+
+def test_an_import_that_was_killed_goes_on_behind_its_last_shard(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHARD_ROWS", 2)
+    path = write(tmp_path / "rows.parquet", [a_row() for _ in range(7)])
+    undisturbed = imported(path, tiny_model)
+    made, shard = [], module._shard
+
+    def killed(*arguments: Any) -> Any:
+        made.append(shard(*arguments))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    settings = ImportSettings(path, "distillkit", str(tiny_model), tmp_path / "resumed")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_scores(settings)
+    assert (tmp_path / "resumed/shard-00000.json").exists()
+    import_scores(settings)
+    names = sorted(each.name for each in undisturbed.iterdir())
+    assert sorted(each.name for each in (tmp_path / "resumed").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "resumed" / name).read_bytes() == (undisturbed / name).read_bytes()
+    ids = [example.id for example in read_scores(undisturbed)]
+    assert ids == [f"rows.parquet:{line}" for line in range(1, 8)]
 
 
 def test_rows_that_are_not_there_are_missed(

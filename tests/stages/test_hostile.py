@@ -242,6 +242,7 @@ def test_settings_that_are_missing_are_named(own: Path, name: str) -> None:
         lambda m: m["shards"][0].update(rejects=[{"line": 1}]),
         lambda m: m["shards"][0].update(rejects=[{"line": "1", "source": "a", "reason": "b"}]),
         lambda m: m["shards"][0].update(sha256=3),
+        lambda m: m["shards"][0].update(sha256="/dev/zero"),
         lambda m: m["shards"][0].update(sha256="0" * 64),
         lambda m: m["shards"].append(dict(m["shards"][0])),
         lambda m: m["shards"].reverse(),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -470,3 +471,20 @@ def test_the_address_may_end_as_openai_clients_want_it() -> None:
         )
         assert settings.server is not None
         assert settings.server.url == "http://a:1"
+
+
+def test_tokens_that_tie_within_the_top_k_share_the_last_rank(fake: Fake) -> None:
+    """vLLM numbers them one after the other."""
+
+    class Tied:
+        def __call__(self, ids: torch.Tensor) -> Any:
+            logits = torch.zeros(1, ids.shape[1], VOCAB)
+            logits[..., 7] = 3.0
+            logits[..., [1, 9, 200]] = 2.0
+            return SimpleNamespace(logits=logits)
+
+    fake.model = Tied()
+    scorer = make_scorer(fake.files, settings_for(fake))
+    tied = Example("tied", np.array([0, 9, 7, 1, 200], np.int32), np.arange(1, 5, dtype=np.int32))
+    ((_, found),) = scorer.score([tied], 8)
+    assert found.observed_ranks.tolist() == [4, 1, 4, 4]

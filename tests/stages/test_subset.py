@@ -1,6 +1,6 @@
 """Some rows of a folder as a folder of the same stage."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +168,13 @@ def test_the_command(
     assert not end.value.code
     kept = sum(len(example.input_ids) > 20 for example in read_scores(scores))
     assert f"demonstrations     {kept}" in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_not_counted_as_weighted(tmp_path: Path) -> None:
+    """Else cft would be allowed, and an export refused, for weights that are not there."""
+    weighted = replace(scored(5), token_weights=np.full(5, 0.5, np.float32))
+    folder = seal(tmp_path / "all", "score", SCORES, [[scored(4), weighted], [scored(6)]])
+    without = taken(folder, tmp_path / "without", "supervised_tokens != 5")
+    assert read_manifest(without).totals["sums"]["weighted"] == 0
+    alone = taken(folder, tmp_path / "alone", "supervised_tokens == 5")
+    assert read_manifest(alone).totals["sums"]["weighted"] == 5

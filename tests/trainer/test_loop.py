@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from qpipe.trainer.step import NotFiniteError, Stepper, StepResult, start_accele
 from qpipe.trainer.student import Student, load_student
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 Make = Callable[..., Path]
 Examples = Callable[..., list[TargetExample]]
@@ -139,6 +141,34 @@ def test_gradient_checkpointing_changes_nothing(model: Path, make_examples: Exam
     recomputed, _, student = gradients_of_step(model, examples, 2, gradient_checkpointing=True)
     assert student.model.is_gradient_checkpointing
     torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.0, 0.3])
+def test_with_gradient_checkpointing_layers_are_computed_again(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, eval_fraction: float
+) -> None:
+    """Evaluated or not: a model is loaded for inference, where the option does nothing."""
+    calls = Counter[str]()
+    forward = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, *arguments: Any) -> torch.Tensor:
+        calls["training" if self.training else "evaluation"] += 1
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    made = []
+    for name, is_on in (("plain", False), ("again", True)):
+        calls.clear()
+        train(
+            replace(
+                settings,
+                out=tmp_path / name,
+                gradient_checkpointing=is_on,
+                eval_fraction=eval_fraction,
+            )
+        )
+        made.append(calls["training"])
+    assert made[1] == 2 * made[0] > 0
 
 
 def test_bfloat16_keeps_float32_weights_and_comes_close(

@@ -108,6 +108,22 @@ def test_a_run_killed_at_any_step_ends_with_the_same_weights(
         assert_same_run(out, undisturbed.out)
 
 
+def test_dropout_goes_on_where_it_was(
+    settings: TrainSettings, make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The random state is part of a checkpoint, and a resumed model trains as before."""
+    noisy = make_model(attention_dropout=0.2)
+    settings = replace(settings, model=str(noisy), eval_fraction=0, eval_every=None)
+    undisturbed = replace(settings, out=tmp_path / "undisturbed")
+    train(undisturbed)
+    killed_at(monkeypatch, settings, 5)
+    train(settings)
+    assert_same_run(settings.out, undisturbed.out)
+    still = replace(settings, out=tmp_path / "still", model=str(make_model()))
+    train(still)
+    assert log(still.out) != log(settings.out)
+
+
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
