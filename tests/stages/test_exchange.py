@@ -20,9 +20,10 @@ from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.export_scores import ExportSettings, export_scores
 from qpipe.stages.import_scores import ImportSettings, import_scores
+from qpipe.stages.score_at import ScoreAtSettings, score_at
 from qpipe.stages.verify import verify
 
-from ..conftest import make_scores
+from ..conftest import make_scores, make_tiny_model
 
 Rows = list[dict[str, Any]]
 
@@ -249,6 +250,40 @@ def refuse_others(found: list[ScoredExample], wanted: list[ScoredExample]) -> No
 def exported(scores: Path, tmp_path: Path) -> Path:
     export_scores(ExportSettings(scores, tmp_path / "file.parquet", "model"))
     return tmp_path / "file.parquet"
+
+
+def test_positions_of_different_numbers_of_entries_are_written_and_read_again(
+    scores: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A folder made by --at holds its own top k and the ids of the other, as far as they differ."""
+    other = make_tiny_model(tmp_path / "other", vocab_size=320, seed=1)
+    score_at(
+        ScoreAtSettings(
+            model=str(other), at=scores, out=tmp_path / "at", engine="transformers", top_k=12
+        )
+    )
+    examples = list(read_scores(tmp_path / "at"))
+    counts = np.concatenate([example.counts for example in examples])
+    assert counts.min() < counts.max()
+    assert counts[0] not in (counts.min(), counts.max())
+    export_scores(ExportSettings(tmp_path / "at", tmp_path / "ragged.parquet", "model"))
+    written = pq.read_table(tmp_path / "ragged.parquet").to_pylist()
+    for row, example in zip(written, examples, strict=True):
+        ends = np.cumsum(example.counts)
+        for position, count, end in zip(example.positions, example.counts, ends, strict=True):
+            mask = row["target_mask"][position - 1]
+            assert mask == [1] * count + [0] * (len(mask) - count)
+            ids = row["target_token_ids"][position - 1][:count]
+            assert ids == example.topk_ids[end - count : end].tolist()
+    folder = imported(tmp_path / "ragged.parquet", tiny_model, "axolotl", mass="model", top_k=12)
+    wanted = [each for each in examples if any(known_in(each))]
+    for found, example in zip(read_scores(folder), wanted, strict=True):
+        known = known_in(example)  # others are left out: the form has no place for them
+        kept = np.repeat(known, example.counts)
+        assert found.counts.tolist() == example.counts[known].tolist()
+        assert found.topk_ids.tolist() == example.topk_ids[kept].tolist()
+        logs = example.topk_log_probs[kept]
+        np.testing.assert_allclose(found.topk_log_probs, logs, rtol=0, atol=1e-6)
 
 
 def test_what_is_written_is_read_again(exported: Path, scores: Path, tiny_model: Path) -> None:
