@@ -2,6 +2,8 @@
 
 import reprlib
 
+_MOST_SAID = 300  # characters
+
 
 class UserError(Exception):
     """Something the user can put right: the message names the thing, its value and the way out.
@@ -12,9 +14,14 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters, which any file can hold."""
-    words = " ".join(str(error).split())[:300] or type(error).__name__
-    return words.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, spelt out
+    """What an error says, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """What an error says of a row, at most 300 characters, which any file can hold."""
+    said = str(error)[:_MOST_SAID] or type(error).__name__
+    return said.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, spelt out
 
 
 def quoted(text: str) -> str:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import UserError, reason
 from ..pipeline.records import Reject
 from .sources import Source, rows_from
 
@@ -105,7 +105,7 @@ def parse_row(source: Source, line: int, raw: Any, format: str) -> Demonstration
         )
         _check_characters(demonstration)
     except UnusableError as error:
-        return Reject(source.name, line, one_line(error))
+        return Reject(source.name, line, reason(error))
     return demonstration
 
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..pipeline.cache import local_version
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import UserError, one_line, reason
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
@@ -140,7 +140,7 @@ def _scored(row: TopKRow, reading: Reading, content: ShardContent) -> ScoredExam
     try:
         example, left_out = scored(row, reading)
     except UnusableError as error:
-        return Reject(row.source, row.line, one_line(error))
+        return Reject(row.source, row.line, reason(error))
     content.add_sums(left_out=left_out)
     return example
 
@@ -188,7 +188,7 @@ class _Table:
                 try:
                     yield self._row(line, values)
                 except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
-                    yield Reject(self.path.name, line, one_line(error))
+                    yield Reject(self.path.name, line, reason(error))
         if line != self.count:
             raise UserError(f"{self.path}: damaged: it tells of {self.count:,} rows, has {line:,}")
 

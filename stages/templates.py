@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import UserError, one_line, reason
 from ..pipeline.records import Example, Floats, Reject
 from .demonstrations import Demonstration, Messages, TurnWeights, UnusableError
 from .token_weights import Kept, Span, Turn, find_kept, overlapping, weigh
@@ -87,7 +87,7 @@ class Encoder:
         try:
             return self._encode(demonstration)
         except UnusableError as error:
-            return Reject(demonstration.source, demonstration.line, one_line(error))
+            return Reject(demonstration.source, demonstration.line, reason(error))
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
         layout = self._lay_out(demonstration)
