@@ -30,7 +30,7 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     Where the files have not been fetched, the configuration tells how many weights there will be; 0
     where it is of an architecture that transformers lacks. Raises UserError where one is damaged.
     """
-    files = _safetensors(model.folder)
+    files = _safetensors(model)
     others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
     if not files and not others:
         counts = count_weights(model)
@@ -40,15 +40,21 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
     return sum(_values(model, path) for path in files) * VALUE_BYTES[dtype]
 
 
-def _safetensors(folder: Path) -> list[Path]:
+def _safetensors(model: ModelFiles) -> list[Path]:
     """The files that transformers and vLLM load: some folders hold the same weights twice."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
+    there = sorted(model.folder.glob("*.safetensors"))
+    whole, index = (model.folder / f"model.safetensors{end}" for end in ("", ".index.json"))
+    if whole in there:
         return [whole]
-    if index.exists():
-        names: dict[str, str] = read_json(index)["weight_map"]
-        return [path for name in sorted(set(names.values())) if (path := folder / name).exists()]
-    return sorted(folder.glob("*.safetensors"))
+    if not index.exists():
+        return there
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model {model.name}: {index.name} names no weights: fetch it again"
+        ) from error
+    return [path for path in there if path.name in names]
 
 
 def _values(model: ModelFiles, path: Path) -> int:

@@ -427,6 +427,9 @@ def test_weights_that_a_folder_holds_twice_count_once(tiny_model: Path, tmp_path
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weight_bytes(find_model(str(folder)), "float32") == once
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"model twice: model.safetensors.index.json names no weig"):
+        weight_bytes(find_model(str(folder)), "float32")
 
 
 def test_an_engine_in_a_process_of_its_own_that_cannot_start_may_lack_memory() -> None:
