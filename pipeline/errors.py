@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and how values are shown in it."""
 
 import reprlib
 
@@ -11,6 +11,18 @@ class UserError(Exception):
     The command line prints it as one line and exits with status 2. Any other exception is a defect
     of qpipe and keeps its traceback.
     """
+
+
+def option_of(name: str) -> str:
+    """The option of a setting: "--top-k" of "top_k"."""
+    return "--" + name.replace("_", "-")
+
+
+def require(holds: bool, option: str, value: object, allowed: str) -> None:
+    """Raises UserError for an option, such as "--top-k", whose value is out of range."""
+    if not holds:
+        said = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"{option} {said} is out of range: give {allowed}")
 
 
 def one_line(error: BaseException) -> str:

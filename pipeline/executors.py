@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import UserError
+from .errors import UserError, require
 from .locks import claimed, lock_of, locked
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
 from .parallel import in_order
@@ -75,8 +75,7 @@ class Share:
     world_size: int
 
     def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise UserError(f"--world-size {self.world_size} is out of range: give 1 or more")
+        require(self.world_size >= 1, "--world-size", self.world_size, "1 or more")
         if not 0 <= self.rank < self.world_size:
             raise UserError(
                 f"--rank {self.rank} is out of range: ranks of --world-size {self.world_size} are "

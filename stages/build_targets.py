@@ -10,7 +10,7 @@ import numpy as np
 from ..pipeline.ceiling import ceiling_sums
 from ..pipeline.choice import Choice
 from ..pipeline.codec import FlatBatch, join
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema
 from ..pipeline.methods import choose
@@ -70,17 +70,14 @@ class BuildSettings:
 
 def check_truncation(top_p: float, max_support: int) -> None:
     """Raises UserError for values out of their range."""
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p:g} is out of range: give above 0, up to 1")
-    if max_support < 1:
-        raise UserError(f"--max-support {max_support} is out of range: give 1 or more")
+    require(0 < top_p <= 1, "--top-p", top_p, "above 0, up to 1")
+    require(max_support >= 1, "--max-support", max_support, "1 or more")
 
 
 def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
     """Raises UserError for values out of their range, or one that nothing is read at."""
     for option, value in (("--temperature", base), ("--teacher-temperature", teacher)):
-        if not 0.05 <= value <= 20:
-            raise UserError(f"{option} {value:g} is out of range: give 0.05 to 20")
+        require(0.05 <= value <= 20, option, value, "0.05 to 20")
     if folder is None and teacher != 1:
         raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
 

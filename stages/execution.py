@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult, Share, Stage, run_alone, run_share
 from ..pipeline.progress import Watcher
 from ..pipeline.runner import StageResult, finished
@@ -32,8 +32,7 @@ class Execution:
     log_json: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers {self.workers} is out of range: give 1 or more")
+        require(self.workers is None or self.workers >= 1, "--workers", self.workers, "1 or more")
         if self.executor == "ray":
             for option, value in (("--rank", self.rank), ("--world-size", self.world_size)):
                 if value is not None:

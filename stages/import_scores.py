@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..pipeline.cache import local_version
-from ..pipeline.errors import UserError, one_line, reason
+from ..pipeline.errors import UserError, one_line, reason, require
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
@@ -36,7 +36,7 @@ from ..pipeline.shards import ShardContent, batches_of
 from ..pipeline.storage import sha256_of_file
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import UnusableError
-from .score import refuse_nothing_scored, score_sums
+from .score_stage import refuse_nothing_scored, score_sums
 from .topk_rows import IGNORED, Ints, Mass, Reading, TopK, TopKRow, scored, without_padding
 
 Format = Literal["axolotl", "distillkit"]
@@ -59,8 +59,7 @@ class ImportSettings:
     top_k: int | None = None  # None: as many entries as the first position has
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"--top-k {self.top_k} is out of range: give 1 or more")
+        require(self.top_k is None or self.top_k >= 1, "--top-k", self.top_k, "1 or more")
 
 
 def import_scores(settings: ImportSettings) -> StageResult:

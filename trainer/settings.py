@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..pipeline.errors import UserError
+from ..pipeline.errors import UserError, option_of
 from ..pipeline.remote import is_remote
 from .eval_command import parse_command
 from .mixture import shares_of
@@ -71,7 +71,7 @@ class TrainSettings:
             value = getattr(self, field.name)
             allowed, is_allowed = _ALLOWED.get(field.name, _ANYTHING)
             if not is_allowed(value):
-                option = "--" + field.name.replace("_", "-")
+                option = option_of(field.name)
                 raise UserError(f"{option} {value} cannot be used: give {allowed}")
         if is_remote(self.out):
             raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ...pipeline.errors import option_of
 from ..options import (
     FOLDER,
     Command,
@@ -188,7 +189,7 @@ def score(
         _plan(ctx, demonstrations, options, **gpu)
         return
     for name in (name for name, value in gpu.items() if value is not None):
-        option = "--" + name.replace("_", "-")
+        option = option_of(name)
         raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
     from ..score import ScoreSettings, score
     from ..score_at import ScoreAtSettings, score_at
@@ -234,14 +235,14 @@ def _plan(
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `score` but those that say how rows are read, which nobody may have given."""
-    from ..score import MODEL_OPTIONS
+    from ..score_stage import MODEL_OPTIONS
 
     kept = {}
     for name in ("demonstrations", *options):
         if name in MODEL_OPTIONS:
             kept[name] = options[name]
         elif ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            option = "--" + name.replace("_", "-")
+            option = option_of(name)
             raise click.UsageError(
                 f"{option} goes with --demonstrations, not with --at: leave one of them out", ctx
             )

@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from qpipe.pipeline.records import Example
 from qpipe.pipeline.shards import read_scores
-from qpipe.stages import score as stage
+from qpipe.stages import score_stage
 from qpipe.stages.quiet import quiet_libraries
-from qpipe.stages.score import ScoreSettings
+from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer, scored
 from qpipe.stages.scorers.vllm_arrays import keep_tensors, prompt_arrays
 from qpipe.tests.benchmarks.figures import faster, publish, timed
@@ -119,11 +119,11 @@ def run_stage(
         max_length=MAX_LENGTH,
         shard_size=shard_size,
     )
-    made, stage.make_scorer = stage.make_scorer, lambda *_: scorer
+    made, score_stage.make_scorer = score_stage.make_scorer, lambda *_: scorer
     try:
-        return stage.score(settings).seconds
+        return score(settings).seconds
     finally:
-        stage.make_scorer = made
+        score_stage.make_scorer = made
 
 
 def generate(llm: Any, examples: list[Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from hypothesis import strategies as st
 from qpipe.pipeline.records import Example, ScoredExample
-from qpipe.stages import score as scoring
+from qpipe.stages import score_stage
 from qpipe.stages.cli import cli, main
 from qpipe.stages.scorers.base import scored
 from qpipe.trainer import loop  # here, since what takes seconds to load is not an input's fault
@@ -120,7 +120,7 @@ def run(*words: str) -> tuple[int, str, str]:
     out, errors = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["qpipe", *words]),
-        patch.object(scoring, "make_scorer", lambda *_: StandIn()),
+        patch.object(score_stage, "make_scorer", lambda *_: StandIn()),
         patch.object(loop, "train", stop),
         redirect_stdout(out),
         redirect_stderr(errors),

@@ -383,7 +383,7 @@ def test_an_example_that_is_too_long_is_refused(
     assert not (tmp_path / "out").exists()
     limits: list[int] = []
     monkeypatch.setattr(
-        "qpipe.stages.score.make_scorer",
+        "qpipe.stages.score_stage.make_scorer",
         lambda model, started: limits.append(started.max_length) or make_scorer(model, started),
     )
     made = score_at(settings(teacher, tmp_path / "at256", tmp_path / "out")).manifest

@@ -14,7 +14,8 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.records import Example, ScoredExample
-from qpipe.stages import score as stage
+from qpipe.stages import score_stage
+from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer
 from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
@@ -220,12 +221,12 @@ def test_what_was_finished_before_an_engine_stopped_is_kept(
 ) -> None:
     """And going on after it makes the folder of an undisturbed run."""
     chats = write_chats(tmp_path / "chats.jsonl", 30)
-    monkeypatch.setattr(stage, "make_scorer", lambda *_: scorer)
+    monkeypatch.setattr(score_stage, "make_scorer", lambda *_: scorer)
     engine = scorer.engine
 
     def make(out: Path) -> dict[str, bytes]:
-        stage.score(
-            stage.ScoreSettings(
+        score(
+            ScoreSettings(
                 model=str(tiny_model), demonstrations=(str(chats),), out=out, engine="vllm",
                 top_k=4, shard_size=10, max_length=200,
             )
