@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -55,11 +56,16 @@ def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
     if not is_remote(folder):
         yield local_copy
         return
-    with tempfile.TemporaryDirectory(dir=_folder("shards"), prefix=".fetch-") as kept:
+    with _temporary(_folder("shards")) as kept:
 
         def keep(path: Path, sha256: str) -> Path:
             link = Path(kept) / sha256
-            os.link(local_copy(path, sha256), link)
+            if not link.exists():  # shards without rows are all alike
+                copy = local_copy(path, sha256)
+                try:
+                    os.link(copy, link)
+                except OSError:  # a file system without links, or another user's file
+                    shutil.copyfile(copy, link)
             return link
 
         yield keep
@@ -94,6 +100,13 @@ def _folder(kind: str) -> Path:
     return folder
 
 
+def _temporary(folder: Path) -> "tempfile.TemporaryDirectory[str]":
+    try:
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"{folder}: the cache cannot be written ({error.strerror}): give another folder in {FOLDER}"
@@ -125,11 +138,7 @@ def _touch(copy: Path) -> None:
 
 def _fetch(path: Path, copy: Path, check: Callable[[Path], None]) -> None:
     limit = _limit()
-    try:
-        fetching = tempfile.TemporaryDirectory(dir=copy.parent, prefix=".fetch-")
-    except OSError as error:
-        raise _unwritable(copy.parent, error) from error
-    with fetching as folder:
+    with _temporary(copy.parent) as folder:
         fetched = Path(folder) / copy.name
         fetch(path, fetched)
         check(fetched)

@@ -25,6 +25,14 @@ def require(holds: bool, option: str, value: object, allowed: str) -> None:
         raise UserError(f"{option} {said} is out of range: give {allowed}")
 
 
+def require_utf8(what: str, name: str) -> None:
+    """Raises UserError for a file's name that a manifest, which is UTF-8, cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {quoted(name)}: its name is not UTF-8: rename it") from error
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
@@ -32,8 +40,8 @@ def one_line(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says of a row, at most 300 characters, which any file can hold."""
-    said = str(error)[:_MOST_SAID] or type(error).__name__
-    return said.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, spelt out
+    said = str(error)[:_MOST_SAID].encode("utf-8", "backslashreplace")  # half a pair, spelt out
+    return said.decode()[:_MOST_SAID] or type(error).__name__
 
 
 def quoted(text: str) -> str:

@@ -114,6 +114,8 @@ class Lease:
 
         Waits first, until a killed one would be forgotten.
         """
+        if self._kind == "share":
+            return
         self._task = task
         if self._kind == "alone":  # nobody can refuse it, or two that came at once would each wait
             self._kind = "share"

@@ -20,14 +20,13 @@ from .plausible import (
 )
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
 from .storage import (
-    MOST_BYTES,
     json_bytes,
     parse_json,
     read_bytes,
     read_json,
     sha256_of_json,
-    write_bytes,
     write_json,
+    write_readable,
 )
 
 MANIFEST = "manifest.json"
@@ -171,13 +170,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises UserError where it would be too large to be read.
     """
     value = asdict(manifest) | {"frequent_ids": " ".join(map(str, manifest.frequent_ids))}
-    content = json_bytes(value | {"seal": sha256_of_json(value)})
-    if len(content) > MOST_BYTES:
-        raise UserError(
-            f"{folder / MANIFEST}: would have {len(content):,} bytes, {MOST_BYTES:,} are the most "
-            "that is read: leave rows that cannot be used out, or give a larger --shard-size"
-        )
-    write_bytes(folder / MANIFEST, content)
+    write_readable(folder / MANIFEST, json_bytes(value | {"seal": sha256_of_json(value)}))
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:

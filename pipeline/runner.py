@@ -35,11 +35,11 @@ from .parallel import in_order
 from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
-from .storage import TEMPORARY, read_json, write_bytes
+from .storage import TEMPORARY, json_bytes, read_json, write_bytes
 
 REJECTS = "rejects.jsonl"
 MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`
-MOST_REJECTS = 1_000_000  # for the same reason
+MOST_OF_REJECTS = 2**27  # bytes, for the same reason
 HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub holds
 
 
@@ -228,12 +228,12 @@ class ShardRun:
 
     def _count_rejects(self, entries: Iterable[ShardEntry]) -> None:
         """Refuses more than a manifest can hold, early."""
-        self._rejects += sum(len(entry.rejects) for entry in entries)
-        if self._rejects > MOST_REJECTS:
+        self._rejects += sum(len(json_bytes(entry.rejects)) for entry in entries if entry.rejects)
+        if self._rejects > MOST_OF_REJECTS:
             raise UserError(
-                f"{self.job.folder}: {self._rejects:,} demonstrations cannot be used, its "
-                f"shard-*.json say why; {MOST_REJECTS:,} is the most that a manifest can hold: "
-                "leave such rows out of the demonstrations"
+                f"{self.job.folder}: too many demonstrations cannot be used, its shard-*.json say "
+                f"why in {self._rejects:,} bytes; {MOST_OF_REJECTS:,} is the most that a manifest "
+                "can hold: leave such rows out of the demonstrations"
             )
 
     def find(self, index: int, verify: bool = False) -> bool:

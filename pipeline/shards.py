@@ -31,7 +31,7 @@ from .storage import (
     read_bytes,
     sha256_of_file,
     sha256_of_json,
-    write_bytes,
+    write_readable,
 )
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
@@ -103,7 +103,7 @@ def commit_shard(
 
 def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
     """Write what is known of a shard beside it, with a hash over all that it says."""
-    write_bytes(sidecar_path(folder, index), sidecar_bytes(entry))
+    write_readable(sidecar_path(folder, index), sidecar_bytes(entry))
 
 
 def sidecar_bytes(entry: ShardEntry) -> bytes:

@@ -67,6 +67,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_readable(path: Path, content: bytes) -> None:
+    """Write a JSON file atomically. Raises UserError where it would not be read back."""
+    if excess := _excess(content):
+        raise UserError(
+            f"{path}: would have {excess}, more than is read back: leave rows that cannot be used "
+            "out, or give another --shard-size"
+        )
+    write_bytes(path, content)
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON file's content, the same bytes for the same value."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -101,17 +111,24 @@ def is_content(path: Path, content: bytes) -> bool:
 
 def parse_json(path: Path, content: bytes) -> Any:
     """The value in the content of a JSON file."""
-    # empty lists take 20 times their text in memory; this package writes each value on its line
-    values = sum(map(content.count, (b",", b"[", b"{")))
-    if values > MOST_DENSE + len(content) // 8:
-        size = len(content)
-        raise UserError(f"{path}: damaged, no file of ours has {values:,} values in {size:,} bytes")
+    if excess := _excess(content):
+        raise UserError(f"{path}: damaged, no file of ours has {excess}")
     if _HALF_PAIR.search(content):  # written as they are, no character needs an escaped pair
         raise UserError(f"{path}: damaged, not JSON of ours (half a character)")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def _excess(content: bytes) -> str | None:
+    """What is too much in the content of a JSON file."""
+    size = len(content)
+    # empty lists take 20 times their text in memory; this package writes each value on its line
+    values = sum(map(content.count, (b",", b"[", b"{")))
+    if values > MOST_DENSE + size // 8:
+        return f"{values:,} values in {size:,} bytes"
+    return f"{size:,} bytes" if size > MOST_BYTES else None
 
 
 def sha256_of_file(path: Path) -> str:

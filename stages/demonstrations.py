@@ -6,7 +6,7 @@ A row that cannot be used becomes a Reject, and the reading goes on.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ Row = dict[str, Any]
 
 
 WEIGHT_KEYS = ("weight", "spans", "token_weights")  # of an assistant's message
+_FIELDS_NAMED = 12  # of a row that cannot be used
 MAX_WEIGHT = 1e30  # so that 32 bits hold it also times the scale of any method
 
 
@@ -124,7 +125,9 @@ def _recognise(row: Row) -> str:
     for name, form in FORMATS.items():
         if form.fits(row):
             return name
-    raise UnusableError(f"no known format, the fields are {', '.join(map(str, row)) or 'none'}")
+    some, more = [str(name) for name in islice(row, _FIELDS_NAMED)], len(row) - _FIELDS_NAMED
+    fields = ", ".join(some) + (f" and {more:,} more" if more > 0 else "")
+    raise UnusableError(f"no known format, the fields are {fields or 'none'}")
 
 
 def _row_id(row: Row) -> str | None:

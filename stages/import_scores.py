@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..pipeline.cache import local_version
-from ..pipeline.errors import UserError, one_line, reason, require
+from ..pipeline.errors import UserError, one_line, reason, require, require_utf8
 from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
@@ -151,6 +151,7 @@ class _Table:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file")
+        require_utf8("file", path.name)
         try:
             self.file = pq.ParquetFile(local_version(path))
         except (pa.ArrowException, OSError, ValueError) as error:

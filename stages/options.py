@@ -63,7 +63,7 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, spread)
         except click.MissingParameter as error:
-            if greedy is None:
+            if greedy is None or not isinstance(error.param, click.Argument):
                 raise
             message = f"{error.format_message()} {greedy} takes all that follows it: put it last"
             raise click.UsageError(message, ctx) from error

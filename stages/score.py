@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
+from ..pipeline.manifest import MANIFEST, read_manifest
+from ..pipeline.parallel import in_order
 from ..pipeline.records import Reject
 from ..pipeline.runner import Job, StageResult, sidecar_indices
 from ..pipeline.shards import committed_shard
@@ -54,8 +58,14 @@ def score(settings: ScoreSettings, execution: Execution | None = None) -> StageR
 
 def _refuse_rejects(job: Job) -> None:
     """--strict holds for what was made without it, too."""
-    for index in sidecar_indices(job.folder):
-        entry = committed_shard(job.folder, index, job.identity.fingerprint, verify=False)
+    folder, fingerprint = job.folder, job.identity.fingerprint
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        entries = manifest.shards if manifest.fingerprint == fingerprint else ()
+    else:
+        there = partial(committed_shard, folder, fingerprint=fingerprint, verify=False)
+        entries = in_order(there, sidecar_indices(folder))
+    for entry in entries:
         if entry is not None and entry.rejects:
             raise _unusable(Reject(**entry.rejects[0]))
 
@@ -70,7 +80,21 @@ def _stage(
     else:
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
     model = find_model(settings.model, settings.revision, weights=settings.engine != "server")
-    return ScoreStage(settings, Demonstrations(settings, sources, model), model, job)
+    folder = None if settings.in_store else settings.out
+    demonstrations = Demonstrations(settings, sources, model, folder)
+    if settings.in_store:
+        _refuse_today(settings, demonstrations)
+    return ScoreStage(settings, demonstrations, model, job)
+
+
+def _refuse_today(settings: ScoreSettings, demonstrations: "Demonstrations") -> None:
+    """In a store a day makes a folder of its own: none may follow from when a command starts."""
+    day = demonstrations.encoder.day
+    if day is not None and settings.date is None:
+        raise UserError(
+            "--store: the template writes today's date, and the folder's name there follows from "
+            f"all that is in it: give the day, as in --date {day.isoformat()}"
+        )
 
 
 class Demonstrations:
@@ -78,12 +102,18 @@ class Demonstrations:
 
     gathers = False
 
-    def __init__(self, settings: ScoreSettings, sources: list[Source], model: ModelFiles) -> None:
+    def __init__(
+        self,
+        settings: ScoreSettings,
+        sources: list[Source],
+        model: ModelFiles,
+        folder: Path | None = None,
+    ) -> None:
+        """`folder` may have been begun with a day for the template."""
         self.options = settings
         self.rows = RowReader(sources)
         self.max_length = _max_length(settings, model)
         template = load_template(settings.template, model.tokenizer)
-        folder = None if settings.in_store else settings.out
         self.encoder = Encoder(
             model.tokenizer,
             template,

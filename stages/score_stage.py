@@ -33,8 +33,6 @@ from .scorers.base import (
     make_scorer,
 )
 
-DEFAULT_MAX_LENGTH = 4096
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:

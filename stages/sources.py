@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..pipeline.errors import UserError, quoted
+from ..pipeline.errors import UserError, require_utf8
 from ..pipeline.remote import open_path
 from .readers.data_sets import folder_reader, hub_reader
 from .readers.files import FILE_KINDS, OTHER_FILES, file_reader
@@ -158,28 +158,19 @@ def _open(name: str) -> Source:
     if "://" in name and not path.is_file():
         raise UserError(f"demonstrations {name}: no such file: of URLs, only a file's can be read")
     if path.exists() and not path.is_dir():
-        _check_name(path)
+        require_utf8("demonstrations", path.name)
         reader = file_reader(path)
         return Source(path.name, name, reader, opened=reader.version())
     data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
     folder = Path(data_set)
     if folder.is_dir():
         options = name[len(data_set) :]
+        require_utf8("demonstrations", folder.resolve().name)
         reader = folder_reader(folder.resolve(), config, split)
         return Source(folder.resolve().name + options, name, reader)
     if _looks_like_file(name):
         raise UserError(f"demonstrations {name}: no such file")
     return Source(name, name, hub_reader(data_set, config, split))
-
-
-def _check_name(path: Path) -> None:
-    """The manifest names the file, in UTF-8."""
-    try:
-        path.name.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"demonstrations {quoted(path.name)}: its name is not UTF-8: give the file another"
-        ) from error
 
 
 def _parts(name: str) -> tuple[str, str | None, str]:

@@ -63,9 +63,10 @@ def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
     found = checkpoints_in(folder)
     if not found:
         return None
-    record = read_json(found[-1] / _PROGRESS)
+    progress = found[-1] / _PROGRESS
     try:
-        theirs = parse_identity(found[-1] / _PROGRESS, record["identity"])
+        record = read_json(progress) if progress.exists() else {}
+        theirs = parse_identity(progress, record["identity"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{found[-1]}: damaged: remove it, and run again") from error
     refuse_other(folder, identity, theirs)

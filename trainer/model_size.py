@@ -41,7 +41,7 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
 
 
 def _safetensors(model: ModelFiles) -> list[Path]:
-    """The files that transformers and vLLM load: some folders hold the same weights twice."""
+    """The files that transformers loads: some folders hold the same weights twice."""
     there = sorted(model.folder.glob("*.safetensors"))
     whole, index = (model.folder / f"model.safetensors{end}" for end in ("", ".index.json"))
     if whole in there:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import UserError, one_line, require_utf8
 from ..pipeline.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]
     if not model:
         raise UserError("--model is empty: give a model folder, or a name on the hub")
     if path.is_dir():
+        require_utf8("model", path.resolve().name)
         return path, path.resolve().name
     if path.is_file():
         raise UserError(f"model {model}: is a file: give the folder it is in")

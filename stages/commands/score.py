@@ -76,7 +76,7 @@ from ..options import (
     default=None,
     metavar="YYYY-MM-DD",
     help="What a template that writes today's date takes it for.  [default: today, or the day that "
-    "the folder was begun with]",
+    "the folder was begun with; with --store there is none]",
 )
 @click.option(
     "--supervise",

@@ -258,6 +258,12 @@ def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
     """How many workers there are to be. Raises UserError where Ray has no room for them."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [each for each in alive if each.get("CPU", 0) >= 1]  # a head may work for nobody
+    wanted = [each for each in alive if each.get("GPU")] if stage.gpus else []
+    if not machines or (wanted and not any(each in machines for each in wanted)):
+        raise UserError(
+            f"Ray has no machine with a CPU core{' and a GPU' if wanted else ''} for a worker: "
+            "start one with `ray start --num-cpus 1` or more"
+        )
     gpus = [int(machine.get("GPU", 0)) for machine in machines]
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
     if stage.gpus and any(gpus):

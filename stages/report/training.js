@@ -33,7 +33,7 @@ function draw() {
     plots,
     element("h2", {}, "How they went"),
     table(),
-    element("footer", {}, "Made by qpipe. Thin lines are single steps, strong ones their running mean; dots are evaluations on held-out demonstrations."),
+    element("footer", {}, "Made by qpipe. Thin lines are single steps, strong ones their running mean; dots are evaluations."),
   );
   show();
 }
@@ -52,7 +52,7 @@ function curves(chart, hidden) {
 }
 
 function table() {
-  const fields = [...new Set(page.runs.flatMap((run) => Object.keys(run.last)))].filter((name) => name !== "tokens");
+  const fields = [...new Set(page.runs.flatMap((run) => Object.keys(run.last)))];
   const settings = [...new Set(page.runs.flatMap((run) => Object.keys(run.settings)))];
   const words = (name) => name.replaceAll("_", " ");
   const head = ["run", ...settings.map(words), "steps", "supervised tokens", "tokens/s", ...fields.map((name) => `last ${words(name)}`)];

@@ -75,7 +75,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
         tokens += event["tokens"] if kind == "step" and is_number(event.get("tokens")) else 0
         own = event.get("results") if kind == "eval_command" else event
         for field, value in own.items() if isinstance(own, dict) else ():
-            if is_number(value) and field not in _NO_CURVE and _is_wanted(kind, field):
+            if is_number(value) and _is_wanted(kind, field):
                 curves.setdefault((kind, field), []).append((step, value))
     settings = settings_in(folder)
     return TrainingRun(name, folder, settings, curves, tokens, (folder / RUN).exists())
@@ -89,7 +89,9 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_wanted(event: str, field: str) -> bool:
-    return event in _EVALUATIONS or (event == "step" and field in _OF_STEPS)
+    if event == "evaluation":
+        return field not in _NO_CURVE
+    return event == "eval_command" or (event == "step" and field in _OF_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _curve_json(run: int, is_noisy: bool, points: Points) -> dict[str, Any]:
 
 def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
     last = {
-        escaped(field): points[-1][1]
+        _column(run, event, field): points[-1][1]
         for (event, field), points in run.curves.items()
         if event in _EVALUATIONS and points
     }
@@ -193,6 +195,12 @@ def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
         "last": last,
         "finished": run.is_finished,
     }
+
+
+def _column(run: TrainingRun, event: str, field: str) -> str:
+    """What the table calls a measure: one of the user's own may be named as one of ours."""
+    is_taken = event == "eval_command" and ("evaluation", field) in run.curves
+    return escaped(field) + (" of --eval-command" if is_taken else "")
 
 
 def _differing(runs: Sequence[TrainingRun]) -> list[tuple[TrainingRun, dict[str, Any]]]:

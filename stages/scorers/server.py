@@ -252,16 +252,22 @@ async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> li
 
 
 def _client(server: ServerSettings) -> httpx.AsyncClient:
-    key = os.environ.get("VLLM_API_KEY")
+    key = os.environ.get("VLLM_API_KEY", "")
+    if not key.isascii():
+        raise UserError("VLLM_API_KEY: holds what no key does: give ASCII characters alone")
     try:
-        return httpx.AsyncClient(
+        client = httpx.AsyncClient(
             base_url=server.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=server.concurrency),
             trust_env=False,  # a proxy for the web is none for this server
         )
-    except httpx.InvalidURL as error:
+        client.build_request("GET", "/")  # looks at the host
+        if (client.base_url.port or 0) > 65535:
+            raise httpx.InvalidURL("a port is at most 65535")
+        return client
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise UserError(
             f"--server-url {server.url}: {one_line(error)}: give one as in http://host:8000"
         ) from error

@@ -23,6 +23,7 @@ from .vllm_start import (
     EngineDiedError,
     is_memory,
     plan_memory,
+    says_no_more,
     start_engine,
     starts_late,
     stop_engine,
@@ -148,7 +149,7 @@ class VllmScorer:
 
     def _start(self) -> None:
         """Start the engine, with smaller steps where memory runs out."""
-        llm = None
+        llm, deaths = None, 0
         while llm is None:
             died = ""
             try:
@@ -158,6 +159,12 @@ class VllmScorer:
             except EngineDiedError as error:
                 died = str(error)
             if llm is None:
+                deaths += 1
+                if deaths > 1 and says_no_more(died):
+                    raise UserError(
+                        f"vLLM cannot start with model {self.model.name}: {died}: what it printed "
+                        "tells why: free memory, or try --engine transformers"
+                    )
                 self._make_smaller(died)
         self.llm = llm
         self.engine: Any = llm.llm_engine

@@ -14,10 +14,8 @@ from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
 
 WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
 _CPU_KV_CACHE = 2  # GiB
-_MEMORY_WORDS = (
-    *("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc"),
-    "initialization failed",  # of an engine or worker in a process of its own, which says no more
-)
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_NO_MORE = "initialization failed"  # all that is heard of an engine in a process of its own
 
 
 class EngineDiedError(Exception):
@@ -129,7 +127,16 @@ def is_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError | EngineDeadError):
         return True
-    return any(words in str(error).lower() for words in _MEMORY_WORDS)
+    return says_no_more(str(error)) or _names_memory(str(error))
+
+
+def says_no_more(said: str) -> bool:
+    """Whether an engine that did not start leaves open why: of memory, or of anything else."""
+    return _NO_MORE in said.lower() and not _names_memory(said)
+
+
+def _names_memory(said: str) -> bool:
+    return any(words in said.lower() for words in _MEMORY_WORDS)
 
 
 def _gpu_memory() -> int:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..token_text import escaped, one_line_of
 from .aligned import print_table
 
 if TYPE_CHECKING:
+    from ...pipeline.records import Reject
     from ..costs import Costs
     from ..plan import Memory, ScorePlan, Workload
 
@@ -49,10 +51,14 @@ def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
             f"{work.read:,} read, {work.examples:,} to score, {work.rejected:,} "
             f"rejected, {work.cut:,} cut to the limit",
         ),
-        *([("the first", f"{first.source}, line {first.line}: {first.reason}")] if first else []),
+        *([("the first", _told(first))] if first else []),
         ("tokens", f"{work.tokens:,}, {work.positions:,} of them supervised"),
         ("lengths", ", ".join(quantiles)),
     ]
+
+
+def _told(reject: "Reject") -> str:
+    return f"{reject.source}, line {reject.line}: {escaped(one_line_of(reject.reason))}"
 
 
 def _memory_rows(memory: "Memory") -> list[tuple[str, str]]:

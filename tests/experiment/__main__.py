@@ -18,7 +18,7 @@ from qpipe.pipeline.locks import locked
 
 from .conduct import conduct
 from .forecast import forecast
-from .plan import FULL, QUICK, STARTS
+from .plan import FULL, LANES, QUICK
 from .published import publish, take_over
 from .records import Records
 from .tables import page
@@ -54,7 +54,7 @@ def main() -> None:
     if not options.tables:
         print(forecast(work.size, records), flush=True)
     if not (options.tables or options.plan):
-        share_of_cores = max(1, len(os.sched_getaffinity(0)) // len(STARTS))
+        share_of_cores = max(1, len(os.sched_getaffinity(0)) // LANES)
         os.environ["OMP_NUM_THREADS"] = str(share_of_cores)
         with locked(work.root):
             records.mend()

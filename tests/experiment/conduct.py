@@ -1,6 +1,6 @@
 """The experiment itself: every run that is not recorded yet, those of the first seed first.
 
-The starts go side by side, each on its share of the cores: two small models that train on a core
+Two lanes go side by side, each on its share of the cores: two small models that train on a core
 each are done sooner than one after the other on two.
 """
 
@@ -15,15 +15,18 @@ from qpipe.stages.summaries.folders import bytes_per_token
 
 from .judge import judge
 from .plan import (
+    KEPT,
     KEPT_START,
     KEPT_VARIANT,
+    LANES,
     STARTS,
     VARIANTS,
+    Kept,
     Run,
     Start,
     Variant,
     final_runs,
-    kept_runs,
+    kept_run,
     reference_runs,
     search_runs,
 )
@@ -35,35 +38,45 @@ from .work import Work
 def conduct(work: Work, records: Records) -> None:
     """Do what is left. Models are removed as soon as no exam is left for them."""
     work.sample_unlike()
-    with ThreadPoolExecutor(len(STARTS)) as pool:
-        list(pool.map(partial(_sit, work, records), reference_runs()))
-        list(pool.map(partial(_conduct_from, work, records), STARTS))
+    seeds = range(work.size.seeds)
+    methods = [
+        partial(_conduct_method, work, records, start, variant, seed)
+        for seed in seeds
+        for variant in VARIANTS
+        for start in STARTS
+    ]
+    kept = [partial(_conduct_kept, work, records, kept, seed) for kept in KEPT for seed in seeds]
+    with ThreadPoolExecutor(LANES) as lanes:
+        list(lanes.map(partial(_sit, work, records), reference_runs()))
+        list(lanes.map(lambda task: task(), [*methods, *kept]))
 
 
-def _conduct_from(work: Work, records: Records, start: Start) -> None:
-    """What is left of one start."""
-    for seed in range(work.size.seeds):
-        for variant in VARIANTS:
-            learning_rate = _chosen(work, records, start, variant)
-            for run in final_runs(start, variant, seed, learning_rate):
-                _sit(work, records, run)
-            work.forget_models(start)
-    if start != KEPT_START:
-        return
-    learning_rate = _chosen(work, records, start, KEPT_VARIANT)
-    for run in kept_runs(work.size, learning_rate):
+def _conduct_method(
+    work: Work, records: Records, start: Start, variant: Variant, seed: int
+) -> None:
+    """What is left of a method from one start with one seed."""
+    searches = search_runs(work.size, start, variant) if seed == 0 else []
+    for run in searches:
         _sit(work, records, run)
-        work.forget_models(start)
+    exams = final_runs(start, variant, seed, _chosen(work, records, start, variant))
+    for run in exams:
+        _sit(work, records, run)
+    work.forget_models([*searches, *exams])
+
+
+def _conduct_kept(work: Work, records: Records, kept: Kept, seed: int) -> None:
+    """The run that keeps so much of each distribution."""
+    run = kept_run(kept, seed, _chosen(work, records, KEPT_START, KEPT_VARIANT))
+    _sit(work, records, run)
+    work.forget_models([run])
 
 
 def _chosen(work: Work, records: Records, start: Start, variant: Variant) -> float:
-    """A method's learning rate, searched for where that was not done."""
-    runs = search_runs(work.size, start, variant)
-    for run in runs:
-        _sit(work, records, run)
-    if not runs:
+    """A method's learning rate; the search for it comes with the first seed."""
+    searches = search_runs(work.size, start, variant)
+    if not searches:
         return work.size.learning_rates[0]
-    return best_learning_rate(records.of(runs), work.parts["validation"])
+    return best_learning_rate(records.of(searches), work.parts["validation"])
 
 
 def _sit(work: Work, records: Records, run: Run) -> None:

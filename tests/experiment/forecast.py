@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from statistics import median
 
-from .plan import DEFAULT, KEPT, STARTS, VARIANTS, Size, conditions, reference_runs, search_runs
+from .plan import (
+    DEFAULT,
+    KEPT,
+    LANES,
+    STARTS,
+    VARIANTS,
+    Size,
+    conditions,
+    reference_runs,
+    search_runs,
+)
 from .records import Record, Records
 
 # measured on one of two cores of an AMD EPYC without AVX-512, both at work on the experiment
@@ -46,7 +56,7 @@ def forecast(size: Size, records: Records) -> str:
         f"{kind.name:38} {kind.runs:4} runs, {kind.left:4} left, {kind.seconds_left / 60:4.0f} min"
         for kind in kinds
     ]
-    hours = sum(kind.seconds_left for kind in kinds) / len(STARTS) / 3600  # side by side
+    hours = sum(kind.seconds_left for kind in kinds) / LANES / 3600
     return "\n".join([*lines, f"about {hours:.1f} hours on two free cores"])
 
 

@@ -11,6 +11,7 @@ Start = Literal["cold", "warm"]
 Data = Literal["clean", "corrupted"]
 ExamName = Literal["validation", "test"]
 
+LANES = 2  # runs side by side
 CORRUPTED_SHARE = 0.4
 STARTS: tuple[Start, ...] = ("cold", "warm")
 CONDITIONS: tuple[tuple[Start, Data], ...] = (
@@ -175,10 +176,6 @@ def conditions(seed: int) -> list[tuple[Start, Data]]:
     return [each for each in CONDITIONS if seed == 0 or each != ONE_SEED_IS_ENOUGH]
 
 
-def kept_runs(size: Size, learning_rate: float) -> list[Run]:
-    """The runs that differ in how much is kept; those with the default are among the others."""
-    return [
-        Run("test", KEPT_START, KEPT_DATA, KEPT_VARIANT, seed, learning_rate, kept)
-        for kept in KEPT
-        for seed in range(size.seeds)
-    ]
+def kept_run(kept: Kept, seed: int, learning_rate: float) -> Run:
+    """The run of a seed that keeps so much; with the default it is one of `final_runs`."""
+    return Run("test", KEPT_START, KEPT_DATA, KEPT_VARIANT, seed, learning_rate, kept)

@@ -54,6 +54,8 @@ def page(records: Iterable[Record], size: Size, parts: Parts) -> str:
         *_unfinished(records, size),
         _set_up(size, parts),
         *results,
+        "## What the defaults rest on",
+        _defaults(records, parts),
         "## Do the ceilings predict the outcome?",
         _predictions(records, parts),
         "## How much of a distribution is needed",
@@ -166,6 +168,30 @@ def _compared(found: _BySeed, other: _BySeed, problems: list[Problem]) -> Cells:
     p = mcnemar(first_SI, second_SI)[2]
     difference = first_SI.mean() - second_SI.mean()
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]", "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _defaults(records: list[Record], parts: Parts) -> str:
+    """Accuracies of methods that a user chooses between, side by side."""
+    of = {variant.name: variant for variant in VARIANTS}
+    rows: list[Cells] = [("condition", *(f"{first} − {second}" for first, second in _CHOICES))]
+    for start, data in CONDITIONS:
+        found = {name: _by_seed(records, start, data, variant) for name, variant in of.items()}
+        cells = (_compared(found[a], found[b], parts["test"]) for a, b in _CHOICES)
+        rows.append((f"{start}, {data}", *(f"{told}, p {p}" if p else "" for told, p in cells)))
+    return (
+        "Accuracy, compared as above: the default with sft, the default of those with a teacher "
+        "with kd, and default forms with other forms.\n\n" + _table(rows)
+    )
+
+
+_CHOICES = (
+    ("sft+kl", "sft"),
+    ("target-sft frozen", "kd"),
+    ("target-sft frozen", "target-sft live"),
+    ("dft frozen-target", "dft live"),
+    ("dft frozen-target", "dft frozen-weight"),
+    ("asft frozen-target", "asft live"),
+)
 
 
 def _predictions(records: list[Record], parts: Parts) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.storage import write_json
+from qpipe.tests.experiment.conduct import conduct
 from qpipe.tests.experiment.forecast import forecast
 from qpipe.tests.experiment.paired import difference_interval, mcnemar, rank_correlation
 from qpipe.tests.experiment.plan import (
@@ -20,7 +21,7 @@ from qpipe.tests.experiment.plan import (
     Run,
     Size,
     final_runs,
-    kept_runs,
+    kept_run,
     reference_runs,
     search_runs,
 )
@@ -193,6 +194,27 @@ def test_published_runs_of_other_sizes_are_refused(tmp_path: Path) -> None:
     assert not there.records.exists()
 
 
+def test_two_lanes_do_every_run_once_and_leave_no_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    work = _work(tmp_path, SIZE)
+    write_json(work.unlike, [])
+    sat: list[str] = []
+
+    def sit(work: Work, records: Records, run: Run) -> None:
+        if run in records:
+            return
+        sat.append(run.key)
+        if run.is_trained:
+            (work.root / f"models/{run.start}/{run.model_name}").mkdir(parents=True, exist_ok=True)
+        records.add(_record(run, work.parts))
+
+    monkeypatch.setattr("qpipe.tests.experiment.conduct._sit", sit)
+    conduct(work, Records(work.records))
+    assert sorted(sat) == sorted(run.key for run in _every_run(SIZE))
+    assert not [*tmp_path.glob("models/*/*")]
+
+
 def _work(root: Path, size: Size) -> Work:
     work = Work(root, Path("SmolLM2-135M-Instruct"), size)
     work.open()
@@ -211,7 +233,9 @@ def _every_run(size: Size) -> list[Run]:
         for variant in VARIANTS
         for run in final_runs(start, variant, seed, rate)
     ]
-    kept = [run for run in kept_runs(size, rate) if run.kept != DEFAULT]
+    kept = [
+        kept_run(kept, seed, rate) for kept in KEPT for seed in range(size.seeds) if kept != DEFAULT
+    ]
     return [*reference_runs(), *searched, *tested, *kept]
 
 

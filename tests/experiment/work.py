@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.storage import read_json, write_json
+from qpipe.pipeline.storage import read_json, write_bytes, write_json
 
 from .judge import TEMPLATE, Exam, sample_unlike
 from .plan import (
@@ -46,7 +46,7 @@ class Work:
     root: Path
     base: Path
     size: Size
-    _tuning: Lock = field(default_factory=Lock)  # both starts have the one teacher
+    _making: dict[Path, Lock] = field(default_factory=dict)  # lanes share scores and the teacher
 
     def open(self) -> None:
         """Make the folder, or go on in it. Raises UserError where it holds another experiment."""
@@ -132,12 +132,12 @@ class Work:
             return self.start(run.start)
         if run.variant == TEACHER:
             return self.teacher
-        out = self.root / f"models/{run.start}/{run.model_name}"
-        return self._train(out, self.targets(run), self.start(run.start), run)
+        return self._train(self._model_of(run), self.targets(run), self.start(run.start), run)
 
-    def forget_models(self, start: Start) -> None:
-        """Remove a start's trained models: half a gigabyte each, and all judged."""
-        shutil.rmtree(self.root / f"models/{start}", ignore_errors=True)
+    def forget_models(self, runs: Iterable[Run]) -> None:
+        """Remove the models of runs that were judged: half a gigabyte each."""
+        for run in runs:
+            shutil.rmtree(self._model_of(run), ignore_errors=True)
 
     def exam(self, name: ExamName) -> Exam:
         """The problems of an exam and what else is measured in it."""
@@ -153,16 +153,18 @@ class Work:
 
     def _tuned(self, name: str) -> Path:
         """The base tuned on demonstrations of its own, by way of scores and sft targets."""
-        with self._tuning:
-            rows = self._rows(name, demonstrations(self.parts[name]))
-            given = ("--demonstrations", rows)
-            scores = self._score(self.root / f"scores/{name}", self.base, 1, *given)
-            targets = self._made(
-                self.root / f"targets/{name}",
-                "manifest.json",
-                *("build-targets", "--scores", scores, "--method", "sft"),
-            )
-            return self._train(self.root / name, targets, self.base)
+        rows = self._rows(name, demonstrations(self.parts[name]))
+        given = ("--demonstrations", rows)
+        scores = self._score(self.root / f"scores/{name}", self.base, 1, *given)
+        targets = self._made(
+            self.root / f"targets/{name}",
+            "manifest.json",
+            *("build-targets", "--scores", scores, "--method", "sft"),
+        )
+        return self._train(self.root / name, targets, self.base)
+
+    def _model_of(self, run: Run) -> Path:
+        return self.root / f"models/{run.start}/{run.model_name}"
 
     def _score(self, out: Path, model: Path, top_k: int, *given: object) -> Path:
         """Scores of demonstrations, or with --at of a folder's examples, in the shards of those."""
@@ -184,12 +186,19 @@ class Work:
 
     def _made(self, out: Path, seal: str, *words: object) -> Path:
         """A folder that one command makes, unless it is there."""
-        if not (out / seal).exists():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            qpipe(self.log, *words, "--out", out)
+        with self._alone(out):
+            if not (out / seal).exists():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                qpipe(self.log, *words, "--out", out)
         return out
 
     def _rows(self, name: str, rows: Iterable[dict[str, Any]]) -> Path:
         path = self.root / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with self._alone(path):
+            if not path.exists():
+                write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return path
+
+    def _alone(self, out: Path) -> Lock:
+        """Keeps the other lane from making the same."""
+        return self._making.setdefault(out, Lock())

@@ -1,5 +1,6 @@
 """Local copies of remote files: whole, under a limit, and fetched again where they are not."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -173,6 +174,15 @@ def test_all_of_a_folder_stays_while_it_is_needed(
         kept = [copy(path, sha256) for path, sha256 in files]
         assert [each.read_bytes()[0] for each in kept] == [0, 1, 2]
         assert not local_copy(*files[0]).samefile(kept[0])  # the cache had let go of it
+        alike = put(s3, "alike", bytes([2]) * 1000)
+        assert copy(*alike) == kept[2]
     assert not any(each.exists() for each in kept)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with kept_copies(open_path("s3://bucket")) as copy:
+        assert copy(*files[1]).read_bytes() == bytes([1]) * 1000
     with kept_copies(tmp_path) as copy:
         assert copy(tmp_path / "a", "") == tmp_path / "a"

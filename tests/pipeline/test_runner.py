@@ -501,8 +501,9 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
             content.rejects = [Reject("chats.jsonl", 1, "too long")] * 4
             return content
 
-    monkeypatch.setattr("qpipe.pipeline.runner.MOST_REJECTS", 7)
-    with pytest.raises(UserError, match=r"8 demonstrations cannot be used.* 7 is the most"):
+    of_four = len(json_bytes([asdict(Reject("chats.jsonl", 1, "too long"))] * 4))
+    monkeypatch.setattr("qpipe.pipeline.runner.MOST_OF_REJECTS", 2 * of_four - 1)
+    with pytest.raises(UserError, match=f"cannot be used.* in {2 * of_four:,} bytes; .*is the mo"):
         Rejecting(folder, shard_count=9).run()
     again = Rejecting(folder, shard_count=9)
     with pytest.raises(UserError, match="demonstrations cannot be used"):
@@ -513,10 +514,26 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
 def test_a_manifest_too_large_to_be_read_is_not_written(
     toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.pipeline.manifest.MOST_BYTES", 2000)
-    with pytest.raises(UserError, match=r"manifest.json: would have [\d,]+ bytes, 2,000 are"):
+    monkeypatch.setattr("qpipe.pipeline.storage.MOST_BYTES", 2000)
+    with pytest.raises(UserError, match=r"manifest.json: would have [\d,]+ bytes, more than is"):
         toy(folder).run()
     assert not (folder / "manifest.json").exists()
+
+
+def test_reasons_that_no_reader_would_take_are_refused_as_their_shard_is_written(
+    toy: Any, folder: Path
+) -> None:
+    """Full of commas: they count as values where a file is read."""
+
+    class Rejecting(toy):
+        def content(self, index: int) -> Any:
+            content = super().content(index)
+            content.rejects = [Reject("chats.jsonl", 1, "," * 300)] * 1000
+            return content
+
+    with pytest.raises(UserError, match=r"shard-00000.json: would have 3\d\d,\d+ values in"):
+        Rejecting(folder).run()
+    assert [*folder.glob("shard-*.json")] == []
 
 
 def test_more_shards_than_a_manifest_can_hold_are_refused_before_the_work(

@@ -61,3 +61,20 @@ def test_a_head_that_works_for_nobody_takes_no_worker_and_leaves_the_others_thei
     assert ray_cluster._room(ray, stage, None) == ray_cluster._Room(workers=2, cpus=64, gpus=0)
     with pytest.raises(UserError, match="--workers 129: Ray has 128 CPU cores"):
         ray_cluster._room(ray, stage, 129)
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus", "words"),
+    [
+        ([{"node": 1.0}], 0, "no machine with a CPU core for a worker"),
+        ([{"CPU": 8.0}, {"GPU": 8.0}], 1, "no machine with a CPU core and a GPU for a worker"),
+    ],
+)
+def test_machines_without_a_core_for_a_worker_are_refused(
+    machines: list[dict[str, float]], gpus: int, words: str
+) -> None:
+    """Workers that have yet to join, or GPUs that would be left idle for the cores of another."""
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": each} for each in machines])
+    stage: Any = SimpleNamespace(gpus=gpus)
+    with pytest.raises(UserError, match=words):
+        ray_cluster._room(ray, stage, None)

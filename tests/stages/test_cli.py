@@ -42,8 +42,9 @@ def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
         click.UsageError, match=r"'DIR'.* --where takes all that follows it: put it"
     ):
         parsed("subset", "--where", "tokens < 3", "scores", "--out", "o")
-    with pytest.raises(click.MissingParameter):
-        parsed("subset", "--out", "o")
+    for words in (("subset", "--out", "o"), ("score", "--demonstrations", "a", "b", "--out", "o")):
+        with pytest.raises(click.MissingParameter):
+            parsed(*words)
 
 
 @pytest.mark.parametrize(

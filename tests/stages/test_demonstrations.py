@@ -107,6 +107,10 @@ def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
         ({}, "no known format, the fields are none"),
         ({"text": "x", "n": 1}, "no known format, the fields are text, n"),
         ({"prompt": "a?"}, "no known format, the fields are prompt"),
+        (
+            dict.fromkeys("abcdefghijklmnop"),
+            "no known format, the fields are a, b, c, d, e, f, g, h, i, j, k, l and 4 more",
+        ),
         ({"\ud83d": "x"}, "no known format, the fields are \\ud83d"),
         ({"x" * 999: 1}, "no known format, the fields are " + "x" * 268),
         ({"messages": "a?"}, "messages is not a list"),

@@ -1,6 +1,7 @@
 """Scores from other tools' files and into them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
@@ -378,6 +379,14 @@ def test_files_of_another_kind_are_refused(
     with pytest.raises(UserError, match=message):
         imported(tmp_path / "rows.parquet", tiny_model)
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_file_whose_name_no_manifest_can_hold_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    with pytest.raises(UserError, match=r"file 'caf\\udce9.parquet': its name is not UTF-8"):
+        imported(write(tmp_path / "rows.parquet", [a_row()]).rename(path), tiny_model)
 
 
 def test_columns_of_axolotl_are_missed_by_name(tiny_model: Path, tmp_path: Path) -> None:

@@ -458,10 +458,19 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str)
         ScoreSettings(model="m", out=Path("o"), demonstrations=("d",), **options)
 
 
-@pytest.mark.parametrize("url", ["http://host:abc", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://host:abc", "http://[::1", "http://127.0.0.1:99999", "http://xn--zz", "http://a..b"],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UserError, match=f"--server-url {re.escape(url)}: .*as in http://host"):
         served_model(ServerSettings(url))
+
+
+def test_a_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "schlüssel")
+    with pytest.raises(UserError, match="VLLM_API_KEY: holds what no key does"):
+        served_model(ServerSettings("http://127.0.0.1:9"))
 
 
 def test_the_address_may_end_as_openai_clients_want_it() -> None:

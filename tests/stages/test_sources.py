@@ -32,6 +32,7 @@ from qpipe.tests.stages.rows import (
     write,
     write_parquet,
 )
+from qpipe.trainer.models import find_model
 
 
 def rows_of(count):
@@ -256,6 +257,11 @@ def test_name_that_is_not_utf_8(tmp_path):
     write(path, [CHAT])
     with pytest.raises(UserError, match=r"'caf\\udce9.jsonl': its name is not UTF-8"):
         open_sources([str(path)])
+    folder = path.with_suffix("")
+    folder.mkdir()
+    for refused in (lambda: open_sources([str(folder)]), lambda: find_model(str(folder))):
+        with pytest.raises(UserError, match=r"'caf\\udce9': its name is not UTF-8"):
+            refused()
 
 
 def test_device():

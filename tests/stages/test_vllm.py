@@ -441,3 +441,26 @@ def test_an_engine_in_a_process_of_its_own_that_cannot_start_may_lack_memory() -
         )
     )
     assert not is_memory(ValueError("Unknown architecture"))
+
+
+@pytest.mark.parametrize(
+    ("death", "starts", "words"),
+    [
+        ("Engine core initialization failed.", 2, "vLLM cannot start with model .*--engine tr"),
+        ("CUDA out of memory", 4, "tokens a step too: CUDA out of memory: "),
+    ],
+)
+def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, death: str, starts: int, words: str
+) -> None:
+    tried: list[int] = []
+
+    def start(model: Any, settings: Any, scheduled_tokens: int, utilization: float) -> Any:
+        tried.append(scheduled_tokens)
+        raise vllm_start.EngineDiedError(death)
+
+    monkeypatch.setattr(vllm_engine, "start_engine", start)
+    with pytest.raises(UserError, match=words):
+        make_scorer(find_model(str(tiny_model)), ScorerSettings("vllm", "float32", max_length=256))
+    assert len(tried) == starts
+    assert tried[1] == tried[0] // 2

@@ -13,6 +13,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.stages import template_date
 from qpipe.stages.execution import Execution
+from qpipe.stages.plan import plan
 from qpipe.stages.score import ScoreSettings, score
 from qpipe.trainer.models import find_model
 
@@ -73,6 +74,28 @@ def test_a_day_of_ones_own(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r'settings.date is "2024-07-26" there and "2026-11-25"'):
         score(ScoreSettings(**options, date="2026-11-25"))
     assert getattr(score(ScoreSettings(**options)), "was_done", False)
+
+
+def test_a_store_is_told_the_day(options: dict[str, Any]) -> None:
+    """Each day would make a folder of its own, also in the middle of the night."""
+    store = options | {"out": options["out"].with_name("store"), "in_store": True}
+    with pytest.raises(UserError, match=r"--store: .*: give the day, as in --date 2026-11-25$"):
+        score(ScoreSettings(**store))
+    assert not store["out"].exists()
+    score(ScoreSettings(**store, date="2026-11-25"), Execution(rank=0, world_size=2))
+    Day.now = date(2026, 11, 26)
+    score(ScoreSettings(**store, date="2026-11-25"))
+    (folder,) = store["out"].iterdir()
+    assert read_manifest(folder).settings["date"] == "2026-11-25"
+
+
+def test_a_plan_reads_no_folder(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one either that it is asked for in, which may hold any manifest.json."""
+    monkeypatch.chdir(tmp_path)
+    Path("manifest.json").write_text('{"name": "an extension of a browser"}')
+    assert plan(ScoreSettings(**options | {"out": Path()})).workload.read == 4
 
 
 def test_days_for_nothing(options: dict[str, Any]) -> None:

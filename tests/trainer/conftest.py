@@ -15,6 +15,7 @@ from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.pipeline.storage import sha256_of_json
 from qpipe.trainer.models import find_model
+from qpipe.trainer.settings import TrainSettings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -116,6 +117,21 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def targets(
+    make_targets: Callable[..., Path], make_examples: Callable[..., list[TargetExample]]
+) -> Path:
+    """17 examples: two steps of eight, and a last one of one."""
+    return make_targets(make_examples(17))
+
+
+@pytest.fixture
+def settings(targets: Path, model: Path, tmp_path: Path) -> TrainSettings:
+    return TrainSettings(
+        targets=targets, model=str(model), out=tmp_path / "run", learning_rate=1e-3
+    )
 
 
 def _as_live(example: TargetExample, stored: str) -> TargetExample:

@@ -26,7 +26,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 200,

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.eval_command import parse_command, run_command
 from qpipe.trainer.loop import train
 from qpipe.trainer.settings import TrainSettings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
 
 # sums up the weights, and keeps the folder for the test to load
 _SUM_UP = """

@@ -250,9 +250,6 @@ def test_bfloat16_sums_over_the_chunks_stay_in_float32(monkeypatch: pytest.Monke
     assert error < 0.005
 
 
-Make = Callable[..., Path]
-
-
 def _granite(**config: Any) -> Any:
     from transformers import GraniteConfig, GraniteForCausalLM
 

@@ -1,7 +1,6 @@
 """Targets in `transformers.Trainer` and TRL's `SFTTrainer`: the same weights as our own trainer."""
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from qpipe.trainer.settings import TrainSettings
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
+
 STEPS = 3
 LIVE = {
     "method": "iw-sft",

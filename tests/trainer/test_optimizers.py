@@ -1,7 +1,6 @@
 """Which weights decay, and optimizers from elsewhere."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
 from qpipe.trainer.optimizers import make_optimizer, parameter_groups
 from qpipe.trainer.settings import TrainSettings
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make, weights
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -116,7 +113,3 @@ def assert_resumes_as(settings: TrainSettings, undisturbed: TrainSettings) -> No
     torch.testing.assert_close(weights(settings.out), weights(undisturbed.out), rtol=0, atol=0)
     log = [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()

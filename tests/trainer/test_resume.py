@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer import run as run_module
 from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
@@ -21,10 +19,8 @@ from qpipe.trainer.run_folder import settings_in
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForCausalLM
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make, weights
 
 
 class Killed(BaseException):
@@ -64,10 +60,6 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, settings: TrainSettings, step: in
         patch.setattr(Stepper, "step", take_or_die)
         with pytest.raises(Killed):
             train(settings)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -232,6 +224,9 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(
     for path in last.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"step-00000004: damaged: .* remove it, and the same"):
+        train(settings)
+    (last / "progress.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000004: damaged: remove it, and run again"):
         train(settings)
     shutil.rmtree(last)
     train(settings)

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
 from qpipe.trainer.saving import save_model
@@ -17,8 +15,7 @@ from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.student import Student, load_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
 from qpipe.trainer.settings import TrainSettings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
 
 # several trainings in one launch: each as (settings, the step after which it is killed)
 _SCRIPT = """

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.mixing import write_mix
-from qpipe.pipeline.records import TargetExample
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
@@ -20,8 +18,7 @@ from qpipe.trainer.sources import find_sources, settled
 from qpipe.trainer.step import Stepper, StepResult
 from safetensors.torch import load_file
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
 
 
 class Killed(BaseException):

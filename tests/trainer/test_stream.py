@@ -3,7 +3,7 @@
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -29,8 +29,8 @@ from qpipe.trainer.stream import (
     permutation,
 )
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
+
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=3 * WINDOW_BLOCKS)
 
 

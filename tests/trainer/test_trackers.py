@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.loop import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, StepResult
 from qpipe.trainer.trackers import scalars
 
-Make = Callable[..., Path]
-Examples = Callable[..., list[TargetExample]]
+from .runs import Examples, Make
 
 
 class Killed(BaseException):

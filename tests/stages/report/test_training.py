@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.manifest import Identity
-from qpipe.stages.report.training import charts, read_runs, smoothed, thinned
+from qpipe.stages.report.training import charts, read_runs, smoothed, thinned, training_head
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 
 
@@ -135,7 +135,11 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
 
 def test_numbers_of_the_users_own_command_are_drawn_under_their_names(tmp_path: Path) -> None:
     own = [
-        {"event": "eval_command", "step": step, "results": {"pass@1": step / 4, "nll": 3.0}}
+        {
+            "event": "eval_command",
+            "step": step,
+            "results": {"pass@1": step / 4, "nll": 3.0, "tokens": 70},
+        }
         for step in (0, 4)
     ]
     failed = {"event": "eval_command", "step": 2, "error": "exit status 1"}
@@ -144,3 +148,7 @@ def test_numbers_of_the_users_own_command_are_drawn_under_their_names(tmp_path: 
     assert found["pass@1"] == [(0, False, [(0, 0.0), (4, 1.0)])]
     assert found["nll"] == [(0, False, [(0, 3.0), (4, 3.0)])]
     assert found["Held-out NLL"] == [(0, False, [(0, 1.5), (4, 1.5)])]
+    assert found["tokens"] == [(0, False, [(0, 70.0), (4, 70.0)])]
+    head = zlib.decompress(base64.b64decode(training_head(read_runs([folder]))))
+    last = json.loads(head)["runs"][0]["last"]
+    assert (last["nll"], last["nll of --eval-command"], last["pass@1"]) == (1.5, 3.0, 1.0)

@@ -1,0 +1,281 @@
+"""The scorers at given ids."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.stages.scorers import base
+from qpipe.stages.scorers.base import (
+    GivenIds,
+    Scorer,
+    ScorerSettings,
+    choose_engine,
+    make_scorer,
+    with_given,
+)
+from qpipe.stages.scorers.base import scored as pack
+from qpipe.stages.scorers.transformers_model import TransformersScorer
+from qpipe.trainer.models import find_model
+
+from .folders import SHARDS, TOLERANCE, VOCAB, Dense, check_union, ints, scored_by_hand
+
+
+def test_entries_are_joined_in_order_and_once() -> None:
+    """Three positions: one with ties, one with nothing given, one with nothing new."""
+    example = Example("e", ints(0, 0, 0, 0), ints(1, 2, 3))
+    log = np.log(np.array([[0.4, 0.2], [0.5, 0.3], [0.6, 0.1]], np.float32))
+    ids = np.array([[5, 3], [1, 2], [8, 9]])
+    top = pack(example, log[:, 0], np.ones(3, np.int32), ids, log, vocab_size=10)
+    np.testing.assert_allclose(top.tail_mass, [0.4, 0.2, 0.3], atol=1e-6)
+    given = GivenIds(ints(5, 0, 2), ints(3, 9, 7, 1, 4, 9, 8))
+    gathered = np.log(np.array([0.2, 0.05, 0.2, 0.01, 0.05, 0.1, 0.6], np.float32))
+    result = with_given(top, given, gathered, vocab_size=10)
+    assert result.counts.tolist() == [6, 2, 2]
+    assert result.topk_ids.tolist() == [5, 3, 7, 9, 4, 1, 1, 2, 8, 9]
+    expected = [0.4, 0.2, 0.2, 0.05, 0.05, 0.01, 0.5, 0.3, 0.6, 0.1]
+    np.testing.assert_allclose(np.exp(result.topk_log_probs), expected, rtol=1e-6)
+    np.testing.assert_allclose(result.tail_mass, [0.09, 0.2, 0.3], atol=1e-6)
+    assert (result.topk_ids.dtype, result.topk_log_probs.dtype) == (np.int32, np.float32)
+
+
+def test_entries_that_are_the_whole_vocabulary_leave_no_tail() -> None:
+    """Whatever rounding leaves of 1."""
+    example = Example("e", ints(0, 0, 0), ints(1, 2))
+    log = np.log(np.full((2, 1), 0.5, np.float32))
+    top = pack(example, log[:, 0], np.ones(2, np.int32), np.array([[2], [2]]), log, vocab_size=3)
+    gathered = np.log(np.array([0.25, 0.125, 0.25], np.float32))
+    result = with_given(top, GivenIds(ints(2, 1), ints(0, 1, 1)), gathered, vocab_size=3)
+    assert result.topk_ids.tolist() == [2, 0, 1, 2, 1]
+    np.testing.assert_allclose(result.tail_mass, [0, 0.25], atol=1e-7)
+    assert result.tail_mass[0] == 0
+
+
+def test_what_is_no_number_is_refused() -> None:
+    example = Example("e7", ints(0, 0), ints(1))
+    log = np.log(np.full((1, 1), 0.5, np.float32))
+    top = pack(example, log[:, 0], np.ones(1, np.int32), np.zeros((1, 1), int), log, vocab_size=9)
+    nan = np.full(1, np.nan, np.float32)
+    with pytest.raises(UserError, match=r"example e7: .* no numbers"):
+        with_given(top, GivenIds(ints(1), ints(4)), nan, vocab_size=9)
+    nothing = np.full(1, -np.inf, np.float32)
+    never = with_given(top, GivenIds(ints(1), ints(4)), nothing, vocab_size=9)
+    assert never.counts.tolist() == [2]  # probability 0 is one
+    assert never.tail_mass[0] == pytest.approx(0.5)
+
+
+def test_given_ids_are_cut_to_a_vocabulary_and_laid_out_in_columns() -> None:
+    given = GivenIds(ints(2, 0, 3), ints(4, 9, 8, 0, 7))
+    assert given.padded().tolist() == [[4, 9, -1], [-1, -1, -1], [8, 0, 7]]
+    assert given.padded()[given.padded() >= 0].tolist() == [4, 9, 8, 0, 7]
+    below = given.below(8)
+    assert (below.counts.tolist(), below.ids.tolist()) == ([1, 0, 2], [4, 0, 7])
+    assert GivenIds(ints(0, 0), ints()).padded().shape == (2, 0)
+
+
+EXAMPLES = [one for shard in SHARDS for one in shard] + [scored_by_hand("g", 256, 7)]
+AT = [GivenIds(one.counts, one.topk_ids) for one in EXAMPLES]
+AT[1] = GivenIds(ints(0), ints())  # none at all
+AT[3] = GivenIds(np.full(12, VOCAB, np.int32), np.tile(np.arange(VOCAB, dtype=np.int32), 12))
+
+
+@pytest.fixture(scope="module")
+def vllm(teacher: Path) -> Any:
+    """The real engine, in its CPU build, which has no token-id scoring."""
+    scorer = make_scorer(
+        find_model(str(teacher)), ScorerSettings("vllm", "float32", max_length=256)
+    )
+    assert not scorer.takes_ids
+    return scorer
+
+
+def run(scorer: Scorer, top_k: int) -> list[ScoredExample]:
+    by_place = dict(scorer.score(EXAMPLES, top_k, AT))
+    return [by_place[place] for place in range(len(EXAMPLES))]
+
+
+def check_all(results: list[ScoredExample], dense: Dense, top_k: int) -> None:
+    for result, one, given in zip(results, EXAMPLES, AT, strict=True):
+        dense_NV = dense(one)
+        check_union(result, given.counts, given.ids, dense_NV, top_k)
+        observed_N = dense_NV[np.arange(len(dense_NV)), one.observed_ids]
+        np.testing.assert_allclose(result.observed_log_probs, observed_N, atol=TOLERANCE)
+    assert (results[3].counts == VOCAB).all()
+    assert not results[3].tail_mass.any()
+
+
+@pytest.mark.parametrize("top_k", [1, 7, VOCAB])
+def test_transformers_gathers_what_the_dense_reference_has(
+    teacher: Path, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 5 rows a chunk, so that the positions of an example fall into several
+    monkeypatch.setattr("qpipe.trainer.fused._CHUNK_VALUES", 5 * VOCAB)
+    model = find_model(str(teacher))
+    scorer = TransformersScorer(model, ScorerSettings("transformers", "float32", max_length=256))
+    check_all(run(scorer, top_k), dense, top_k)
+
+
+@pytest.mark.parametrize("top_k", [1, 7])
+def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
+    vllm: Any,
+    dense: Dense,
+    top_k: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base.say_once.cache_clear()
+    monkeypatch.setattr("qpipe.stages.scorers.vllm_engine._WINDOW_BYTES", 8 * VOCAB)
+    waiting: list[int] = []
+    add_request = vllm.engine.add_request
+
+    def count(*request: Any) -> Any:
+        waiting.append(vllm.engine.get_num_unfinished_requests())
+        return add_request(*request)
+
+    monkeypatch.setattr(vllm.engine, "add_request", count)
+    check_all(run(vllm, top_k), dense, top_k)
+    assert waiting == [0] * len(EXAMPLES)
+    assert (
+        capsys.readouterr().err.count("0.0 MB for each token of an example: --engine transf") == 1
+    )
+
+
+def test_vllm_without_ids_to_gather_still_fills_its_window(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[int] = []
+    submit = vllm._submit
+
+    def count(example: Example, sampling: Any) -> str:
+        assert sampling.prompt_logprobs == 3
+        waiting.append(vllm.engine.get_num_unfinished_requests())
+        return submit(example, sampling)
+
+    monkeypatch.setattr(vllm, "_submit", count)
+    assert all((one.counts == 3).all() for _, one in vllm.score(EXAMPLES, 3))
+    assert waiting == list(range(len(EXAMPLES)))
+
+
+class TokenIdEngine:
+    """The CPU engine with the token-id scoring that only the GPU's model runner has.
+
+    The scoring is vLLM's own: its checks of the request, and its worker, which here gets whole
+    log-probabilities for logits, in chunks of 37 tokens.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.asked: dict[str, Any] = {}
+
+    def add_request(self, request_id: str, prompt: Any, sampling: Any) -> None:
+        from vllm import SamplingParams
+
+        config = self.engine.vllm_config
+        sampling.verify(config.model_config, None, None, None)
+        rows, start = sampling.prompt_logprob_token_ids, sampling.prompt_logprob_start
+        assert len(rows) == len(prompt["prompt_token_ids"]) - 1 - start  # the input processor's
+        self.asked[request_id] = sampling
+        whole = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
+        )
+        self.engine.add_request(request_id, prompt, whole)
+
+    def step(self) -> list[Any]:
+        outputs = self.engine.step()
+        for output in outputs:
+            sampling, flat = self.asked[output.request_id], output.prompt_logprobs
+            dense_TV = torch.full((len(output.prompt_token_ids), VOCAB), torch.nan)
+            for row, start in enumerate(flat.start_indices[1:]):
+                ids = flat.token_ids[start + 1 : start + 1 + VOCAB]
+                dense_TV[row, ids] = torch.tensor(flat.logprobs[start + 1 : start + 1 + VOCAB])
+            output.prompt_token_id_logprobs = worker_scores(sampling, dense_TV)
+            output.prompt_logprobs = type(flat)()  # as it would be with prompt_logprobs alone
+            for row in range(len(flat.start_indices)):
+                self._append_top(output.prompt_logprobs, flat, row, sampling.prompt_logprobs)
+        return outputs
+
+    @staticmethod
+    def _append_top(top: Any, flat: Any, row: int, k: int) -> None:
+        start = flat.start_indices[row]
+        entries = slice(start, min(start + k + 1, flat.end_indices[row]))
+        top.append_fast(
+            flat.token_ids[entries], flat.logprobs[entries], flat.ranks[entries], [None] * (k + 1)
+        )
+
+
+def worker_scores(sampling: Any, dense_TV: torch.Tensor) -> NDArray[np.float32]:
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    worker = PromptLogprobsWorker(1, torch.device("cpu"), "raw_logits")
+    worker.add_request("r", 0, sampling)
+    T = len(dense_TV)
+    answer: dict[str, torch.Tensor] = {}
+    for start in range(0, T, 37):
+        chunk = dense_TV[start : start + 37]
+        batch: Any = SimpleNamespace(
+            req_ids=["r"],
+            idx_mapping_np=np.array([0]),
+            num_computed_prefill_tokens_np=np.array([start]),
+            num_scheduled_tokens=np.array([len(chunk)]),
+            prefill_len_np=np.array([T]),
+            query_start_loc_np=np.array([0, len(chunk)]),
+        )
+        assert not answer
+        answer = worker.compute_prompt_token_id_logprobs(
+            lambda rows: rows, chunk, batch, np.array([T])
+        )
+    return answer["r"].numpy()
+
+
+@pytest.mark.parametrize("top_k", [1, 7])
+def test_vllms_own_token_id_scoring_gives_the_same(
+    vllm: Any, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(vllm, top_k)
+    monkeypatch.setattr(vllm, "engine", TokenIdEngine(vllm.engine))
+    monkeypatch.setattr(vllm, "takes_ids", True)
+    monkeypatch.setattr(vllm, "keeps_tensors", False)  # its answers are flat lists
+    results = run(vllm, top_k)
+    check_all(results, dense, top_k)
+    for one, other in zip(results, whole, strict=True):
+        np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
+        np.testing.assert_array_equal(one.topk_log_probs, other.topk_log_probs)
+
+
+def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(TokenIdEngine):
+        def step(self) -> list[Any]:
+            outputs = super().step()
+            for output in outputs:
+                output.prompt_token_id_logprobs = None
+            return outputs
+
+    monkeypatch.setattr(vllm, "engine", Dropping(vllm.engine))
+    monkeypatch.setattr(vllm, "takes_ids", True)
+    monkeypatch.setattr(vllm, "keeps_tensors", False)
+    with pytest.raises(UserError, match="example a: vLLM gave no log-probabilities at the ids"):
+        list(vllm.score(EXAMPLES[:1], 2, AT[:1]))
+
+
+def test_auto_is_vllm_only_where_it_takes_ids(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base.say_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_engine("auto") == "vllm"
+    assert [choose_engine("auto", gathers=True) for _ in range(2)] == ["transformers"] * 2
+    assert choose_engine("vllm", gathers=True) == "vllm"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "engine transformers: vLLM cannot score given ids here" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_engine("auto", gathers=True) == "vllm"
+    import vllm
+
+    monkeypatch.setattr(vllm, "SamplingParams", object)  # an older version's
+    assert choose_engine("auto", gathers=True) == "transformers"
