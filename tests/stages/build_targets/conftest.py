@@ -1,0 +1,43 @@
+"""Score folders of seven demonstrations."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from .made import (
+    VOCAB,
+    Made,
+    made_in,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut is no matter here, and waiting for the disk takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """In three shards, with token weights. Not to be changed."""
+    return made_in(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """A folder of its own for a test."""
+    return made_in(tmp_path / "own").scores
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Scores of the whole vocabulary."""
+    return made_in(tmp_path_factory.mktemp("whole"), top_k=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
+    """The same demonstrations in shards of several sizes."""
+    root = tmp_path_factory.mktemp("sharded")
+    return {size: made_in(root / str(size), size) for size in (1, 3, 100)}
