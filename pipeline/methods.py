@@ -373,7 +373,7 @@ _ROWS = (
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 DEFAULT_METHOD = "sft+kl"
-DEFAULT_METHOD_WITH_TEACHER = "target-sft"
+DEFAULT_METHOD_WITH_TEACHER = "kd"
 
 
 def choices() -> Iterator[Choice]:

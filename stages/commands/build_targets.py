@@ -23,7 +23,7 @@ from ..options import (
 @click.option(
     "--method",
     default=None,
-    help="Target method; `qpipe methods` lists them.  [default: sft+kl, with --teacher target-sft]",
+    help="Target method; `qpipe methods` lists them.  [default: sft+kl, with --teacher kd]",
 )
 @click.option(
     "--form",

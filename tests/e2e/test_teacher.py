@@ -135,7 +135,8 @@ def joined(root: Path) -> Path:
 def test_a_student_learns_from_a_teacher(joined: Path, form: str) -> None:
     targets, run = joined / f"targets-{form}", joined / f"run-{form}"
     out = qpipe("build-targets", "--scores", joined / "few-base", "--teacher",
-                joined / "few-teacher", "--form", form, "--out", targets)  # fmt: skip
+                joined / "few-teacher", "--method", "target-sft", "--form", form,
+                "--out", targets)  # fmt: skip
     assert f"target-sft ({form}, eta=0.5)" in out
     assert "Demonstrations that greedy decoding of Q writes" in out
     settings = read_manifest(targets).settings

@@ -275,12 +275,12 @@ def test_the_threshold_is_at_the_last_of_the_tokens_that_are_kept(
 
 
 def test_default_methods() -> None:
-    assert (DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER) == ("sft+kl", "target-sft")
+    assert (DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER) == ("sft+kl", "kd")
     assert choose(DEFAULT_METHOD).form == TARGET
     assert choose(DEFAULT_METHOD).parameters == {"lam": 0.1}
     assert not choose(DEFAULT_METHOD).needs_teacher
     assert choose(DEFAULT_METHOD_WITH_TEACHER).form == TARGET
-    assert choose(DEFAULT_METHOD_WITH_TEACHER).parameters == {"eta": 0.5}
+    assert choose(DEFAULT_METHOD_WITH_TEACHER).parameters == {}
     assert choose(DEFAULT_METHOD_WITH_TEACHER).needs_teacher
 
 

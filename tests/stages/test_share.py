@@ -380,7 +380,7 @@ def test_the_chain_goes_back_to_the_demonstrations(tmp_path: Path) -> None:
     said = qpipe("lineage", out).splitlines()
     manifests = [read_manifest(folder) for folder in (out, base, teacher)]
     first, *others = (manifest.fingerprint[:12] for manifest in manifests)
-    assert said[0].startswith(f"build-targets {first}: target-sft (frozen-target, eta=0.5)")
+    assert said[0].startswith(f"build-targets {first}: kd")
     assert [line.split(": top ")[0] for line in said[1:]] == [
         f"  {role}: score {other}"
         for role, other in zip(("scores", "teacher"), others, strict=True)

@@ -58,12 +58,12 @@ def refused_line(ran: Ran) -> str:
     return line
 
 
-def test_the_default_is_sft_kl_and_with_a_teacher_target_sft(
+def test_the_default_is_sft_kl_and_with_a_teacher_kd(
     made: Made, tmp_path: Path, qpipe: Command
 ) -> None:
     for name, options, wanted in (
         ("alone", (), ("sft+kl", "frozen-target", {"lam": 0.1})),
-        ("taught", ("--teacher", made.teacher), ("target-sft", "frozen-target", {"eta": 0.5})),
+        ("taught", ("--teacher", made.teacher), ("kd", "frozen-target", {})),
     ):
         command = ("build-targets", "--scores", made.scores, "--out", tmp_path / name, *options)
         ran = qpipe(*command)
