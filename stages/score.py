@@ -72,7 +72,7 @@ def _refuse_rejects(job: Job) -> None:
 
 def _stage(
     settings: ScoreSettings, job: Job | None = None, facts: Sequence[Facts] | None = None
-) -> "ScoreStage":
+) -> ScoreStage:
     """The stage of these settings; another process that knows of it gives its job and facts."""
     sources = open_sources(settings.demonstrations)
     if facts is None:

@@ -4,6 +4,7 @@ import io
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,8 +107,17 @@ def folder_of(
     return folder
 
 
-def qpipe(*words: object, fails: bool = False) -> str:
-    """What a command prints; its error, one line, where it fails."""
+@dataclass(frozen=True)
+class Ran:
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_qpipe(*words: object) -> Ran:
+    """Run a command line in this process."""
     out, errors = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["qpipe", *map(str, words)]),
@@ -116,8 +126,15 @@ def qpipe(*words: object, fails: bool = False) -> str:
         pytest.raises(SystemExit) as ended,
     ):
         main()
-    assert ended.value.code == (2 if fails else 0), errors.getvalue()
-    return errors.getvalue().strip().splitlines()[-1] if fails else out.getvalue()
+    assert isinstance(ended.value.code, int)
+    return Ran(ended.value.code, out.getvalue(), errors.getvalue())
+
+
+def qpipe(*words: object, fails: bool = False) -> str:
+    """What a command prints; its error, one line, where it fails."""
+    done = run_qpipe(*words)
+    assert done.status == (2 if fails else 0), done.err
+    return done.err.strip().splitlines()[-1] if fails else done.out
 
 
 def _positions(

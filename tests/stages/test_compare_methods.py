@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,10 @@ from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
 from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.cli import main
 from qpipe.stages.compare_methods import Comparison, compare_methods
 from qpipe.stages.inputs import open_inputs
 from qpipe.stages.teacher import ScoreFolder
+from qpipe.tests.made_up import qpipe, run_qpipe
 
 VOCAB = 24
 TOP_K = 20
@@ -380,27 +379,13 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
     before = state()
-    ran, _, _ = qpipe(monkeypatch, "compare-methods", scores, "--teacher", teacher)
+    qpipe("compare-methods", scores, "--teacher", teacher)
 
-    assert ran == 0
     assert state() == before
     assert list(work.iterdir()) == []
 
 
 # The command
-
-
-def qpipe(
-    monkeypatch: pytest.MonkeyPatch,
-    *words: object,
-    capsys: pytest.CaptureFixture[str] | None = None,
-) -> tuple[Any, str, str]:
-    """The command line, in this process: its status and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["qpipe", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr() if capsys else None
-    return ended.value.code, printed.out if printed else "", printed.err if printed else ""
 
 
 @pytest.mark.parametrize(
@@ -416,29 +401,20 @@ def qpipe(
         ((), "missing: no such folder"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[object, ...],
-    said: str,
-) -> None:
-    status, out, err = qpipe(monkeypatch, "compare-methods", "missing", *options, capsys=capsys)
+def test_what_cannot_be_is_refused_in_a_line(options: tuple[object, ...], said: str) -> None:
+    done = run_qpipe("compare-methods", "missing", *options)
 
-    assert (status, out) == (2, "")
-    [line] = err.splitlines()
+    assert (done.status, done.out) == (2, "")
+    [line] = done.err.splitlines()
     assert line.startswith("Error: ")
     assert said in line
 
 
-def test_the_options_arrive(
-    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = qpipe(
-        monkeypatch, "compare-methods", made.weighted, "--teacher", made.teacher, "--all-forms",
-        "--temperature", 0.8, "--teacher-temperature", 0.9, capsys=capsys,
+def test_the_options_arrive(made: Made) -> None:
+    out = qpipe(
+        "compare-methods", made.weighted, "--teacher", made.teacher, "--all-forms",
+        "--temperature", 0.8, "--teacher-temperature", 0.9,
     )  # fmt: skip
-
-    assert status == 0
     comparison = compare_methods(made.weighted, made.teacher, 0.8, 0.9, all_forms=True)
     lines = [line.split() for line in out.splitlines()[1 : len(comparison.rows) + 1]]
     assert [tuple(line[:3]) for line in lines] == [

@@ -4,8 +4,7 @@ import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from qpipe.pipeline.records import Reject, ScoredExample
 from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
-from qpipe.stages.cli import main
 from qpipe.stages.compare_methods import Comparison
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.stages.summaries.ceilings import print_comparison
 from qpipe.stages.summaries.folders import print_scores
 from qpipe.stages.summaries.methods import print_methods
+from qpipe.tests.made_up import run_qpipe
 
 # the base at a position: token 0 is its mode in the first, and token 1 far from it in the second
 KNOWN, STRANGE, BETWEEN = [0.6, 0.2, 0.15, 0.05], [0.9, 0.04, 0.03, 0.03], [0.5, 0.25, 0.2, 0.05]
@@ -94,7 +93,7 @@ def scores(tmp_path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Ran:
+class Printed:
     """What a command printed."""
 
     out: str
@@ -120,23 +119,11 @@ class Ran:
         return [cells(line) for line in self.lines[start + 1 : start + 8]]
 
 
-Command = Callable[..., Ran]
-
-
-@pytest.fixture
-def qpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command that succeeds, in this process."""
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["qpipe", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert ended.value.code == 0, captured.err
-        return Ran(captured.out, captured.err)
-
-    return run
+def qpipe(*words: object) -> Printed:
+    """What a command prints that succeeds."""
+    done = run_qpipe(*words)
+    assert done.status == 0, done.err
+    return Printed(done.out, done.err)
 
 
 def cells(line: str) -> list[str]:
@@ -146,7 +133,7 @@ def cells(line: str) -> list[str]:
 # Targets
 
 
-def test_targets_are_summed_up(scores: Path, tmp_path: Path, qpipe: Command) -> None:
+def test_targets_are_summed_up(scores: Path, tmp_path: Path) -> None:
     out = tmp_path / "targets"
     ran = qpipe("build-targets", "--scores", scores, "--out", out, "--method", "dft")
 
@@ -163,7 +150,7 @@ def test_targets_are_summed_up(scores: Path, tmp_path: Path, qpipe: Command) -> 
 
 
 def test_the_ceiling_is_printed_overall_and_by_the_bases_probability(
-    scores: Path, tmp_path: Path, qpipe: Command
+    scores: Path, tmp_path: Path
 ) -> None:
     ran = qpipe("build-targets", "--scores", scores, "--out", tmp_path / "t", "--method", "dft")
 
@@ -191,9 +178,7 @@ def test_the_ceiling_is_printed_overall_and_by_the_bases_probability(
     assert "What these targets can teach at best" in ran.lines
 
 
-def test_the_ceiling_of_a_live_form_is_that_of_the_start(
-    scores: Path, tmp_path: Path, qpipe: Command
-) -> None:
+def test_the_ceiling_of_a_live_form_is_that_of_the_start(scores: Path, tmp_path: Path) -> None:
     ran = qpipe(
         "build-targets", "--scores", scores, "--out", tmp_path / "t", "--method", "dft",
         "--form", "live",
@@ -205,9 +190,7 @@ def test_the_ceiling_of_a_live_form_is_that_of_the_start(
     assert "kept mass" not in ran.out  # nothing of a residual is stored
 
 
-def test_a_method_without_a_target_has_no_ceiling(
-    scores: Path, tmp_path: Path, qpipe: Command
-) -> None:
+def test_a_method_without_a_target_has_no_ceiling(scores: Path, tmp_path: Path) -> None:
     ran = qpipe("build-targets", "--scores", scores, "--out", tmp_path / "t", "--method", "gem")
 
     assert ran.value("method") == "gem (live, beta=0.7, h=linear)"
@@ -217,15 +200,13 @@ def test_a_method_without_a_target_has_no_ceiling(
 
 
 def test_parameters_are_printed_with_what_the_data_set_decided(
-    scores: Path, tmp_path: Path, qpipe: Command
+    scores: Path, tmp_path: Path
 ) -> None:
     ran = qpipe("build-targets", "--scores", scores, "--out", tmp_path / "t", "--method", "flow")
     assert ran.value("method") == f"flow (frozen-weight, tau={math.log(4):.6g})"
 
 
-def test_a_temperature_is_printed_with_how_far_off_it_may_be(
-    tmp_path: Path, qpipe: Command
-) -> None:
+def test_a_temperature_is_printed_with_how_far_off_it_may_be(tmp_path: Path) -> None:
     rows = [scored("a", [KNOWN, STRANGE], [0, 1], top_k=2)]
     folder = score_folder(tmp_path / "scores", rows, top_k=2)
     ran = qpipe(
@@ -243,7 +224,7 @@ def test_a_temperature_is_printed_with_how_far_off_it_may_be(
 
 
 def test_a_second_run_prints_the_same_and_that_there_was_nothing_to_do(
-    scores: Path, tmp_path: Path, qpipe: Command
+    scores: Path, tmp_path: Path
 ) -> None:
     command = ("build-targets", "--scores", scores, "--out", tmp_path / "t", "--method", "dft")
     first, second = qpipe(*command), qpipe(*command)
@@ -272,7 +253,6 @@ def test_a_second_run_prints_the_same_and_that_there_was_nothing_to_do(
 )
 def test_a_warning_comes_exactly_where_little_can_be_learnt(
     tmp_path: Path,
-    qpipe: Command,
     demonstrations: list[str],
     mode: int | None,
     whole: int | None,
@@ -336,7 +316,7 @@ def test_a_comparison_is_a_table_and_what_was_left_out(capsys: pytest.CaptureFix
     )
 
 
-def test_compare_methods_prints_its_comparison(scores: Path, qpipe: Command) -> None:
+def test_compare_methods_prints_its_comparison(scores: Path) -> None:
     ran = qpipe("compare-methods", scores)
 
     rows = {line.split()[0]: cells(line) for line in ran.lines if line}
@@ -354,7 +334,7 @@ def test_compare_methods_prints_its_comparison(scores: Path, qpipe: Command) -> 
 # The table of methods
 
 
-def test_methods_are_printed_whole(qpipe: Command) -> None:
+def test_methods_are_printed_whole() -> None:
     blocks = methods_of(qpipe("methods").out)
 
     assert list(blocks) == list(METHODS)
@@ -459,9 +439,7 @@ def test_scores_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines["mean loss"] == f"{-math.log(0.6 * 0.04 * 0.25) / 3:.4f} nats"
 
 
-def test_what_a_run_does_is_appended_as_json_lines(
-    scores: Path, tmp_path: Path, qpipe: Command
-) -> None:
+def test_what_a_run_does_is_appended_as_json_lines(scores: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"event": "earlier"}\n')
     command = ("build-targets", "--scores", scores, "--out", tmp_path / "t", "--log-json", log)

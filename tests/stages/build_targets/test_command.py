@@ -2,9 +2,6 @@
 
 import math
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +10,13 @@ import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.stages.cli import main
+from qpipe.tests.made_up import Ran, run_qpipe
 
 from .made import (
     Made,
     parameters,
     supports_of,
 )
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ran]
-
-
-@pytest.fixture
-def qpipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command line, in this process."""
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["qpipe", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ran(ended.value.code, captured.out, captured.err)
-
-    return run
 
 
 def refused_line(ran: Ran) -> str:
@@ -58,27 +27,25 @@ def refused_line(ran: Ran) -> str:
     return line
 
 
-def test_the_default_is_sft_kl_and_with_a_teacher_kd(
-    made: Made, tmp_path: Path, qpipe: Command
-) -> None:
+def test_the_default_is_sft_kl_and_with_a_teacher_kd(made: Made, tmp_path: Path) -> None:
     for name, options, wanted in (
         ("alone", (), ("sft+kl", "frozen-target", {"lam": 0.1})),
         ("taught", ("--teacher", made.teacher), ("kd", "frozen-target", {})),
     ):
         command = ("build-targets", "--scores", made.scores, "--out", tmp_path / name, *options)
-        ran = qpipe(*command)
+        ran = run_qpipe(*command)
         assert ran.status == 0, ran.err
         assert "nothing to do" not in ran.out
         settings = read_manifest(tmp_path / name, "build-targets").settings
         assert tuple(settings[key] for key in ("method", "form", "parameters")) == wanted
         assert (settings["top_p"], settings["max_support"]) == (0.99, 64)
         assert (settings["temperature"], settings["teacher_temperature"]) == (1.0, 1.0)
-        again = qpipe(*command)
+        again = run_qpipe(*command)
         assert (again.status, "nothing to do" in again.out) == (0, True)
 
 
-def test_every_option_arrives(made: Made, tmp_path: Path, qpipe: Command) -> None:
-    ran = qpipe(
+def test_every_option_arrives(made: Made, tmp_path: Path) -> None:
+    ran = run_qpipe(
         "build-targets", "--scores", made.scores, "--teacher", made.teacher, "--out",
         tmp_path / "targets", "--method", "target-sft", "--form", "live", "--param", "eta=0.25",
         "--top-p", 0.8, "--max-support", 7, "--temperature", 0.5, "--teacher-temperature", 2,
@@ -91,10 +58,10 @@ def test_every_option_arrives(made: Made, tmp_path: Path, qpipe: Command) -> Non
     assert (settings["temperature"], settings["teacher_temperature"]) == (0.5, 2.0)
 
 
-def test_a_statistic_may_be_given(made: Made, tmp_path: Path, qpipe: Command) -> None:
+def test_a_statistic_may_be_given(made: Made, tmp_path: Path) -> None:
     for method, param in (("flow", "tau=0.75"), ("token-cleaning", "threshold=-0.5")):
         teacher = ("--teacher", made.teacher) if method == "token-cleaning" else ()
-        ran = qpipe(
+        ran = run_qpipe(
             "build-targets", "--scores", made.scores, "--out", tmp_path / method,
             "--method", method, "--param", param, *teacher,
         )  # fmt: skip
@@ -137,10 +104,10 @@ TEMPERATURE = "give 0.05 to 20"
     ids=lambda each: " ".join(map(str, each)) if isinstance(each, tuple) else "",
 )
 def test_what_cannot_be_is_refused_in_a_line_before_anything_is_read(
-    tmp_path: Path, qpipe: Command, words: tuple[object, ...], said: str
+    tmp_path: Path, words: tuple[object, ...], said: str
 ) -> None:
     command = ("build-targets", "--scores", tmp_path / "missing", "--out", tmp_path / "out")
-    line = refused_line(qpipe(*command, *words))
+    line = refused_line(run_qpipe(*command, *words))
 
     assert said in line
     assert "missing" not in line
@@ -165,12 +132,10 @@ def test_the_ends_of_every_range_are_allowed(
             assert sum(support.values()) + tail == pytest.approx(1, abs=1e-6)
 
 
-def test_a_folder_that_is_not_there_is_refused_in_a_line(
-    made: Made, tmp_path: Path, qpipe: Command
-) -> None:
+def test_a_folder_that_is_not_there_is_refused_in_a_line(made: Made, tmp_path: Path) -> None:
     command = ("build-targets", "--out", tmp_path / "out")
     gone = tmp_path / "gone"
-    assert "gone: no such folder" in refused_line(qpipe(*command, "--scores", gone))
-    line = refused_line(qpipe(*command, "--scores", made.scores, "--teacher", gone))
+    assert "gone: no such folder" in refused_line(run_qpipe(*command, "--scores", gone))
+    line = refused_line(run_qpipe(*command, "--scores", made.scores, "--teacher", gone))
     assert re.search("gone: no such folder$", line)
     assert not (tmp_path / "out").exists()
