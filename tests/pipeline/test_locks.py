@@ -185,8 +185,12 @@ def test_a_task_waits_for_the_end_of_a_killed_one_of_the_same_rank(s3: Bucket) -
         assert len(s3.names("held/.lease-")) == 2
 
 
-def test_two_starts_of_a_task_that_did_not_see_each_other_both_go_on(s3: Bucket) -> None:
+def test_two_starts_of_a_task_that_did_not_see_each_other_both_go_on(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They write the same; to wait for each other would end both."""
+    monkeypatch.setattr(locks, "_LEASE", 1.0)
+    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
     s3.put(LEASE, lease(kind="share", task="rank 1 of 3"))
     with Lease(open_path(HELD)) as one:
         one.share("rank 0 of 3")
