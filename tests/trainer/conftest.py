@@ -120,15 +120,14 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def targets(
-    make_targets: Callable[..., Path], make_examples: Callable[..., list[TargetExample]]
-) -> Path:
-    """17 examples: two steps of eight, and a last one of one."""
-    return make_targets(make_examples(17))
-
-
-@pytest.fixture
-def settings(targets: Path, model: Path, tmp_path: Path) -> TrainSettings:
+def settings(
+    make_targets: Callable[..., Path],
+    make_examples: Callable[..., list[TargetExample]],
+    model: Path,
+    tmp_path: Path,
+) -> TrainSettings:
+    """A run over 17 examples: two steps of eight, and a last one of one."""
+    targets = make_targets(make_examples(17))
     return TrainSettings(
         targets=targets, model=str(model), out=tmp_path / "run", learning_rate=1e-3
     )

@@ -214,10 +214,10 @@ def test_weights_of_tokens_count_in_a_folder_made_for_sft(
     assert read_log(tmp_path / "other", "step")[0]["loss"] == losses["all", None]
 
 
-def test_record_of_a_run(settings: TrainSettings, targets: Path) -> None:
+def test_record_of_a_run(settings: TrainSettings) -> None:
     result = train(settings)
     record = json.loads((settings.out / "qpipe.json").read_text())
-    manifest = json.loads((targets / "manifest.json").read_text())
+    manifest = json.loads((settings.targets / "manifest.json").read_text())
     assert record["parents"]["targets"] == {
         name: manifest[name] for name in ("identity", "fingerprint", "parents")
     }
