@@ -116,7 +116,7 @@ class _FusedLoss(torch.autograd.Function):
             loss, bounds_N[rows], gradient_nV = _loss_and_gradient(
                 logits_nV, chunk, objective, ratios_n
             )
-            total += loss
+            total = total + loss  # in place, torch 2.11's compiler loses its gradient
             scores_nV = head.into_scores(gradient_nV, capped_nV)
             if grad_bias is not None:
                 grad_bias += scores_nV.sum(0)
