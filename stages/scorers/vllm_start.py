@@ -172,7 +172,10 @@ def _prepare_environment(max_length: int, model_limit: int) -> None:
     if max_length + 1 > model_limit:
         # the free position is never computed, so the model's own limit holds
         defaults["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # to have asked for a GPU is enough for CUDA to fail in a forked process
+        defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    else:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(_CPU_KV_CACHE),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process would bind to one core

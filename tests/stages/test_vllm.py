@@ -433,6 +433,23 @@ def test_weights_that_a_folder_holds_twice_count_once(tiny_model: Path, tmp_path
         weight_bytes(find_model(str(folder)), "float32")
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_settings_of_the_environment_are_vllms_own(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    """And with a GPU the engine's process is not forked: CUDA would fail in it."""
+    from vllm import envs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    with torch._dynamo.config.patch(disable=False):  # which it sets on a CPU
+        vllm_start._prepare_environment(max_length=256, model_limit=256)
+    assert set(environment) <= set(envs.environment_variables)
+    assert (environment.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn") is has_gpu
+    assert (environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") is not has_gpu
+
+
 def test_an_engine_in_a_process_of_its_own_that_cannot_start_may_lack_memory() -> None:
     assert is_memory(
         RuntimeError(

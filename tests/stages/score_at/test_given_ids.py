@@ -85,13 +85,18 @@ AT[3] = GivenIds(np.full(12, VOCAB, np.int32), np.tile(np.arange(VOCAB, dtype=np
 
 
 @pytest.fixture(scope="module")
-def vllm(teacher: Path) -> Any:
-    """The real engine, in its CPU build, which has no token-id scoring."""
-    scorer = make_scorer(
-        find_model(str(teacher)), ScorerSettings("vllm", "float32", max_length=256)
-    )
-    assert not scorer.takes_ids
-    return scorer
+def any_vllm(teacher: Path) -> Any:
+    """The real engine."""
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    return make_scorer(find_model(str(teacher)), settings)
+
+
+@pytest.fixture
+def vllm(any_vllm: Any) -> Any:
+    """The same where it has no token-id scoring, as in its CPU build."""
+    if any_vllm.takes_ids:
+        pytest.skip("this engine scores given ids itself")
+    return any_vllm
 
 
 def run(scorer: Scorer, top_k: int) -> list[ScoredExample]:
@@ -118,6 +123,15 @@ def test_transformers_gathers_what_the_dense_reference_has(
     model = find_model(str(teacher))
     scorer = TransformersScorer(model, ScorerSettings("transformers", "float32", max_length=256))
     check_all(run(scorer, top_k), dense, top_k)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="token-id scoring takes a GPU")
+@pytest.mark.parametrize("top_k", [1, 7])
+def test_vllm_on_a_gpu_scores_given_ids_in_the_same_request(
+    any_vllm: Any, dense: Dense, top_k: int
+) -> None:
+    assert any_vllm.takes_ids
+    check_all(run(any_vllm, top_k), dense, top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 7])
