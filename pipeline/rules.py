@@ -46,11 +46,8 @@ def constant(value: Callable[[Parameters], float]) -> Rule:
     """The same number at every position, whatever signal is there to tell the shape."""
 
     def rule(signals: Signals, parameters: Parameters) -> Array:
-        known = next(
-            array
-            for name in signals.__dataclass_fields__
-            if (array := getattr(signals, name)) is not None
-        )
+        arrays = [getattr(signals, name) for name in signals.__dataclass_fields__]
+        known = next(array for array in arrays if array is not None)
         return array_namespace(known).full_like(known, value(parameters))
 
     return rule

@@ -35,6 +35,7 @@ from .objective import (
 )
 
 _CHUNK_VALUES = 2**24  # logits at once: 64 MiB in float32
+_TIMES_ON_GPU = 4  # as many: fewer leave an H100 idle, 2.8 times as slow, and save no memory there
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,9 +73,10 @@ def fused_loss(hidden_ND: Tensor, head: Head, targets: SparseTargets, objective:
     return Loss(total, bounds_N if objective.has_error_bounds else None)
 
 
-def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+def chunks(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
     """Consecutive rows whose logits are few enough to be held at once; no rows are one chunk."""
-    size = max(1, _CHUNK_VALUES // vocab_size)
+    values = _CHUNK_VALUES * (1 if device.type == "cpu" else _TIMES_ON_GPU)
+    size = max(1, values // vocab_size)
     return (slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size))
 
 
@@ -107,7 +109,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias = weight_VD.new_zeros(len(weight_VD), dtype=add_up) if needs_bias else None
         cast = replace(head, weight=weight_VD.to(hidden_ND.dtype), bias=_like(bias_V, hidden_ND))
 
-        for rows in chunks(len(hidden_ND), len(weight_VD)):
+        for rows in chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             hidden_nD = hidden_ND[rows]
             logits_nV = cast.logits(hidden_nD)
             chunk = rows_of(targets, rows)
@@ -224,7 +226,7 @@ def _sequence_log_ratios(
         return None
     losses = [
         observed_losses(head.logits(hidden_ND[rows]), rows_of(targets, rows))
-        for rows in chunks(len(hidden_ND), len(head.weight))
+        for rows in chunks(len(hidden_ND), len(head.weight), hidden_ND.device)
     ]
     return example_means(-torch.cat(losses) - stored_log_prob(targets), targets.example_of)
 

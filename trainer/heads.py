@@ -62,7 +62,7 @@ def logit_chunks(
         return
     head = form.head(model)
     hidden_ND = hidden_states(model, **inputs)[rows_N, columns_N]
-    for rows in chunks(len(hidden_ND), len(head.weight)):
+    for rows in chunks(len(hidden_ND), len(head.weight), hidden_ND.device):
         yield rows, head.logits(hidden_ND[rows])
 
 

@@ -8,6 +8,7 @@ over all micro-batches and processes, so the same samples give the same step how
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -154,8 +155,14 @@ def start_accelerator(precision: Precision, waits_long: bool = False) -> Acceler
 
     A process that does not answer is given up after some minutes, after a day with `waits_long`.
 
-    Raises UserError for float16 without a GPU.
+    Raises UserError for float16 without a GPU, and for more processes than GPUs.
     """
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if torch.cuda.is_available() and place >= gpus:
+        raise UserError(
+            f"process {place + 1} on this machine has no GPU, of which there are {gpus}: start as "
+            f"many processes as there are: torchrun --nproc-per-node {gpus}"
+        )
     if precision == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bfloat16" if has_bfloat16 else "float32"

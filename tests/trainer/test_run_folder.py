@@ -145,6 +145,17 @@ def test_float16_needs_a_gpu(settings: TrainSettings, monkeypatch: pytest.Monkey
         train(replace(settings, precision="float16"))
 
 
+def test_more_processes_than_gpus_are_refused(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 on this machine has no GPU, of which there"):
+        train(settings)
+    assert not settings.out.exists()
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_a_quantised_model_is_refused(settings: TrainSettings, tmp_path: Path, method: str) -> None:
     folder = tmp_path / "quantised"
