@@ -1,5 +1,6 @@
 """Options: several values after one name, and config files."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,8 @@ def test_a_config_file_of_nested_lists(tmp_path: Path, depth: int) -> None:
     config = config_file(tmp_path, f"top-k: {'[' * depth}{']' * depth}\n")
     with pytest.raises(click.ClickException, match="--config"):
         parsed("score", "--config", config)
+
+
+def test_a_process_that_imports_the_main_module_does_not_run_it() -> None:
+    """As the processes of vLLM's engine do, which are spawned."""
+    import_module("qpipe.stages.__main__")
