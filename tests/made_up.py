@@ -1,7 +1,9 @@
 """Small sealed folders of scores and targets, written down by hand, and commands run on them."""
 
 import io
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -151,3 +153,15 @@ def _positions(
 
 def _tail(support: dict[int, float]) -> float:
     return max(1 - sum(support.values()), 0.0)
+
+
+def kill_after_two_shards(out: Path, *words: object) -> int:
+    """Kill a command after two shards, in a process of its own; when it wrote the first, in ns."""
+    qpipe = Path(sys.executable).with_name("qpipe")
+    process = subprocess.Popen([qpipe, *map(str, words)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("shard-*.json"))) < 2:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    return (out / "shard-00000.arrow").stat().st_mtime_ns

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.manifest import read_manifest
+
+from ..made_up import kill_after_two_shards
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 SCORE = ("--engine", "transformers", "--top-k", 16, "--shard-size", 8)
@@ -161,13 +162,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
 ) -> None:
     out = tmp_path / "scores"
     words = ("score", "--model", tiny_model, "--demonstrations", demonstrations, *SCORE)
-    process = subprocess.Popen([QPIPE, *map(str, words), "--out", out], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.glob("shard-*.json"))) < 2:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    first = (out / "shard-00000.arrow").stat().st_mtime_ns
+    first = kill_after_two_shards(out, *words, "--out", out)
     succeed(*words, "--out", out)
     assert (out / "shard-00000.arrow").stat().st_mtime_ns == first
     files = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qpipe.stages.score_at import score_at
 from qpipe.stages.scorers.transformers_model import TransformersScorer
 from qpipe.trainer.models import find_model
 
+from ...made_up import kill_after_two_shards
 from .folders import (
     SHARDS,
     TOLERANCE,
@@ -156,13 +156,7 @@ def test_a_killed_command_goes_on_and_ends_the_same(
     out = tmp_path / "out"
     options = {"--model": teacher, "--at": at, "--out": out, "--engine": "transformers"}
     words = [str(word) for pair in options.items() for word in pair] + ["--top-k", "5"]
-    process = subprocess.Popen([QPIPE, "score", *words], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.glob("shard-*.json"))) < 2:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    first = (out / "shard-00000.arrow").stat().st_mtime_ns
+    first = kill_after_two_shards(out, "score", *words)
     done = subprocess.run([QPIPE, "score", *words], capture_output=True, text=True, check=True)
     assert "12 read, 12 scored, 0 rejected" in done.stdout
     assert (out / "shard-00000.arrow").stat().st_mtime_ns == first
