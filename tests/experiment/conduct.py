@@ -58,7 +58,8 @@ def _conduct_method(
     searches = search_runs(work.size, start, variant) if seed == 0 else []
     for run in searches:
         _sit(work, records, run)
-    exams = final_runs(start, variant, seed, _chosen(work, records, start, variant))
+    learning_rate = _chosen(work, records, start, variant)
+    exams = final_runs(work.size, start, variant, seed, learning_rate)
     for run in exams:
         _sit(work, records, run)
     work.forget_models([*searches, *exams])

@@ -82,7 +82,7 @@ def _kinds(size: Size, records: list[Record]) -> list[Kind]:
         ),
         Kind(
             "tests of methods",
-            sum(len(conditions(seed)) for seed in range(size.seeds)) * methods,
+            sum(len(conditions(size, seed)) for seed in range(size.seeds)) * methods,
             training + judging,
             [record for record in trained if record["kept"] == DEFAULT.name],
         ),

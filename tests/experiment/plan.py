@@ -36,10 +36,11 @@ class Size:
     unlike: int  # chats on other subjects
     seeds: int
     learning_rates: tuple[float, ...]  # that are tried
+    conditions: tuple[tuple[Start, Data], ...] = CONDITIONS
 
 
 FULL = Size(160, 80, 600, 100, 400, 50, 10, 3, (3e-5, 1e-4, 3e-4))
-QUICK = Size(8, 8, 16, 4, 8, 4, 1, 1, (1e-4,))
+QUICK = Size(8, 8, 16, 4, 8, 4, 1, 1, (1e-4,), (("cold", "clean"), ("warm", "corrupted")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,18 +163,20 @@ def search_runs(size: Size, start: Start, variant: Variant) -> list[Run]:
     ]
 
 
-def final_runs(start: Start, variant: Variant, seed: int, learning_rate: float) -> list[Run]:
+def final_runs(
+    size: Size, start: Start, variant: Variant, seed: int, learning_rate: float
+) -> list[Run]:
     """A method's runs of one seed that count."""
     return [
         Run("test", start, data, variant, seed, learning_rate)
-        for of_start, data in conditions(seed)
+        for of_start, data in conditions(size, seed)
         if of_start == start
     ]
 
 
-def conditions(seed: int) -> list[tuple[Start, Data]]:
+def conditions(size: Size, seed: int) -> list[tuple[Start, Data]]:
     """The conditions that a seed is tried in."""
-    return [each for each in CONDITIONS if seed == 0 or each != ONE_SEED_IS_ENOUGH]
+    return [each for each in size.conditions if seed == 0 or each != ONE_SEED_IS_ENOUGH]
 
 
 def kept_run(kept: Kept, seed: int, learning_rate: float) -> Run:

@@ -45,7 +45,7 @@ def page(records: Iterable[Record], size: Size, parts: Parts) -> str:
     records = list(records)
     results = [
         section
-        for start, data in CONDITIONS
+        for start, data in size.conditions
         for section in (f"## {start}, {data}", _outcomes(records, parts, start, data))
     ]
     sections = [

@@ -14,6 +14,7 @@ from qpipe.tests.experiment.conduct import conduct
 from qpipe.tests.experiment.forecast import forecast
 from qpipe.tests.experiment.paired import difference_interval, mcnemar, rank_correlation
 from qpipe.tests.experiment.plan import (
+    CONDITIONS,
     DEFAULT,
     KEPT,
     QUICK,
@@ -31,7 +32,7 @@ from qpipe.tests.experiment.tables import page
 from qpipe.tests.experiment.task import Problem, demonstrations, parts
 from qpipe.tests.experiment.work import Work
 
-SIZE = replace(QUICK, seeds=2, test=8, learning_rates=(1e-4, 3e-4))
+SIZE = replace(QUICK, seeds=2, test=8, learning_rates=(1e-4, 3e-4), conditions=CONDITIONS)
 
 
 def test_a_corrupted_answer_drops_the_carry_from_the_units() -> None:
@@ -123,7 +124,7 @@ def test_a_record_cut_short_is_forgotten_and_the_file_goes_on(tmp_path: Path) ->
 
 def test_runs_have_names_of_their_own_and_test_runs_share_the_searched_model() -> None:
     searched = search_runs(SIZE, "cold", VARIANTS[0])
-    tested = final_runs("cold", VARIANTS[0], 0, SIZE.learning_rates[0])
+    tested = final_runs(SIZE, "cold", VARIANTS[0], 0, SIZE.learning_rates[0])
     assert tested[0].model_name == searched[0].model_name
     runs = _every_run(SIZE)
     assert len({run.key for run in runs}) == len(runs)
@@ -231,7 +232,7 @@ def _every_run(size: Size) -> list[Run]:
         for seed in range(size.seeds)
         for start in ("cold", "warm")
         for variant in VARIANTS
-        for run in final_runs(start, variant, seed, rate)
+        for run in final_runs(size, start, variant, seed, rate)
     ]
     kept = [
         kept_run(kept, seed, rate) for kept in KEPT for seed in range(size.seeds) if kept != DEFAULT

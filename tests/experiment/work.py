@@ -59,9 +59,11 @@ class Work:
     @property
     def settings(self) -> dict[str, Any]:
         """What runs must have in common to stand in one table, as JSON has it."""
+        size = asdict(self.size)
+        del size["conditions"]  # more or fewer of them change no run
         told = {
             "model": self.base.name,
-            "size": asdict(self.size),
+            "size": size,
             "methods": [asdict(variant) for variant in VARIANTS],
             "kept": [asdict(kept) for kept in KEPT],
             "training": [*TRAINING, HELP_LEARNING_RATE],
