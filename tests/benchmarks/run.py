@@ -152,7 +152,7 @@ def ratio_table(known: dict[str, Benchmark], work: Path) -> Iterator[str]:
 def command(benchmark: Benchmark, work: Path) -> str:
     """A benchmark as one would type it."""
     words = [word.replace(f"{work}", "WORK") for word in benchmark.words]
-    return f"python tests/benchmarks/{benchmark.script}.py {' '.join(words)}"
+    return " ".join(["python", f"tests/benchmarks/{benchmark.script}.py", *words])
 
 
 def environment() -> str:

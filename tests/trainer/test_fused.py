@@ -336,3 +336,9 @@ def test_under_autocast_every_chunk_is_multiplied_in_its_type() -> None:
     plain = fused._plus_product(total.clone(), left, right, torch.float32)
     torch.testing.assert_close(plain, total + left @ right)
     assert not torch.equal(found, plain)
+
+
+def test_a_gpu_takes_more_rows_at_once() -> None:
+    devices = (torch.device("cpu"), torch.device("cuda"))
+    on_cpu, on_gpu = (next(fused.chunks(1000, VOCAB_SIZE, device)).stop for device in devices)
+    assert on_gpu == 4 * on_cpu
