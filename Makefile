@@ -7,8 +7,8 @@
 # make faults    the tests that take minutes: processes killed hundreds of times, full disks, clocks
 #                that jump; the counts of all that at the end
 # make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
-# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: some
-#                six hours on two cores without AVX-512, and goes on after any interruption; with QUICK=1
+# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: four
+#                hours on two free cores without AVX-512; goes on after any interruption; with QUICK=1
 #                very little of everything and no page, to see that it runs; with PLAN=1 only what
 #                is left and how long it takes; with PUBLISHED=1 it starts from the runs that stand
 #                beside that page

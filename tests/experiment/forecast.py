@@ -64,7 +64,10 @@ def _kinds(size: Size, records: list[Record]) -> list[Kind]:
     training = SECONDS_A_RUN + size.demonstrations * SECONDS_A_DEMONSTRATION
     judging = size.test * SECONDS_A_PROBLEM
     searching = size.validation * SECONDS_A_PROBLEM
-    methods, tests = len(VARIANTS), [record for record in records if record["exam"] == "test"]
+    searches = sum(len(search_runs(size, start, each)) for start in STARTS for each in VARIANTS)
+    methods = sum(len(conditions(size, seed)) for seed in range(size.seeds)) * len(VARIANTS)
+    trained_before = len(STARTS) * len(VARIANTS) if searches else 0  # the search's best ones
+    tests = [record for record in records if record["exam"] == "test"]
     trained = [record for record in tests if record["learning_rate"] > 0]
     references = size.warm + size.teacher
     return [
@@ -76,14 +79,14 @@ def _kinds(size: Size, records: list[Record]) -> list[Kind]:
         ),
         Kind(
             "search for learning rates",
-            sum(len(search_runs(size, start, each)) for start in STARTS for each in VARIANTS),
+            searches,
             training + searching,
             [record for record in records if record["exam"] == "validation"],
         ),
         Kind(
             "tests of methods",
-            sum(len(conditions(size, seed)) for seed in range(size.seeds)) * methods,
-            training + judging,
+            methods,
+            training * (1 - trained_before / methods) + judging,
             [record for record in trained if record["kept"] == DEFAULT.name],
         ),
         Kind(
