@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -11,6 +12,8 @@ from qpipe.tests.s3 import Bucket, lead_to, s3_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must fail at once, not ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what a shell starts behind `&` ignores Ctrl-C, and so would every command that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.manifest import read_manifest
+from qpipe.tests.faults.processes import start
 
 from ..made_up import kill_after_two_shards
 
@@ -35,9 +36,19 @@ def succeed(*arguments: object) -> str:
 def refuse(*arguments: object) -> str:
     """Run a command that must refuse: status 2 and one line, returned, after any progress."""
     done = qpipe(*arguments)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert "Traceback" not in done.stderr
+    return refusal(done.returncode, done.stdout + done.stderr)
+
+
+def refuse_soon(tmp_path: Path, *arguments: object) -> str:
+    """The same in a process that has its libraries loaded as it starts."""
+    command = start(*arguments, output=tmp_path / "said.txt")
+    return refusal(command.wait(), command.said)
+
+
+def refusal(status: int, said: str) -> str:
+    assert status == 2, (status, said)
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert "Traceback" not in said
     assert [line.startswith("Error: ") for line in lines].index(True) == len(lines) - 1
     return lines[-1]
 
@@ -225,8 +236,10 @@ def test_score_refuses_what_cannot_be(
     made: Path, demonstrations: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def score(*options: object, out: Path = tmp_path / "out") -> str:
-        return refuse("score", "--demonstrations", demonstrations, "--engine", "transformers",
-                      "--out", out, *options)  # fmt: skip
+        return refuse_soon(
+            tmp_path, "score", "--demonstrations", demonstrations, "--engine", "transformers",
+            "--out", out, *options
+        )  # fmt: skip
 
     assert "no such folder" in score("--model", tmp_path / "missing")
     assert "320" in score("--model", tiny_model, "--top-k", 321)
@@ -246,7 +259,7 @@ def test_score_refuses_what_cannot_be(
 
 def test_build_targets_refuses_what_cannot_be(made: Path, tmp_path: Path) -> None:
     def build(*options: object) -> str:
-        return refuse("build-targets", "--out", tmp_path / "out", *options)
+        return refuse_soon(tmp_path, "build-targets", "--out", tmp_path / "out", *options)
 
     scores = ("--scores", made / "scores")
     assert "sft+kl" in build(*scores, "--method", "magic")
@@ -263,7 +276,8 @@ def test_build_targets_refuses_what_cannot_be(made: Path, tmp_path: Path) -> Non
 
 def test_train_refuses_what_cannot_be(made: Path, tiny_model: Path, tmp_path: Path) -> None:
     def train(*options: object, targets: Path = made / "targets") -> str:
-        return refuse("train", "--targets", targets, "--out", tmp_path / "out", *options)
+        words = ("train", "--targets", targets, "--out", tmp_path / "out")
+        return refuse_soon(tmp_path, *words, *options)
 
     model = ("--model", tiny_model)
     assert "no such folder" in train("--model", tmp_path / "missing")

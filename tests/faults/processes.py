@@ -146,7 +146,6 @@ def _run(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what starts behind `&`
     if not has_privileges:
         _give_up_privileges()
     if fault is not None:
