@@ -20,14 +20,15 @@ _BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores in which a folder lies in a buck
 
 
 def open_path(words: str | Path) -> Path:
-    """What a path or a URL names. Raises UserError for a URL that cannot be used here."""
+    """What a path or a URL names. Raises UserError for what names nothing that can be used here."""
     if not isinstance(words, str):
         return words
-    if "://" not in words:
-        return Path(words)
-    protocol, place = words.split("://", 1)
-    if protocol == "file":
-        return _local(words)
+    protocol, is_url, place = words.partition("://")
+    if not is_url or protocol == "file":
+        path = _local(words) if is_url else Path(words)
+        if "\0" in str(path):  # which a URL can write as %00
+            raise UserError(f"{str(path)!r}: a name cannot hold the character NUL: give another")
+        return path
     if protocol in _BUCKETS and not place.split("/")[0]:
         raise UserError(f"{words}: names no bucket: give {protocol}://BUCKET/FOLDER")
     from .remote_path import RemotePath  # fsspec takes its time to import

@@ -105,21 +105,20 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
                     f"--config {path}: {option} takes one value, not {shown(value)}"
                 )
             words = [f"{name}={one}" for name, one in named.items()] or list(map(str, values))
-            if not all(map(_is_text, words)):
+            if not all(map(_can_be_typed, words)):
                 raise click.ClickException(
-                    f"--config {path}: {option} holds half a surrogate pair: {shown(value)}: it is "
-                    "no character, leave it out"
+                    f"--config {path}: {option} holds half a surrogate pair or a NUL: "
+                    f"{shown(value)}: no command line can, leave it out"
                 )
             return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
 
 
-def _is_text(word: str) -> bool:
+def _can_be_typed(word: str) -> bool:
     try:
-        word.encode()
+        return b"\0" not in word.encode()
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def config_option(command: Any) -> Any:

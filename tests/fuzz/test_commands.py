@@ -152,7 +152,7 @@ def options_of(command: str) -> list[Any]:
 def words(draw: Draw) -> list[str]:
     """A command with words that it takes, some of them changed, and more of its options.
 
-    Half a surrogate pair cannot be typed, only written in a file.
+    Half a surrogate pair or a NUL cannot be typed, only written in a file.
     """
     command = draw(st.sampled_from(list(COMMANDS)))
     given = list(COMMANDS[command])
@@ -168,7 +168,8 @@ def words(draw: Draw) -> list[str]:
         if option is not None:
             name = draw(st.sampled_from([*option.opts, *option.secondary_opts]))
             given += [name] if option.is_flag else [name, draw(values)]
-    return [command.split()[0], *(each.encode(errors="replace").decode() for each in given)]
+    typed = (each.encode(errors="replace").decode().replace("\0", "?") for each in given)
+    return [command.split()[0], *typed]
 
 
 @fuzz(30, given=words())

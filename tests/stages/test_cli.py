@@ -108,7 +108,8 @@ def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Pat
         ("top-p: null\n", "--top-p is no value"),
         ("param: [[1]]\n", "--param is no value"),
         ("config: other.yaml\n", "has no option --config"),
-        ('log-json: "\\ud800"\n', "--log-json holds half a surrogate pair: '\\ud800'"),
+        ('log-json: "\\ud800"\n', "--log-json holds half a surrogate pair or a NUL: '\\ud800'"),
+        ('log-json: "a\\0b"\n', "--log-json holds half a surrogate pair or a NUL: 'a\\x00b'"),
     ],
 )
 def test_a_config_file_that_means_nothing_is_refused(tmp_path: Path, text: str, words: str) -> None:

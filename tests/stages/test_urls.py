@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from qpipe.pipeline import decoder, read_targets
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.remote import open_path
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 from qpipe.tests.s3 import Bucket
@@ -300,6 +301,12 @@ def test_a_url_that_cannot_be_read(s3: Bucket, url: str, words: str) -> None:
     said = qpipe("verify", url, fails=True)
     assert said.startswith(f"Error: {url}")
     assert words in said
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0", "file:///a%00b", "file:a\0b"])
+def test_a_name_with_a_nul_names_nothing(name: str) -> None:
+    with pytest.raises(UserError, match="a name cannot hold the character NUL"):
+        open_path(name)
 
 
 @pytest.mark.parametrize(
