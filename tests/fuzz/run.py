@@ -35,6 +35,8 @@ def main() -> int:
     """Share the time out among the tests, and tell what came of it."""
     options = _options()
     names = [name for name in _tests() if not options.names or name in options.names]
+    if not names:
+        sys.exit(f"none of {', '.join(options.names)} is a test here")
     if options.input is not None:
         (name,) = names
         _fuzz_one(name)(options.input.read_bytes())

@@ -24,6 +24,7 @@ from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
 from qpipe.pipeline.storage import sha256_of_file, write_json
 from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.score_stage import score_sums
 
 VOCAB, TOP_K = 300, 12
 SCORES = {"vocab_size": VOCAB, "top_k": TOP_K, "tokenizer_hash": "3fa9"}
@@ -65,7 +66,10 @@ def seal(
 
     def content(index: int) -> ShardContent:
         rejects = [Reject("chats.jsonl", 3, "empty: “…”")] if index == 0 else []
-        return ShardContent(batches_of(schema, shards[index]), rejects)
+        made = ShardContent(batches_of(schema, shards[index]), rejects)
+        if stage == "score":
+            made.add_sums(**score_sums(shards[index]))
+        return made
 
     for _ in run.shards((index, lambda i=index: content(i)) for index in range(len(shards))):
         pass
