@@ -3,9 +3,9 @@
     python tests/fuzz/run.py --minutes 10 [NAME…]
     python tests/fuzz/run.py test_rows.test_lines_of_anything --input FILE    # a failure again
 
-Each test runs in a process of its own, with an equal share of the time, under atheris (libFuzzer):
-its bytes become inputs by hypothesis, and those that reach code that none has reached before are
-kept in .cache/fuzz, where the next run starts from. A failure is an exception other than those that
+Each test runs in a process of its own, with its share of the time, under atheris (libFuzzer): its
+bytes become inputs by hypothesis, and those that reach code that none has reached before are kept
+in .cache/fuzz, where the next run starts from. A failure is an exception other than those that
 the test allows for, an input that takes longer than 30 seconds or 400 MB of memory, or a process
 that dies. They are told by kind and place; the exit status is 1 where there is any.
 """
@@ -30,6 +30,13 @@ CACHE = HERE.parents[1] / ".cache" / "fuzz"
 MOST_SECONDS, MOST_MEGABYTES = 30, 400  # that an input may take
 FIRST_INPUTS, INPUT_BYTES = 50, 2048
 
+# A whole command takes long and reaches much: where a test of a reader tries a hundred inputs, a
+# command tries one. The other tests have one share.
+SHARES = {
+    "test_commands.test_words_of_any_kind": 5,
+    "test_commands.test_config_files_of_any_kind": 5,
+}
+
 
 def main() -> int:
     """Share the time out among the tests, and tell what came of it."""
@@ -42,10 +49,16 @@ def main() -> int:
         _fuzz_one(name)(options.input.read_bytes())
         return 0
     jobs = options.jobs or len(os.sched_getaffinity(0))
-    seconds = 60 * options.minutes * min(jobs, len(names)) / len(names)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda name: _run(name, seconds), names))
+        results = list(pool.map(_run, *zip(*_seconds(names, options.minutes, jobs), strict=True)))
     return _report(results)
+
+
+def _seconds(names: list[str], minutes: float, jobs: int) -> list[tuple[str, float]]:
+    """What each test has of the time, the longest first, so that the last end together."""
+    shares = sorted(((name, SHARES.get(name, 1)) for name in names), key=lambda pair: -pair[1])
+    one = 60 * minutes * min(jobs, len(names)) / sum(share for _, share in shares)
+    return [(name, one * share) for name, share in shares]
 
 
 def _options() -> argparse.Namespace:
