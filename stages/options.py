@@ -3,7 +3,7 @@
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -25,6 +25,21 @@ class _Place(click.ParamType):
         return open_path(value)
 
 
+class _FileToWrite(click.Path):
+    """A local file, of any content before: the folder that it lies in must be there."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False, writable=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = cast(Path, super().convert(value, param, ctx))
+        if not path.name:
+            self.fail(f"{value!r} names no file", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{path.parent} is no folder", param, ctx)
+        return path
+
+
 class Number(click.FloatRange):
     """A finite number within a range."""
 
@@ -38,6 +53,7 @@ class Number(click.FloatRange):
 
 
 FOLDER, FILE = _Place("folder"), _Place("file")
+FILE_TO_WRITE = _FileToWrite()
 
 
 class Command(click.Command):
@@ -133,18 +149,11 @@ def config_option(command: Any) -> Any:
     )(command)
 
 
-def _check_parent(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"{path.parent} is no folder", ctx, parameter)
-    return path
-
-
 def log_json_option(help: str) -> Any:
     """A file of JSON lines that the command appends to."""
     return click.option(
         "--log-json",
-        type=click.Path(path_type=Path, dir_okay=False, writable=True),
-        callback=_check_parent,
+        type=FILE_TO_WRITE,
         default=None,
         metavar="FILE",
         help=help,

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, Number, config_option, model_option
+from ..options import FILE_TO_WRITE, FOLDER, Command, Number, config_option, model_option
 
 
 @click.command(cls=Command)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE_TO_WRITE,
     default=None,
     metavar="FILE",
     help="HTML file to write: needed, unless --png is given.",
@@ -50,7 +50,7 @@ from ..options import FOLDER, Command, Number, config_option, model_option
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the sample.")
 @click.option(
     "--png",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE_TO_WRITE,
     default=None,
     metavar="FILE",
     help="Of training runs: the curves as a picture, for papers.",

@@ -18,9 +18,6 @@ def make_report(
     """Write the page, and the picture, of some folders. Raises UserError where they mix."""
     if out is None and png is None:
         raise UserError("give --out, the HTML file to write, as in --out report.html")
-    for option, path in (("--out", out), ("--png", png)):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"{option} {path}: {path.parent} is no folder")
     are_runs = [is_run(folder) for folder in folders]
     if all(are_runs):
         _report_runs(folders, out, png, options)

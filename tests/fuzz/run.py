@@ -152,6 +152,8 @@ def _report(results: list[Result]) -> int:
 
 
 def _fuzz_one(name: str) -> Callable[[bytes], bytes | None]:
+    # before what reads them is imported: a model's name must fail at once, not ask the network
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     module, _, test = name.partition(".")
     return getattr(import_module(f"qpipe.tests.fuzz.{module}"), test).hypothesis.fuzz_one_input
 
@@ -160,7 +162,6 @@ def _child(name: str, seconds: float) -> None:
     """Fuzz a test until the time is over; ends the process."""
     import atheris
 
-    os.environ["TQDM_DISABLE"] = "1"
     with atheris.instrument_imports(include=["qpipe"], exclude=["qpipe.tests"]):
         fuzz_one = _fuzz_one(name)
     folder = CACHE / name

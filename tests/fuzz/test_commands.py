@@ -30,7 +30,6 @@ from .folders import whole
 from .inputs import LONGEST_ERROR, ODD_TEXTS, Draw, damaged, fuzz, odd_values
 from .tiny import VOCAB_SIZE, model
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a name must fail at once, not ask the network
 CHATS = [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(5)]
 COMMANDS: dict[str, list[str]] = {  # of each, words that it takes
     "score": ["--model", "tiny", "--demonstrations", "chats.jsonl", "--out", "out"],

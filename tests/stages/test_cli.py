@@ -108,6 +108,7 @@ def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Pat
         ("top-p: null\n", "--top-p is no value"),
         ("param: [[1]]\n", "--param is no value"),
         ("config: other.yaml\n", "has no option --config"),
+        ('log-json: ""\n', "'--log-json': '' names no file"),
         ('log-json: "\\ud800"\n', "--log-json holds half a surrogate pair or a NUL: '\\ud800'"),
         ('log-json: "a\\0b"\n', "--log-json holds half a surrogate pair or a NUL: 'a\\x00b'"),
     ],

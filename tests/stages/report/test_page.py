@@ -119,7 +119,10 @@ def test_the_base_stands_beside(tmp_path: Path) -> None:
     ("words", "error"),
     [
         ([], "give --out"),
-        (["--out", "/nowhere/r.html"], "/nowhere is no folder"),
+        (["--out", "/nowhere/r.html"], "'--out': /nowhere is no folder"),
+        (["--out", ""], "'--out': '' names no file"),
+        (["--out", "."], "'--out': .*'.' is a directory"),
+        (["--out", "r.html", "--png", "/nowhere/r.png"], "'--png': /nowhere is no folder"),
         (["--out", "r.html", "--png", "r.png"], "is of training runs alone"),
         (["--out", "r.html", "--scores", "nowhere"], "nowhere: no such folder"),
         (["--out", "r.html", "--max-megabytes", "0.05"], "0.05"),
