@@ -20,7 +20,7 @@ from qpipe.stages.status import status_of
 from qpipe.stages.verify import verify
 from qpipe.tests.stages.sealed import SCORES, build, scored, seal
 
-from .inputs import made_or_refused
+from .inputs import folder_until_exit, made_or_refused
 
 STAGES = ("score", "build-targets", "mix")
 
@@ -28,7 +28,7 @@ STAGES = ("score", "build-targets", "mix")
 @cache
 def whole(stage: str) -> Path:
     """A folder of five demonstrations in two shards, or a mixture. Not to be changed."""
-    root = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-"))
+    root = folder_until_exit()
     scores = make_scores(root / "score")
     build(scores, root / "build-targets")
     build(scores, root / "others", top_p=0.5)

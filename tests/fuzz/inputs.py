@@ -4,8 +4,12 @@ A fuzz test is a hypothesis test of a module here. pytest runs each on a few inp
 same; `run.py` on as many as there is time for, led by the code that they reach.
 """
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +30,13 @@ def fuzz(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Ca
         suppress_health_check=list(HealthCheck),
     )
     return lambda test: fixed(given(**strategies)(test))
+
+
+def folder_until_exit() -> Path:
+    """A folder for what many inputs start from, removed at the end of the process."""
+    folder = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def made_or_refused(make: Callable[[], Made]) -> Made | None:

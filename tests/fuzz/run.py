@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache" / "fuzz"
@@ -112,8 +113,9 @@ def _run_once(result: Result, seconds: float) -> None:
     (folder / "said.json").unlink(missing_ok=True)
     command = [sys.executable, __file__, result.name, "--child", str(seconds)]
     before = set((folder / "failures").iterdir())
-    with open(folder / "log.txt", "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    with open(folder / "log.txt", "w") as log, TemporaryDirectory() as place:
+        environ = os.environ | {"TMPDIR": place}  # the process may end before it cleans up
+        status = subprocess.run(command, stdout=log, stderr=log, env=environ).returncode
     if (folder / "said.json").exists():
         said = json.loads((folder / "said.json").read_text())
         result.inputs += said["inputs"]

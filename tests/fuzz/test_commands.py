@@ -27,7 +27,7 @@ from qpipe.stages.scorers.base import scored
 from qpipe.trainer import loop  # here, since what takes seconds to load is not an input's fault
 
 from .folders import whole
-from .inputs import LONGEST_ERROR, ODD_TEXTS, Draw, damaged, fuzz, odd_values
+from .inputs import LONGEST_ERROR, ODD_TEXTS, Draw, damaged, folder_until_exit, fuzz, odd_values
 from .tiny import VOCAB_SIZE, model
 
 CHATS = [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(5)]
@@ -89,7 +89,7 @@ class StandIn:
 @cache
 def prepared() -> Path:
     """Folders of every stage, demonstrations and a model, to be copied."""
-    root = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-")) / "all"
+    root = folder_until_exit() / "all"
     copytree(whole("mix").parent, root)
     copytree(model(), root / "tiny")
     (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
@@ -98,13 +98,13 @@ def prepared() -> Path:
 
 @contextmanager
 def inside() -> Iterator[Path]:
-    """The current folder: a copy of what is prepared."""
+    """The current folder: a copy of what is prepared; nothing else lies beside it."""
     before = Path.cwd()
-    with tempfile.TemporaryDirectory() as root:
-        copytree(prepared(), Path(root), dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory() as outer:
+        root = copytree(prepared(), Path(outer) / "here")
         os.chdir(root)
         try:
-            yield Path(root)
+            yield root
         finally:
             os.chdir(before)
 

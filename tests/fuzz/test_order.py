@@ -3,7 +3,6 @@
 The batches are the trainer's own; only the model is missing.
 """
 
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -26,7 +25,7 @@ from qpipe.trainer.run import STEPS_AHEAD, Run, run_size
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.stream import TargetStream, is_held_out, open_streams
 
-from .inputs import Draw, fuzz
+from .inputs import Draw, folder_until_exit, fuzz
 
 TARGETS = {"method": "sft", "form": "live", "parameters": {}, "residual": "observed"}
 TARGETS |= {"tail_shape": "student", "top_p": None, **SCORES}
@@ -36,7 +35,7 @@ SIZES = {"small": (3, 1, 4), "large": (90, 2, 30, 1, 1, 70)}  # rows of each sha
 @cache
 def folder(name: str) -> Path:
     """A target folder of rows of 3 to 12 tokens, and one without supervision."""
-    root = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-"))
+    root = folder_until_exit()
     numbers = iter(range(1000))
     shards = [[target(name, next(numbers)) for _ in range(size)] for size in SIZES[name]]
     return seal(root / name, "build-targets", TARGETS, shards)

@@ -1,9 +1,10 @@
 """A model without weights: a configuration, and a tokenizer of bytes."""
 
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .inputs import folder_until_exit
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 256 + len(SPECIAL)
@@ -38,7 +39,7 @@ def model() -> Path:
     from safetensors.numpy import save_file
     from transformers import LlamaConfig
 
-    folder = Path(tempfile.mkdtemp(prefix="qpipe-fuzz-")) / "tiny"
+    folder = folder_until_exit() / "tiny"
     LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=256).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     save_file({"weight": np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
