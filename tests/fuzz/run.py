@@ -31,8 +31,8 @@ CACHE = HERE.parents[1] / ".cache" / "fuzz"
 MOST_SECONDS, MOST_MEGABYTES = 30, 400  # that an input may take
 FIRST_INPUTS, INPUT_BYTES = 50, 2048
 
-# A whole command takes long and reaches much: where a test of a reader tries a hundred inputs, a
-# command tries one. The other tests have one share.
+# The commands reach more code than any reader does, and find least in a given time. The other tests
+# have one share.
 SHARES = {
     "test_commands.test_words_of_any_kind": 5,
     "test_commands.test_config_files_of_any_kind": 5,
