@@ -1,10 +1,14 @@
-"""SIGTERM, with which schedulers and `kill` ask a process to end."""
+"""SIGTERM, with which schedulers and `kill` ask a process to end, and Ctrl-C."""
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+PATIENCE = 3.0  # seconds
+_raised: dict[int, float] = {}  # when a signal last became an exception: blocks may be nested
 
 
 class Terminated(SystemExit):
@@ -15,17 +19,19 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def ends_when_terminated() -> Iterator[None]:
-    """Make SIGTERM an exception, so that whatever is under work is left in order.
+def ends_in_order() -> Iterator[None]:
+    """Make SIGTERM an exception, as Ctrl-C is, so that whatever is under work is left in order.
 
-    Raises Terminated in the block where the signal comes.
+    Raises Terminated or KeyboardInterrupt in the block where the signal comes. Once more within
+    PATIENCE seconds it is the same wish, of one who presses twice or holds the key, and does not
+    disturb what is being put in order; later it does, since that may hang.
     """
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    with _handled(end):
-        yield
+    with _handled(signal.SIGTERM, _raises(Terminated)):
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind `&` in a script
+            yield
+            return
+        with _handled(signal.SIGINT, _raises(KeyboardInterrupt)):
+            yield
 
 
 @contextmanager
@@ -36,14 +42,25 @@ def notes_termination() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    with _handled(lambda *_: came.append(True)):
+    with _handled(signal.SIGTERM, lambda *_: came.append(True)):
         yield lambda: bool(came)
 
 
+def _raises(error: type[BaseException]) -> Callable[..., None]:
+    def handler(number: int, _: object) -> None:
+        now = time.monotonic()
+        if now < _raised.get(number, -PATIENCE) + PATIENCE:
+            return
+        _raised[number] = now
+        raise error
+
+    return handler
+
+
 @contextmanager
-def _handled(handler: Callable[..., None]) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, handler)
+def _handled(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

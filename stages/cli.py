@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `qpipe --help` answers at once.
 """
 
+import signal
 import sys
 
 import click
@@ -85,19 +86,22 @@ for _command in (
 
 def main() -> None:
     """Run the command line: exit status 2 and one line for what the user can mend."""
-    from ..pipeline.termination import Terminated, ends_when_terminated
+    from ..pipeline.termination import Terminated, ends_in_order
 
-    try:
-        with ends_when_terminated():
+    with ends_in_order():
+        try:
             sys.exit(_run())
-    except (click.Abort, KeyboardInterrupt):
-        status = 130
-    except Terminated as error:
-        status = error.code
-    click.echo(
-        "Stopped: finished shards and checkpoints are kept, the same command goes on after them.",
-        err=True,
-    )
+        except (click.Abort, KeyboardInterrupt):
+            status = 130
+        except Terminated as error:
+            status = error.code
+        click.echo(
+            "Stopped: finished shards and checkpoints are kept, the same command goes on after "
+            "them.",
+            err=True,
+        )
+    # what libraries still do at their end may be cut short, and without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
 
 

@@ -28,7 +28,7 @@ from ...pipeline.manifest import PLAN, ShardEntry
 from ...pipeline.progress import Watch, Watcher
 from ...pipeline.runner import ShardRun, StageResult, open_folder
 from ...pipeline.shards import commit_shard
-from ...pipeline.termination import ends_when_terminated
+from ...pipeline.termination import ends_in_order
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # workers that a shard may end, or that may die one after the other as they start
@@ -310,7 +310,7 @@ def _ray(address: str | None) -> Iterator[Any]:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             where = "on this machine" if address is None else f"at --ray-address {address}"
             raise _unreachable(where, error) from error
-        with ends_when_terminated():  # again: ray.init has put a handler of its own
+        with ends_in_order():  # again: ray.init has put a handler of its own
             yield ray
     finally:
         ray.shutdown()

@@ -45,6 +45,20 @@ def test_at_any_operation(work: Work, tmp_path: Path, fault: str, step: int) -> 
     assert number < OPERATIONS
 
 
+def test_ctrl_c_from_the_impatient(work: Work, tmp_path: Path) -> None:
+    """Again and again, while the command puts things in order, says so, and ends."""
+    out = tmp_path / "out"
+    command = work.start(out)
+    while command.is_running and not out.exists():
+        time.sleep(0.01)
+    while command.is_running:
+        command.signal(signal.SIGINT)
+        time.sleep(0.005)
+    assert command.wait() in (STATUS["interrupt"], -signal.SIGINT), command.said
+    assert_stopped(work, command, out, "interrupt")
+    work.resume(out)
+
+
 def struck(work: Work, out: Path, fault: str, number: int) -> bool:
     """Whether there is such an operation at all."""
     return work.start(out, fault="kill", at=number).wait() != 0
