@@ -59,6 +59,25 @@ def test_ctrl_c_from_the_impatient(work: Work, tmp_path: Path) -> None:
     work.resume(out)
 
 
+def test_ctrl_c_from_the_impatient_until_python_itself_has_ended(
+    works: Mapping[str, Work], tmp_path: Path
+) -> None:
+    """In a process of its own: one that is forked here has less to end."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "qpipe.stages", *works["score"].words, out]
+    with subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as process:
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.01)
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.005)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode in (STATUS["interrupt"], -signal.SIGINT), said
+    assert said.count("Stopped: finished shards") == 1, said
+    assert "Traceback" not in said, said
+
+
 def struck(work: Work, out: Path, fault: str, number: int) -> bool:
     """Whether there is such an operation at all."""
     return work.start(out, fault="kill", at=number).wait() != 0
