@@ -55,6 +55,6 @@ def read_golden() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def write_golden(root: Path) -> None:
-    """Pin the targets for this machine, and forget those of other machines: they are older."""
+    """Pin the targets for this machine; what other machines pinned is outdated and removed."""
     golden = {arithmetic(): build_all(root)}
     FILE.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
