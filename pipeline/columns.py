@@ -14,9 +14,9 @@ import pyarrow as pa
 from .codec import decode
 from .errors import UserError
 from .manifest import read_manifest
-from .remote import open_path
 from .schema import Column, Schema
 from .shards import folder_schema
+from .storage.remote import open_path
 
 Columns = dict[str, list[Any]]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UserError, require
-from .locks import claimed, lock_of, locked
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
 from .parallel import in_order
 from .progress import Report, Watcher
 from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
 from .shards import ShardContent
+from .storage.locks import claimed, lock_of, locked
 
 
 class Stage(Protocol):

@@ -19,10 +19,10 @@ from .plausible import (
     check_maps,
 )
 from .schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
-from .storage import (
+from .storage.files import read_bytes
+from .storage.json_files import (
     json_bytes,
     parse_json,
-    read_bytes,
     read_json,
     sha256_of_json,
     write_json,

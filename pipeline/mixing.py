@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, shown
-from .locks import locked
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
 from .methods import choose
-from .remote import is_remote, open_path
 from .runner import Job, ShardRun, StageResult, open_folder
 from .schema import schema_of
+from .storage.locks import locked
+from .storage.remote import is_remote, open_path
 
 MIX = "mix"
 _STORES = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss")  # whose reading runs no code

@@ -1,15 +1,14 @@
 """What a manifest may say: every value of the kind that its readers take it for."""
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .packing import PRECISIONS
 from .records import Reject
+from .storage.json_files import is_number
 
 MOST = 2**53  # of anything that is counted
-
 _Rule = Callable[[Any], bool]
 
 
@@ -83,11 +82,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a file is a number that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_map(value: Any, is_right: _Rule) -> bool:

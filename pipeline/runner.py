@@ -35,7 +35,8 @@ from .parallel import in_order
 from .records import Reject
 from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
-from .storage import TEMPORARY, json_bytes, read_json, write_bytes
+from .storage.files import TEMPORARY, write_bytes
+from .storage.json_files import json_bytes, read_json
 
 REJECTS = "rejects.jsonl"
 MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`

@@ -15,24 +15,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .cache import local_copy
 from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError, one_line
 from .expansion import refuse_bombs
 from .manifest import Manifest, ShardEntry, read_manifest, shard_name
 from .plausible import check_entry
 from .records import Example, Reject, ScoredExample, TargetExample
-from .remote import is_remote, open_path
 from .schema import Schema, packing_of, schema_of
-from .storage import (
-    atomic_file,
-    json_bytes,
-    parse_json,
-    read_bytes,
-    sha256_of_file,
-    sha256_of_json,
-    write_readable,
-)
+from .storage.cache import local_copy
+from .storage.files import atomic_file, read_bytes, sha256_of_file
+from .storage.json_files import json_bytes, parse_json, sha256_of_json, write_readable
+from .storage.remote import is_remote, open_path
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
 

@@ -22,7 +22,7 @@ from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, StageResult, folder_in
 from ..pipeline.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.shards import ShardContent
-from ..pipeline.storage import sha256_of_json
+from ..pipeline.storage.json_files import sha256_of_json
 from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
 from .execution import Execution, run_stage
 from .inputs import Inputs, open_inputs

@@ -18,9 +18,9 @@ from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
 from ..pipeline.ragged import segment_sums
 from ..pipeline.records import ScoredExample
-from ..pipeline.remote import is_remote
 from ..pipeline.shards import read_scores
-from ..pipeline.storage import atomic_file
+from ..pipeline.storage.files import atomic_file
+from ..pipeline.storage.remote import is_remote
 from .topk_rows import IGNORED, Mass
 
 BATCH_ROWS = 64

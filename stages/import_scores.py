@@ -23,9 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..pipeline.cache import local_version
 from ..pipeline.errors import UserError, one_line, reason, require, require_utf8
-from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
 from ..pipeline.provenance import package_versions
@@ -33,7 +31,9 @@ from ..pipeline.records import Reject, ScoredExample
 from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
 from ..pipeline.schema import Schema, schema_of
 from ..pipeline.shards import ShardContent, batches_of
-from ..pipeline.storage import sha256_of_file
+from ..pipeline.storage.cache import local_version
+from ..pipeline.storage.files import sha256_of_file
+from ..pipeline.storage.locks import locked
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import UnusableError
 from .score_stage import refuse_nothing_scored, score_sums

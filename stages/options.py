@@ -20,7 +20,7 @@ class _Place(click.ParamType):
         self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        from ..pipeline.remote import open_path
+        from ..pipeline.storage.remote import open_path
 
         return open_path(value)
 

@@ -13,7 +13,7 @@ from ..pipeline.parallel import in_order
 from ..pipeline.records import Reject
 from ..pipeline.runner import Job, StageResult, sidecar_indices
 from ..pipeline.shards import committed_shard
-from ..pipeline.storage import sha256_of_json
+from ..pipeline.storage.json_files import sha256_of_json
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import check_readable, parse_row
 from .execution import Execution, run_stage

@@ -5,13 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.cache import kept_copies, local_copy
 from ..pipeline.errors import UserError
-from ..pipeline.locks import locked
 from ..pipeline.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from ..pipeline.mixing import MIX
 from ..pipeline.progress import progress_bar
-from ..pipeline.remote import fetch, is_remote, look_anew, nameless_file
 from ..pipeline.runner import (
     HUB_FILE,
     REJECTS,
@@ -22,7 +19,10 @@ from ..pipeline.runner import (
     tidy,
 )
 from ..pipeline.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
-from ..pipeline.storage import atomic_file, read_bytes, sha256_of_file, write_bytes
+from ..pipeline.storage.cache import kept_copies, local_copy
+from ..pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
+from ..pipeline.storage.locks import locked
+from ..pipeline.storage.remote import fetch, is_remote, look_anew, nameless_file
 from .card import card
 from .hub import DATASETS, HubFolder
 

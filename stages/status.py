@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.locks import is_worked_in
 from ..pipeline.manifest import MANIFEST, PLAN, ShardEntry, read_manifest, read_plan, totals_of
-from ..pipeline.plausible import is_number
 from ..pipeline.runner import sidecar_indices
 from ..pipeline.shards import read_sidecar, sidecar_path
+from ..pipeline.storage.json_files import is_number
+from ..pipeline.storage.locks import is_worked_in
 from ..trainer.run_folder import LOG, RUN, parse_event
 
 _RECENT = 300.0  # seconds before the last shard that the speed is taken over

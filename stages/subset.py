@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from ..pipeline.codec import FlatBatch, decode
 from ..pipeline.errors import UserError
-from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema, read_manifest
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder
 from ..pipeline.shards import BATCH_ROWS, ShardContent, folder_schema, shard_ids, stored_batches
-from ..pipeline.storage import read_bytes, sha256_of_json
+from ..pipeline.storage.files import read_bytes
+from ..pipeline.storage.json_files import sha256_of_json
+from ..pipeline.storage.locks import locked
 from .conditions import Condition, parse_condition
 
 

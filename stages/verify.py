@@ -19,7 +19,8 @@ from ..pipeline.mixing import MIX, read_mix
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import REJECTS, rejects_bytes
 from ..pipeline.shards import folder_schema, read_shard, sidecar_bytes, sidecar_path
-from ..pipeline.storage import is_content, json_bytes, sha256_of_file
+from ..pipeline.storage.files import is_content, sha256_of_file
+from ..pipeline.storage.json_files import json_bytes
 
 
 def verify(folder: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..pipeline.errors import UserError
 from ..pipeline.mixing import parts_of
 from ..pipeline.records import TargetExample
-from ..pipeline.remote import open_path
+from ..pipeline.storage.remote import open_path
 from .mixture import mix
 from .stream import open_streams
 

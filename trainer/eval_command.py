@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.plausible import is_number
+from ..pipeline.storage.json_files import is_number
 
 CHECKPOINT = "{checkpoint}"
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..pipeline.errors import UserError
 from ..pipeline.mixing import parts_of
 from ..pipeline.records import TargetExample
-from ..pipeline.remote import open_path
+from ..pipeline.storage.remote import open_path
 from .checks import SFT
 from .collate import SparseTargets, collate, observed_only
 from .dataset import TargetDataset

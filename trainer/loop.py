@@ -10,10 +10,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..pipeline.locks import locked
 from ..pipeline.manifest import Identity, Manifest
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import open_folder
+from ..pipeline.storage.locks import locked
 from ..pipeline.termination import notes_termination
 from .attention import can_pack
 from .checkpoint import latest_checkpoint

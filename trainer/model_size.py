@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.storage import read_json
+from ..pipeline.storage.json_files import read_json
 from .models import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -21,7 +21,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
 from ..pipeline.records import TargetExample
-from ..pipeline.storage import write_json
+from ..pipeline.storage.json_files import write_json
 from ..pipeline.termination import Terminated
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from .collate import Batch, collate, observed_only, pack

@@ -18,7 +18,8 @@ from ..pipeline.errors import UserError
 from ..pipeline.manifest import PLAN, Identity, parse_identity, read_plan
 from ..pipeline.plausible import check_maps
 from ..pipeline.runner import refuse_other, tidy
-from ..pipeline.storage import TEMPORARY, read_json, write_bytes, write_json
+from ..pipeline.storage.files import TEMPORARY, write_bytes
+from ..pipeline.storage.json_files import read_json, write_json
 from .mixture import shares_of
 from .settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars

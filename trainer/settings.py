@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError, option_of
-from ..pipeline.remote import is_remote
+from ..pipeline.storage.remote import is_remote
 from .eval_command import parse_command
 from .mixture import shares_of
 from .optimizers import OptimizerName

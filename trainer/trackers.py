@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..pipeline.errors import UserError, one_line
 from ..pipeline.manifest import Identity
-from ..pipeline.storage import sha256_of_json
+from ..pipeline.storage.json_files import sha256_of_json
 
 TrackerName = Literal["tensorboard", "wandb"]
 Track = Callable[[int, dict[str, float]], None]  # takes a step and its values, by name

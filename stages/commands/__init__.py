@@ -1,1 +1,5 @@
-"""The commands' options and words, a file each; what a command does is in the module it imports."""
+"""The commands, one file each: options, the call, and what is printed.
+
+A command imports what it runs inside its function, so that `qpipe --help` loads nothing heavy.
+`options` holds what several commands share. Begin with `score`.
+"""

@@ -35,7 +35,7 @@ def mix(parts: tuple[str, ...], out: Path) -> None:
 
 
 def _part(text: str) -> tuple[Path, float]:
-    from ...pipeline.remote import open_path
+    from ...pipeline.storage.remote import open_path
 
     folder, equals, weight = text.rpartition("=")
     try:

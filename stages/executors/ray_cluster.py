@@ -23,11 +23,11 @@ from typing import Any
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.executors import Stage, plan_of
-from ...pipeline.locks import locked
 from ...pipeline.manifest import PLAN, ShardEntry
 from ...pipeline.progress import Watch, Watcher
 from ...pipeline.runner import ShardRun, StageResult, open_folder
 from ...pipeline.shards import commit_shard
+from ...pipeline.storage.locks import locked
 from ...pipeline.termination import ends_in_order
 from ..quiet import quiet_libraries
 

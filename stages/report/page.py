@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ...pipeline.storage import write_bytes
+from ...pipeline.storage.files import write_bytes
 
 _BLOB = '<script type="application/octet-stream" id="{name}">{content}</script>\n'
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError
-from ...pipeline.plausible import is_number
+from ...pipeline.storage.json_files import is_number
 from ...trainer.run_folder import LOG, RUN, parse_event, settings_in
 from ..token_text import escaped
 from .data import json_text

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.locks import locked
+from qpipe.pipeline.storage.locks import locked
 
 from .conduct import conduct
 from .forecast import forecast

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.storage import read_json, write_json
+from qpipe.pipeline.storage.json_files import read_json, write_json
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from .records import Records

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.storage import write_json
+from qpipe.pipeline.storage.json_files import write_json
 from qpipe.tests.experiment.conduct import conduct
 from qpipe.tests.experiment.forecast import forecast
 from qpipe.tests.experiment.paired import difference_interval, mcnemar, rank_correlation

@@ -14,7 +14,8 @@ from threading import Lock
 from typing import Any
 
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.storage import read_json, write_bytes, write_json
+from qpipe.pipeline.storage.files import write_bytes
+from qpipe.pipeline.storage.json_files import read_json, write_json
 
 from .judge import TEMPLATE, Exam, sample_unlike
 from .plan import (

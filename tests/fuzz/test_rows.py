@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from qpipe.pipeline.records import Reject
-from qpipe.pipeline.storage import json_bytes
+from qpipe.pipeline.storage.json_files import json_bytes
 from qpipe.stages.demonstrations import FORMATS, WEIGHT_KEYS, Demonstration, parse_row
 from qpipe.stages.readers.text import json_reader
 from qpipe.stages.sources import Source

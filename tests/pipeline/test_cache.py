@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from qpipe.pipeline import cache
-from qpipe.pipeline.cache import kept_copies, local_copy, local_version
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage import cache
+from qpipe.pipeline.storage.cache import kept_copies, local_copy, local_version
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.s3 import Bucket
 
 

@@ -15,10 +15,10 @@ import pytest
 from qpipe.pipeline import runner
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
-from qpipe.pipeline.locks import claimed, locked
 from qpipe.pipeline.manifest import ShardEntry, read_manifest, read_plan
 from qpipe.pipeline.progress import Speed, Watcher
 from qpipe.pipeline.runner import Job, ShardRun, StageResult
+from qpipe.pipeline.storage.locks import claimed, locked
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 WATCHER = Watcher("score", "0123")
@@ -234,7 +234,7 @@ CLAIM = (
 def test_a_plain_command_and_a_task_exclude_each_other(
     toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.pipeline.locks._PATIENCE", 0.1)
+    monkeypatch.setattr("qpipe.pipeline.storage.locks._PATIENCE", 0.1)
     folder.mkdir()
     with (
         another_process(HOLD.format("LOCK_SH"), folder),

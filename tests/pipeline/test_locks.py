@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from qpipe.pipeline import locks
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.locks import Lease, is_worked_in, locked
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage import locks
+from qpipe.pipeline.storage.locks import Lease, is_worked_in, locked
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.s3 import Bucket
 
 HELD = "s3://bucket/held"

@@ -19,7 +19,7 @@ from qpipe.pipeline.manifest import (
 )
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import folder_schema
-from qpipe.pipeline.storage import json_bytes, parse_json, sha256_of_json
+from qpipe.pipeline.storage.json_files import json_bytes, parse_json, sha256_of_json
 
 IDENTITY = Identity(
     stage="build-targets",

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.locks import locked
 from qpipe.pipeline.manifest import Plan, ShardEntry, read_manifest, shard_name
 from qpipe.pipeline.records import Reject
 from qpipe.pipeline.runner import MOST_SHARDS, open_folder, totals_of
-from qpipe.pipeline.storage import MOST_BYTES, json_bytes
+from qpipe.pipeline.storage.files import MOST_BYTES
+from qpipe.pipeline.storage.json_files import json_bytes
+from qpipe.pipeline.storage.locks import locked
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 FILES = [
@@ -514,7 +515,7 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
 def test_a_manifest_too_large_to_be_read_is_not_written(
     toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.pipeline.storage.MOST_BYTES", 2000)
+    monkeypatch.setattr("qpipe.pipeline.storage.files.MOST_BYTES", 2000)
     with pytest.raises(UserError, match=r"manifest.json: would have [\d,]+ bytes, more than is"):
         toy(folder).run()
     assert not (folder / "manifest.json").exists()

@@ -29,7 +29,8 @@ from qpipe.pipeline.shards import (
     read_shard,
     sidecar_path,
 )
-from qpipe.pipeline.storage import atomic_file, read_json, sha256_of_json, write_json
+from qpipe.pipeline.storage.files import atomic_file
+from qpipe.pipeline.storage.json_files import read_json, sha256_of_json, write_json
 
 MakeRecord = Callable[..., Any]
 SCHEMA = schema_of("score", 100)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from urllib.parse import parse_qs, urlsplit
 
 from qpipe.pipeline.executors import Share, run_share
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.simulation.scheduler import WATCHER, TinyStage, without_bars
 
 

@@ -22,7 +22,8 @@ from qpipe.pipeline.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder, rejects_bytes
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
-from qpipe.pipeline.storage import sha256_of_file, write_json
+from qpipe.pipeline.storage.files import sha256_of_file
+from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.score_stage import score_sums
 

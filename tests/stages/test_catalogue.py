@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.pipeline.manifest import MANIFEST, PLAN, read_manifest
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
 from qpipe.tests.s3 import Bucket
 

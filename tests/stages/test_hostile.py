@@ -23,7 +23,7 @@ from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.manifest import Identity, read_manifest
 from qpipe.pipeline.shards import shard_ids
-from qpipe.pipeline.storage import sha256_of_json
+from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.verify import verify
 
 from .sealed import SCORES, build, older, reseal, rewrite, scored, seal, seal_scores

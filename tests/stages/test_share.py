@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from qpipe.pipeline import decoder, remote
+from qpipe.pipeline import decoder
 from qpipe.pipeline.manifest import Manifest, read_manifest
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage import remote
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.stages import share as sharing
 from qpipe.stages.card import card, plain
 from qpipe.stages.lineage import generations

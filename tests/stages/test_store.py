@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from qpipe.pipeline.locks import locked
 from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.storage.locks import locked
 from qpipe.stages.cli import cli
 
 from .sealed import seal_scores

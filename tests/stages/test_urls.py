@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 from qpipe.tests.s3 import Bucket
 

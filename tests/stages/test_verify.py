@@ -22,7 +22,7 @@ from qpipe.pipeline.manifest import (
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.packing import PRECISIONS
 from qpipe.pipeline.shards import read_scores, write_sidecar
-from qpipe.pipeline.storage import write_json
+from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages import cli
 
 from .sealed import (

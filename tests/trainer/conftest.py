@@ -13,7 +13,7 @@ from qpipe.pipeline.records import TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
-from qpipe.pipeline.storage import sha256_of_json
+from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.trainer.models import find_model
 from qpipe.trainer.settings import TrainSettings
 from tokenizers import Tokenizer

@@ -14,7 +14,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
-from qpipe.pipeline.storage import sha256_of_json
+from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages import build_targets as stage
 from qpipe.stages import teacher as teacher_module
 

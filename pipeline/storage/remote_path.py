@@ -9,8 +9,15 @@ from typing import Any
 
 from upath.extensions import ProxyUPath
 
-from .errors import UserError
-from .remote import unusable
+from ..errors import UserError, one_line
+
+
+def unusable(path: object, error: Exception) -> UserError:
+    """What a store raised, as an error of ours."""
+    hint = ""
+    if isinstance(error, ImportError):
+        hint = ": pip install 'qpipe[s3]', or the package that fsspec names for it"
+    return UserError(f"{path}: cannot be used: {one_line(error)}{hint}")
 
 
 def _told(method: Callable[..., Any], *passed_on: type[Exception]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 from .remote import is_remote, remote_file
 
 _PATIENCE = 10.0  # seconds for the task that is opening the folder just now

@@ -1,23 +1,19 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, read with a bound and hashed."""
 
 import hashlib
-import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from .errors import UserError
+from ..errors import UserError
 from .remote import is_remote, remote_file
 
 TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
 MOST_BYTES = 2**28  # of a JSON file: that of half a million scored shards, or two million rejects
-MOST_DENSE = 100_000  # values of a JSON file, however short they are
-_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")  # escaped
 
 
 @contextmanager
@@ -56,36 +52,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_bytes(path, json_bytes(value))
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(content)
-
-
-def write_readable(path: Path, content: bytes) -> None:
-    """Write a JSON file atomically. Raises UserError where it would not be read back."""
-    if excess := _excess(content):
-        raise UserError(
-            f"{path}: would have {excess}, more than is read back: leave rows that cannot be used "
-            "out, or give another --shard-size"
-        )
-    write_bytes(path, content)
-
-
-def json_bytes(value: Any) -> bytes:
-    """A JSON file's content, the same bytes for the same value."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that this package wrote."""
-    return parse_json(path, read_bytes(path))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -109,35 +79,7 @@ def is_content(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-def parse_json(path: Path, content: bytes) -> Any:
-    """The value in the content of a JSON file."""
-    if excess := _excess(content):
-        raise UserError(f"{path}: damaged, no file of ours has {excess}")
-    if _HALF_PAIR.search(content):  # written as they are, no character needs an escaped pair
-        raise UserError(f"{path}: damaged, not JSON of ours (half a character)")
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({error})") from error
-
-
-def _excess(content: bytes) -> str | None:
-    """What is too much in the content of a JSON file."""
-    size = len(content)
-    # empty lists take 20 times their text in memory; this package writes each value on its line
-    values = sum(map(content.count, (b",", b"[", b"{")))
-    if values > MOST_DENSE + size // 8:
-        return f"{values:,} values in {size:,} bytes"
-    return f"{size:,} bytes" if size > MOST_BYTES else None
-
-
 def sha256_of_file(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_json(value: Any) -> str:
-    """The hexadecimal SHA-256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
-from .errors import UserError, one_line
+from ..errors import UserError, one_line
+from .remote_path import unusable
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores in which a folder lies in a bucket
 
@@ -118,11 +119,3 @@ def _local(words: str) -> Path:
         )
     # what looks like a query is part of the name
     return Path(unquote(words.split("://", 1)[1].removeprefix(parts.netloc)))
-
-
-def unusable(path: object, error: Exception) -> UserError:
-    """What a store raised, as an error of ours."""
-    hint = ""
-    if isinstance(error, ImportError):
-        hint = ": pip install 'qpipe[s3]', or the package that fsspec names for it"
-    return UserError(f"{path}: cannot be used: {one_line(error)}{hint}")

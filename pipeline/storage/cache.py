@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
+from .files import sha256_of_file
 from .remote import fetch, is_remote, version_of
-from .storage import sha256_of_file
 
 FOLDER, SIZE = "QPIPE_CACHE", "QPIPE_CACHE_GB"  # environment variables
 _DEFAULT_GB = "50"
