@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import Choice
-from .codec import FlatBatch
-from .ragged import segment_sums
+from .format.batches import FlatBatch
+from .format.ragged import segment_sums
 from .rules import TOP_ENTROPY_SIZE
 from .supports import (
     SMALLEST_TAIL,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .codec import decode
 from .errors import UserError
+from .format.arrow import decode
+from .format.schema import Column, Schema
 from .manifest import read_manifest
-from .schema import Column, Schema
 from .shards import folder_schema
 from .storage.remote import open_path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line, shown
+from .format.schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
 from .plausible import (
     check_counts,
     check_entry,
@@ -18,7 +19,6 @@ from .plausible import (
     check_kinds,
     check_maps,
 )
-from .schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
 from .storage.files import read_bytes
 from .storage.json_files import (
     json_bytes,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, shown
+from .format.schema import schema_of
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
 from .methods import choose
 from .runner import Job, ShardRun, StageResult, open_folder
-from .schema import schema_of
 from .storage.locks import locked
 from .storage.remote import is_remote, open_path
 

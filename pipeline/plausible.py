@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .packing import PRECISIONS
-from .records import Reject
+from .format.packing import PRECISIONS
+from .format.records import Reject
 from .storage.json_files import is_number
 
 MOST = 2**53  # of anything that is counted

@@ -16,6 +16,8 @@ from time import perf_counter
 from typing import Any
 
 from .errors import UserError
+from .format.records import Reject
+from .format.schema import Schema
 from .manifest import (
     MANIFEST,
     PLAN,
@@ -32,8 +34,6 @@ from .manifest import (
     write_plan,
 )
 from .parallel import in_order
-from .records import Reject
-from .schema import Schema
 from .shards import ShardContent, commit_shard, committed_shard
 from .storage.files import TEMPORARY, write_bytes
 from .storage.json_files import json_bytes, read_json

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .codec import FlatBatch, decode, encode, flatten, split
 from .errors import UserError, one_line
-from .expansion import refuse_bombs
+from .format.arrow import decode, encode
+from .format.arrow_limits import refuse_bombs
+from .format.batches import FlatBatch, flatten, split
+from .format.records import Example, Reject, ScoredExample, TargetExample
+from .format.schema import Schema, packing_of, schema_of
 from .manifest import Manifest, ShardEntry, read_manifest, shard_name
 from .plausible import check_entry
-from .records import Example, Reject, ScoredExample, TargetExample
-from .schema import Schema, packing_of, schema_of
 from .storage.cache import local_copy
 from .storage.files import atomic_file, read_bytes, sha256_of_file
 from .storage.json_files import json_bytes, parse_json, sha256_of_json, write_readable

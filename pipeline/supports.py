@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rules
-from .codec import FlatBatch
-from .ragged import segment_sums
+from .format.batches import FlatBatch
+from .format.ragged import segment_sums
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from . import rules
 from .choice import Choice
-from .codec import FlatBatch
 from .errors import UserError
-from .ragged import segment_sums
+from .format.batches import FlatBatch
+from .format.ragged import segment_sums
 from .rules import Signals
 from .supports import (
     Common,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .ragged import segment_sums
+from .format.ragged import segment_sums
 from .supports import Supports, safe_log
 
 Floats = NDArray[np.float64]

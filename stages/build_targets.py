@@ -9,18 +9,18 @@ import numpy as np
 
 from ..pipeline.ceiling import ceiling_sums
 from ..pipeline.choice import Choice
-from ..pipeline.codec import FlatBatch, join
 from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
+from ..pipeline.format.batches import FlatBatch, join
+from ..pipeline.format.packing import PRECISIONS, Precision
+from ..pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema
 from ..pipeline.methods import choose
 from ..pipeline.order_statistics import OrderStatistics
-from ..pipeline.packing import PRECISIONS, Precision
 from ..pipeline.parallel import in_order
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, StageResult, folder_in
-from ..pipeline.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.shards import ShardContent
 from ..pipeline.storage.json_files import sha256_of_json
 from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of

@@ -11,7 +11,7 @@ from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from ..pipeline.errors import UserError, reason
-from ..pipeline.records import Reject
+from ..pipeline.format.records import Reject
 from .sources import Source, rows_from
 
 Messages = list[dict[str, Any]]

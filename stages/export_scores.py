@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..pipeline.errors import UserError
+from ..pipeline.format.ragged import segment_sums
+from ..pipeline.format.records import ScoredExample
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
-from ..pipeline.ragged import segment_sums
-from ..pipeline.records import ScoredExample
 from ..pipeline.shards import read_scores
 from ..pipeline.storage.files import atomic_file
 from ..pipeline.storage.remote import is_remote

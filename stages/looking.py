@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.codec import FlatBatch, flatten, segment_sums, split
 from ..pipeline.errors import UserError
+from ..pipeline.format.arrow import segment_sums
+from ..pipeline.format.batches import FlatBatch, flatten, split
+from ..pipeline.format.records import Example
 from ..pipeline.manifest import Manifest, read_manifest
-from ..pipeline.records import Example
 from ..pipeline.shards import folder_schema, read_rows, read_scores, read_targets, shard_ids
 from ..pipeline.supports import Supports, known_supports
 from . import measures

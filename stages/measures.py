@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.codec import FlatBatch, segment_sums
+from ..pipeline.format.arrow import segment_sums
+from ..pipeline.format.batches import FlatBatch
 from ..pipeline.supports import (
     LOG_OF_ZERO,
     Common,

@@ -11,8 +11,8 @@ from itertools import count
 
 import numpy as np
 
+from ..pipeline.format.records import Reject
 from ..pipeline.progress import progress_bar
-from ..pipeline.records import Reject
 from ..trainer.model_size import kv_cache_bytes, weight_bytes
 from ..trainer.models import ModelFiles, find_model
 from .costs import Costs, Throughput, costs

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.codec import split
 from ..pipeline.errors import UserError
+from ..pipeline.format.batches import split
+from ..pipeline.format.ragged import segment_sums
+from ..pipeline.format.records import ScoredExample
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
-from ..pipeline.ragged import segment_sums
-from ..pipeline.records import ScoredExample
 from ..pipeline.shards import folder_schema, read_shard
 from ..trainer.models import ModelFiles, find_model, load_scoring_model
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
+from ..pipeline.format.records import Reject
 from ..pipeline.manifest import MANIFEST, read_manifest
 from ..pipeline.parallel import in_order
-from ..pipeline.records import Reject
 from ..pipeline.runner import Job, StageResult, sidecar_indices
 from ..pipeline.shards import committed_shard
 from ..pipeline.storage.json_files import sha256_of_json

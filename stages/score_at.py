@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.codec import split
 from ..pipeline.errors import UserError
 from ..pipeline.executors import PartResult
+from ..pipeline.format.batches import split
+from ..pipeline.format.records import Example, ScoredExample
 from ..pipeline.manifest import Manifest, read_manifest
-from ..pipeline.records import Example, ScoredExample
 from ..pipeline.runner import Job, StageResult
 from ..pipeline.shards import folder_schema, read_scores, read_shard
 from ..trainer.models import ModelFiles, find_model

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..pipeline.errors import UserError, option_of, require
+from ..pipeline.format.records import Example, Floats, ScoredExample
+from ..pipeline.format.schema import schema_of
 from ..pipeline.manifest import Identity, ShardEntry, identity_schema
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
-from ..pipeline.records import Example, Floats, ScoredExample
 from ..pipeline.runner import Job, folder_in
-from ..pipeline.schema import schema_of
 from ..pipeline.shards import ShardContent, batches_of
 from ..trainer.models import ModelFiles
 from .scorers.base import (

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..pipeline.codec import FlatBatch, decode
 from ..pipeline.errors import UserError
+from ..pipeline.format.arrow import decode
+from ..pipeline.format.batches import FlatBatch
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema, read_manifest
 from ..pipeline.progress import progress_bar
 from ..pipeline.runner import Job, ShardRun, StageResult, open_folder

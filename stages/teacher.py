@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.codec import FlatBatch, cut, flatten, split
 from ..pipeline.errors import UserError
+from ..pipeline.format.batches import FlatBatch, cut, flatten, split
+from ..pipeline.format.id_order import rank_order
+from ..pipeline.format.records import ScoredExample
 from ..pipeline.manifest import Manifest
-from ..pipeline.rank_order import rank_order
-from ..pipeline.records import ScoredExample
 from ..pipeline.shards import BATCH_ROWS, folder_schema, read_shard, shard_ids
 from ..pipeline.supports import known_supports, padded, truncated
 from ..pipeline.targets import Model, Truncation

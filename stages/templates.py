@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import UserError, one_line, reason
-from ..pipeline.records import Example, Floats, Reject
+from ..pipeline.format.records import Example, Floats, Reject
 from .demonstrations import Demonstration, Messages, TurnWeights, UnusableError
 from .token_weights import Kept, Span, Turn, find_kept, overlapping, weigh
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.records import Floats
+from ..pipeline.format.records import Floats
 from .demonstrations import TurnWeights, UnusableError, WeightedSpan
 
 Span = tuple[int, int]  # characters, half-open

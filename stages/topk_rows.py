@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.invariants import MASS_TOLERANCE
-from ..pipeline.ragged import segment_sums
-from ..pipeline.records import ScoredExample
+from ..pipeline.format.ragged import segment_sums
+from ..pipeline.format.records import ScoredExample
+from ..pipeline.format.row_checks import MASS_TOLERANCE
 from .demonstrations import UnusableError
 
 Mass = Literal["model", "top-k"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line, quoted
-from ..pipeline.invariants import violations
+from ..pipeline.format.row_checks import violations
 from ..pipeline.manifest import (
     MANIFEST,
     Identity,

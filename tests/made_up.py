@@ -13,11 +13,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from qpipe.pipeline.codec import flatten
+from qpipe.pipeline.format.batches import flatten
+from qpipe.pipeline.format.records import ScoredExample, TargetExample
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import Identity, identity_schema
-from qpipe.pipeline.records import ScoredExample, TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
 from qpipe.stages.cli import main
 

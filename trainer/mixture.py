@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.errors import UserError
-from ..pipeline.records import Ints, TargetExample
+from ..pipeline.format.records import Ints, TargetExample
 from .stream import TargetStream
 
 LONGEST_PERIOD = 1_000_000  # samples until the pattern repeats: it is worked out when opened

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..pipeline.errors import UserError
+from ..pipeline.format.records import TargetExample
 from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
-from ..pipeline.records import TargetExample
 from ..pipeline.storage.json_files import write_json
 from ..pipeline.termination import Terminated
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint

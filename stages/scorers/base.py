@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ...pipeline.errors import UserError
-from ...pipeline.ragged import segment_sums
-from ...pipeline.records import Example, Floats, Ints, ScoredExample
+from ...pipeline.format.ragged import segment_sums
+from ...pipeline.format.records import Example, Floats, Ints, ScoredExample
 from ...trainer.models import ModelFiles
 
 ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere

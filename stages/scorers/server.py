@@ -15,11 +15,11 @@ import httpx
 import msgspec
 import numpy as np
 
-from ...pipeline.codec import flatten
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.invariants import violations
-from ...pipeline.records import Example, ScoredExample
-from ...pipeline.schema import schema_of
+from ...pipeline.format.batches import flatten
+from ...pipeline.format.records import Example, ScoredExample
+from ...pipeline.format.row_checks import violations
+from ...pipeline.format.schema import schema_of
 from ...trainer.models import ModelFiles
 from .base import GivenIds, ScorerSettings, ServerSettings, scored
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.errors import UserError
-from ...pipeline.records import Example, ScoredExample
+from ...pipeline.format.records import Example, ScoredExample
 from ...trainer.heads import logit_chunks, recognise
 from ...trainer.models import ModelFiles, load_scoring_model
 from .base import GivenIds, ScorerSettings, say_once, scored, with_given

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...pipeline.records import Floats
+from ...pipeline.format.records import Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

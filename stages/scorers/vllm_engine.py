@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.records import Example, Floats, ScoredExample
+from ...pipeline.format.records import Example, Floats, ScoredExample
 from ...trainer.models import ModelFiles, check_weights
 from .base import GivenIds, ScorerSettings, say, say_once, scored, with_given
 from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays

@@ -9,7 +9,7 @@ from ..token_text import escaped, one_line_of
 from .aligned import print_table
 
 if TYPE_CHECKING:
-    from ...pipeline.records import Reject
+    from ...pipeline.format.records import Reject
     from ..costs import Costs
     from ..plan import Memory, ScorePlan, Workload
 

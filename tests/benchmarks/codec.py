@@ -19,11 +19,12 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.codec import FlatBatch, decode, encode, flatten
+from qpipe.pipeline.format.arrow import decode, encode
+from qpipe.pipeline.format.batches import FlatBatch, flatten
+from qpipe.pipeline.format.packing import Packing
+from qpipe.pipeline.format.ragged import segment_sums
+from qpipe.pipeline.format.schema import Schema, schema_of
 from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.packing import Packing
-from qpipe.pipeline.ragged import segment_sums
-from qpipe.pipeline.schema import Schema, schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, COMPRESSED, folder_schema
 from qpipe.stages.summaries.aligned import print_table
 

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from qpipe.pipeline.codec import FlatBatch, cut
+from qpipe.pipeline.format.batches import FlatBatch, cut
+from qpipe.pipeline.format.packing import Packing, Precision
+from qpipe.pipeline.format.ragged import segment_sums
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.packing import Packing, Precision
-from qpipe.pipeline.ragged import segment_sums
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, commit_shard, folder_schema, read_shard
 from qpipe.pipeline.supports import Supports, known_supports, truncated
 from qpipe.stages.build_targets import BuildSettings, build_targets

@@ -25,9 +25,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.records import Example, TargetExample
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer

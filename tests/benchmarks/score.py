@@ -33,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from qpipe.pipeline.records import Example
+from qpipe.pipeline.format.records import Example
 from qpipe.pipeline.shards import read_scores
 from qpipe.stages import score_stage
 from qpipe.stages.quiet import quiet_libraries

@@ -12,9 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import dense_target
-from qpipe.pipeline.records import TargetExample
 
 from ..conftest import make_tiny_model
 

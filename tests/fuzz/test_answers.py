@@ -12,10 +12,11 @@ import httpx
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qpipe.pipeline.codec import decode, encode, flatten
-from qpipe.pipeline.invariants import violations
-from qpipe.pipeline.records import Example, ScoredExample
-from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.format.arrow import decode, encode
+from qpipe.pipeline.format.batches import flatten
+from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.row_checks import violations
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.scorers import server
 from qpipe.stages.scorers.base import ScorerSettings, ServerSettings
 from qpipe.stages.scorers.server import ServerScorer, served_model

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from hypothesis import strategies as st
-from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages import score_stage
 from qpipe.stages.cli import cli, main
 from qpipe.stages.scorers.base import scored

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from qpipe.pipeline.ceiling import ceiling_sums
 from qpipe.pipeline.choice import Choice
-from qpipe.pipeline.codec import FlatBatch, decode, encode, flatten
-from qpipe.pipeline.invariants import violations
+from qpipe.pipeline.format.arrow import decode, encode
+from qpipe.pipeline.format.batches import FlatBatch, flatten
+from qpipe.pipeline.format.packing import PRECISIONS, Packing, Precision
+from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.format.row_checks import violations
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import METHODS, choices, choose
-from qpipe.pipeline.packing import PRECISIONS, Packing, Precision
-from qpipe.pipeline.records import ScoredExample
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.targets import Evidence, Model, Truncation, flat_targets, targets_of
 from qpipe.stages.scorers.base import scored
 
@@ -68,7 +69,7 @@ def scored_examples(draw: Draw, V: int, top_k: int, tokens: Sequence[int]) -> Sc
 
 
 def _example(tokens: Sequence[int], positions: NDArray[np.int32]) -> Any:
-    from qpipe.pipeline.records import Example
+    from qpipe.pipeline.format.records import Example
 
     return Example("a", np.array(tokens, np.int32), positions)
 

@@ -94,7 +94,7 @@ def content_of(stage: str, index: int) -> ShardContent:
 
 
 def rejects_of(entry: Any) -> list[Any]:
-    from qpipe.pipeline.records import Reject
+    from qpipe.pipeline.format.records import Reject
 
     return [Reject(**each) for each in entry.rejects]
 

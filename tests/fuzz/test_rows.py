@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from qpipe.pipeline.records import Reject
+from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.storage.json_files import json_bytes
 from qpipe.stages.demonstrations import FORMATS, WEIGHT_KEYS, Demonstration, parse_row
 from qpipe.stages.readers.text import json_reader

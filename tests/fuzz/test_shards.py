@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 from qpipe.pipeline.columns import decoder
-from qpipe.pipeline.expansion import refuse_bombs
+from qpipe.pipeline.format.arrow_limits import refuse_bombs
+from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.records import ScoredExample, TargetExample
 from qpipe.pipeline.shards import read_scores, read_targets, shard_ids
 from qpipe.stages.verify import verify
 from qpipe.tests.stages.sealed import VOCAB, reseal

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from qpipe.pipeline.records import ScoredExample
+from qpipe.pipeline.format.records import ScoredExample
 from qpipe.tests.stages.build_targets.made import score_folder
 
 VOCAB_SIZE = 320

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qpipe.pipeline.format.records import Reject
+from qpipe.pipeline.format.schema import Schema, schema_of
 from qpipe.pipeline.manifest import Identity, identity_schema
-from qpipe.pipeline.records import Reject
 from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.schema import Schema, schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of
 
 

@@ -18,10 +18,10 @@ from qpipe.pipeline.ceiling import (
     reproducible_share,
 )
 from qpipe.pipeline.choice import Choice
-from qpipe.pipeline.codec import cut, flatten
+from qpipe.pipeline.format.batches import cut, flatten
+from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choices, choose
-from qpipe.pipeline.records import ScoredExample
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.targets import Evidence, Model, Truncation, stored_residual
 
 VOCAB_SIZE = 30

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.codec import decode, encode, flatten, split
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.ragged import segment_sums
-from qpipe.pipeline.records import ScoredExample
-from qpipe.pipeline.schema import Schema, schema_of
+from qpipe.pipeline.format.arrow import decode, encode
+from qpipe.pipeline.format.batches import flatten, split
+from qpipe.pipeline.format.ragged import segment_sums
+from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.format.schema import Schema, schema_of
 from qpipe.pipeline.shards import ShardContent, commit_shard
 
 MakeRecord = Callable[..., Any]

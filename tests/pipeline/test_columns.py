@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import decoder, read_scores, read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import Example
+from qpipe.pipeline.format.records import Example
 
 TARGET_COLUMNS = ("trust", "weights", "tail_mass", "support_ids", "support_probs")
 SCORE_COLUMNS = ("observed_log_probs", "observed_ranks", "topk_ids", "topk_log_probs", "tail_mass")

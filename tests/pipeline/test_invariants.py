@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qpipe.pipeline.codec import FlatBatch
-from qpipe.pipeline.invariants import Violation, violations
+from qpipe.pipeline.format.batches import FlatBatch
+from qpipe.pipeline.format.row_checks import Violation, violations
 
 VOCAB = 10
 LENGTHS = {"token": [2, 3, 3], "position": [1, 0, 2], "entry": [2, 0, 5]}

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qpipe.pipeline.codec import FlatBatch, decode, encode, split
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.levels import LEVELS, NEWEST
-from qpipe.pipeline.packing import (
+from qpipe.pipeline.format.arrow import decode, encode
+from qpipe.pipeline.format.batches import FlatBatch, split
+from qpipe.pipeline.format.packing import (
     PRECISIONS,
     Packing,
     Precision,
@@ -21,7 +21,8 @@ from qpipe.pipeline.packing import (
     ranks_of,
     unpack,
 )
-from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.format.probability_codes import LEVELS, NEWEST
+from qpipe.pipeline.format.schema import schema_of
 
 Floats = NDArray[np.float64]
 LARGEST_ERROR = {"uint8": 0.1501, "float16": 0.032, "float32": 1e-5}  # nats, down to e^-14

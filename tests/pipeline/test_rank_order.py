@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from qpipe.pipeline.rank_order import rank_order
+from qpipe.pipeline.format.id_order import rank_order
 
 Ids = NDArray[np.int32]
 TIMES = 8  # that an id must stand in a folder to be listed

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.manifest import Plan, ShardEntry, read_manifest, shard_name
-from qpipe.pipeline.records import Reject
 from qpipe.pipeline.runner import MOST_SHARDS, open_folder, totals_of
 from qpipe.pipeline.storage.files import MOST_BYTES
 from qpipe.pipeline.storage.json_files import json_bytes

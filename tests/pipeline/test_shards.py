@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_scores, read_targets
-from qpipe.pipeline.codec import FlatBatch
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.batches import FlatBatch
+from qpipe.pipeline.format.records import Reject
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.records import Reject
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import (
     BATCH_ROWS,
     ShardContent,

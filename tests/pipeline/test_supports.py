@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.codec import FlatBatch
+from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.supports import (
     Supports,
     common_divergence,

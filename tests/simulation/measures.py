@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import (
     Identity,
     Manifest,
@@ -22,7 +23,6 @@ from qpipe.pipeline.manifest import (
     write_manifest,
 )
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
 from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
 from qpipe.trainer import stream

@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import numpy as np
 from qpipe.pipeline import executors, progress, runner
-from qpipe.pipeline.codec import flatten
 from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.format.batches import flatten
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import Identity, ShardEntry, identity_schema
 from qpipe.pipeline.progress import Report, Watcher
 from qpipe.pipeline.runner import Job, StageResult
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
 from qpipe.pipeline.storage import locks
 from qpipe.stages.executors import ray_cluster

@@ -4,7 +4,7 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet
-from qpipe.pipeline.records import Reject
+from qpipe.pipeline.format.records import Reject
 from qpipe.stages.demonstrations import read_demonstrations
 from qpipe.stages.sources import open_sources
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from qpipe.pipeline.choice import Choice
+from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import (
     Identity,
     Manifest,
@@ -18,9 +20,7 @@ from qpipe.pipeline.manifest import (
     write_manifest,
 )
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder, rejects_bytes
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
 from qpipe.pipeline.storage.files import sha256_of_file
 from qpipe.pipeline.storage.json_files import write_json

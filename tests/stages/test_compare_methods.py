@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline.ceiling import ceilings, reproducible_share
 from qpipe.pipeline.choice import Choice
-from qpipe.pipeline.codec import FlatBatch, flatten
+from qpipe.pipeline.format.batches import FlatBatch, flatten
+from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import METHODS, choices
-from qpipe.pipeline.records import ScoredExample
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.schema import schema_of
 from qpipe.pipeline.shards import ShardContent
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.compare_methods import Comparison, compare_methods

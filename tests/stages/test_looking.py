@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qpipe.pipeline.codec import FlatBatch
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.stages import looking
 from qpipe.stages.looking import Companion, Skipped, looks, open_scores, open_sealed
 from qpipe.stages.overview import Overview

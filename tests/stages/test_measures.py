@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from qpipe.pipeline.codec import flatten
-from qpipe.pipeline.schema import schema_of
+from qpipe.pipeline.format.batches import flatten
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.supports import known_supports
 from qpipe.stages import measures
 from qpipe.stages.measures import MEASURES

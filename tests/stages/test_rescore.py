@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import ScoredExample
+from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.shards import read_scores
 from qpipe.stages import rescore as module
 from qpipe.stages.cli import cli

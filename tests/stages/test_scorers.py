@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer, say_once
 from qpipe.stages.scorers.transformers_model import _log_probs, batches
 from qpipe.trainer.models import find_model

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.score import ScoreSettings
 from qpipe.stages.scorers.base import (
     ScorerSettings,

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.records import Example
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.records import Example
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.subset import SubsetSettings, subset
@@ -147,7 +147,7 @@ def test_ids_that_are_not_there_are_named(scores: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_without_supervised_tokens_has_no_mean() -> None:
-    from qpipe.pipeline.codec import FlatBatch
+    from qpipe.pipeline.format.batches import FlatBatch
     from qpipe.stages.conditions import parse_condition
 
     arrays = {"trust": np.array([0.5, 0.7], np.float32)}

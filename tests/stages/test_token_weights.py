@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.records import Reject
+from qpipe.pipeline.format.records import Reject
 from qpipe.stages.demonstrations import read_demonstrations
 from qpipe.stages.templates import Encoded, Encoder
 from qpipe.stages.token_weights import Kept, find_kept

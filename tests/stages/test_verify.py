@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.packing import PRECISIONS
 from qpipe.pipeline.manifest import (
     Manifest,
     read_manifest,
@@ -20,7 +21,6 @@ from qpipe.pipeline.manifest import (
     write_manifest,
 )
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.packing import PRECISIONS
 from qpipe.pipeline.shards import read_scores, write_sidecar
 from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages import cli

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages import score_stage
 from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qpipe.pipeline.records import TargetExample
+from qpipe.pipeline.format.records import TargetExample
 from transformers import AutoModelForCausalLM
 
 Make = Callable[..., Path]

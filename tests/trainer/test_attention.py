@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.objective import Objective

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qpipe.pipeline.records import TargetExample
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.collate import Batch, SparseTargets, collate, observed_only, pack
 from qpipe.trainer.student import Student
 from transformers import AutoModelForCausalLM

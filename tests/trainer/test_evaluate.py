@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer.collate import collate
 from qpipe.trainer.evaluate import Evaluation, evaluate
 from qpipe.trainer.objective import Objective, objective_of

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import TargetExample
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.collate import collate
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qpipe.pipeline.codec import FlatBatch
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.format.batches import FlatBatch
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.manifest import Manifest, read_manifest
-from qpipe.pipeline.records import TargetExample
 from qpipe.trainer import stream as stream_module
 from qpipe.trainer.stream import (
     WINDOW_BLOCKS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from qpipe.pipeline.records import Example
+from qpipe.pipeline.format.records import Example
 
 from .folders import SHARDS, Dense, another_model, make_folder
 

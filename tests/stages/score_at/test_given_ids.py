@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.records import Example, ScoredExample
+from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.scorers import base
 from qpipe.stages.scorers.base import (
     GivenIds,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.records import TargetExample
+from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.collate import collate
 from torch.nn.functional import one_hot
 

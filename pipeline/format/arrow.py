@@ -1,99 +1,17 @@
-"""Between records, flat arrays and Arrow record batches, without a Python loop over tokens."""
+"""Between flat batches and Arrow record batches, and what decoding refuses."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .errors import UserError, quoted
+from ..errors import UserError, quoted
+from .batches import FlatBatch
 from .packing import pack, unpack
 from .ragged import segment_sums
-from .records import Example
 from .schema import Schema, lists
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FlatBatch:
-    """Several examples as one: the rows' lists joined end to end, and how long each row's list is.
-
-    `lengths[level][r]` is the number of values that row r has at that level.
-    """
-
-    ids: list[str]
-    arrays: dict[str, NDArray[Any]]
-    lengths: dict[str, NDArray[np.int64]]
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self.arrays[name]
-
-    @property
-    def observed_ids(self) -> NDArray[np.int32]:
-        """The supervised token at every position of the batch, [N]."""
-        row_starts = np.cumsum(self.lengths["token"]) - self.lengths["token"]
-        first_token = np.repeat(row_starts, self.lengths["position"])
-        return self.arrays["input_ids"][first_token + self.arrays["positions"]]
-
-
-def flatten(schema: Schema, examples: Sequence[Example]) -> FlatBatch:
-    """Join records end to end."""
-    arrays = {}
-    lengths: dict[str, NDArray[np.int64]] = {}
-    for column in schema.lists:
-        parts = [getattr(example, column.name) for example in examples]
-        arrays[column.name] = np.concatenate([np.empty(0, column.dtype), *parts])
-        length = np.array([len(part) for part in parts], np.int64)
-        same = np.array_equal(lengths.setdefault(column.level, length), length)
-        assert same, f"{column.name} differs in length from the other {column.level} columns"
-    return FlatBatch([example.id for example in examples], arrays, lengths)
-
-
-def split(schema: Schema, batch: FlatBatch) -> Iterator[Any]:
-    """The records of a batch, as views of its arrays."""
-    ends = {level: np.cumsum(lengths) for level, lengths in batch.lengths.items()}
-    for row, example_id in enumerate(batch.ids):
-        of_row = {
-            level: slice(int(ends[level][row] - batch.lengths[level][row]), int(ends[level][row]))
-            for level in ends
-        }
-        lists = {column.name: batch[column.name][of_row[column.level]] for column in schema.lists}
-        yield schema.record(id=example_id, **lists)
-
-
-def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> list[FlatBatch]:
-    """The batch as pieces of whole rows: as many as have so many positions, but at least one."""
-    ends = np.cumsum(batch.lengths["position"])
-    stops = [0]
-    while stops[-1] < len(ends):
-        before = ends[stops[-1] - 1] if stops[-1] else 0
-        stop = int(np.searchsorted(ends, before + most_positions, side="right"))
-        stops.append(max(stop, stops[-1] + 1))
-    return [_rows_between(schema, batch, slice(*each)) for each in pairwise(stops)]
-
-
-def join(batches: Sequence[FlatBatch]) -> FlatBatch:
-    """Batches end to end, at least one."""
-    first = batches[0]
-    return FlatBatch(
-        [row_id for batch in batches for row_id in batch.ids],
-        {name: np.concatenate([batch[name] for batch in batches]) for name in first.arrays},
-        {
-            level: np.concatenate([batch.lengths[level] for batch in batches])
-            for level in first.lengths
-        },
-    )
-
-
-def _rows_between(schema: Schema, batch: FlatBatch, rows: slice) -> FlatBatch:
-    arrays = {}
-    for column in schema.lists:
-        ends = np.concatenate([[0], np.cumsum(batch.lengths[column.level])])
-        arrays[column.name] = batch[column.name][ends[rows.start] : ends[rows.stop]]
-    lengths = {level: each[rows] for level, each in batch.lengths.items()}
-    return FlatBatch(batch.ids[rows], arrays, lengths)
 
 
 def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:

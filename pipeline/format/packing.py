@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError
-from .levels import NEWEST, codes_of, probs_of
+from ..errors import UserError
+from .probability_codes import NEWEST, codes_of, probs_of
 from .ragged import segment_sums
 
 Precision = Literal["uint8", "float16", "float32"]

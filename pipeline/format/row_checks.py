@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import FlatBatch, row_of
+from .arrow import row_of
+from .batches import FlatBatch
 from .ragged import segment_sums
 
 MASS_TOLERANCE = 1e-3  # what an engine's own rounding may take from 1, or add to it

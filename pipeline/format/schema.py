@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from .errors import UserError
-from .levels import NEWEST
+from ..errors import UserError
 from .packing import Packing, Precision
+from .probability_codes import NEWEST
 from .records import Example, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
