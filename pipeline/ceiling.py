@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .choice import Choice
 from .format.batches import FlatBatch
 from .format.ragged import segment_sums
-from .rules import TOP_ENTROPY_SIZE
+from .methods.definition import Choice
+from .methods.rules import TOP_ENTROPY_SIZE
 from .supports import (
     SMALLEST_TAIL,
     Common,

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import UserError, shown
 from .format.schema import schema_of
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
-from .methods import choose
+from .methods.table import choose
 from .runner import Job, ShardRun, StageResult, open_folder
 from .storage.locks import locked
 from .storage.remote import is_remote, open_path

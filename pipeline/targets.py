@@ -10,12 +10,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from . import rules
-from .choice import Choice
 from .errors import UserError
 from .format.batches import FlatBatch
 from .format.ragged import segment_sums
-from .rules import Signals
+from .methods import rules
+from .methods.definition import Choice
+from .methods.rules import Signals
 from .supports import (
     Common,
     Supports,

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.ceiling import ceiling_sums
-from ..pipeline.choice import Choice
 from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
 from ..pipeline.format.batches import FlatBatch, join
 from ..pipeline.format.packing import PRECISIONS, Precision
 from ..pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema
-from ..pipeline.methods import choose
+from ..pipeline.methods.definition import Choice
+from ..pipeline.methods.table import choose
 from ..pipeline.order_statistics import OrderStatistics
 from ..pipeline.parallel import in_order
 from ..pipeline.progress import Report

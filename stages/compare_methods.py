@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..pipeline.ceiling import Ceiling, ceiling_sums, ceilings, has_ceiling, reproducible_share
-from ..pipeline.choice import Choice
 from ..pipeline.errors import UserError
-from ..pipeline.methods import METHODS, choices
+from ..pipeline.methods.definition import Choice
+from ..pipeline.methods.table import METHODS, choices
 from ..pipeline.targets import Truncation, stored_residual
 from .build_targets import check_temperatures, with_statistics
 from .inputs import Inputs, open_inputs

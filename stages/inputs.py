@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..pipeline.choice import Choice
 from ..pipeline.errors import UserError
 from ..pipeline.manifest import read_manifest
+from ..pipeline.methods.definition import Choice
+from ..pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ..pipeline.progress import progress_bar
-from ..pipeline.rules import TOP_ENTROPY_SIZE
 from ..pipeline.targets import Evidence
 from .teacher import ScoreFolder, Teacher
 

@@ -41,7 +41,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_readme_table_has_every_method_with_its_formulas() -> None:
-    from qpipe.pipeline.methods import table
+    from qpipe.pipeline.methods.table import table
 
     readme = (ROOT / "README.md").read_text()
     rows = [

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..pipeline import rules
+from ..pipeline.methods import rules
 from .collate import Batch, SparseTargets, collate
 from .loss import at_least_float32, observed_losses, residual_divergences
 from .objective import Objective

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import rules
+from ..pipeline.methods import rules
 from .collate import SparseTargets
 from .loss import observed_losses, times
 from .objective import (

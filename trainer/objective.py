@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import rules
-from ..pipeline.choice import Choice
-from ..pipeline.methods import choose
-from ..pipeline.rules import Signals
+from ..pipeline.methods import rules
+from ..pipeline.methods.definition import Choice
+from ..pipeline.methods.rules import Signals
+from ..pipeline.methods.table import choose
 from .collate import SparseTargets
 from .loss import TailShape, at_least_float32, complement_log_probs, target_losses, times
 

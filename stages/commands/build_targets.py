@@ -75,7 +75,7 @@ def build_targets(
     qpipe build-targets --scores scores/ --out targets/ --method gift --param beta=5
     qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
     """
-    from ...pipeline.methods import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
+    from ...pipeline.methods.table import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
     from ..build_targets import BuildSettings, build_targets
     from ..summaries.folders import report
 

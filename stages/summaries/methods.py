@@ -2,7 +2,7 @@
 
 import click
 
-from ...pipeline.methods import table
+from ...pipeline.methods.table import table
 
 
 def print_methods() -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qpipe.pipeline.methods import choices
+from qpipe.pipeline.methods.table import choices
 from qpipe.tests.made_up import qpipe
 
 from .pinned import arithmetic, hashes_of

@@ -17,11 +17,11 @@ from qpipe.pipeline.ceiling import (
     has_ceiling,
     reproducible_share,
 )
-from qpipe.pipeline.choice import Choice
 from qpipe.pipeline.format.batches import cut, flatten
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.methods import choices, choose
+from qpipe.pipeline.methods.definition import Choice
+from qpipe.pipeline.methods.table import choices, choose
 from qpipe.pipeline.targets import Evidence, Model, Truncation, stored_residual
 
 VOCAB_SIZE = 30

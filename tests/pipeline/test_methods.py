@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.methods import (
+from qpipe.pipeline.methods.table import (
     DEFAULT_METHOD,
     DEFAULT_METHOD_WITH_TEACHER,
     METHODS,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline import rules
-from qpipe.pipeline.methods import METHODS, choices, choose
-from qpipe.pipeline.rules import Signals
+from qpipe.pipeline.methods import rules
+from qpipe.pipeline.methods.rules import Signals
+from qpipe.pipeline.methods.table import METHODS, choices, choose
 
 NONE = -math.inf
 LIBRARIES = ("numpy", "torch")

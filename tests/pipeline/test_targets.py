@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qpipe.pipeline.choice import Choice
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.batches import FlatBatch, cut, flatten, join, split
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.methods import choices, choose
+from qpipe.pipeline.methods.definition import Choice
+from qpipe.pipeline.methods.table import choices, choose
 from qpipe.pipeline.supports import Supports, truncated
 from qpipe.pipeline.targets import (
     SMALLEST_PROB,

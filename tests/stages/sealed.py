@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from qpipe.pipeline.choice import Choice
 from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import (
@@ -20,6 +19,7 @@ from qpipe.pipeline.manifest import (
     write_manifest,
 )
 from qpipe.pipeline.methods import choose
+from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.runner import Job, ShardRun, open_folder, rejects_bytes
 from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
 from qpipe.pipeline.storage.files import sha256_of_file

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from qpipe.pipeline.choice import Choice
-from qpipe.pipeline.methods import choices, choose
+from qpipe.pipeline.methods.definition import Choice
+from qpipe.pipeline.methods.table import choices, choose
 from qpipe.trainer import fused
 from qpipe.trainer.collate import SparseTargets
 from qpipe.trainer.fused import Head, fused_loss

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from qpipe.pipeline.methods import choices, dense_target
+from qpipe.pipeline.methods.table import choices, dense_target
 
 from .cases import CASES, DEFAULTS, LIBRARIES, NEEDS, PAIRS, VARIANTS, Case, Parameters
 from .formulas import FORMULAS, Token, expected, idft_trust, iw_sft, p_y, tokens_of

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.choice import Choice
 from qpipe.pipeline.methods import choose
+from qpipe.pipeline.methods.definition import Choice
 
 from .made import (
     SFT_KL,

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.choice import Choice
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import choose
+from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.pipeline.storage.json_files import sha256_of_json

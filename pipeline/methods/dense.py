@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
+from ..errors import UserError
 from . import rules
-from .choice import Choice
-from .errors import UserError
+from .definition import Choice
 from .rules import Array, Signals
 
 

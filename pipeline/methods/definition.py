@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 from array_api_compat import array_namespace
 
-from .errors import UserError
+from ..errors import UserError
 from .rules import ONE, Array, Rule, Signals
 
 Form = Literal["live", "frozen-target", "frozen-weight"]

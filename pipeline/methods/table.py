@@ -20,10 +20,10 @@ one and the same meaning in the live and the frozen-target form, unless its π̃
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from ..errors import UserError
 from . import rules
-from .choice import FROZEN, Choice, Form, Method, Parameter, Residual, Statistic, Stored
+from .definition import FROZEN, Choice, Form, Method, Parameter, Residual, Statistic, Stored
 from .dense import dense
-from .errors import UserError
 from .rules import ONE, Array, constant
 
 _SPELLINGS = {
