@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.ceiling import ceiling_sums
 from ..pipeline.errors import UserError, require
 from ..pipeline.executors import PartResult
 from ..pipeline.format.batches import FlatBatch, join
@@ -16,14 +15,15 @@ from ..pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
 from ..pipeline.manifest import Identity, Manifest, ShardEntry, identity_schema
 from ..pipeline.methods.definition import Choice
 from ..pipeline.methods.table import choose
-from ..pipeline.order_statistics import OrderStatistics
 from ..pipeline.parallel import in_order
 from ..pipeline.progress import Report
 from ..pipeline.provenance import package_versions
 from ..pipeline.runner import Job, StageResult, folder_in
 from ..pipeline.shards import ShardContent
 from ..pipeline.storage.json_files import sha256_of_json
-from ..pipeline.targets import Evidence, Truncation, flat_targets, targets_of
+from ..pipeline.targets.build import Evidence, Truncation, flat_targets, targets_of
+from ..pipeline.targets.ceiling import ceiling_sums
+from ..pipeline.targets.quantiles import OrderStatistics
 from .execution import Execution, run_stage
 from .inputs import Inputs, open_inputs
 

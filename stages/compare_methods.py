@@ -7,11 +7,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..pipeline.ceiling import Ceiling, ceiling_sums, ceilings, has_ceiling, reproducible_share
 from ..pipeline.errors import UserError
 from ..pipeline.methods.definition import Choice
 from ..pipeline.methods.table import METHODS, choices
-from ..pipeline.targets import Truncation, stored_residual
+from ..pipeline.targets.build import Truncation, stored_residual
+from ..pipeline.targets.ceiling import (
+    Ceiling,
+    ceiling_sums,
+    ceilings,
+    has_ceiling,
+    reproducible_share,
+)
 from .build_targets import check_temperatures, with_statistics
 from .inputs import Inputs, open_inputs
 

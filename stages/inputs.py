@@ -10,7 +10,7 @@ from ..pipeline.manifest import read_manifest
 from ..pipeline.methods.definition import Choice
 from ..pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ..pipeline.progress import progress_bar
-from ..pipeline.targets import Evidence
+from ..pipeline.targets.build import Evidence
 from .teacher import ScoreFolder, Teacher
 
 

@@ -18,7 +18,7 @@ from ..pipeline.format.batches import FlatBatch, flatten, split
 from ..pipeline.format.records import Example
 from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.shards import folder_schema, read_rows, read_scores, read_targets, shard_ids
-from ..pipeline.supports import Supports, known_supports
+from ..pipeline.targets.distributions import Supports, known_supports
 from . import measures
 from .measures import Floats
 

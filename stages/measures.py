@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..pipeline.format.arrow import segment_sums
 from ..pipeline.format.batches import FlatBatch
-from ..pipeline.supports import (
+from ..pipeline.targets.distributions import (
     LOG_OF_ZERO,
     Common,
     Supports,

@@ -20,8 +20,8 @@ from ..pipeline.format.id_order import rank_order
 from ..pipeline.format.records import ScoredExample
 from ..pipeline.manifest import Manifest
 from ..pipeline.shards import BATCH_ROWS, folder_schema, read_shard, shard_ids
-from ..pipeline.supports import known_supports, padded, truncated
-from ..pipeline.targets import Model, Truncation
+from ..pipeline.targets.build import Model, Truncation
+from ..pipeline.targets.distributions import known_supports, padded, truncated
 
 PIECE_POSITIONS = 2048  # fewer, and Python takes more of the time than numpy
 SAMPLED_BATCHES, SAMPLED_POSITIONS, SAMPLED_ENTRIES = 64, 2**14, 64

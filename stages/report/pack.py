@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...pipeline.supports import Supports
+from ...pipeline.targets.distributions import Supports
 from ..measures import Floats
 
 SMALLEST_SHOWN = 0.002  # alternatives below are left out, but for the observed token

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...pipeline.ceiling import Ceiling, ceiling_advice, reproducible_share
+from ...pipeline.targets.ceiling import Ceiling, ceiling_advice, reproducible_share
 from .aligned import print_table
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.ceiling import ceilings
 from ...pipeline.executors import PartResult
 from ...pipeline.manifest import Manifest
 from ...pipeline.progress import log_event
 from ...pipeline.runner import REJECTS, StageResult, folder_in
+from ...pipeline.targets.ceiling import ceilings
 from ..lineage import described
 from .aligned import print_table
 from .ceilings import print_ceiling

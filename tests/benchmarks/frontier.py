@@ -30,7 +30,7 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.shards import ShardContent, commit_shard, folder_schema, read_shard
-from qpipe.pipeline.supports import Supports, known_supports, truncated
+from qpipe.pipeline.targets.distributions import Supports, known_supports, truncated
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.summaries.aligned import print_table
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from qpipe.pipeline.ceiling import ceilings, reproducible_share
 from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
 from qpipe.stages.summaries.folders import bytes_per_token
 
 from .judge import judge

@@ -10,7 +10,6 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qpipe.pipeline.ceiling import ceiling_sums
 from qpipe.pipeline.format.arrow import decode, encode
 from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.packing import PRECISIONS, Packing, Precision
@@ -19,7 +18,8 @@ from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices, choose
-from qpipe.pipeline.targets import Evidence, Model, Truncation, flat_targets, targets_of
+from qpipe.pipeline.targets.build import Evidence, Model, Truncation, flat_targets, targets_of
+from qpipe.pipeline.targets.ceiling import ceiling_sums
 from qpipe.stages.scorers.base import scored
 
 from .inputs import Draw, fuzz, made_or_refused

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.ceiling import (
+from qpipe.pipeline.format.batches import cut, flatten
+from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.methods.definition import Choice
+from qpipe.pipeline.methods.table import choices, choose
+from qpipe.pipeline.targets.build import Evidence, Model, Truncation, stored_residual
+from qpipe.pipeline.targets.ceiling import (
     Ceiling,
     ceiling_advice,
     ceiling_sums,
@@ -17,12 +23,6 @@ from qpipe.pipeline.ceiling import (
     has_ceiling,
     reproducible_share,
 )
-from qpipe.pipeline.format.batches import cut, flatten
-from qpipe.pipeline.format.records import ScoredExample
-from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.methods.definition import Choice
-from qpipe.pipeline.methods.table import choices, choose
-from qpipe.pipeline.targets import Evidence, Model, Truncation, stored_residual
 
 VOCAB_SIZE = 30
 WHOLE = Truncation(1.0, 10**9)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.order_statistics import MOST_DISTINCT, OrderStatistics
+from qpipe.pipeline.targets.quantiles import MOST_DISTINCT, OrderStatistics
 
 numbers = st.lists(
     st.floats(allow_nan=False, allow_infinity=False)

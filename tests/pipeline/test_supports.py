@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.format.batches import FlatBatch
-from qpipe.pipeline.supports import (
+from qpipe.pipeline.targets.distributions import (
     Supports,
     common_divergence,
     common_supports,

@@ -13,8 +13,7 @@ from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
-from qpipe.pipeline.supports import Supports, truncated
-from qpipe.pipeline.targets import (
+from qpipe.pipeline.targets.build import (
     SMALLEST_PROB,
     Evidence,
     Model,
@@ -23,6 +22,7 @@ from qpipe.pipeline.targets import (
     flat_targets,
     targets_of,
 )
+from qpipe.pipeline.targets.distributions import Supports, truncated
 
 VOCAB_SIZE = 20
 WHOLE = Truncation(1.0, 10**9)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.supports import Supports
-from qpipe.pipeline.temperature import tempered
+from qpipe.pipeline.targets.distributions import Supports
+from qpipe.pipeline.targets.temperature import tempered
 
 pytestmark = pytest.mark.filterwarnings("error")
 

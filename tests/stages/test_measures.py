@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.supports import known_supports
+from qpipe.pipeline.targets.distributions import known_supports
 from qpipe.stages import measures
 from qpipe.stages.measures import MEASURES
 from qpipe.tests.made_up import VOCAB_SIZE, scored, targeted

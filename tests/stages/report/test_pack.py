@@ -4,7 +4,7 @@ import base64
 import zlib
 
 import numpy as np
-from qpipe.pipeline.supports import Supports
+from qpipe.pipeline.targets.distributions import Supports
 from qpipe.stages.report.pack import MOST_ROWS, alternatives, packed, quantised
 
 

@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError
-from .format.batches import FlatBatch
-from .format.ragged import segment_sums
-from .methods import rules
-from .methods.definition import Choice
-from .methods.rules import Signals
-from .supports import (
+from ..errors import UserError
+from ..format.batches import FlatBatch
+from ..format.ragged import segment_sums
+from ..methods import rules
+from ..methods.definition import Choice
+from ..methods.rules import Signals
+from .distributions import (
     Common,
     Supports,
     common_divergence,

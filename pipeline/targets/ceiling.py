@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .format.batches import FlatBatch
-from .format.ragged import segment_sums
-from .methods.definition import Choice
-from .methods.rules import TOP_ENTROPY_SIZE
-from .supports import (
+from ..format.batches import FlatBatch
+from ..format.ragged import segment_sums
+from ..methods.definition import Choice
+from ..methods.rules import TOP_ENTROPY_SIZE
+from .build import Evidence, Floats, Model
+from .distributions import (
     SMALLEST_TAIL,
     Common,
     Supports,
@@ -29,7 +30,6 @@ from .supports import (
     observed_only,
     safe_log,
 )
-from .targets import Evidence, Floats, Model
 
 BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
 SMALL_TRUST = 0.05

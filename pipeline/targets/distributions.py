@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .format.batches import FlatBatch
-from .format.ragged import segment_sums
-from .methods import rules
+from ..format.batches import FlatBatch
+from ..format.ragged import segment_sums
+from ..methods import rules
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .format.ragged import segment_sums
-from .supports import Supports, safe_log
+from ..format.ragged import segment_sums
+from .distributions import Supports, safe_log
 
 Floats = NDArray[np.float64]
 
