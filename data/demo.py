@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.stages.summaries.folders import bytes_per_token, kept_mass
 

@@ -7,8 +7,8 @@ shard in memory at a time; `decoder(folder)` decodes rows that another tool has 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .columns import decoder
-    from .shards import read_scores, read_targets
+    from .folders.decoder import decoder
+    from .folders.sealed import read_scores, read_targets
 
 __all__ = ["decoder", "read_scores", "read_targets"]
 
@@ -16,7 +16,7 @@ __all__ = ["decoder", "read_scores", "read_targets"]
 def __getattr__(name: str) -> Any:
     # pyarrow takes longer to import than `qpipe --help` may take to answer
     if name in __all__:
-        from . import columns, shards
+        from .folders import decoder, sealed
 
-        return getattr(columns if name == "decoder" else shards, name)
+        return getattr(decoder if name == "decoder" else sealed, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

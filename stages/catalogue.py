@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
+from ..pipeline.folders.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
 from .lineage import described
 
 

@@ -86,7 +86,7 @@ for _command in (
 
 def main() -> None:
     """Run the command line: exit status 2 and one line for what the user can mend."""
-    from ..pipeline.termination import Terminated, ends_in_order
+    from ..pipeline.signals import Terminated, ends_in_order
 
     with ends_in_order():
         try:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipeline.errors import UserError, require
-from ..pipeline.executors import PartResult, Share, Stage, run_alone, run_share
-from ..pipeline.progress import Watcher
-from ..pipeline.runner import StageResult, finished
+from ..pipeline.folders.shard_run import StageResult, finished
+from ..pipeline.folders.tasks import PartResult, Share, Stage, run_alone, run_share
+from ..pipeline.folders.watch import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

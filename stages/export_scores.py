@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.manifest import Manifest, read_manifest
+from ..pipeline.folders.sealed import read_scores
 from ..pipeline.format.ragged import segment_sums
 from ..pipeline.format.records import ScoredExample
-from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
-from ..pipeline.shards import read_scores
 from ..pipeline.storage.files import atomic_file
 from ..pipeline.storage.remote import is_remote
 from .topk_rows import IGNORED, Mass

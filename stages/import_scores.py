@@ -24,13 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..pipeline.errors import UserError, one_line, reason, require, require_utf8
+from ..pipeline.folders.manifest import Identity, identity_schema
+from ..pipeline.folders.provenance import package_versions
+from ..pipeline.folders.shard_run import Job, ShardRun, StageResult, Task, open_folder
+from ..pipeline.folders.shards import ShardContent, batches_of
 from ..pipeline.format.records import Reject, ScoredExample
 from ..pipeline.format.schema import Schema, schema_of
-from ..pipeline.manifest import Identity, identity_schema
 from ..pipeline.progress import progress_bar
-from ..pipeline.provenance import package_versions
-from ..pipeline.runner import Job, ShardRun, StageResult, Task, open_folder
-from ..pipeline.shards import ShardContent, batches_of
 from ..pipeline.storage.cache import local_version
 from ..pipeline.storage.files import sha256_of_file
 from ..pipeline.storage.locks import locked

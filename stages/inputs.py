@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import read_manifest
+from ..pipeline.folders.manifest import read_manifest
 from ..pipeline.methods.definition import Choice
 from ..pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ..pipeline.progress import progress_bar

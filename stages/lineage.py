@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import Identity, Manifest
+from ..pipeline.folders.manifest import Identity, Manifest
 
 
 def described(identity: Identity) -> str:

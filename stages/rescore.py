@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.manifest import Manifest, read_manifest
+from ..pipeline.folders.sealed import folder_schema, read_shard
 from ..pipeline.format.batches import split
 from ..pipeline.format.ragged import segment_sums
 from ..pipeline.format.records import ScoredExample
-from ..pipeline.manifest import Manifest, read_manifest
 from ..pipeline.progress import progress_bar
-from ..pipeline.shards import folder_schema, read_shard
 from ..trainer.models import ModelFiles, find_model, load_scoring_model
 
 

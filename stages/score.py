@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, require
-from ..pipeline.executors import PartResult
+from ..pipeline.folders.manifest import MANIFEST, read_manifest
+from ..pipeline.folders.shard_run import Job, StageResult, sidecar_indices
+from ..pipeline.folders.shards import committed_shard
+from ..pipeline.folders.tasks import PartResult
 from ..pipeline.format.records import Reject
-from ..pipeline.manifest import MANIFEST, read_manifest
-from ..pipeline.parallel import in_order
-from ..pipeline.runner import Job, StageResult, sidecar_indices
-from ..pipeline.shards import committed_shard
 from ..pipeline.storage.json_files import sha256_of_json
+from ..pipeline.threads import in_order
 from ..trainer.models import ModelFiles, find_model
 from .demonstrations import check_readable, parse_row
 from .execution import Execution, run_stage

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.executors import PartResult
+from ..pipeline.folders.manifest import Manifest, read_manifest
+from ..pipeline.folders.sealed import folder_schema, read_scores, read_shard
+from ..pipeline.folders.shard_run import Job, StageResult
+from ..pipeline.folders.tasks import PartResult
 from ..pipeline.format.batches import split
 from ..pipeline.format.records import Example, ScoredExample
-from ..pipeline.manifest import Manifest, read_manifest
-from ..pipeline.runner import Job, StageResult
-from ..pipeline.shards import folder_schema, read_scores, read_shard
 from ..trainer.models import ModelFiles, find_model
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored

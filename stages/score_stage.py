@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..pipeline.errors import UserError, option_of, require
+from ..pipeline.folders.manifest import Identity, ShardEntry, identity_schema
+from ..pipeline.folders.provenance import package_versions
+from ..pipeline.folders.shard_run import Job, folder_in
+from ..pipeline.folders.shards import ShardContent, batches_of
+from ..pipeline.folders.watch import Report
 from ..pipeline.format.records import Example, Floats, ScoredExample
 from ..pipeline.format.schema import schema_of
-from ..pipeline.manifest import Identity, ShardEntry, identity_schema
-from ..pipeline.progress import Report
-from ..pipeline.provenance import package_versions
-from ..pipeline.runner import Job, folder_in
-from ..pipeline.shards import ShardContent, batches_of
 from ..trainer.models import ModelFiles
 from .scorers.base import (
     GivenIds,

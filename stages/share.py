@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
-from ..pipeline.mixing import MIX
-from ..pipeline.progress import progress_bar
-from ..pipeline.runner import (
+from ..pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
+from ..pipeline.folders.mixing import MIX
+from ..pipeline.folders.shard_run import (
     HUB_FILE,
     REJECTS,
     finished,
@@ -18,7 +17,8 @@ from ..pipeline.runner import (
     rejects_bytes,
     tidy,
 )
-from ..pipeline.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
+from ..pipeline.folders.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
+from ..pipeline.progress import progress_bar
 from ..pipeline.storage.cache import kept_copies, local_copy
 from ..pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
 from ..pipeline.storage.locks import locked

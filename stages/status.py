@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import MANIFEST, PLAN, ShardEntry, read_manifest, read_plan, totals_of
-from ..pipeline.runner import sidecar_indices
-from ..pipeline.shards import read_sidecar, sidecar_path
+from ..pipeline.folders.manifest import (
+    MANIFEST,
+    PLAN,
+    ShardEntry,
+    read_manifest,
+    read_plan,
+    totals_of,
+)
+from ..pipeline.folders.shard_run import sidecar_indices
+from ..pipeline.folders.shards import read_sidecar, sidecar_path
 from ..pipeline.storage.json_files import is_number
 from ..pipeline.storage.locks import is_worked_in
 from ..trainer.run_folder import LOG, RUN, parse_event

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.manifest import Manifest
+from ..pipeline.folders.sealed import folder_schema, read_shard, shard_ids
+from ..pipeline.folders.shards import BATCH_ROWS
 from ..pipeline.format.batches import FlatBatch, cut, flatten, split
 from ..pipeline.format.id_order import rank_order
 from ..pipeline.format.records import ScoredExample
-from ..pipeline.manifest import Manifest
-from ..pipeline.shards import BATCH_ROWS, folder_schema, read_shard, shard_ids
 from ..pipeline.targets.build import Model, Truncation
 from ..pipeline.targets.distributions import known_supports, padded, truncated
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import MANIFEST, PLAN, read_manifest, read_plan
+from ..pipeline.folders.manifest import MANIFEST, PLAN, read_manifest, read_plan
 from .templates import CLOCK
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError, one_line, quoted
-from ..pipeline.format.row_checks import violations
-from ..pipeline.manifest import (
+from ..pipeline.folders.manifest import (
     MANIFEST,
     Identity,
     Manifest,
@@ -15,10 +14,12 @@ from ..pipeline.manifest import (
     identity_schema,
     read_manifest,
 )
-from ..pipeline.mixing import MIX, read_mix
+from ..pipeline.folders.mixing import MIX, read_mix
+from ..pipeline.folders.sealed import folder_schema, read_shard
+from ..pipeline.folders.shard_run import REJECTS, rejects_bytes
+from ..pipeline.folders.shards import sidecar_bytes, sidecar_path
+from ..pipeline.format.row_checks import violations
 from ..pipeline.progress import progress_bar
-from ..pipeline.runner import REJECTS, rejects_bytes
-from ..pipeline.shards import folder_schema, read_shard, sidecar_bytes, sidecar_path
 from ..pipeline.storage.files import is_content, sha256_of_file
 from ..pipeline.storage.json_files import json_bytes
 

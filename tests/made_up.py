@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from qpipe.pipeline.folders.manifest import Identity, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent
 from qpipe.stages.cli import main
 
 VOCAB_SIZE = 320

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.manifest import Identity, parse_identity
-from ..pipeline.runner import refuse_other
+from ..pipeline.folders.manifest import Identity, parse_identity
+from ..pipeline.folders.shard_run import refuse_other
 from ..pipeline.storage.files import TEMPORARY, sync_folder
 from ..pipeline.storage.json_files import read_json, write_json
 from .evaluate import Evaluation

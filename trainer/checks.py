@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import Manifest
+from ..pipeline.folders.manifest import Manifest
 from .models import ModelFiles
 
 SFT = "sft"

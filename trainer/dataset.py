@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.mixing import parts_of
 from ..pipeline.format.records import TargetExample
-from ..pipeline.mixing import parts_of
 from ..pipeline.storage.remote import open_path
 from .mixture import mix
 from .stream import open_streams

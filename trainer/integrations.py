@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.mixing import parts_of
 from ..pipeline.format.records import TargetExample
-from ..pipeline.mixing import parts_of
 from ..pipeline.storage.remote import open_path
 from .checks import SFT
 from .collate import SparseTargets, collate, observed_only

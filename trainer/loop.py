@@ -10,11 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..pipeline.manifest import Identity, Manifest
-from ..pipeline.provenance import package_versions
-from ..pipeline.runner import open_folder
+from ..pipeline.folders.manifest import Identity, Manifest
+from ..pipeline.folders.provenance import package_versions
+from ..pipeline.folders.shard_run import open_folder
+from ..pipeline.signals import notes_termination
 from ..pipeline.storage.locks import locked
-from ..pipeline.termination import notes_termination
 from .attention import can_pack
 from .checkpoint import latest_checkpoint
 from .checks import settled_method

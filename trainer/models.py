@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline.errors import UserError, one_line, require_utf8
-from ..pipeline.provenance import tokenizer_hash, weights_hash
+from ..pipeline.folders.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.manifest import Identity
 from ..pipeline.format.records import TargetExample
-from ..pipeline.manifest import Identity
 from ..pipeline.progress import progress_bar
+from ..pipeline.signals import Terminated
 from ..pipeline.storage.json_files import write_json
-from ..pipeline.termination import Terminated
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from .collate import Batch, collate, observed_only, pack
 from .eval_command import run_command

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.errors import UserError
-from ..pipeline.manifest import PLAN, Identity, parse_identity, read_plan
-from ..pipeline.plausible import check_maps
-from ..pipeline.runner import refuse_other, tidy
+from ..pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
+from ..pipeline.folders.plausible import check_maps
+from ..pipeline.folders.shard_run import refuse_other, tidy
 from ..pipeline.storage.files import TEMPORARY, write_bytes
 from ..pipeline.storage.json_files import read_json, write_json
 from .mixture import shares_of

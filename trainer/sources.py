@@ -6,9 +6,9 @@ from itertools import chain
 from pathlib import Path
 
 from ..pipeline.errors import UserError
+from ..pipeline.folders.manifest import Manifest, read_manifest
+from ..pipeline.folders.mixing import is_mix, read_mix
 from ..pipeline.format.records import TargetExample
-from ..pipeline.manifest import Manifest, read_manifest
-from ..pipeline.mixing import is_mix, read_mix
 from .checks import check_fit, settled_method
 from .mixture import mix
 from .models import ModelFiles

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..pipeline.errors import UserError, one_line
-from ..pipeline.manifest import Identity
+from ..pipeline.folders.manifest import Identity
 from ..pipeline.storage.json_files import sha256_of_json
 
 TrackerName = Literal["tensorboard", "wandb"]

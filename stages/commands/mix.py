@@ -20,7 +20,7 @@ def mix(parts: tuple[str, ...], out: Path) -> None:
     \b
     qpipe mix code/=3 chat/=1 --out mixed/
     """
-    from ...pipeline.mixing import read_mix, write_mix
+    from ...pipeline.folders.mixing import read_mix, write_mix
 
     result = write_mix(out, [_part(part) for part in parts])
     made = read_mix(out)

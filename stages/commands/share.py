@@ -80,7 +80,7 @@ def list_folders(root: Path, stage: str | None, contains: str | None, as_json: b
 @click.argument("folder", metavar="DIR", type=FOLDER)
 def lineage(folder: Path) -> None:
     """Show what a folder was made of, back to the demonstrations."""
-    from ...pipeline.manifest import read_manifest
+    from ...pipeline.folders.manifest import read_manifest
     from ..lineage import generations
 
     for depth, words in generations(read_manifest(folder)):

@@ -53,7 +53,7 @@ def verify(
     for option, value in (("--model", model), ("--revision", revision)):
         if value is not None and rescore is None:
             raise click.UsageError(f"{option} {value}: goes with --rescore N: give that as well")
-    from ...pipeline.manifest import read_manifest
+    from ...pipeline.folders.manifest import read_manifest
 
     _check(folder)
     manifest = read_manifest(folder)

@@ -22,13 +22,13 @@ from time import perf_counter
 from typing import Any
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.executors import Stage, plan_of
-from ...pipeline.manifest import PLAN, ShardEntry
-from ...pipeline.progress import Watch, Watcher
-from ...pipeline.runner import ShardRun, StageResult, open_folder
-from ...pipeline.shards import commit_shard
+from ...pipeline.folders.manifest import PLAN, ShardEntry
+from ...pipeline.folders.shard_run import ShardRun, StageResult, open_folder
+from ...pipeline.folders.shards import commit_shard
+from ...pipeline.folders.tasks import Stage, plan_of
+from ...pipeline.folders.watch import Watch, Watcher
+from ...pipeline.signals import ends_in_order
 from ...pipeline.storage.locks import locked
-from ...pipeline.termination import ends_in_order
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # workers that a shard may end, or that may die one after the other as they start

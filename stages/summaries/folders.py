@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.executors import PartResult
-from ...pipeline.manifest import Manifest
+from ...pipeline.folders.manifest import Manifest
+from ...pipeline.folders.shard_run import REJECTS, StageResult, folder_in
+from ...pipeline.folders.tasks import PartResult
 from ...pipeline.progress import log_event
-from ...pipeline.runner import REJECTS, StageResult, folder_in
 from ...pipeline.targets.ceiling import ceilings
 from ..lineage import described
 from .aligned import print_table

@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.sealed import read_scores
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import BATCH_ROWS, ShardContent, read_scores
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns

@@ -19,13 +19,14 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 from qpipe.pipeline import read_targets
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import folder_schema
+from qpipe.pipeline.folders.shards import BATCH_ROWS, COMPRESSED
 from qpipe.pipeline.format.arrow import decode, encode
 from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.schema import Schema, schema_of
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import BATCH_ROWS, COMPRESSED, folder_schema
 from qpipe.stages.summaries.aligned import print_table
 
 POSITIONS, RUNS = 200_000, 5

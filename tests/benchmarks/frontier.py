@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import folder_schema, read_shard
+from qpipe.pipeline.folders.shards import ShardContent, commit_shard
 from qpipe.pipeline.format.batches import FlatBatch, cut
 from qpipe.pipeline.format.packing import Packing, Precision
 from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.shards import ShardContent, commit_shard, folder_schema, read_shard
 from qpipe.pipeline.targets.distributions import Supports, known_supports, truncated
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.summaries.aligned import print_table

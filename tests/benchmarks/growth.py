@@ -25,8 +25,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example, TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.score import ScoreSettings, score

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from qpipe.pipeline.provenance import package_versions
+from qpipe.pipeline.folders.provenance import package_versions
 from qpipe.tests.benchmarks.figures import Figure, spread
 
 HERE = Path(__file__).parent

@@ -33,8 +33,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import Example
-from qpipe.pipeline.shards import read_scores
 from qpipe.stages import score_stage
 from qpipe.stages.quiet import quiet_libraries
 from qpipe.stages.score import ScoreSettings, score

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
 from qpipe.trainer.collate import Batch, collate, pack
 from qpipe.trainer.plan import micro_batches, read_steps, steps_of_tokens
 from qpipe.trainer.prefetch import Prefetch

@@ -21,8 +21,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
 from qpipe.trainer.collate import collate

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import faster, publish

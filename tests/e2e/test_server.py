@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qpipe.pipeline import read_scores
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"

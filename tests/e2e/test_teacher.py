@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import dense_target
 
 from ..conftest import make_tiny_model

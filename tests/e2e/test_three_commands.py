@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline import read_scores, read_targets
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.tests.faults.processes import start
 
 from ..made_up import kill_after_two_shards

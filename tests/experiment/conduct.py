@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
 from qpipe.stages.summaries.folders import bytes_per_token
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from qpipe.pipeline.shards import sidecar_path
+from qpipe.pipeline.folders.shards import sidecar_path
 from qpipe.tests.faults.work import Work
 from qpipe.trainer.checkpoint import checkpoints_in
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import read_scores, read_targets
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_scores, read_targets
 from qpipe.tests.faults.processes import Command, Fault, start
 
 COUNTS = ("kills", "other faults", "resumes", "lost", "duplicated", "wrong", "left over")

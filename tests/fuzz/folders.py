@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qpipe.pipeline.manifest import Identity, read_manifest
-from qpipe.pipeline.mixing import read_mix, write_mix
-from qpipe.pipeline.shards import read_scores, read_targets
+from qpipe.pipeline.folders.manifest import Identity, read_manifest
+from qpipe.pipeline.folders.mixing import read_mix, write_mix
+from qpipe.pipeline.folders.sealed import read_scores, read_targets
 from qpipe.pipeline.storage.json_files import json_bytes, sha256_of_json
 from qpipe.stages.catalogue import catalogue
 from qpipe.stages.inspect import InspectSettings, inspect

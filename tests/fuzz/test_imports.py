@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
-from qpipe.pipeline.shards import read_scores
+from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.stages import import_scores as importing
 from qpipe.stages.import_scores import Format, ImportSettings, import_scores
 from qpipe.stages.topk_rows import IGNORED, Mass

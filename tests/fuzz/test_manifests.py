@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from qpipe.pipeline.manifest import MANIFEST, PLAN, parse_manifest, read_manifest, write_manifest
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent, folder_schema, read_shard, sidecar_path
+from qpipe.pipeline.folders.manifest import (
+    MANIFEST,
+    PLAN,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
+from qpipe.pipeline.folders.sealed import folder_schema, read_shard
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, sidecar_path
 from qpipe.stages.status import status_of
 
 from .folders import STAGES, as_bytes, copied, read_all, resealed, whole

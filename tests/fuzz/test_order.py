@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.tests.stages.sealed import SCORES, as_targets, scored, seal
 from qpipe.trainer.checkpoint import Progress
 from qpipe.trainer.dataset import TargetDataset

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from qpipe.pipeline.manifest import Identity
+from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training import read_runs, training_head
 from qpipe.stages.status import status_of
 from qpipe.stages.summaries.status import print_status

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
-from qpipe.pipeline.columns import decoder
+from qpipe.pipeline.folders.decoder import decoder
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_scores, read_targets, shard_ids
 from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import read_scores, read_targets, shard_ids
 from qpipe.stages.verify import verify
 from qpipe.tests.stages.sealed import VOCAB, reseal
 from qpipe.trainer.stream import open_streams

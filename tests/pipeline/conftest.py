@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qpipe.pipeline.folders.manifest import Identity, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.format.schema import Schema, schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema
-from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 
 
 def random_record(

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.shards import ShardContent, commit_shard
 from qpipe.pipeline.format.arrow import decode, encode
 from qpipe.pipeline.format.batches import flatten, split
 from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.schema import Schema, schema_of
-from qpipe.pipeline.shards import ShardContent, commit_shard
 
 MakeRecord = Callable[..., Any]
 STAGES = ("score", "build-targets")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qpipe.pipeline import runner
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
-from qpipe.pipeline.manifest import ShardEntry, read_manifest, read_plan
-from qpipe.pipeline.progress import Speed, Watcher
-from qpipe.pipeline.runner import Job, ShardRun, StageResult
+from qpipe.pipeline.folders import shard_run as runner
+from qpipe.pipeline.folders.manifest import ShardEntry, read_manifest, read_plan
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult
+from qpipe.pipeline.folders.tasks import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.folders.watch import Speed, Watcher
 from qpipe.pipeline.storage.locks import claimed, locked
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
@@ -169,7 +169,9 @@ def test_the_last_task_hashes_no_shard_of_the_others(
     """Or one task would read the whole folder, while the others' GPUs are gone."""
     run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
     hashed: list[str] = []
-    monkeypatch.setattr("qpipe.pipeline.shards.sha256_of_file", lambda path: hashed.append(path))
+    monkeypatch.setattr(
+        "qpipe.pipeline.folders.shards.sha256_of_file", lambda path: hashed.append(path)
+    )
     result = run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
 
     assert isinstance(result, StageResult)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import (
+from qpipe.pipeline.folders.manifest import (
     Identity,
     first_difference,
     identity_schema,
     read_manifest,
 )
-from qpipe.pipeline.shards import folder_schema
+from qpipe.pipeline.folders.sealed import folder_schema
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.json_files import json_bytes, parse_json, sha256_of_json
 
 IDENTITY = Identity(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from qpipe.pipeline import decoder
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest, write_manifest
+from qpipe.pipeline.folders.manifest import read_manifest, write_manifest
+from qpipe.pipeline.folders.mixing import read_mix, write_mix
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.mixing import read_mix, write_mix
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.share import share

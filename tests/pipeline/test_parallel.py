@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
-from qpipe.pipeline.parallel import in_order
+from qpipe.pipeline.threads import in_order
 
 WORKERS = 3
 

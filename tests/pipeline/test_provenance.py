@@ -7,7 +7,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
-from qpipe.pipeline.provenance import package_versions, tokenizer_hash, weights_hash
+from qpipe.pipeline.folders.provenance import package_versions, tokenizer_hash, weights_hash
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

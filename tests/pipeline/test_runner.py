@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Plan, ShardEntry, read_manifest, shard_name
+from qpipe.pipeline.folders.shard_run import MOST_SHARDS, open_folder, totals_of
 from qpipe.pipeline.format.records import Reject
-from qpipe.pipeline.manifest import Plan, ShardEntry, read_manifest, shard_name
-from qpipe.pipeline.runner import MOST_SHARDS, open_folder, totals_of
 from qpipe.pipeline.storage.files import MOST_BYTES
 from qpipe.pipeline.storage.json_files import json_bytes
 from qpipe.pipeline.storage.locks import locked
@@ -104,7 +104,7 @@ def test_a_run_stopped_before_sealing_is_continued_by_sealing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qpipe.pipeline.runner.ShardRun.seal", stopped)
+        patch.setattr("qpipe.pipeline.folders.shard_run.ShardRun.seal", stopped)
         with pytest.raises(KeyboardInterrupt):
             toy(folder).run()
     with pytest.raises(UserError, match="not finished yet: run `qpipe score`"):
@@ -503,7 +503,7 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
             return content
 
     of_four = len(json_bytes([asdict(Reject("chats.jsonl", 1, "too long"))] * 4))
-    monkeypatch.setattr("qpipe.pipeline.runner.MOST_OF_REJECTS", 2 * of_four - 1)
+    monkeypatch.setattr("qpipe.pipeline.folders.shard_run.MOST_OF_REJECTS", 2 * of_four - 1)
     with pytest.raises(UserError, match=f"cannot be used.* in {2 * of_four:,} bytes; .*is the mo"):
         Rejecting(folder, shard_count=9).run()
     again = Rejecting(folder, shard_count=9)

@@ -16,19 +16,19 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.batches import FlatBatch
-from qpipe.pipeline.format.records import Reject
-from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import (
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_shard
+from qpipe.pipeline.folders.shards import (
     BATCH_ROWS,
     ShardContent,
     batches_of,
     commit_shard,
     committed_shard,
-    read_shard,
     sidecar_path,
 )
+from qpipe.pipeline.format.batches import FlatBatch
+from qpipe.pipeline.format.records import Reject
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.files import atomic_file
 from qpipe.pipeline.storage.json_files import read_json, sha256_of_json, write_json
 

@@ -5,8 +5,8 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from qpipe.pipeline import termination
-from qpipe.pipeline.termination import Terminated, ends_in_order
+from qpipe.pipeline import signals as termination
+from qpipe.pipeline.signals import Terminated, ends_in_order
 
 ENDS: dict[int, type[BaseException]] = {
     signal.SIGINT: KeyboardInterrupt,

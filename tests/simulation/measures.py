@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import (
+from qpipe.pipeline.folders.manifest import (
     Identity,
     Manifest,
     ShardEntry,
@@ -22,8 +21,9 @@ from qpipe.pipeline.manifest import (
     totals_of,
     write_manifest,
 )
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import BATCH_ROWS, ShardContent
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
 from qpipe.trainer import stream
 from qpipe.trainer.plan import Step, micro_batches

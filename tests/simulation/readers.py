@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from qpipe.pipeline import shards
+from qpipe.pipeline.folders import shards
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.tests.made_up import folder_of, targeted
 from qpipe.trainer.plan import Samples, Step, micro_batches, read_steps, steps_of_samples
 from qpipe.trainer.stream import TargetStream, open_streams

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 from urllib.parse import parse_qs, urlsplit
 
-from qpipe.pipeline.executors import Share, run_share
+from qpipe.pipeline.folders.tasks import Share, run_share
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.simulation.scheduler import WATCHER, TinyStage, without_bars
 
@@ -34,8 +34,8 @@ def array_requests(name: str, shards: int, tasks: int) -> tuple[Counter[str], Co
 
 def _open_again(stage: TinyStage) -> None:
     """Put the plan back that sealing has removed."""
-    from qpipe.pipeline.executors import plan_of
-    from qpipe.pipeline.manifest import write_plan
+    from qpipe.pipeline.folders.manifest import write_plan
+    from qpipe.pipeline.folders.tasks import plan_of
 
     write_plan(stage.job.folder, plan_of(stage))
 

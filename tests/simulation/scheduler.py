@@ -14,14 +14,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from qpipe.pipeline import executors, progress, runner
-from qpipe.pipeline.executors import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.folders import shard_run as runner
+from qpipe.pipeline.folders import tasks as executors
+from qpipe.pipeline.folders import watch as progress
+from qpipe.pipeline.folders.manifest import Identity, ShardEntry, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, StageResult
+from qpipe.pipeline.folders.shards import ShardContent
+from qpipe.pipeline.folders.tasks import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.folders.watch import Report, Watcher
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, ShardEntry, identity_schema
-from qpipe.pipeline.progress import Report, Watcher
-from qpipe.pipeline.runner import Job, StageResult
-from qpipe.pipeline.shards import ShardContent
 from qpipe.pipeline.storage import locks
 from qpipe.stages.executors import ray_cluster
 from qpipe.tests.made_up import VOCAB_SIZE, scored

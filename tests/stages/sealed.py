@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import (
+from qpipe.pipeline.folders.manifest import (
     Identity,
     Manifest,
     identity_schema,
@@ -18,10 +16,12 @@ from qpipe.pipeline.manifest import (
     totals_of,
     write_manifest,
 )
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder, rejects_bytes
+from qpipe.pipeline.folders.shards import ShardContent, batches_of, sidecar_path, write_sidecar
+from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
+from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
-from qpipe.pipeline.runner import Job, ShardRun, open_folder, rejects_bytes
-from qpipe.pipeline.shards import ShardContent, batches_of, sidecar_path, write_sidecar
 from qpipe.pipeline.storage.files import sha256_of_file
 from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages.build_targets import BuildSettings, build_targets

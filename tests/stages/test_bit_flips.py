@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.verify import verify
 from qpipe.trainer.stream import open_streams
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from qpipe.pipeline.manifest import MANIFEST, PLAN, read_manifest
+from qpipe.pipeline.folders.manifest import MANIFEST, PLAN, read_manifest
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
 from qpipe.tests.s3 import Bucket
@@ -71,7 +71,7 @@ def test_what_others_sealed_cannot_end_it(tmp_path: Path) -> None:
     """Whole in every hash, and yet nothing that this package writes."""
     from dataclasses import replace
 
-    from qpipe.pipeline.manifest import write_manifest
+    from qpipe.pipeline.folders.manifest import write_manifest
 
     folder = folder_of(tmp_path / "a", [targeted("x", [1, 2], [0.5], [{2: 0.5}])])
     manifest = read_manifest(folder)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.compare_methods import Comparison, compare_methods

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import ScoredExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages import import_scores as module
 from qpipe.stages.build_targets import BuildSettings, build_targets

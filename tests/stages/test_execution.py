@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.executors import Share
+from qpipe.pipeline.folders.tasks import Share
 from qpipe.stages.execution import Execution, share_of
 
 

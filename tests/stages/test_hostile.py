@@ -21,8 +21,8 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import Identity, read_manifest
-from qpipe.pipeline.shards import shard_ids
+from qpipe.pipeline.folders.manifest import Identity, read_manifest
+from qpipe.pipeline.folders.sealed import shard_ids
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.verify import verify
 

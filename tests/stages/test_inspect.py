@@ -100,7 +100,7 @@ def test_colours_on_request_and_never_with_no_color(
 
 
 def test_a_demonstration_cannot_write_to_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
-    from qpipe.pipeline.provenance import tokenizer_hash
+    from qpipe.pipeline.folders.provenance import tokenizer_hash
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import ScoredExample
-from qpipe.pipeline.shards import read_scores
 from qpipe.stages import rescore as module
 from qpipe.stages.cli import cli
 from qpipe.stages.rescore import bucket_kl, rescore
@@ -27,7 +27,9 @@ def scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rescore")
     chats = write_chats(root / "chats.jsonl", 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qpipe.pipeline.shards.BATCH_ROWS", 4)  # several record batches in a shard
+        patch.setattr(
+            "qpipe.pipeline.folders.shards.BATCH_ROWS", 4
+        )  # several record batches in a shard
         score(
             ScoreSettings(
                 model=str(tiny_model), demonstrations=(str(chats),), out=root / "scores", top_k=16,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from qpipe.pipeline import decoder
-from qpipe.pipeline.manifest import Manifest, read_manifest
+from qpipe.pipeline.folders.manifest import Manifest, read_manifest
 from qpipe.pipeline.storage import remote
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.stages import share as sharing

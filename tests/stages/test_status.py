@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Identity, Plan, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Example, Reject
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, Plan, identity_schema
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.pipeline.storage.locks import is_worked_in
 from qpipe.stages.cli import cli
 from qpipe.stages.report.training import read_runs

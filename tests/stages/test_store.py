@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.storage.locks import locked
 from qpipe.stages.cli import cli
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.records import Reject, ScoredExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import METHODS, choose
-from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.shards import ShardContent
 from qpipe.pipeline.targets.ceiling import Ceiling
 from qpipe.stages.compare_methods import Comparison
 from qpipe.stages.summaries.aligned import print_table

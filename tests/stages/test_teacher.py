@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.stages import teacher as module
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.inputs import open_inputs

@@ -13,15 +13,11 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
+from qpipe.pipeline.folders.sealed import read_scores
+from qpipe.pipeline.folders.shards import write_sidecar
 from qpipe.pipeline.format.packing import PRECISIONS
-from qpipe.pipeline.manifest import (
-    Manifest,
-    read_manifest,
-    totals_of,
-    write_manifest,
-)
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.shards import read_scores, write_sidecar
 from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages import cli
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages import template_date
 from qpipe.stages.execution import Execution
 from qpipe.stages.plan import plan

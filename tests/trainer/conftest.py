@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qpipe.pipeline.folders.manifest import Identity, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.trainer.models import find_model
 from qpipe.trainer.settings import TrainSettings

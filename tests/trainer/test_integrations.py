@@ -11,8 +11,8 @@ import pytest
 import torch
 from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.mixing import write_mix
 from qpipe.trainer import dataset as dataset_module
 from qpipe.trainer.collate import collate
 from qpipe.trainer.integrations import (

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.trainer.mixture import Mixture, mix, shares_of, turns_of
 from qpipe.trainer.stream import open_streams
 

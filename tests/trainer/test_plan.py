@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import read_manifest
 from qpipe.trainer.plan import (
     Step,
     cut,

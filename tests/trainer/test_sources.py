@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.mixing import write_mix
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model

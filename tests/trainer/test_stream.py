@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Manifest, read_manifest
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.manifest import Manifest, read_manifest
 from qpipe.trainer import stream as stream_module
 from qpipe.trainer.stream import (
     WINDOW_BLOCKS,

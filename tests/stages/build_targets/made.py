@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
+from qpipe.pipeline.folders.manifest import Identity, Manifest, identity_schema
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, Manifest, identity_schema
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
-from qpipe.pipeline.runner import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.stages.build_targets import BuildSettings, build_targets
 
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.tests.made_up import Ran, run_qpipe
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.shard_run import open_folder
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
-from qpipe.pipeline.runner import open_folder
 from qpipe.stages.build_targets import BuildSettings, build_targets
 
 from .made import (

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
+from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
-from qpipe.pipeline.shards import ShardContent, batches_of
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages import build_targets as stage
 from qpipe.stages import teacher as teacher_module

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qpipe.pipeline.provenance import tokenizer_hash
+from qpipe.pipeline.folders.provenance import tokenizer_hash
 from qpipe.tests.browser import browser, missing
 from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
 

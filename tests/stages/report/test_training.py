@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qpipe.pipeline.manifest import Identity
+from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training import charts, read_runs, smoothed, thinned, training_head
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 

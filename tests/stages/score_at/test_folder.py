@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.cli import cli
 from qpipe.stages.lineage import described
 from qpipe.stages.score_at import score_at

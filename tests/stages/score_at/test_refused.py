@@ -7,9 +7,9 @@ from typing import Any
 import click
 import pytest
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.manifest import Identity, identity_schema, read_manifest
-from qpipe.pipeline.runner import Job, ShardRun, open_folder
 from qpipe.stages.cli import cli
 from qpipe.stages.score_at import score_at
 from qpipe.stages.scorers.base import (

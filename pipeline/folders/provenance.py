@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .storage.files import sha256_of_file
-from .storage.json_files import sha256_of_json
+from ..storage.files import sha256_of_file
+from ..storage.json_files import sha256_of_json
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 

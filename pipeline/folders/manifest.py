@@ -9,8 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, one_line, shown
-from .format.schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
+from ..errors import UserError, one_line, shown
+from ..format.schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
+from ..storage.files import read_bytes
+from ..storage.json_files import (
+    json_bytes,
+    parse_json,
+    read_json,
+    sha256_of_json,
+    write_json,
+    write_readable,
+)
 from .plausible import (
     check_counts,
     check_entry,
@@ -18,15 +27,6 @@ from .plausible import (
     check_identity,
     check_kinds,
     check_maps,
-)
-from .storage.files import read_bytes
-from .storage.json_files import (
-    json_bytes,
-    parse_json,
-    read_json,
-    sha256_of_json,
-    write_json,
-    write_readable,
 )
 
 MANIFEST = "manifest.json"

@@ -11,13 +11,13 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, shown
-from .format.schema import schema_of
+from ..errors import UserError, shown
+from ..format.schema import schema_of
+from ..methods.table import choose
+from ..storage.locks import locked
+from ..storage.remote import is_remote, open_path
 from .manifest import MANIFEST, Identity, Manifest, read_manifest
-from .methods.table import choose
-from .runner import Job, ShardRun, StageResult, open_folder
-from .storage.locks import locked
-from .storage.remote import is_remote, open_path
+from .shard_run import Job, ShardRun, StageResult, open_folder
 
 MIX = "mix"
 _STORES = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss")  # whose reading runs no code

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .errors import UserError
-from .format.arrow import decode
-from .format.schema import Column, Schema
+from ..errors import UserError
+from ..format.arrow import decode
+from ..format.schema import Column, Schema
+from ..storage.remote import open_path
 from .manifest import read_manifest
-from .shards import folder_schema
-from .storage.remote import open_path
+from .sealed import folder_schema
 
 Columns = dict[str, list[Any]]
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .format.packing import PRECISIONS
-from .format.records import Reject
-from .storage.json_files import is_number
+from ..format.packing import PRECISIONS
+from ..format.records import Reject
+from ..storage.json_files import is_number
 
 MOST = 2**53  # of anything that is counted
 _Rule = Callable[[Any], bool]

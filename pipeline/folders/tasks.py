@@ -12,13 +12,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import UserError, require
+from ..errors import UserError, require
+from ..storage.locks import claimed, lock_of, locked
+from ..threads import in_order
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
-from .parallel import in_order
-from .progress import Report, Watcher
-from .runner import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
+from .shard_run import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
 from .shards import ShardContent
-from .storage.locks import claimed, lock_of, locked
+from .watch import Report, Watcher
 
 
 class Stage(Protocol):

@@ -15,9 +15,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from .errors import UserError
-from .format.records import Reject
-from .format.schema import Schema
+from ..errors import UserError
+from ..format.records import Reject
+from ..format.schema import Schema
+from ..storage.files import TEMPORARY, write_bytes
+from ..storage.json_files import json_bytes, read_json
+from ..threads import in_order
 from .manifest import (
     MANIFEST,
     PLAN,
@@ -33,10 +36,7 @@ from .manifest import (
     write_manifest,
     write_plan,
 )
-from .parallel import in_order
 from .shards import ShardContent, commit_shard, committed_shard
-from .storage.files import TEMPORARY, write_bytes
-from .storage.json_files import json_bytes, read_json
 
 REJECTS = "rejects.jsonl"
 MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`
