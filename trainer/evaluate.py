@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..pipeline.methods import rules
-from .collate import Batch, SparseTargets, collate
+from .data.batch import Batch, SparseTargets, collate
 from .loss import at_least_float32, observed_losses, residual_divergences
 from .objective import Objective
 from .sharding import let_go

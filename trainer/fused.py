@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..pipeline.methods import rules
-from .collate import SparseTargets
+from .data.batch import SparseTargets
 from .loss import observed_losses, times
 from .objective import (
     Loss,

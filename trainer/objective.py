@@ -17,7 +17,7 @@ from ..pipeline.methods import rules
 from ..pipeline.methods.definition import Choice
 from ..pipeline.methods.rules import Signals
 from ..pipeline.methods.table import choose
-from .collate import SparseTargets
+from .data.batch import SparseTargets
 from .loss import TailShape, at_least_float32, complement_log_probs, target_losses, times
 
 

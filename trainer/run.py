@@ -24,13 +24,14 @@ from ..pipeline.progress import progress_bar
 from ..pipeline.signals import Terminated
 from ..pipeline.storage.json_files import write_json
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from .collate import Batch, collate, observed_only, pack
+from .data.batch import Batch, collate, observed_only, pack
+from .data.prefetch import Prefetch
+from .data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
+from .data.stream import TargetStream
 from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
 from .models import ModelFiles
 from .objective import Objective
-from .plan import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
-from .prefetch import Prefetch
 from .run_folder import RUN, Log, open_log
 from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
@@ -38,7 +39,6 @@ from .settings import TrainSettings
 from .sharding import is_sharded
 from .sources import in_order
 from .step import NOT_FINITE, NotFiniteError, Stepper
-from .stream import TargetStream
 from .student import Student
 
 EVAL_MODEL = ".eval-model.tmp"  # in the run's folder, while --eval-command runs

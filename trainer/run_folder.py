@@ -20,7 +20,7 @@ from ..pipeline.folders.plausible import check_maps
 from ..pipeline.folders.shard_run import refuse_other, tidy
 from ..pipeline.storage.files import TEMPORARY, write_bytes
 from ..pipeline.storage.json_files import read_json, write_json
-from .mixture import shares_of
+from .data.shares import shares_of
 from .settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError, option_of
 from ..pipeline.storage.remote import is_remote
+from .data.shares import shares_of
 from .eval_command import parse_command
-from .mixture import shares_of
 from .optimizers import OptimizerName
 from .schedule import Schedule
 from .trackers import TrackerName, check_trackers

@@ -10,12 +10,12 @@ from ..pipeline.folders.manifest import Manifest, read_manifest
 from ..pipeline.folders.mixing import is_mix, read_mix
 from ..pipeline.format.records import TargetExample
 from .checks import check_fit, settled_method
-from .mixture import mix
+from .data.mixture import mix
+from .data.steps import Samples
+from .data.stream import TargetStream, open_streams
 from .models import ModelFiles
 from .objective import Objective, objective_of
-from .plan import Samples
 from .settings import TrainSettings
-from .stream import TargetStream, open_streams
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ..pipeline.errors import UserError
-from .collate import Batch
+from .data.batch import Batch
 from .host_memory import keep_freed_memory
 from .objective import Objective
 from .optimizers import make_optimizer

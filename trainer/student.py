@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..pipeline.errors import UserError
-from .collate import Batch, SparseTargets
+from .data.batch import Batch, SparseTargets
 from .fused import fused_loss, rows_of
 from .heads import hidden_states, logit_chunks, logits_of, recognise
 from .models import ModelFiles, load_model

@@ -96,7 +96,7 @@ def grow_demonstrations(model: Path) -> None:
 
 def stages(model: Path, folder: Path, count: int) -> list[float]:
     """Seconds of each stage over so many short demonstrations, an engine's start left out."""
-    from qpipe.trainer.stream import open_streams
+    from qpipe.trainer.data.stream import open_streams
 
     folder.mkdir()
     with (folder / "chats.jsonl").open("w") as file:
@@ -167,7 +167,7 @@ def grow_top_k() -> None:
 def grow_length(model: Path) -> None:
     """Tokens a second, of examples of one length each, a quarter of it supervised."""
     import torch
-    from qpipe.trainer.collate import collate
+    from qpipe.trainer.data.batch import collate
     from qpipe.trainer.objective import Objective
     from qpipe.trainer.student import Student
 

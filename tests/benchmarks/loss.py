@@ -25,7 +25,7 @@ import torch
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.fused import Head, fused_loss
 from qpipe.trainer.objective import Objective
 from torch import Tensor

@@ -31,11 +31,11 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.trainer.collate import Batch, collate, pack
-from qpipe.trainer.plan import micro_batches, read_steps, steps_of_tokens
-from qpipe.trainer.prefetch import Prefetch
+from qpipe.trainer.data.batch import Batch, collate, pack
+from qpipe.trainer.data.prefetch import Prefetch
+from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
+from qpipe.trainer.data.stream import TargetStream, open_streams
 from qpipe.trainer.run import STEPS_AHEAD
-from qpipe.trainer.stream import TargetStream, open_streams
 
 VOCAB_SIZE, TOKENS, POSITIONS = 49152, 200, 100
 MEAN_SUPPORT, MAX_SUPPORT = 30, 64

@@ -25,9 +25,9 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
-from qpipe.trainer.collate import collate
-from qpipe.trainer.dataset import TargetDataset
-from qpipe.trainer.stream import TargetStream, open_streams
+from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.dataset import TargetDataset
+from qpipe.trainer.data.stream import TargetStream, open_streams
 
 RUNS = 3
 _INTS = ("input_ids", "positions", "counts", "support_ids")

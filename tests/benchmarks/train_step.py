@@ -28,12 +28,12 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.attention import can_pack
-from qpipe.trainer.collate import Batch, collate, pack
+from qpipe.trainer.data.batch import Batch, collate, pack
+from qpipe.trainer.data.stream import open_streams
 from qpipe.trainer.models import find_model, load_model
 from qpipe.trainer.objective import Objective
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, start_accelerator
-from qpipe.trainer.stream import open_streams
 from qpipe.trainer.student import Student
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence

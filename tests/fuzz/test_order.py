@@ -17,13 +17,13 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.stages.sealed import SCORES, as_targets, scored, seal
 from qpipe.trainer.checkpoint import Progress
-from qpipe.trainer.dataset import TargetDataset
-from qpipe.trainer.mixture import Mixture, mix
-from qpipe.trainer.plan import Samples, Step
-from qpipe.trainer.prefetch import Prefetch
+from qpipe.trainer.data.dataset import TargetDataset
+from qpipe.trainer.data.mixture import Mixture, mix
+from qpipe.trainer.data.prefetch import Prefetch
+from qpipe.trainer.data.steps import Samples, Step
+from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
 from qpipe.trainer.run import STEPS_AHEAD, Run, run_size
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.stream import TargetStream, is_held_out, open_streams
 
 from .inputs import Draw, folder_until_exit, fuzz
 

@@ -15,7 +15,7 @@ from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.stages.verify import verify
 from qpipe.tests.stages.sealed import VOCAB, reseal
-from qpipe.trainer.stream import open_streams
+from qpipe.trainer.data.stream import open_streams
 
 from .folders import copied, whole
 from .inputs import Draw, damaged, fuzz, made_or_refused

@@ -25,9 +25,9 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
-from qpipe.trainer import stream
-from qpipe.trainer.plan import Step, micro_batches
-from qpipe.trainer.stream import Outline, TargetStream, epoch_of, open_streams
+from qpipe.trainer.data import stream
+from qpipe.trainer.data.steps import Step, micro_batches
+from qpipe.trainer.data.stream import Outline, TargetStream, epoch_of, open_streams
 
 SUMS = 28  # that build-targets adds up of a shard
 

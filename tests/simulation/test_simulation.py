@@ -15,7 +15,7 @@ from qpipe.tests.simulation.scheduler import (
     run_ray,
     run_undisturbed,
 )
-from qpipe.trainer.mixture import mix
+from qpipe.trainer.data.mixture import mix
 
 TROUBLE = Trouble(shards=120, workers=40, mean_life=200.0, at_a_file=0.3, absence=30.0)
 

@@ -326,7 +326,7 @@ def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
 def test_targets_of_older_formats_are_read_verified_and_streamed(
     verify: Verify, tmp_path: Path, version: int
 ) -> None:
-    from qpipe.trainer.stream import open_streams
+    from qpipe.trainer.data.stream import open_streams
 
     folder = older(tmp_path / "targets", version)
     assert "precision" not in read_manifest(folder).settings
@@ -378,7 +378,7 @@ def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, ver
 
 def test_readers_compare_hashes_unless_they_are_told_not_to(own: Path) -> None:
     """The metadata's padding is no row's: a bit there changes nothing but the hash."""
-    from qpipe.trainer.stream import open_streams
+    from qpipe.trainer.data.stream import open_streams
 
     wanted = [each.id for each in read_targets(own)]
     path = own / "shard-00000.arrow"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.collate import Batch, SparseTargets, collate, observed_only, pack
+from qpipe.trainer.data.batch import Batch, SparseTargets, collate, observed_only, pack
 from qpipe.trainer.student import Student
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.trainer.collate import collate
+from qpipe.trainer.data.batch import collate
 from qpipe.trainer.evaluate import Evaluation, evaluate
 from qpipe.trainer.objective import Objective, objective_of
 from qpipe.trainer.step import start_accelerator

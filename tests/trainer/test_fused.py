@@ -10,7 +10,7 @@ import torch
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
 from qpipe.trainer import fused
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.fused import Head, fused_loss
 from qpipe.trainer.heads import HeadForm, recognise
 from qpipe.trainer.objective import Loss, Objective
@@ -312,7 +312,7 @@ def test_a_head_that_does_something_else_is_not_recognised() -> None:
 def test_a_model_whose_head_is_not_recognised_trains_on_the_plain_path(
     model: Path, make_examples: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qpipe.trainer.collate import collate
+    from qpipe.trainer.data.batch import collate
     from qpipe.trainer.models import find_model
 
     batch = collate(make_examples(3))

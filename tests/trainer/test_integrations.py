@@ -13,8 +13,8 @@ from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer import dataset as dataset_module
-from qpipe.trainer.collate import collate
+from qpipe.trainer.data import dataset as dataset_module
+from qpipe.trainer.data.batch import collate
 from qpipe.trainer.integrations import (
     TargetCollator,
     TargetDataset,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.collate import collate
+from qpipe.trainer.data.batch import collate
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
 from qpipe.trainer.settings import TrainSettings

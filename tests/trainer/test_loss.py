@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.loss import (
     TailShape,
     complement_log_probs,

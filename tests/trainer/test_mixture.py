@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.mixture import Mixture, mix, shares_of, turns_of
-from qpipe.trainer.stream import open_streams
+from qpipe.trainer.data.mixture import Mixture, mix, turns_of
+from qpipe.trainer.data.shares import shares_of
+from qpipe.trainer.data.stream import open_streams
 
 SHARES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -52,7 +53,7 @@ def test_every_count_is_within_one_of_its_exact_share(shares: list[int]) -> None
 def test_a_long_period_is_spread_evenly(shares: list[int]) -> None:
     """Each stream gives its share, never off by more than half a sample and half the streams."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qpipe.trainer.mixture.LONGEST_PERIOD", 0)
+        patch.setattr("qpipe.trainer.data.mixture.LONGEST_PERIOD", 0)
         turns = turns_of(shares)
     assert Counter(turns.tolist()) == dict(enumerate(shares))
     for stream, share in enumerate(shares):
@@ -64,7 +65,7 @@ def test_a_long_period_is_spread_evenly(shares: list[int]) -> None:
 def test_by_their_sizes_each_example_comes_once_however_many_there_are(
     mixture: Mixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.trainer.mixture.LONGEST_PERIOD", 46)  # they are 40 and 7
+    monkeypatch.setattr("qpipe.trainer.data.mixture.LONGEST_PERIOD", 46)  # they are 40 and 7
     ids = [example.id for example in mix(mixture.streams).samples(0, range(94))]
     names = [f"a-example-{i}" for i in range(40)] + [f"b-example-{i}" for i in range(7)]
     assert sorted(ids[:47]) == sorted(ids[47:]) == sorted(names)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.plan import (
+from qpipe.trainer.data.steps import (
     Step,
     cut,
     deal,
@@ -19,7 +19,7 @@ from qpipe.trainer.plan import (
     steps_of_samples,
     steps_of_tokens,
 )
-from qpipe.trainer.stream import TargetStream, open_streams
+from qpipe.trainer.data.stream import TargetStream, open_streams
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 

@@ -9,7 +9,7 @@ from threading import Event
 from time import perf_counter, sleep
 
 import pytest
-from qpipe.trainer.prefetch import Prefetch
+from qpipe.trainer.data.prefetch import Prefetch
 
 
 class Counting:

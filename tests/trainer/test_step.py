@@ -11,7 +11,7 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.collate import collate
+from qpipe.trainer.data.batch import collate
 from qpipe.trainer.loop import train
 from qpipe.trainer.models import find_model
 from qpipe.trainer.objective import objective_of

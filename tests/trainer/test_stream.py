@@ -18,8 +18,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer import stream as stream_module
-from qpipe.trainer.stream import (
+from qpipe.trainer.data import stream as stream_module
+from qpipe.trainer.data.stream import (
     WINDOW_BLOCKS,
     Outline,
     TargetStream,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.objective import Loss, Objective, objective_of
 from torch import Tensor
 

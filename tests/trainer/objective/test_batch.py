@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.collate import collate
+from qpipe.trainer.data.batch import collate
 from torch.nn.functional import one_hot
 
 from .dense import EXACT, V

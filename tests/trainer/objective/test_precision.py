@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from torch import Tensor
 
 from .dense import V, dense_loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.trainer.collate import SparseTargets
+from qpipe.trainer.data.batch import SparseTargets
 from torch import Tensor
 
 from .dense import Models, V, dense_loss

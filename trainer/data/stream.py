@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.folders.manifest import Manifest
-from ..pipeline.folders.sealed import folder_schema, read_rows, read_shard
-from ..pipeline.format.batches import FlatBatch, split
-from ..pipeline.format.records import Ints, TargetExample
+from ...pipeline.folders.manifest import Manifest
+from ...pipeline.folders.sealed import folder_schema, read_rows, read_shard
+from ...pipeline.format.batches import FlatBatch, split
+from ...pipeline.format.records import Ints, TargetExample
 
 WINDOW_BLOCKS = 16  # about a thousand rows to shuffle among
 

@@ -12,18 +12,15 @@ are spread evenly, which is within half a sample and half the number of streams 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import tee
-from math import gcd, lcm
+from math import gcd
 from typing import Any
 
 import numpy as np
 
-from ..pipeline.errors import UserError
-from ..pipeline.format.records import Ints, TargetExample
+from ...pipeline.format.records import Ints, TargetExample
+from .shares import LONGEST_PERIOD, shares_of
 from .stream import TargetStream
-
-LONGEST_PERIOD = 1_000_000  # samples until the pattern repeats: it is worked out when opened
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,21 +81,6 @@ def mix(streams: Sequence[TargetStream], weights: Sequence[float] = ()) -> Mixtu
     return Mixture(tuple(streams), shares, turns, places)
 
 
-def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest whole numbers in exact proportion to the weights, as these are written."""
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise UserError(f"weights {_words(weights)}: give each folder a weight above 0")
-    exact = [Fraction(str(weight)) for weight in weights]
-    whole = [int(weight * lcm(*(each.denominator for each in exact))) for weight in exact]
-    shares = tuple(weight // gcd(*whole) for weight in whole)
-    if sum(shares) > LONGEST_PERIOD:
-        raise UserError(
-            f"weights {_words(weights)}: only repeat after {sum(shares):,} samples: give rounder "
-            f"ones, {LONGEST_PERIOD:,} is the most"
-        )
-    return shares
-
-
 def turns_of(shares: Sequence[int]) -> Ints:
     """Whose turn each sample of a period is, by the quota method; evenly spread in a long one.
 
@@ -122,7 +104,3 @@ def turns_of(shares: Sequence[int]) -> Ints:
 
 def _of_stream(index: int, turns: Iterable[tuple[int, int]]) -> Iterator[int]:
     return (number for stream, number in turns if stream == index)
-
-
-def _words(weights: Sequence[float]) -> str:
-    return ", ".join(map(str, weights))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..pipeline.format.records import Ints, TargetExample
+from ...pipeline.format.records import Ints, TargetExample
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, tee
 from typing import Protocol
 
-from ..pipeline.format.records import TargetExample
+from ...pipeline.format.records import TargetExample
 
 
 class Samples(Protocol):

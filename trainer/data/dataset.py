@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.mixing import parts_of
-from ..pipeline.format.records import TargetExample
-from ..pipeline.storage.remote import open_path
+from ...pipeline.errors import UserError
+from ...pipeline.folders.mixing import parts_of
+from ...pipeline.format.records import TargetExample
+from ...pipeline.storage.remote import open_path
 from .mixture import mix
 from .stream import open_streams
 
