@@ -6,20 +6,6 @@ from ..pipeline.errors import UserError
 from ..pipeline.folders.manifest import Manifest
 from .models import ModelFiles
 
-SFT = "sft"
-
-
-def settled_method(asked: str | None, folder: Path, manifest: Manifest) -> str:
-    """The method to train by: the folder's own, or sft, for which any folder will do."""
-    own = manifest.settings["method"]
-    method = asked or own
-    if method not in (SFT, own):
-        raise UserError(
-            f"{folder}: holds {own} targets: build targets for {method} first, with "
-            f"`qpipe build-targets --method {method}` (only --method {SFT} trains on any folder)"
-        )
-    return method
-
 
 def check_fit(folder: Path, manifest: Manifest, base: ModelFiles) -> None:
     """Refuse targets made for another tokenizer or vocabulary."""

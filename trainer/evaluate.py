@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..pipeline.methods import rules
 from .data.batch import Batch, SparseTargets, collate
-from .loss import at_least_float32, observed_losses, residual_divergences
-from .objective import Objective
+from .loss.objective import Objective
+from .loss.sparse import at_least_float32, observed_losses, residual_divergences
 from .sharding import let_go
 from .step import room_for
 from .student import Student

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import Head, chunks
+from .loss.fused import Head, chunks
 from .models import logits_at
 
 _PROBE_TOKENS = 4

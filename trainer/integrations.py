@@ -24,10 +24,9 @@ from ..pipeline.errors import UserError
 from ..pipeline.folders.mixing import parts_of
 from ..pipeline.format.records import TargetExample
 from ..pipeline.storage.remote import open_path
-from .checks import SFT
 from .data.batch import SparseTargets, collate, observed_only
 from .data.dataset import TargetDataset
-from .objective import Objective, objective_of
+from .loss.objective import SFT, Objective, objective_of
 
 __all__ = ["TargetCollator", "TargetDataset", "target_loss", "target_objective", "with_target_loss"]
 

@@ -17,7 +17,7 @@ from ..pipeline.signals import notes_termination
 from ..pipeline.storage.locks import locked
 from .attention import can_pack
 from .checkpoint import latest_checkpoint
-from .checks import settled_method
+from .loss.objective import settled_method
 from .models import ModelFiles, find_model
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity

@@ -30,8 +30,8 @@ from .data.steps import Samples, Step, micro_batches, read_steps, steps_of_sampl
 from .data.stream import TargetStream
 from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
+from .loss.objective import Objective
 from .models import ModelFiles
-from .objective import Objective
 from .run_folder import RUN, Log, open_log
 from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor

@@ -9,12 +9,12 @@ from ..pipeline.errors import UserError
 from ..pipeline.folders.manifest import Manifest, read_manifest
 from ..pipeline.folders.mixing import is_mix, read_mix
 from ..pipeline.format.records import TargetExample
-from .checks import check_fit, settled_method
+from .checks import check_fit
 from .data.mixture import mix
 from .data.steps import Samples
 from .data.stream import TargetStream, open_streams
+from .loss.objective import Objective, objective_of, settled_method
 from .models import ModelFiles
-from .objective import Objective, objective_of
 from .settings import TrainSettings
 
 

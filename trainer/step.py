@@ -24,7 +24,7 @@ from torch import Tensor
 from ..pipeline.errors import UserError
 from .data.batch import Batch
 from .host_memory import keep_freed_memory
-from .objective import Objective
+from .loss.objective import Objective
 from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
 from .sharding import shard, whole

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..pipeline.errors import UserError
 from .data.batch import Batch, SparseTargets
-from .fused import fused_loss, rows_of
 from .heads import hidden_states, logit_chunks, logits_of, recognise
+from .loss.fused import fused_loss, rows_of
+from .loss.objective import Objective
 from .models import ModelFiles, load_model
-from .objective import Objective
 
 
 class Student(torch.nn.Module):

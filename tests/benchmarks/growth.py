@@ -168,7 +168,7 @@ def grow_length(model: Path) -> None:
     """Tokens a second, of examples of one length each, a quarter of it supervised."""
     import torch
     from qpipe.trainer.data.batch import collate
-    from qpipe.trainer.objective import Objective
+    from qpipe.trainer.loss.objective import Objective
     from qpipe.trainer.student import Student
 
     files = find_model(str(model))

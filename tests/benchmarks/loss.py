@@ -26,8 +26,8 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.fused import Head, fused_loss
-from qpipe.trainer.objective import Objective
+from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.objective import Objective
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -30,8 +30,8 @@ from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.attention import can_pack
 from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.data.stream import open_streams
+from qpipe.trainer.loss.objective import Objective
 from qpipe.trainer.models import find_model, load_model
-from qpipe.trainer.objective import Objective
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, start_accelerator
 from qpipe.trainer.student import Student

@@ -11,7 +11,7 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import collate
 from qpipe.trainer.evaluate import Evaluation, evaluate
-from qpipe.trainer.objective import Objective, objective_of
+from qpipe.trainer.loss.objective import Objective, objective_of
 from qpipe.trainer.step import start_accelerator
 from qpipe.trainer.student import Student
 from transformers import AutoModelForCausalLM
@@ -86,7 +86,7 @@ def test_means_where_the_head_is_not_understood_and_of_chunks_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = by_hand(student.eval(), make_examples(7))
-    monkeypatch.setattr("qpipe.trainer.fused._CHUNK_VALUES", 1)
+    monkeypatch.setattr("qpipe.trainer.loss.fused._CHUNK_VALUES", 1)
     assert asdict(found_on(student, make_examples(7), ANCHORED)) == pytest.approx(
         asdict(expected), rel=1e-5
     )

@@ -9,11 +9,11 @@ import pytest
 import torch
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
-from qpipe.trainer import fused
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.fused import Head, fused_loss
 from qpipe.trainer.heads import HeadForm, recognise
-from qpipe.trainer.objective import Loss, Objective
+from qpipe.trainer.loss import fused
+from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.objective import Loss, Objective
 from qpipe.trainer.student import load_student
 from torch import Tensor
 

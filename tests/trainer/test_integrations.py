@@ -23,7 +23,7 @@ from qpipe.trainer.integrations import (
     with_target_loss,
 )
 from qpipe.trainer.loop import train
-from qpipe.trainer.loss import target_losses
+from qpipe.trainer.loss.sparse import target_losses
 from qpipe.trainer.settings import TrainSettings
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments

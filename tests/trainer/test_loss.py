@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.loss import (
+from qpipe.trainer.loss.objective import objective_of
+from qpipe.trainer.loss.sparse import (
     TailShape,
     complement_log_probs,
     observed_losses,
     residual_divergences,
     target_losses,
 )
-from qpipe.trainer.objective import objective_of
 
 V = 23
 TAIL_SHAPES: list[TailShape] = ["student", "uniform"]

@@ -13,8 +13,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import collate
 from qpipe.trainer.loop import train
+from qpipe.trainer.loss.objective import objective_of
 from qpipe.trainer.models import find_model
-from qpipe.trainer.objective import objective_of
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import NotFiniteError, Stepper, StepResult, start_accelerator
 from qpipe.trainer.student import Student, load_student

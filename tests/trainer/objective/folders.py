@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.objective import Loss, Objective, objective_of
+from qpipe.trainer.loss.objective import Loss, Objective, objective_of
 from torch import Tensor
 
 from .dense import Models, V, rule_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.methods.table import choices, dense_target
-from qpipe.trainer.objective import objective_of
+from qpipe.trainer.loss.objective import objective_of
 
 from .dense import EXACT, dense_loss, mask_of, rule_of
 from .folders import (

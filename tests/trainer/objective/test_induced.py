@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from qpipe.trainer.loss import induced_target
+from qpipe.trainer.loss.sparse import induced_target
 from torch import Tensor
 from torch.nn.functional import kl_div, one_hot
 

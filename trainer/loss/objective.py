@@ -8,17 +8,20 @@ N supervised positions, V vocabulary, S entries of the widest support.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pipeline.methods import rules
-from ..pipeline.methods.definition import Choice
-from ..pipeline.methods.rules import Signals
-from ..pipeline.methods.table import choose
-from .data.batch import SparseTargets
-from .loss import TailShape, at_least_float32, complement_log_probs, target_losses, times
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest
+from ...pipeline.methods import rules
+from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.rules import Signals
+from ...pipeline.methods.table import choose
+from ..data.batch import SparseTargets
+from .sparse import TailShape, at_least_float32, complement_log_probs, target_losses, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,3 +179,18 @@ def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTarge
         eta,
     )
     return replace(targets, support_probs=mixed_NS.exp(), tail_mass=mixed_tail_N.exp())
+
+
+SFT = "sft"
+
+
+def settled_method(asked: str | None, folder: Path, manifest: Manifest) -> str:
+    """The method to train by: the folder's own, or sft, for which any folder will do."""
+    own = manifest.settings["method"]
+    method = asked or own
+    if method not in (SFT, own):
+        raise UserError(
+            f"{folder}: holds {own} targets: build targets for {method} first, with "
+            f"`qpipe build-targets --method {method}` (only --method {SFT} trains on any folder)"
+        )
+    return method

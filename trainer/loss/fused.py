@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline.methods import rules
-from .data.batch import SparseTargets
-from .loss import observed_losses, times
+from ...pipeline.methods import rules
+from ..data.batch import SparseTargets
 from .objective import (
     Loss,
     Objective,
@@ -33,6 +32,7 @@ from .objective import (
     matching_losses,
     stored_log_prob,
 )
+from .sparse import observed_losses, times
 
 _CHUNK_VALUES = 2**24  # logits at once: 64 MiB in float32
 _TIMES_ON_GPU = 4  # as many: fewer leave an H100 idle, 2.8 times as slow, and save no memory there

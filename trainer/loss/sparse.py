@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .data.batch import SparseTargets
+from ..data.batch import SparseTargets
 
 TailShape = Literal["student", "uniform"]
 
