@@ -13,8 +13,8 @@ import numpy as np
 
 from ..pipeline.format.records import Reject
 from ..pipeline.progress import progress_bar
-from ..trainer.model_size import kv_cache_bytes, weight_bytes
-from ..trainer.models import ModelFiles, find_model
+from ..trainer.models.files import ModelFiles, find_model
+from ..trainer.models.size import kv_cache_bytes, weight_bytes
 from .costs import Costs, Throughput, costs
 from .demonstrations import check_readable
 from .score import Demonstrations, ScoreSettings

@@ -19,7 +19,7 @@ from ..pipeline.format.batches import split
 from ..pipeline.format.ragged import segment_sums
 from ..pipeline.format.records import ScoredExample
 from ..pipeline.progress import progress_bar
-from ..trainer.models import ModelFiles, find_model, load_scoring_model
+from ..trainer.models.files import ModelFiles, find_model, load_scoring_model
 
 
 @dataclass(frozen=True, slots=True)

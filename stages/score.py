@@ -14,7 +14,7 @@ from ..pipeline.folders.tasks import PartResult
 from ..pipeline.format.records import Reject
 from ..pipeline.storage.json_files import sha256_of_json
 from ..pipeline.threads import in_order
-from ..trainer.models import ModelFiles, find_model
+from ..trainer.models.files import ModelFiles, find_model
 from .demonstrations import check_readable, parse_row
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored

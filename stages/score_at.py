@@ -15,7 +15,7 @@ from ..pipeline.folders.shard_run import Job, StageResult
 from ..pipeline.folders.tasks import PartResult
 from ..pipeline.format.batches import split
 from ..pipeline.format.records import Example, ScoredExample
-from ..trainer.models import ModelFiles, find_model
+from ..trainer.models.files import ModelFiles, find_model
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored
 from .scorers.base import GivenIds

@@ -22,7 +22,7 @@ from ..pipeline.folders.shards import ShardContent, batches_of
 from ..pipeline.folders.watch import Report
 from ..pipeline.format.records import Example, Floats, ScoredExample
 from ..pipeline.format.schema import schema_of
-from ..trainer.models import ModelFiles
+from ..trainer.models.files import ModelFiles
 from .scorers.base import (
     GivenIds,
     Scorer,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..pipeline.errors import UserError
 from ..pipeline.folders.manifest import Manifest
-from .models import ModelFiles
+from .models.files import ModelFiles
 
 
 def check_fit(folder: Path, manifest: Manifest, base: ModelFiles) -> None:

@@ -12,9 +12,9 @@ from ..pipeline.methods import rules
 from .data.batch import Batch, SparseTargets, collate
 from .loss.objective import Objective
 from .loss.sparse import at_least_float32, observed_losses, residual_divergences
+from .models.student import Student
 from .sharding import let_go
 from .step import room_for
-from .student import Student
 
 
 @dataclass(frozen=True, slots=True)

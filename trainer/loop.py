@@ -15,17 +15,17 @@ from ..pipeline.folders.provenance import package_versions
 from ..pipeline.folders.shard_run import open_folder
 from ..pipeline.signals import notes_termination
 from ..pipeline.storage.locks import locked
-from .attention import can_pack
 from .checkpoint import latest_checkpoint
 from .loss.objective import settled_method
-from .models import ModelFiles, find_model
+from .models.files import ModelFiles, find_model
+from .models.packed_attention import can_pack
+from .models.saving import save_adapter, save_model
+from .models.student import Student, load_student
 from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity
-from .saving import save_adapter, save_model
 from .settings import TrainSettings
 from .sources import Source, find_sources, open_sources, settled, unfolded
 from .step import NOT_FINITE, precision_of, start_accelerator
-from .student import Student, load_student
 
 
 def train(settings: TrainSettings) -> TrainResult:

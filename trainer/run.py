@@ -31,15 +31,15 @@ from .data.stream import TargetStream
 from .eval_command import run_command
 from .evaluate import Evaluation, evaluate
 from .loss.objective import Objective
-from .models import ModelFiles
+from .models.files import ModelFiles
+from .models.saving import save_model, saved_dtype
+from .models.student import Student
 from .run_folder import RUN, Log, open_log
-from .saving import save_model, saved_dtype
 from .schedule import learning_rate_factor
 from .settings import TrainSettings
 from .sharding import is_sharded
 from .sources import in_order
 from .step import NOT_FINITE, NotFiniteError, Stepper
-from .student import Student
 
 EVAL_MODEL = ".eval-model.tmp"  # in the run's folder, while --eval-command runs
 STEPS_AHEAD = 2  # that are read and collated while one is computed

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from .heads import causal_model
-from .student import Student
+from .models.heads import causal_model
+from .models.student import Student
 
 _PARAM_DTYPES = {"no": None, "bf16": torch.bfloat16}
 

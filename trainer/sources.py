@@ -14,7 +14,7 @@ from .data.mixture import mix
 from .data.steps import Samples
 from .data.stream import TargetStream, open_streams
 from .loss.objective import Objective, objective_of, settled_method
-from .models import ModelFiles
+from .models.files import ModelFiles
 from .settings import TrainSettings
 
 

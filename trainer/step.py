@@ -25,10 +25,10 @@ from ..pipeline.errors import UserError
 from .data.batch import Batch
 from .host_memory import keep_freed_memory
 from .loss.objective import Objective
+from .models.student import Student
 from .optimizers import make_optimizer
 from .settings import Precision, TrainSettings
 from .sharding import shard, whole
-from .student import Student
 
 NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
 _MOST_NAMED = 5

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...pipeline.errors import UserError
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import Example, Floats, Ints, ScoredExample
-from ...trainer.models import ModelFiles
+from ...trainer.models.files import ModelFiles
 
 ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
 Dtype = Literal["float32", "bfloat16", "float16"]

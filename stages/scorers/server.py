@@ -20,7 +20,7 @@ from ...pipeline.format.batches import flatten
 from ...pipeline.format.records import Example, ScoredExample
 from ...pipeline.format.row_checks import violations
 from ...pipeline.format.schema import schema_of
-from ...trainer.models import ModelFiles
+from ...trainer.models.files import ModelFiles
 from .base import GivenIds, ScorerSettings, ServerSettings, scored
 
 _START_TRIES = 3  # a server that is not there should be told of soon

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...pipeline.errors import UserError
 from ...pipeline.format.records import Example, ScoredExample
-from ...trainer.heads import logit_chunks, recognise
-from ...trainer.models import ModelFiles, load_scoring_model
+from ...trainer.models.files import ModelFiles, load_scoring_model
+from ...trainer.models.heads import logit_chunks, recognise
 from .base import GivenIds, ScorerSettings, say_once, scored, with_given
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most

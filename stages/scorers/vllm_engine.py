@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.format.records import Example, Floats, ScoredExample
-from ...trainer.models import ModelFiles, check_weights
+from ...trainer.models.files import ModelFiles, check_weights
 from .base import GivenIds, ScorerSettings, say, say_once, scored, with_given
 from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
 from .vllm_memory import LEAST_SCHEDULED

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError, one_line
-from ...trainer.model_size import VALUE_BYTES, kv_cache_bytes, weight_bytes
-from ...trainer.models import ModelFiles
+from ...trainer.models.files import ModelFiles
+from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
 from .base import ScorerSettings
 from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
 

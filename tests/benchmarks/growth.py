@@ -36,7 +36,7 @@ from qpipe.stages.summaries.folders import bytes_per_token
 from qpipe.stages.verify import verify
 from qpipe.tests.benchmarks.build_targets import make_scores
 from qpipe.tests.benchmarks.figures import timed
-from qpipe.trainer.models import find_model, load_model
+from qpipe.trainer.models.files import find_model, load_model
 
 DEMONSTRATIONS = (200, 2_000, 20_000)
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
@@ -169,7 +169,7 @@ def grow_length(model: Path) -> None:
     import torch
     from qpipe.trainer.data.batch import collate
     from qpipe.trainer.loss.objective import Objective
-    from qpipe.trainer.student import Student
+    from qpipe.trainer.models.student import Student
 
     files = find_model(str(model))
     scorer = make_scorer(files, ScorerSettings("transformers", "float32", max(LENGTHS)))

@@ -41,7 +41,7 @@ from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer, scored
 from qpipe.stages.scorers.vllm_arrays import keep_tensors, prompt_arrays
 from qpipe.tests.benchmarks.figures import faster, publish, timed
-from qpipe.trainer.models import ModelFiles, find_model, load_model
+from qpipe.trainer.models.files import ModelFiles, find_model, load_model
 
 ARITHMETIC = Path(__file__).parents[2] / "data" / "arithmetic.jsonl"
 TOP_K, MAX_LENGTH = 64, 1024

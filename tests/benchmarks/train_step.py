@@ -27,14 +27,14 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import faster, publish
-from qpipe.trainer.attention import can_pack
 from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.data.stream import open_streams
 from qpipe.trainer.loss.objective import Objective
-from qpipe.trainer.models import find_model, load_model
+from qpipe.trainer.models.files import find_model, load_model
+from qpipe.trainer.models.packed_attention import can_pack
+from qpipe.trainer.models.student import Student
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper, start_accelerator
-from qpipe.trainer.student import Student
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 

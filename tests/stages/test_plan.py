@@ -14,8 +14,8 @@ from qpipe.stages.cli import cli
 from qpipe.stages.costs import Throughput, costs
 from qpipe.stages.plan import Lengths, Workload, folder_bytes, plan
 from qpipe.stages.score import ScoreSettings, score
-from qpipe.trainer.model_size import count_weights, forward_flop
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.size import count_weights, forward_flop
 
 GIB = 2**30
 

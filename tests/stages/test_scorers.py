@@ -14,7 +14,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer, say_once
 from qpipe.stages.scorers.transformers_model import _log_probs, batches
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
 TOLERANCE = 1e-4  # nats; two float32 implementations of the same model

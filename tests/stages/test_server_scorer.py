@@ -29,7 +29,7 @@ from qpipe.stages.scorers.base import (
     make_scorer,
 )
 from qpipe.stages.scorers.server import served_model
-from qpipe.trainer.models import ModelFiles, find_model
+from qpipe.trainer.models.files import ModelFiles, find_model
 
 VOCAB = 320
 NAME = "tiny"

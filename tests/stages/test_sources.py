@@ -32,7 +32,7 @@ from qpipe.tests.stages.rows import (
     write,
     write_parquet,
 )
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 
 def rows_of(count):

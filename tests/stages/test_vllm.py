@@ -17,7 +17,7 @@ from qpipe.stages.score import ScoreSettings, score
 from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.scorers.base import ScorerSettings, make_scorer
 from qpipe.stages.scorers.vllm_start import is_memory
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 from ..conftest import make_tiny_model
 from .test_plan import write_chats

@@ -11,8 +11,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.stages.scorers import vllm_start
 from qpipe.stages.scorers.base import ScorerSettings
 from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
-from qpipe.trainer.model_size import kv_cache_bytes, weight_bytes
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
 
 VOCAB = 320  # of the tiny model
 GIB = 2**30

@@ -15,7 +15,7 @@ from qpipe.stages import template_date
 from qpipe.stages.execution import Execution
 from qpipe.stages.plan import plan
 from qpipe.stages.score import ScoreSettings, score
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 DATED = (
     "{{ strftime_now('%d %b %Y %H:%M') }}{% for message in messages %}"

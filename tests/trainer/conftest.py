@@ -14,7 +14,7 @@ from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.json_files import sha256_of_json
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

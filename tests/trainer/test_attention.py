@@ -9,10 +9,10 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.trainer.attention import can_pack
 from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.loss.objective import Objective
-from qpipe.trainer.student import Student
+from qpipe.trainer.models.packed_attention import can_pack
+from qpipe.trainer.models.student import Student
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

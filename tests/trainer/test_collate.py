@@ -8,7 +8,7 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import Batch, SparseTargets, collate, observed_only, pack
-from qpipe.trainer.student import Student
+from qpipe.trainer.models.student import Student
 from transformers import AutoModelForCausalLM
 
 

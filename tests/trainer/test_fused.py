@@ -10,11 +10,11 @@ import torch
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.heads import HeadForm, recognise
 from qpipe.trainer.loss import fused
 from qpipe.trainer.loss.fused import Head, fused_loss
 from qpipe.trainer.loss.objective import Loss, Objective
-from qpipe.trainer.student import load_student
+from qpipe.trainer.models.heads import HeadForm, recognise
+from qpipe.trainer.models.student import load_student
 from torch import Tensor
 
 SIZE, VOCAB_SIZE, WIDTH, SUPPORT = 23, 50, 8, 6
@@ -313,7 +313,7 @@ def test_a_model_whose_head_is_not_recognised_trains_on_the_plain_path(
     model: Path, make_examples: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qpipe.trainer.data.batch import collate
-    from qpipe.trainer.models import find_model
+    from qpipe.trainer.models.files import find_model
 
     batch = collate(make_examples(3))
     objective = Objective(choose("sft+kl"), "student", "base")

@@ -12,9 +12,9 @@ import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import collate
 from qpipe.trainer.loop import train
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.student import Student, load_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .runs import (

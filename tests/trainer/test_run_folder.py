@@ -10,7 +10,7 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.loop import train
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
 
 from .runs import Examples, Make, assert_same_weights

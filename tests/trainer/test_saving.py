@@ -9,10 +9,10 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.loop import train
-from qpipe.trainer.models import find_model
-from qpipe.trainer.saving import save_model
+from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.saving import save_model
+from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.student import Student, load_student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .runs import Examples, Make

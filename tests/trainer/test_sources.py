@@ -12,7 +12,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.loop import train
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.sources import find_sources, settled
 from qpipe.trainer.step import Stepper, StepResult

@@ -14,10 +14,10 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import collate
 from qpipe.trainer.loop import train
 from qpipe.trainer.loss.objective import objective_of
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import NotFiniteError, Stepper, StepResult, start_accelerator
-from qpipe.trainer.student import Student, load_student
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -193,7 +193,10 @@ def dense_cross_entropy(model: torch.nn.Module, examples: list[TargetExample]) -
         ("accelerate.Accelerator.prepare", "the model: .*: give --lora-rank"),
         ("qpipe.trainer.step.Stepper._backward", "step 1: .*: give fewer --forward-tokens"),
         ("torch.optim.AdamW.step", "the optimizer: .*: give --optimizer adamw-8bit"),
-        ("qpipe.trainer.student.Student.measure", "evaluation: .*: give fewer --forward-tokens"),
+        (
+            "qpipe.trainer.models.student.Student.measure",
+            "evaluation: .*: give fewer --forward-tokens",
+        ),
     ],
 )
 def test_a_device_without_room_is_one_line_wherever_it_shows(

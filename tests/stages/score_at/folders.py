@@ -15,7 +15,7 @@ from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.score_at import ScoreAtSettings
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
 TOLERANCE = 1e-4  # nats; float32 against float64

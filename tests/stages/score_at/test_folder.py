@@ -15,7 +15,7 @@ from qpipe.stages.cli import cli
 from qpipe.stages.lineage import described
 from qpipe.stages.score_at import score_at
 from qpipe.stages.scorers.transformers_model import TransformersScorer
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 from ...made_up import kill_after_two_shards
 from .folders import (

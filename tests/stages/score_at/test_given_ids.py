@@ -21,7 +21,7 @@ from qpipe.stages.scorers.base import (
 )
 from qpipe.stages.scorers.base import scored as pack
 from qpipe.stages.scorers.transformers_model import TransformersScorer
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 from .folders import SHARDS, TOLERANCE, VOCAB, Dense, check_union, ints, scored_by_hand
 

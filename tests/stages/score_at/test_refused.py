@@ -15,7 +15,7 @@ from qpipe.stages.score_at import score_at
 from qpipe.stages.scorers.base import (
     make_scorer,
 )
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 
 from .folders import (
     VOCAB,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss.fused import Head, chunks
-from .models import logits_at
+from ..loss.fused import Head, chunks
+from .files import logits_at
 
 _PROBE_TOKENS = 4
 

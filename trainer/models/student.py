@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline.errors import UserError
-from .data.batch import Batch, SparseTargets
+from ...pipeline.errors import UserError
+from ..data.batch import Batch, SparseTargets
+from ..loss.fused import fused_loss, rows_of
+from ..loss.objective import Objective
+from .files import ModelFiles, load_model
 from .heads import hidden_states, logit_chunks, logits_of, recognise
-from .loss.fused import fused_loss, rows_of
-from .loss.objective import Objective
-from .models import ModelFiles, load_model
 
 
 class Student(torch.nn.Module):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.errors import UserError, one_line, require_utf8
-from ..pipeline.folders.provenance import tokenizer_hash, weights_hash
+from ...pipeline.errors import UserError, one_line, require_utf8
+from ...pipeline.folders.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..pipeline.errors import UserError, one_line
+from ...pipeline.errors import UserError, one_line
+from .files import ModelFiles
 from .heads import causal_model
-from .models import ModelFiles
 from .student import Student
 
 _ASIDE = ".model.tmp"

@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, one_line
-from ..pipeline.storage.json_files import read_json
-from .models import ModelFiles
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.storage.json_files import read_json
+from .files import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # what configurations call the experts of a layer, and how many of them a token meets

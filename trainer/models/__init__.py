@@ -1,0 +1,6 @@
+"""Models on disk and in memory.
+
+`files` finds and loads checkpoints, `heads` recognises how a model computes its logits, `student`
+is the model under training, `packed_attention` keeps packed examples apart, and `saving` writes a
+model folder. This room does not know targets or steps. Begin with `student`.
+"""
