@@ -34,8 +34,8 @@ from ..pipeline.folders.manifest import Identity, parse_identity
 from ..pipeline.folders.shard_run import refuse_other
 from ..pipeline.storage.files import TEMPORARY, sync_folder
 from ..pipeline.storage.json_files import read_json, write_json
-from .evaluate import Evaluation
 from .run_folder import CHECKPOINTS
+from .step.evaluate import Evaluation
 
 _PROGRESS = "progress.json"
 

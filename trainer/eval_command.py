@@ -2,36 +2,17 @@
 
 import json
 import os
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, one_line
+from ..pipeline.errors import one_line
 from ..pipeline.storage.json_files import is_number
-
-CHECKPOINT = "{checkpoint}"
+from .settings import CHECKPOINT, parse_command
 
 # torchrun's words to its processes, of which the command is none
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_TORCHRUN_TOO = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
-
-
-def parse_command(command: str) -> list[str]:
-    """The words of a command. Raises UserError where it cannot be run."""
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--eval-command {command}: cannot be read: {error}") from error
-    if not any(CHECKPOINT in word for word in words):
-        raise UserError(
-            f"--eval-command {command}: does not say where the model goes: put {CHECKPOINT} there, "
-            f"as in 'python my_eval.py {CHECKPOINT}'"
-        )
-    if shutil.which(words[0]) is None:
-        raise UserError(f"--eval-command {command}: no such program: {words[0]}")
-    return words
 
 
 def run_command(command: str, checkpoint: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from .run import Run, TrainResult, result_from
 from .run_folder import finish, finished_run, remove_checkpoints, run_identity
 from .settings import TrainSettings
 from .sources import Source, find_sources, open_sources, settled, unfolded
-from .step import NOT_FINITE, precision_of, start_accelerator
+from .step.distributed import precision_of, start_accelerator
+from .step.step import NOT_FINITE
 
 
 def train(settings: TrainSettings) -> TrainResult:

@@ -29,17 +29,17 @@ from .data.prefetch import Prefetch
 from .data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
 from .data.stream import TargetStream
 from .eval_command import run_command
-from .evaluate import Evaluation, evaluate
 from .loss.objective import Objective
 from .models.files import ModelFiles
 from .models.saving import save_model, saved_dtype
 from .models.student import Student
 from .run_folder import RUN, Log, open_log
-from .schedule import learning_rate_factor
 from .settings import TrainSettings
-from .sharding import is_sharded
 from .sources import in_order
-from .step import NOT_FINITE, NotFiniteError, Stepper
+from .step.distributed import is_sharded
+from .step.evaluate import Evaluation, evaluate
+from .step.optimizer import learning_rate_factor
+from .step.step import NOT_FINITE, NotFiniteError, Stepper
 
 EVAL_MODEL = ".eval-model.tmp"  # in the run's folder, while --eval-command runs
 STEPS_AHEAD = 2  # that are read and collated while one is computed

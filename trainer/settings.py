@@ -1,18 +1,50 @@
-"""What a training run is told."""
+"""The settings of `qpipe train`."""
 
 import math
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..pipeline.errors import UserError, option_of
 from ..pipeline.storage.remote import is_remote
 from .data.shares import shares_of
-from .eval_command import parse_command
-from .optimizers import OptimizerName
-from .schedule import Schedule
-from .trackers import TrackerName, check_trackers
+
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+TrackerName = Literal["tensorboard", "wandb"]
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker whose library is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"--track {name} needs {name}: pip install 'qpipe[{name}]'")
+
+
+CHECKPOINT = "{checkpoint}"
+
+
+def parse_command(command: str) -> list[str]:
+    """The words of a command. Raises UserError where it cannot be run."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--eval-command {command}: cannot be read: {error}") from error
+    if not any(CHECKPOINT in word for word in words):
+        raise UserError(
+            f"--eval-command {command}: does not say where the model goes: put {CHECKPOINT} there, "
+            f"as in 'python my_eval.py {CHECKPOINT}'"
+        )
+    if shutil.which(words[0]) is None:
+        raise UserError(f"--eval-command {command}: no such program: {words[0]}")
+    return words
+
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Resume = Literal["auto", "never"]

@@ -6,17 +6,14 @@ A tracker gets what is in log.jsonl, line by line: `scalars` makes names of a li
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..pipeline.errors import UserError, one_line
 from ..pipeline.folders.manifest import Identity
 from ..pipeline.storage.json_files import sha256_of_json
 
-TrackerName = Literal["tensorboard", "wandb"]
 Track = Callable[[int, dict[str, float]], None]  # takes a step and its values, by name
-
 TRACKER_FOLDERS = ("tensorboard", "wandb")  # in the run's folder
 
 
@@ -30,13 +27,6 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
         for name, value in numbers.items()
         if isinstance(value, int | float)
     }
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse a tracker whose library is not installed."""
-    for name in names:
-        if find_spec(name) is None:
-            raise UserError(f"--track {name} needs {name}: pip install 'qpipe[{name}]'")
 
 
 @contextmanager

@@ -34,7 +34,8 @@ from qpipe.trainer.models.files import find_model, load_model
 from qpipe.trainer.models.packed_attention import can_pack
 from qpipe.trainer.models.student import Student
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper, start_accelerator
+from qpipe.trainer.step.distributed import start_accelerator
+from qpipe.trainer.step.step import Stepper
 from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 

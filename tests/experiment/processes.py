@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.host_memory import keep_freed_memory
+from qpipe.trainer.step.distributed import keep_freed_memory
 
 _LIBRARIES = [
     "qpipe.stages.cli",

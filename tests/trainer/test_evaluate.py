@@ -10,10 +10,10 @@ import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import collate
-from qpipe.trainer.evaluate import Evaluation, evaluate
 from qpipe.trainer.loss.objective import Objective, objective_of
 from qpipe.trainer.models.student import Student
-from qpipe.trainer.step import start_accelerator
+from qpipe.trainer.step.distributed import start_accelerator
+from qpipe.trainer.step.evaluate import Evaluation, evaluate
 from transformers import AutoModelForCausalLM
 
 

@@ -10,8 +10,8 @@ import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
-from qpipe.trainer.optimizers import make_optimizer, parameter_groups
 from qpipe.trainer.settings import TrainSettings
+from qpipe.trainer.step.optimizer import make_optimizer, parameter_groups
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from .runs import Examples, Make, weights
@@ -92,7 +92,7 @@ def test_eight_bit_moments_come_close_and_are_resumed(
 
 
 def assert_resumes_as(settings: TrainSettings, undisturbed: TrainSettings) -> None:
-    from qpipe.trainer.step import Stepper
+    from qpipe.trainer.step.step import Stepper
 
     take = Stepper.step
 

@@ -17,7 +17,7 @@ from qpipe.trainer.checkpoint import checkpoints_in
 from qpipe.trainer.loop import train
 from qpipe.trainer.run_folder import settings_in
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper, StepResult
+from qpipe.trainer.step.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
 
 from .runs import Examples, Make, weights

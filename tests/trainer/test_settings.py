@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.run import run_size
-from qpipe.trainer.schedule import Schedule, learning_rate_factor
-from qpipe.trainer.settings import TrainSettings
+from qpipe.trainer.settings import Schedule, TrainSettings
+from qpipe.trainer.step.optimizer import learning_rate_factor
 
 
 def settings(**given: Any) -> TrainSettings:

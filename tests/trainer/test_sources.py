@@ -15,7 +15,7 @@ from qpipe.trainer.loop import train
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.sources import find_sources, settled
-from qpipe.trainer.step import Stepper, StepResult
+from qpipe.trainer.step.step import Stepper, StepResult
 from safetensors.torch import load_file
 
 from .runs import Examples, Make

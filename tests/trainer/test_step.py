@@ -17,7 +17,8 @@ from qpipe.trainer.loss.objective import objective_of
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import NotFiniteError, Stepper, StepResult, start_accelerator
+from qpipe.trainer.step.distributed import start_accelerator
+from qpipe.trainer.step.step import NotFiniteError, Stepper, StepResult
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -191,7 +192,7 @@ def dense_cross_entropy(model: torch.nn.Module, examples: list[TargetExample]) -
     ("place", "words"),
     [
         ("accelerate.Accelerator.prepare", "the model: .*: give --lora-rank"),
-        ("qpipe.trainer.step.Stepper._backward", "step 1: .*: give fewer --forward-tokens"),
+        ("qpipe.trainer.step.step.Stepper._backward", "step 1: .*: give fewer --forward-tokens"),
         ("torch.optim.AdamW.step", "the optimizer: .*: give --optimizer adamw-8bit"),
         (
             "qpipe.trainer.models.student.Student.measure",

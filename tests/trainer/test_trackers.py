@@ -13,7 +13,7 @@ import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.loop import train
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper, StepResult
+from qpipe.trainer.step.step import Stepper, StepResult
 from qpipe.trainer.trackers import scalars
 
 from .runs import Examples, Make

@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..pipeline.methods import rules
-from .data.batch import Batch, SparseTargets, collate
-from .loss.objective import Objective
-from .loss.sparse import at_least_float32, observed_losses, residual_divergences
-from .models.student import Student
-from .sharding import let_go
+from ...pipeline.methods import rules
+from ..data.batch import Batch, SparseTargets, collate
+from ..loss.objective import Objective
+from ..loss.sparse import at_least_float32, observed_losses, residual_divergences
+from ..models.student import Student
+from .distributed import let_go
 from .step import room_for
 
 

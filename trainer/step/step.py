@@ -8,31 +8,26 @@ over all micro-batches and processes, so the same samples give the same step how
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..pipeline.errors import UserError
-from .data.batch import Batch
-from .host_memory import keep_freed_memory
-from .loss.objective import Objective
-from .models.student import Student
-from .optimizers import make_optimizer
-from .settings import Precision, TrainSettings
-from .sharding import shard, whole
+from ...pipeline.errors import UserError
+from ..data.batch import Batch
+from ..loss.objective import Objective
+from ..models.student import Student
+from ..settings import TrainSettings
+from .distributed import shard, whole
+from .optimizer import make_optimizer
 
 NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
 _MOST_NAMED = 5
-_ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,43 +141,6 @@ def room_for(what: str, way_out: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"{what}: the device is out of memory: give {way_out}") from error
-
-
-def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
-    """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
-
-    On a CPU the process keeps freed memory from now on.
-
-    A process that does not answer is given up after some minutes, after a day with `waits_long`.
-
-    Raises UserError for float16 without a GPU, and for more processes than GPUs.
-    """
-    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if torch.cuda.is_available() and place >= gpus:
-        raise UserError(
-            f"process {place + 1} on this machine has no GPU, of which there are {gpus}: start as "
-            f"many processes as there are: torchrun --nproc-per-node {gpus}"
-        )
-    if precision == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if has_bfloat16 else "float32"
-    if precision == "float16" and not torch.cuda.is_available():
-        raise UserError("--precision float16 needs a GPU: give float32 or bfloat16")
-    AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
-    # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu:
-        keep_freed_memory()
-    patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
-    return Accelerator(
-        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience
-    )
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    """The precision that the forward pass runs in."""
-    names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
-    return names[accelerator.mixed_precision]
 
 
 def _at_fault(batches: Sequence[Batch], sums: Tensor) -> list[str]:

@@ -1,13 +1,13 @@
-"""The optimizers, by name."""
+"""The optimizer and its learning-rate schedule."""
 
+import math
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ..pipeline.errors import UserError
-
-OptimizerName = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
+from ...pipeline.errors import UserError
+from ..settings import OptimizerName, Schedule
 
 
 def make_optimizer(
@@ -58,3 +58,21 @@ def _bitsandbytes(name: OptimizerName) -> Any:
     from bitsandbytes import optim  # pyright: ignore[reportMissingImports]
 
     return optim
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
+    """The share of the full learning rate at a step, counted from 0.
+
+    It climbs in even parts through the warm-up and reaches 1 at step `warmup_steps`; from there
+    "cosine" and "linear" fall to 0, which they would reach at step `steps`.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    match schedule:
+        case "cosine":
+            return (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            return 1 - progress
+        case "constant":
+            return 1.0

@@ -1,0 +1,122 @@
+"""Processes, devices and precision; weights sharded over processes."""
+
+import ctypes
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from ...pipeline.errors import UserError
+from ..models.heads import causal_model
+from ..models.student import Student
+from ..settings import Precision
+
+_ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
+    """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
+
+    On a CPU the process keeps freed memory from now on.
+
+    A process that does not answer is given up after some minutes, after a day with `waits_long`.
+
+    Raises UserError for float16 without a GPU, and for more processes than GPUs.
+    """
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if torch.cuda.is_available() and place >= gpus:
+        raise UserError(
+            f"process {place + 1} on this machine has no GPU, of which there are {gpus}: start as "
+            f"many processes as there are: torchrun --nproc-per-node {gpus}"
+        )
+    if precision == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if has_bfloat16 else "float32"
+    if precision == "float16" and not torch.cuda.is_available():
+        raise UserError("--precision float16 needs a GPU: give float32 or bfloat16")
+    AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
+    # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        keep_freed_memory()
+    patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
+    return Accelerator(
+        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience
+    )
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """The precision that the forward pass runs in."""
+    names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
+    return names[accelerator.mixed_precision]
+
+
+_PARAM_DTYPES = {"no": None, "bf16": torch.bfloat16}
+
+
+def shard(student: Student, accelerator: Accelerator) -> None:
+    """Spread a student over all processes, in place; every one of them calls it.
+
+    It keeps float32 weights; those that are gathered have the type of the forward pass.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    dtype = _PARAM_DTYPES[str(accelerator.mixed_precision)]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    blocks = set(causal_model(student.model)._no_split_modules or ())
+    for module in list(student.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(student, "measure")
+
+
+def is_sharded(student: Student) -> bool:
+    """Whether the weights are spread over processes."""
+    return isinstance(student, FSDPModule)
+
+
+def let_go(student: Student) -> None:
+    """Keep no more than the own share of the weights, after a forward pass without a backward."""
+    if isinstance(student, FSDPModule):
+        student.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be spread over processes, whole."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+# mallopt's numbers for them, of malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER = -1
+_MOST = 32 * 2**20  # bytes; what the library allows
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep freed memory for its next step, arrays above 32 MiB apart.
+
+    Left to itself, the GNU C library gives most of what a step used back to the system, which must
+    find and zero pages for the next step again: 120,000 of them with 135 million weights, nearly a
+    tenth of the step's time; this leaves a third of them. Larger arrays still go back: kept, they
+    would leave holes that only their like could fill. Other C libraries are left as they are.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _MOST)
+        set_option(_TRIM_THRESHOLD, _NEVER)
