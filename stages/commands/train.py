@@ -163,7 +163,7 @@ def train(**options: Any) -> None:
     \b
     qpipe train --targets targets/ --model Qwen/Qwen3-0.6B --out run/ --eval-fraction 0.05
     """
-    from ...trainer.loop import train
+    from ...trainer.run.train import train
     from ...trainer.settings import TrainSettings
     from ..summaries.training import print_training
 

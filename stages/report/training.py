@@ -8,7 +8,7 @@ from typing import Any
 
 from ...pipeline.errors import UserError
 from ...pipeline.storage.json_files import is_number
-from ...trainer.run_folder import LOG, RUN, parse_event, settings_in
+from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
 from ..token_text import escaped
 from .data import json_text
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .aligned import print_table
 
 if TYPE_CHECKING:
-    from ...trainer.loop import TrainResult
+    from ...trainer.run.train import TrainResult
 
 
 def print_training(folder: Path, result: "TrainResult") -> None:

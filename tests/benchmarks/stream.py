@@ -35,7 +35,7 @@ from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
 from qpipe.trainer.data.stream import TargetStream, open_streams
-from qpipe.trainer.run import STEPS_AHEAD
+from qpipe.trainer.run.loop import STEPS_AHEAD
 
 VOCAB_SIZE, TOKENS, POSITIONS = 49152, 200, 100
 MEAN_SUPPORT, MAX_SUPPORT = 30, 64

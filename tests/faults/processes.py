@@ -34,7 +34,7 @@ _PRELOADED = (
     "qpipe.stages.scorers.transformers_model",
     "qpipe.stages.build_targets",
     "qpipe.stages.share",
-    "qpipe.trainer.loop",
+    "qpipe.trainer.run.train",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
     "torch._dynamo",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline.folders.shards import sidecar_path
 from qpipe.tests.faults.work import Work
-from qpipe.trainer.checkpoint import checkpoints_in
+from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
 SLOW = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from qpipe.tests.faults.processes import FILLER
 from qpipe.tests.faults.work import Work
-from qpipe.trainer.checkpoint import checkpoints_in
+from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
 Resize = Callable[[int], None]

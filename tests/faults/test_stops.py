@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from qpipe.tests.faults.processes import Command
 from qpipe.tests.faults.work import Work
-from qpipe.trainer.checkpoint import checkpoints_in
+from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
 STATUS = {"terminate": 128 + signal.SIGTERM, "interrupt": 128 + signal.SIGINT}

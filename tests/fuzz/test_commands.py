@@ -24,7 +24,9 @@ from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages import score_stage
 from qpipe.stages.cli import cli, main
 from qpipe.stages.scorers.base import scored
-from qpipe.trainer import loop  # here, since what takes seconds to load is not an input's fault
+from qpipe.trainer.run import (
+    train as loop,  # here, since what takes seconds to load is not an input's fault
+)
 
 from .folders import whole
 from .inputs import LONGEST_ERROR, ODD_TEXTS, Draw, damaged, folder_until_exit, fuzz, odd_values

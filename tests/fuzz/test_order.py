@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.stages.sealed import SCORES, as_targets, scored, seal
-from qpipe.trainer.checkpoint import Progress
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.mixture import Mixture, mix
 from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import Samples, Step
 from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
-from qpipe.trainer.run import STEPS_AHEAD, Run, run_size
+from qpipe.trainer.run.checkpoint import Progress
+from qpipe.trainer.run.loop import STEPS_AHEAD, Run, run_size
 from qpipe.trainer.settings import TrainSettings
 
 from .inputs import Draw, folder_until_exit, fuzz

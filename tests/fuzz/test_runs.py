@@ -12,9 +12,9 @@ from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training import read_runs, training_head
 from qpipe.stages.status import status_of
 from qpipe.stages.summaries.status import print_status
-from qpipe.trainer.checkpoint import CHECKPOINTS, latest_checkpoint
-from qpipe.trainer.run import TrainResult, result_from
-from qpipe.trainer.run_folder import LOG, RUN, finished_run, open_log
+from qpipe.trainer.run.checkpoint import CHECKPOINTS, latest_checkpoint
+from qpipe.trainer.run.folder import LOG, RUN, finished_run, open_log
+from qpipe.trainer.run.loop import TrainResult, result_from
 
 from .folders import as_bytes
 from .inputs import Draw, damaged, fuzz, made_or_refused, spoilt

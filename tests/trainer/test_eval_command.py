@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.eval_command import run_command
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.eval_command import run_command
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings, parse_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

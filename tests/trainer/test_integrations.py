@@ -22,8 +22,8 @@ from qpipe.trainer.integrations import (
     target_objective,
     with_target_loss,
 )
-from qpipe.trainer.loop import train
 from qpipe.trainer.loss.sparse import target_losses
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments

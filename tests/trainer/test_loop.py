@@ -11,9 +11,9 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import collate
-from qpipe.trainer.loop import train
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import Student, load_student
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,7 +93,7 @@ def test_reloaded_logits_are_identical(
         kept.append(load_student(*arguments))
         return kept[0]
 
-    monkeypatch.setattr("qpipe.trainer.loop.load_student", load_and_keep)
+    monkeypatch.setattr("qpipe.trainer.run.train.load_student", load_and_keep)
     train(settings)
     batch = collate(make_examples(3))
     reloaded = Student(AutoModelForCausalLM.from_pretrained(settings.out))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.checkpoint import checkpoints_in
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.checkpoint import checkpoints_in
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.optimizer import make_optimizer, parameter_groups
 from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 
 from .runs import LIVE, Examples, Make, assert_same_weights, read_log

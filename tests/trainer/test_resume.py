@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer import run as run_module
-from qpipe.trainer.checkpoint import checkpoints_in
-from qpipe.trainer.loop import train
-from qpipe.trainer.run_folder import settings_in
+from qpipe.trainer.run import loop as run_module
+from qpipe.trainer.run.checkpoint import checkpoints_in
+from qpipe.trainer.run.folder import settings_in
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
@@ -210,7 +210,7 @@ def test_a_run_that_cannot_start_anew_keeps_what_it_would_go_on_from(
         raise UserError("model tiny: cannot be loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qpipe.trainer.loop.load_student", load)
+        patch.setattr("qpipe.trainer.run.train.load_student", load)
         with pytest.raises(UserError, match="cannot be loaded"):
             train(replace(settings, resume="never"))
     assert checkpoints_in(settings.out) == kept
@@ -249,7 +249,7 @@ def test_trouble_with_the_machine_is_not_called_damage(
         raise trouble
 
     with monkeypatch.context() as patch:
-        patch.setattr("qpipe.trainer.checkpoint.load", load)
+        patch.setattr("qpipe.trainer.run.checkpoint.load", load)
         with pytest.raises(UserError, match=f"step-00000004: {words}") as caught:
             train(settings)
     assert "remove" not in str(caught.value)
@@ -261,7 +261,7 @@ def test_trouble_with_the_machine_is_not_called_damage(
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from qpipe.trainer import checkpoint
+    from qpipe.trainer.run import checkpoint
 
     save = checkpoint.save
 
@@ -304,7 +304,7 @@ def test_a_model_that_mixes_packed_examples_is_padded(
 ) -> None:
     padded = replace(settings, out=tmp_path / "padded", pack=False)
     train(padded)
-    monkeypatch.setattr("qpipe.trainer.loop.can_pack", lambda _: False)
+    monkeypatch.setattr("qpipe.trainer.run.train.can_pack", lambda _: False)
     train(settings)
     assert "packed demonstrations would not stay apart in it: they are padded" in (
         capsys.readouterr().err

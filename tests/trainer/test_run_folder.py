@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.loop import train
 from qpipe.trainer.models.files import find_model
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 
 from .runs import Examples, Make, assert_same_weights

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.loop import train
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.saving import save_model
 from qpipe.trainer.models.student import Student, load_student
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +117,7 @@ def test_a_run_killed_while_its_files_moved_is_saved_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qpipe.trainer.loop.finish", killed)
+        patch.setattr("qpipe.trainer.run.train.finish", killed)
         with pytest.raises(KeyboardInterrupt):
             train(named)
     assert (named.out / "additional_chat_templates/tools.jinja").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.run import run_size
+from qpipe.trainer.run.loop import run_size
 from qpipe.trainer.settings import Schedule, TrainSettings
 from qpipe.trainer.step.optimizer import learning_rate_factor
 

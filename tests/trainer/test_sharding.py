@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.checkpoint import checkpoints_in
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.checkpoint import checkpoints_in
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

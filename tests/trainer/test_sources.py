@@ -11,10 +11,10 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.stages.commands.train import train as command
-from qpipe.trainer.loop import train
 from qpipe.trainer.models.files import find_model
+from qpipe.trainer.run.target_folders import find_sources, settled
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.sources import find_sources, settled
 from qpipe.trainer.step.step import Stepper, StepResult
 from safetensors.torch import load_file
 

@@ -12,10 +12,10 @@ import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import collate
-from qpipe.trainer.loop import train
 from qpipe.trainer.loss.objective import objective_of
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import Student, load_student
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.distributed import start_accelerator
 from qpipe.trainer.step.step import NotFiniteError, Stepper, StepResult

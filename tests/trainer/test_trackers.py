@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.trackers import scalars
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.step import Stepper, StepResult
-from qpipe.trainer.trackers import scalars
 
 from .runs import Examples, Make
 

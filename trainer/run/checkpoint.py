@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..pipeline.errors import UserError, one_line
-from ..pipeline.folders.manifest import Identity, parse_identity
-from ..pipeline.folders.shard_run import refuse_other
-from ..pipeline.storage.files import TEMPORARY, sync_folder
-from ..pipeline.storage.json_files import read_json, write_json
-from .run_folder import CHECKPOINTS
-from .step.evaluate import Evaluation
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.folders.manifest import Identity, parse_identity
+from ...pipeline.folders.shard_run import refuse_other
+from ...pipeline.storage.files import TEMPORARY, sync_folder
+from ...pipeline.storage.json_files import read_json, write_json
+from ..step.evaluate import Evaluation
+from .folder import CHECKPOINTS
 
 _PROGRESS = "progress.json"
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, one_line
-from ..pipeline.folders.manifest import Identity
-from ..pipeline.storage.json_files import sha256_of_json
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.folders.manifest import Identity
+from ...pipeline.storage.json_files import sha256_of_json
 
 Track = Callable[[int, dict[str, float]], None]  # takes a step and its values, by name
 TRACKER_FOLDERS = ("tensorboard", "wandb")  # in the run's folder

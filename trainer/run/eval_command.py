@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import one_line
-from ..pipeline.storage.json_files import is_number
-from .settings import CHECKPOINT, parse_command
+from ...pipeline.errors import one_line
+from ...pipeline.storage.json_files import is_number
+from ..settings import CHECKPOINT, parse_command
 
 # torchrun's words to its processes, of which the command is none
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -5,17 +5,28 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Manifest, read_manifest
-from ..pipeline.folders.mixing import is_mix, read_mix
-from ..pipeline.format.records import TargetExample
-from .checks import check_fit
-from .data.mixture import mix
-from .data.steps import Samples
-from .data.stream import TargetStream, open_streams
-from .loss.objective import Objective, objective_of, settled_method
-from .models.files import ModelFiles
-from .settings import TrainSettings
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest, read_manifest
+from ...pipeline.folders.mixing import is_mix, read_mix
+from ...pipeline.format.records import TargetExample
+from ..data.mixture import mix
+from ..data.steps import Samples
+from ..data.stream import TargetStream, open_streams
+from ..loss.objective import Objective, objective_of, settled_method
+from ..models.files import ModelFiles
+from ..settings import TrainSettings
+
+
+def check_fit(folder: Path, manifest: Manifest, base: ModelFiles) -> None:
+    """Refuse targets made for another tokenizer or vocabulary."""
+    for name, ours in (("tokenizer_hash", base.tokenizer_hash), ("vocab_size", base.vocab_size)):
+        theirs = manifest.settings[name]
+        if theirs != ours:
+            raise UserError(
+                f"{folder}: made with {name.replace('_', ' ')} {theirs}, model "
+                f"{base.name} has {ours}: train the model that was scored, or score again with "
+                f"--model {base.origin}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

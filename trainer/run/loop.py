@@ -17,29 +17,29 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Identity
-from ..pipeline.format.records import TargetExample
-from ..pipeline.progress import progress_bar
-from ..pipeline.signals import Terminated
-from ..pipeline.storage.json_files import write_json
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Identity
+from ...pipeline.format.records import TargetExample
+from ...pipeline.progress import progress_bar
+from ...pipeline.signals import Terminated
+from ...pipeline.storage.json_files import write_json
+from ..data.batch import Batch, collate, observed_only, pack
+from ..data.prefetch import Prefetch
+from ..data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
+from ..data.stream import TargetStream
+from ..loss.objective import Objective
+from ..models.files import ModelFiles
+from ..models.saving import save_model, saved_dtype
+from ..models.student import Student
+from ..settings import TrainSettings
+from ..step.distributed import is_sharded
+from ..step.evaluate import Evaluation, evaluate
+from ..step.optimizer import learning_rate_factor
+from ..step.step import NOT_FINITE, NotFiniteError, Stepper
 from .checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from .data.batch import Batch, collate, observed_only, pack
-from .data.prefetch import Prefetch
-from .data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples, steps_of_tokens
-from .data.stream import TargetStream
 from .eval_command import run_command
-from .loss.objective import Objective
-from .models.files import ModelFiles
-from .models.saving import save_model, saved_dtype
-from .models.student import Student
-from .run_folder import RUN, Log, open_log
-from .settings import TrainSettings
-from .sources import in_order
-from .step.distributed import is_sharded
-from .step.evaluate import Evaluation, evaluate
-from .step.optimizer import learning_rate_factor
-from .step.step import NOT_FINITE, NotFiniteError, Stepper
+from .folder import RUN, Log, open_log
+from .target_folders import in_order
 
 EVAL_MODEL = ".eval-model.tmp"  # in the run's folder, while --eval-command runs
 STEPS_AHEAD = 2  # that are read and collated while one is computed

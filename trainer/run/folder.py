@@ -14,14 +14,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
-from ..pipeline.folders.plausible import check_maps
-from ..pipeline.folders.shard_run import refuse_other, tidy
-from ..pipeline.storage.files import TEMPORARY, write_bytes
-from ..pipeline.storage.json_files import read_json, write_json
-from .data.shares import shares_of
-from .settings import TrainSettings
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
+from ...pipeline.folders.plausible import check_maps
+from ...pipeline.folders.shard_run import refuse_other, tidy
+from ...pipeline.storage.files import TEMPORARY, write_bytes
+from ...pipeline.storage.json_files import read_json, write_json
+from ..data.shares import shares_of
+from ..settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
 RUN = "qpipe.json"

@@ -10,23 +10,23 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..pipeline.folders.manifest import Identity, Manifest
-from ..pipeline.folders.provenance import package_versions
-from ..pipeline.folders.shard_run import open_folder
-from ..pipeline.signals import notes_termination
-from ..pipeline.storage.locks import locked
+from ...pipeline.folders.manifest import Identity, Manifest
+from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.shard_run import open_folder
+from ...pipeline.signals import notes_termination
+from ...pipeline.storage.locks import locked
+from ..loss.objective import settled_method
+from ..models.files import ModelFiles, find_model
+from ..models.packed_attention import can_pack
+from ..models.saving import save_adapter, save_model
+from ..models.student import Student, load_student
+from ..settings import TrainSettings
+from ..step.distributed import precision_of, start_accelerator
+from ..step.step import NOT_FINITE
 from .checkpoint import latest_checkpoint
-from .loss.objective import settled_method
-from .models.files import ModelFiles, find_model
-from .models.packed_attention import can_pack
-from .models.saving import save_adapter, save_model
-from .models.student import Student, load_student
-from .run import Run, TrainResult, result_from
-from .run_folder import finish, finished_run, remove_checkpoints, run_identity
-from .settings import TrainSettings
-from .sources import Source, find_sources, open_sources, settled, unfolded
-from .step.distributed import precision_of, start_accelerator
-from .step.step import NOT_FINITE
+from .folder import finish, finished_run, remove_checkpoints, run_identity
+from .loop import Run, TrainResult, result_from
+from .target_folders import Source, find_sources, open_sources, settled, unfolded
 
 
 def train(settings: TrainSettings) -> TrainResult:
