@@ -15,10 +15,10 @@ from ..pipeline.format.records import Reject
 from ..pipeline.storage.json_files import sha256_of_json
 from ..pipeline.threads import in_order
 from ..trainer.models.files import ModelFiles, find_model
-from .demonstrations import check_readable, parse_row
+from .demonstrations.formats import check_readable, parse_row
+from .demonstrations.sources import Facts, RowReader, Source, open_sources
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored
-from .sources import Facts, RowReader, Source, open_sources
 from .template_date import parse_day, template_date
 from .templates import Encoded, Encoder, load_template
 

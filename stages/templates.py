@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..pipeline.errors import UserError, one_line, reason
 from ..pipeline.format.records import Example, Floats, Reject
-from .demonstrations import Demonstration, Messages, TurnWeights, UnusableError
+from .demonstrations.demonstration import Demonstration, Messages, TurnWeights, UnusableError
 from .token_weights import Kept, Span, Turn, find_kept, overlapping, weigh
 
 CLOCK = "strftime_now"  # the function that templates ask for the time

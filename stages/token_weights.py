@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.format.records import Floats
-from .demonstrations import TurnWeights, UnusableError, WeightedSpan
+from .demonstrations.demonstration import TurnWeights, UnusableError, WeightedSpan
 
 Span = tuple[int, int]  # characters, half-open
 Indices = NDArray[np.intp]

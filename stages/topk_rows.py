@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..pipeline.format.ragged import segment_sums
 from ..pipeline.format.records import ScoredExample
 from ..pipeline.format.row_checks import MASS_TOLERANCE
-from .demonstrations import UnusableError
+from .demonstrations.demonstration import UnusableError
 
 Mass = Literal["model", "top-k"]
 IGNORED = -100  # the label of a token that does not count

@@ -10,9 +10,11 @@ from typing import Any
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.storage.json_files import json_bytes
-from qpipe.stages.demonstrations import FORMATS, WEIGHT_KEYS, Demonstration, parse_row
-from qpipe.stages.readers.text import json_reader
-from qpipe.stages.sources import Source
+from qpipe.stages.demonstrations.demonstration import Demonstration
+from qpipe.stages.demonstrations.formats import FORMATS, parse_row
+from qpipe.stages.demonstrations.message_weights import WEIGHT_KEYS
+from qpipe.stages.demonstrations.readers.text import json_reader
+from qpipe.stages.demonstrations.sources import Source
 
 from .inputs import Draw, fuzz, odd_values, spoilt
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from hypothesis import strategies as st
-from qpipe.stages.sources import RowReader, Source, open_sources
+from qpipe.stages.demonstrations.sources import RowReader, Source, open_sources
 
 from .inputs import Draw, damaged, fuzz, made_or_refused
 

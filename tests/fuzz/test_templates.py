@@ -10,9 +10,9 @@ import numpy as np
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.storage.json_files import json_bytes
-from qpipe.stages.demonstrations import parse_row
-from qpipe.stages.readers.text import json_reader
-from qpipe.stages.sources import Source
+from qpipe.stages.demonstrations.formats import parse_row
+from qpipe.stages.demonstrations.readers.text import json_reader
+from qpipe.stages.demonstrations.sources import Source
 from qpipe.stages.templates import Encoded, Encoder, load_template
 
 from .inputs import Draw, damaged, fuzz, made_or_refused

@@ -5,8 +5,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet
 from qpipe.pipeline.format.records import Reject
-from qpipe.stages.demonstrations import read_demonstrations
-from qpipe.stages.sources import open_sources
+from qpipe.stages.demonstrations.formats import read_demonstrations
+from qpipe.stages.demonstrations.sources import open_sources
 
 USER = {"role": "user", "content": "a?"}
 ASSISTANT = {"role": "assistant", "content": "One."}

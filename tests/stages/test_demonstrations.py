@@ -8,13 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.demonstrations import (
-    FORMATS,
-    Demonstration,
-    check_readable,
-    read_demonstrations,
-)
-from qpipe.stages.sources import open_sources
+from qpipe.stages.demonstrations.demonstration import Demonstration
+from qpipe.stages.demonstrations.formats import FORMATS, check_readable, read_demonstrations
+from qpipe.stages.demonstrations.sources import open_sources
 from qpipe.tests.stages.rows import (
     ASSISTANT,
     CHAT,

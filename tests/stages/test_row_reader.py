@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.sources import Facts, RowReader, Source, open_sources
+from qpipe.stages.demonstrations.sources import Facts, RowReader, Source, open_sources
 
 ORDERS = [
     [0, 1, 2, 3, 4, 5],  # one process

@@ -3,10 +3,7 @@
 import json
 
 import pytest
-from qpipe.stages.demonstrations import (
-    TurnWeights,
-    WeightedSpan,
-)
+from qpipe.stages.demonstrations.demonstration import TurnWeights, WeightedSpan
 from qpipe.tests.stages.rows import (
     ASSISTANT,
     CHAT,

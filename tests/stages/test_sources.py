@@ -15,12 +15,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.demonstrations import (
-    Demonstration,
-    read_demonstrations,
-)
-from qpipe.stages.readers.columnar import BATCH_ROWS
-from qpipe.stages.sources import open_sources
+from qpipe.stages.demonstrations.demonstration import Demonstration
+from qpipe.stages.demonstrations.formats import read_demonstrations
+from qpipe.stages.demonstrations.readers.columnar import BATCH_ROWS
+from qpipe.stages.demonstrations.sources import open_sources
 from qpipe.tests.stages.rows import (
     ASSISTANT,
     CHAT,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Reject
-from qpipe.stages.demonstrations import read_demonstrations
+from qpipe.stages.demonstrations.formats import read_demonstrations
 from qpipe.stages.templates import Encoded, Encoder
 from qpipe.stages.token_weights import Kept, find_kept
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors

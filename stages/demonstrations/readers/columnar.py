@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...pipeline.storage.files import sha256_of_file
+from ....pipeline.storage.files import sha256_of_file
 from .reader import Lines, Reader, without_nones
 
 if TYPE_CHECKING:

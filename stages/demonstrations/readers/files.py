@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ...pipeline.errors import UserError
-from ...pipeline.storage.cache import local_version
+from ....pipeline.errors import UserError
+from ....pipeline.storage.cache import local_version
 from .columnar import arrow_reader, parquet_reader
 from .reader import Reader, Version
 from .text import COMPRESSIONS, json_reader, suffixes

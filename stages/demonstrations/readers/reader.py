@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from ...pipeline.errors import UserError, one_line
+from ....pipeline.errors import UserError, one_line
 
 # a line or row from 1, and what it holds: bytes are JSON to be read
 Lines = Iterator[tuple[int, Any]]

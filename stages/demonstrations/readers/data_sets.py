@@ -7,8 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...pipeline.errors import UserError, one_line
-from ...pipeline.storage.files import sha256_of_file
+from ....pipeline.errors import UserError, one_line
+from ....pipeline.storage.files import sha256_of_file
 from .reader import Lines, Reader, without_nones
 
 if TYPE_CHECKING:

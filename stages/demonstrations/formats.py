@@ -5,58 +5,16 @@ A row that cannot be used becomes a Reject, and the reading goes on.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
-from reprlib import repr as shown
+from itertools import islice
 from typing import Any, NamedTuple
 
-from ..pipeline.errors import UserError, reason
-from ..pipeline.format.records import Reject
+from ...pipeline.errors import UserError, reason
+from ...pipeline.format.records import Reject
+from .demonstration import Demonstration, Messages, Row, UnusableError
+from .message_weights import WEIGHT_KEYS, take_weights
 from .sources import Source, rows_from
 
-Messages = list[dict[str, Any]]
-Row = dict[str, Any]
-
-
-WEIGHT_KEYS = ("weight", "spans", "token_weights")  # of an assistant's message
 _FIELDS_NAMED = 12  # of a row that cannot be used
-MAX_WEIGHT = 1e30  # so that 32 bits hold it also times the scale of any method
-
-
-class UnusableError(Exception):
-    """A demonstration that cannot be used; the message says why."""
-
-
-class WeightedSpan(NamedTuple):
-    """Characters of a content, half-open, and the weight of their tokens."""
-
-    start: int
-    end: int
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class TurnWeights:
-    """What an assistant's message says of the weights of its tokens: spans, or a list, or neither.
-
-    `tokens` are the weights of the tokens of the content, or of the whole turn, one by one.
-    """
-
-    weight: float  # of every token that is in none of the spans, or not in the list
-    spans: tuple[WeightedSpan, ...] | None = None  # ascending, none overlaps another
-    tokens: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A conversation, as its row in the source gave it."""
-
-    id: str
-    messages: Messages  # each with "role" and "content", and what else a template may want
-    tools: list[Row] | None
-    source: str
-    line: int  # line (JSON lines) or row (everything else), from 1
-    weights: tuple[TurnWeights | None, ...] = ()  # one for each message, empty if none has any
 
 
 def read_demonstrations(
@@ -98,7 +56,7 @@ def parse_row(source: Source, line: int, raw: Any, format: str) -> Demonstration
         messages = _checked(FORMATS[format].convert(row))
         demonstration = Demonstration(
             id=_row_id(row) or f"{source.name}:{line}",
-            weights=_take_weights(messages),
+            weights=take_weights(messages),
             messages=messages,
             tools=_tools(row),
             source=source.name,
@@ -175,90 +133,6 @@ def _checked_message(name: str, message: Any) -> Row:
     if role == "assistant" and not calls and not content.strip():
         raise UnusableError(f"{name}.content, the assistant's answer, is empty")
     return message
-
-
-def _take_weights(messages: Messages) -> tuple[TurnWeights | None, ...]:
-    """The weights of each message, taken out of it: no template knows of them."""
-    weights = tuple(_turn_weights(f"messages[{i}]", message) for i, message in enumerate(messages))
-    return weights if any(weights) else ()
-
-
-def _turn_weights(name: str, message: Row) -> TurnWeights | None:
-    weight, spans, tokens = (message.pop(key, None) for key in WEIGHT_KEYS)
-    if message["role"] != "assistant":
-        for key, value in (("spans", spans), ("token_weights", tokens)):
-            if value not in (None, []):
-                raise UnusableError(f"{name}.{key}: only an assistant's message can carry {key}")
-        return None
-    if spans is not None and tokens is not None:
-        raise UnusableError(f"{name} has both spans and token_weights: leave one of them out")
-    otherwise = 1.0 if spans is None else 0.0
-    given = TurnWeights(
-        weight=otherwise if weight is None else _weight(f"{name}.weight", weight),
-        spans=None if spans is None else _spans(f"{name}.spans", spans, len(message["content"])),
-        tokens=None if tokens is None else _weights(f"{name}.token_weights", tokens),
-    )
-    return None if given == TurnWeights(1.0) else given  # what holds for every token anyway
-
-
-def _weights(name: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list):
-        raise UnusableError(f"{name} is {shown(value)}: give a list of numbers, one for a token")
-    return tuple(_weight(f"{name}[{i}]", weight) for i, weight in enumerate(value))
-
-
-def _weight(name: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 <= value <= MAX_WEIGHT):  # NaN is not within either
-        raise UnusableError(f"{name} is {shown(value)}: give a number from 0 to {MAX_WEIGHT:g}")
-    return float(value)
-
-
-def _spans(name: str, value: Any, length: int) -> tuple[WeightedSpan, ...]:
-    if not isinstance(value, list):
-        raise UnusableError(f"{name} is {shown(value)}: give a list of [start, end, weight]")
-    spans = sorted(_weighted_span(f"{name}[{i}]", span, length) for i, span in enumerate(value))
-    for before, span in pairwise(spans):
-        if span.start < before.end:
-            raise UnusableError(
-                f"{name}: [{before.start}, {before.end}] and [{span.start}, {span.end}] overlap: "
-                "give each character one weight"
-            )
-    return tuple(spans)
-
-
-def _weighted_span(name: str, value: Any, length: int) -> WeightedSpan:
-    start, end, weight = _span_parts(name, value)
-    if not (_is_index(start) and _is_index(end)):
-        wrong = "start and end must be whole numbers"
-    elif start < 0:
-        wrong = "it starts before the content does"
-    elif end > length:
-        wrong = f"it ends after the {length} characters of the content"
-    elif start >= end:
-        wrong = "it holds no character, its end must be above its start"
-    else:
-        weight = 1.0 if weight is None else _weight(f"{name}.weight", weight)
-        return WeightedSpan(int(start), int(end), weight)
-    raise UnusableError(f"{name} is {shown(value)}: {wrong}")
-
-
-def _span_parts(name: str, value: Any) -> tuple[Any, Any, Any]:
-    """Start, end and weight of a span as it was written, each None where it is absent."""
-    if isinstance(value, list) and len(value) in (2, 3):
-        start, end, *weight = value
-        return start, end, weight[0] if weight else None
-    if isinstance(value, dict) and value.keys() <= {"start", "end", "weight"}:
-        return value.get("start"), value.get("end"), value.get("weight")
-    raise UnusableError(
-        f"{name} is {shown(value)}: give [start, end], [start, end, weight], or these by name"
-    )
-
-
-def _is_index(value: Any) -> bool:
-    """A whole number; columns hold all numbers of a list as floats when one of them is."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return is_whole or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _check_characters(demonstration: Demonstration) -> None:

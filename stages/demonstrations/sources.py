@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..pipeline.errors import UserError, require_utf8
-from ..pipeline.storage.remote import open_path
+from ...pipeline.errors import UserError, require_utf8
+from ...pipeline.storage.remote import open_path
 from .readers.data_sets import folder_reader, hub_reader
 from .readers.files import FILE_KINDS, OTHER_FILES, file_reader
 from .readers.reader import Lines, Reader, Version, reading
