@@ -17,10 +17,11 @@ from ..pipeline.threads import in_order
 from ..trainer.models.files import ModelFiles, find_model
 from .demonstrations.formats import check_readable, parse_row
 from .demonstrations.sources import Facts, RowReader, Source, open_sources
+from .encoding.date import parse_day, template_date
+from .encoding.encoder import Encoded, Encoder
+from .encoding.template import load_template
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored
-from .template_date import parse_day, template_date
-from .templates import Encoded, Encoder, load_template
 
 DEFAULT_MAX_LENGTH = 4096
 

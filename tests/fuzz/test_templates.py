@@ -13,7 +13,8 @@ from qpipe.pipeline.storage.json_files import json_bytes
 from qpipe.stages.demonstrations.formats import parse_row
 from qpipe.stages.demonstrations.readers.text import json_reader
 from qpipe.stages.demonstrations.sources import Source
-from qpipe.stages.templates import Encoded, Encoder, load_template
+from qpipe.stages.encoding.encoder import Encoded, Encoder
+from qpipe.stages.encoding.template import load_template
 
 from .inputs import Draw, damaged, fuzz, made_or_refused
 from .tiny import CHATML, VOCAB_SIZE, tokenizer

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Reject
 from qpipe.stages.demonstrations.demonstration import Demonstration
-from qpipe.stages.templates import Encoded, Encoder, load_template
+from qpipe.stages.encoding.encoder import Encoded, Encoder
+from qpipe.stages.encoding.template import load_template
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -11,7 +11,7 @@ import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.stages import template_date
+from qpipe.stages.encoding import date as template_date
 from qpipe.stages.execution import Execution
 from qpipe.stages.plan import plan
 from qpipe.stages.score import ScoreSettings, score

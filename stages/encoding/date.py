@@ -4,9 +4,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import MANIFEST, PLAN, read_manifest, read_plan
-from .templates import CLOCK
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import MANIFEST, PLAN, read_manifest, read_plan
+from .encoder import CLOCK
 
 
 def template_date(template: str | None, given: str | None, folder: Path | None) -> date | None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.format.records import Floats
-from .demonstrations.demonstration import TurnWeights, UnusableError, WeightedSpan
+from ...pipeline.format.records import Floats
+from ..demonstrations.demonstration import TurnWeights, UnusableError, WeightedSpan
 
 Span = tuple[int, int]  # characters, half-open
 Indices = NDArray[np.intp]

@@ -1,0 +1,209 @@
+"""From a demonstration to an Example: the chat template, the tokens, and which of them count.
+
+A conversation is rendered and tokenised as a whole. A token is supervised when its characters
+overlap those that the model would write: an assistant turn, from the end of the generation prompt
+to the token that ends the turn, both as they stand in the rendering of the whole conversation.
+
+Templates rewrite turns (Qwen3 drops earlier reasoning, Llama 3 trims), so neither a search for the
+content nor the renderings of ever longer prefixes say where a turn lies. Instead a turn is rendered
+once more with a stand-in for its content, a character that occurs nowhere else: what differs
+between the two renderings is the turn. A single-turn conversation is rendered three times in all,
+one of n turns at least 3n times; a turn that has weights by character or by token once more.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...pipeline.errors import UserError, one_line, reason
+from ...pipeline.format.records import Example, Floats, Reject
+from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
+from .token_weights import overlapping, weigh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+from .template import name_of
+from .turns import JoinedChat, Render, TemplatedChat, turn_of
+
+CLOCK = "strftime_now"  # the function that templates ask for the time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A demonstration as tokens; `cut` when it was longer than the limit and lost its end."""
+
+    example: Example
+    cut: bool
+    token_weights: Floats  # [N] one for each supervised position: 1 where nothing was given
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises demonstrations and marks the supervised tokens.
+
+    `template` is the text of a chat template, or None: then the contents follow one another as they
+    are, each assistant turn closed by the end-of-sequence token, and the tokenizer adds its own
+    special tokens. `supervise` is "assistant" (every assistant turn), "last" (the last of them) or
+    "all" (every token but the first). What is longer than `max_length` tokens is rejected or cut.
+
+    Raises UserError for a tokenizer that cannot do this.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    template: str | None
+    max_length: int
+    supervise: str = "assistant"
+    too_long: str = "reject"
+    vocab_size: int | None = None  # the model's, where that may be smaller than the tokenizer's
+    day: date | None = None  # that a template which asks for the time is told; None is now
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {name_of(self.tokenizer)} gives no character offsets: "
+                "use a model with a fast tokenizer (tokenizer.json)"
+            )
+        if self.template is None:
+            _check_end_token(self.tokenizer)
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The tokenizer's special tokens that it writes by name; those of `tokenizer.json` apart.
+
+        They stand in another file, so the tokenizer's hash does not tell them.
+        """
+        written = "eos_token" if self.template is None else self.template
+        named = self.tokenizer.special_tokens_map
+        return {name: named[name] for name in sorted(named) if name in written}
+
+    def encode(self, demonstration: Demonstration) -> Encoded | Reject:
+        """The tokens of a demonstration, or why it cannot be used."""
+        try:
+            return self._encode(demonstration)
+        except UnusableError as error:
+            return Reject(demonstration.source, demonstration.line, reason(error))
+
+    def _encode(self, demonstration: Demonstration) -> Encoded:
+        layout = self._lay_out(demonstration)
+        input_ids, offsets = self._tokenise(layout.text)
+        cut = len(input_ids) > self.max_length
+        if cut and self.too_long == "reject":
+            raise UnusableError(f"{len(input_ids)} tokens, --max-length is {self.max_length}")
+        if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
+            raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
+
+        # Finding the turns takes time that grows with their square: not for what is too long.
+        turns = self._turns(demonstration)
+        places = layout.places(turns)
+        supervised = overlapping(offsets, list(places.values()))
+        if self.supervise == "all":
+            supervised[:] = True
+        supervised[:1] = False  # nothing comes before the first token to predict it from
+        positions = np.flatnonzero(supervised[: self.max_length]).astype(np.int32)
+        if not len(positions):
+            where = f" among the first {self.max_length}" if cut else ""
+            raise UnusableError(f"no supervised token{where}")
+        example = Example(demonstration.id, input_ids[: self.max_length], positions)
+        if not demonstration.weights:
+            return Encoded(example, cut, np.ones(len(positions), dtype=np.float32))
+        weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
+        return Encoded(example, cut, weigh(layout.text, offsets, weighed)[positions])
+
+    def _lay_out(self, demonstration: Demonstration) -> "TemplatedChat | JoinedChat":
+        if self.template is None:
+            return JoinedChat(demonstration.messages, str(self.tokenizer.eos_token))
+        renderer = self._renderer(demonstration.tools)
+        return TemplatedChat(renderer, demonstration.messages, self._end_of_turn)
+
+    def _turns(self, demonstration: Demonstration) -> list[int]:
+        """The turns that must be found: the supervised ones, where not all is, and the weighted."""
+        if self.supervise == "all" and not demonstration.weights:
+            return []
+        roles = [message["role"] for message in demonstration.messages]
+        turns = [i for i, role in enumerate(roles) if role == "assistant"]
+        return turns[-1:] if self.supervise == "last" else turns
+
+    def _renderer(self, tools: list[Any] | None) -> "Render":
+        clock: dict[str, Any] = {} if self.day is None else {CLOCK: self.day.strftime}
+
+        def render(messages: Messages, generation_prompt: bool = False) -> str:
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **clock,
+                )
+            except Exception as error:  # a template is a program: it may raise anything
+                raise UnusableError(f"the chat template says: {one_line(error)}") from error
+            return str(text)
+
+        return render
+
+    def _tokenise(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Token ids [T] and their characters [T, 2], half-open."""
+        tokens = self.tokenizer(
+            text,
+            add_special_tokens=self.template is None,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        input_ids = np.array(tokens["input_ids"], dtype=np.int32)
+        offsets = _with_spaces(np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2))
+        if self.template is None and self._ends_twice(input_ids):
+            return input_ids[:-1], offsets[:-1]
+        return input_ids, offsets
+
+    def _ends_twice(self, input_ids: NDArray[np.int32]) -> bool:
+        """Whether the tokenizer has added an end-of-sequence token after ours."""
+        ends = input_ids[-2:] == self.tokenizer.eos_token_id
+        return self._adds_end and len(ends) > 1 and bool(ends.all())
+
+    @cached_property
+    def _adds_end(self) -> bool:
+        """Whether the tokenizer ends every text with an end-of-sequence token of its own."""
+        return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
+
+    @cached_property
+    def _end_of_turn(self) -> re.Pattern[str]:
+        """What closes a turn: a special token, also after white space, or other text at once."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        special.update(map(str, self.tokenizer.all_special_tokens))
+        longest_first = sorted(special, key=len, reverse=True)
+        special_end = rf"\s*(?:{'|'.join(map(re.escape, longest_first))})|" if special else ""
+        return re.compile(special_end + r"\S+")
+
+
+def _with_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Offsets [T, 2] without those of no width, which tokenizers that trim them (Llama 3) leave.
+
+    Such a token is one of spaces: they begin where the token before it ends.
+    """
+    starts, ends = offsets.T
+    before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
+    starts = np.where(starts == ends, np.minimum(starts, before), starts)
+    return np.stack([starts, ends], axis=1)
+
+
+def _check_end_token(tokenizer: "PreTrainedTokenizerFast") -> None:
+    end = tokenizer.eos_token
+    if end is None:
+        raise UserError(
+            f"tokenizer {name_of(tokenizer)} has no end-of-sequence token, which --template none "
+            "needs: give a chat template with --template FILE"
+        )
+    if tokenizer.encode(str(end), add_special_tokens=False) != [tokenizer.eos_token_id]:
+        raise UserError(
+            f"tokenizer {name_of(tokenizer)} does not read its end-of-sequence token {end!r} as "
+            "one token, which --template none needs: give a chat template with --template FILE"
+        )
