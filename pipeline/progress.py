@@ -3,12 +3,24 @@
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .errors import UserError
+
+
+def say(line: str) -> None:
+    """Tell the user something without tearing a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@cache
+def say_once(line: str) -> None:
+    """The same, once."""
+    say(line)
 
 
 def progress_bar(**options: Any) -> tqdm:

@@ -18,11 +18,12 @@ from ..trainer.models.size import kv_cache_bytes, weight_bytes
 from .costs import Costs, Throughput, costs
 from .demonstrations.formats import check_readable
 from .demonstrations.sources import open_sources
+from .engines.base import ScorerSettings
+from .engines.choose import choose_dtype
+from .engines.vllm_memory import EngineMemory
+from .engines.vllm_start import WINDOW_TOKENS, plan_memory
 from .score import Demonstrations, ScoreSettings
 from .score_stage import check_top_k
-from .scorers.base import ScorerSettings, choose_dtype
-from .scorers.vllm_memory import EngineMemory
-from .scorers.vllm_start import WINDOW_TOKENS, plan_memory
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 # Bytes in a shard, as measured at k = 8, 64 and 128 on SmolLM2's scores of arithmetic: an entry is

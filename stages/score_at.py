@@ -16,9 +16,9 @@ from ..pipeline.folders.tasks import PartResult
 from ..pipeline.format.batches import split
 from ..pipeline.format.records import Example, ScoredExample
 from ..trainer.models.files import ModelFiles, find_model
+from .engines.base import GivenIds
 from .execution import Execution, run_stage
 from .score_stage import ModelSettings, ScoreStage, Unscored
-from .scorers.base import GivenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,15 +23,8 @@ from ..pipeline.folders.watch import Report
 from ..pipeline.format.records import Example, Floats, ScoredExample
 from ..pipeline.format.schema import schema_of
 from ..trainer.models.files import ModelFiles
-from .scorers.base import (
-    GivenIds,
-    Scorer,
-    ScorerSettings,
-    ServerSettings,
-    choose_dtype,
-    choose_engine,
-    make_scorer,
-)
+from .engines.base import GivenIds, Scorer, ScorerSettings, ServerSettings
+from .engines.choose import choose_dtype, choose_engine, make_scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +261,7 @@ def _settled(server: ServerSettings | None) -> ServerSettings | None:
     """The server, with the name of its model asked for where none is given."""
     if server is None:
         return None
-    from .scorers.server import served_model
+    from .engines.server import served_model
 
     return replace(server, model=served_model(server))
 

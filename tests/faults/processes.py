@@ -31,7 +31,7 @@ _PRELOADED = (
     "qpipe.stages.cli",
     "qpipe.stages.summaries.folders",
     "qpipe.stages.score",
-    "qpipe.stages.scorers.transformers_model",
+    "qpipe.stages.engines.transformers_engine",
     "qpipe.stages.build_targets",
     "qpipe.stages.share",
     "qpipe.trainer.run.train",

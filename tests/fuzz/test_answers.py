@@ -17,9 +17,9 @@ from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.stages.scorers import server
-from qpipe.stages.scorers.base import ScorerSettings, ServerSettings
-from qpipe.stages.scorers.server import ServerScorer, served_model
+from qpipe.stages.engines import server
+from qpipe.stages.engines.base import ScorerSettings, ServerSettings
+from qpipe.stages.engines.server import ServerScorer, served_model
 
 from .inputs import Draw, damaged, fuzz, made_or_refused, odd_values, spoilt
 

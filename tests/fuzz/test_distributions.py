@@ -20,7 +20,7 @@ from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices, choose
 from qpipe.pipeline.targets.build import Evidence, Model, Truncation, flat_targets, targets_of
 from qpipe.pipeline.targets.ceiling import ceiling_sums
-from qpipe.stages.scorers.base import scored
+from qpipe.stages.engines.base import scored
 
 from .inputs import Draw, fuzz, made_or_refused
 

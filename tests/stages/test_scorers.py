@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages.scorers.base import ENGINES, Scorer, ScorerSettings, make_scorer, say_once
-from qpipe.stages.scorers.transformers_model import _log_probs, batches
+from qpipe.pipeline.progress import say_once
+from qpipe.stages.engines.base import ENGINES, Scorer, ScorerSettings
+from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.transformers_engine import _log_probs, batches
 from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
@@ -170,7 +172,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     check_close(together, [dict(scorer.score([one], 8))[0] for one in EXAMPLES])
     backwards = dict(scorer.score(EXAMPLES[::-1], 8))
     check_close(together, [backwards[len(EXAMPLES) - 1 - place] for place in range(len(EXAMPLES))])
-    monkeypatch.setattr("qpipe.stages.scorers.transformers_model._BATCH_TOKENS", 320)
+    monkeypatch.setattr("qpipe.stages.engines.transformers_engine._BATCH_TOKENS", 320)
     check_close(together, run(scorer, 8))
     monkeypatch.setattr("qpipe.trainer.loss.fused._CHUNK_VALUES", 7 * VOCAB)
     check_close(together, run(scorer, 8))

@@ -21,14 +21,10 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.stages.engines.base import ScorerSettings, ServerSettings
+from qpipe.stages.engines.choose import choose_engine, make_scorer
+from qpipe.stages.engines.server import served_model
 from qpipe.stages.score import ScoreSettings
-from qpipe.stages.scorers.base import (
-    ScorerSettings,
-    ServerSettings,
-    choose_engine,
-    make_scorer,
-)
-from qpipe.stages.scorers.server import served_model
 from qpipe.trainer.models.files import ModelFiles, find_model
 
 VOCAB = 320

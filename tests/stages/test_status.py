@@ -20,8 +20,8 @@ from qpipe.pipeline.format.records import Example, Reject
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.locks import is_worked_in
 from qpipe.stages.cli import cli
+from qpipe.stages.engines.base import scored
 from qpipe.stages.report.training import read_runs
-from qpipe.stages.scorers.base import scored
 from qpipe.stages.status import FolderStatus, TrainStatus, status_of
 
 SETTINGS = {"vocab_size": 100, "top_k": 2, "tokenizer_hash": "3fa9"}

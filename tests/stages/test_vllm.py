@@ -13,10 +13,11 @@ import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages import score_stage
+from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_start
+from qpipe.stages.engines.base import ScorerSettings
+from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.vllm_start import is_memory
 from qpipe.stages.score import ScoreSettings, score
-from qpipe.stages.scorers import vllm_arrays, vllm_engine, vllm_start
-from qpipe.stages.scorers.base import ScorerSettings, make_scorer
-from qpipe.stages.scorers.vllm_start import is_memory
 from qpipe.trainer.models.files import find_model
 
 from ..conftest import make_tiny_model

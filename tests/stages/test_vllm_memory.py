@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.scorers import vllm_start
-from qpipe.stages.scorers.base import ScorerSettings
-from qpipe.stages.scorers.vllm_memory import Rows, fit_cpu, fit_gpu
+from qpipe.stages.engines import vllm_start
+from qpipe.stages.engines.base import ScorerSettings
+from qpipe.stages.engines.vllm_memory import Rows, fit_cpu, fit_gpu
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
 

@@ -12,9 +12,9 @@ from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.cli import cli
+from qpipe.stages.engines.transformers_engine import TransformersScorer
 from qpipe.stages.lineage import described
 from qpipe.stages.score_at import score_at
-from qpipe.stages.scorers.transformers_model import TransformersScorer
 from qpipe.trainer.models.files import find_model
 
 from ...made_up import kill_after_two_shards

@@ -10,17 +10,11 @@ import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages.scorers import base
-from qpipe.stages.scorers.base import (
-    GivenIds,
-    Scorer,
-    ScorerSettings,
-    choose_engine,
-    make_scorer,
-    with_given,
-)
-from qpipe.stages.scorers.base import scored as pack
-from qpipe.stages.scorers.transformers_model import TransformersScorer
+from qpipe.stages.engines import base
+from qpipe.stages.engines.base import GivenIds, Scorer, ScorerSettings, with_given
+from qpipe.stages.engines.base import scored as pack
+from qpipe.stages.engines.choose import choose_engine, make_scorer
+from qpipe.stages.engines.transformers_engine import TransformersScorer
 from qpipe.trainer.models.files import find_model
 
 from .folders import SHARDS, TOLERANCE, VOCAB, Dense, check_union, ints, scored_by_hand
@@ -143,7 +137,7 @@ def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base.say_once.cache_clear()
-    monkeypatch.setattr("qpipe.stages.scorers.vllm_engine._WINDOW_BYTES", 8 * VOCAB)
+    monkeypatch.setattr("qpipe.stages.engines.vllm_engine._WINDOW_BYTES", 8 * VOCAB)
     waiting: list[int] = []
     add_request = vllm.engine.add_request
 

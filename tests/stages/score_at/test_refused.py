@@ -11,10 +11,8 @@ from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_mani
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.cli import cli
+from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.score_at import score_at
-from qpipe.stages.scorers.base import (
-    make_scorer,
-)
 from qpipe.trainer.models.files import find_model
 
 from .folders import (

@@ -4,21 +4,16 @@ Array names end in their shape: N supervised positions, k the size of the top k,
 G the given ids of all positions, E the entries of all positions.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ...pipeline.errors import UserError
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import Example, Floats, Ints, ScoredExample
-from ...trainer.models.files import ModelFiles
 
 ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -100,94 +95,6 @@ class Scorer(Protocol):
         stored besides the top k (`with_given`).
         """
         ...
-
-
-def make_scorer(model: ModelFiles, settings: ScorerSettings) -> Scorer:
-    """Load the model into the engine that the settings name."""
-    match settings.engine:
-        case "vllm":
-            from .vllm_engine import VllmScorer
-
-            return VllmScorer(model, settings)
-        case "transformers":
-            from .transformers_model import TransformersScorer
-
-            return TransformersScorer(model, settings)
-        case "server":
-            from .server import ServerScorer
-
-            return ServerScorer(model, settings)
-        case other:
-            names = ", ".join((*ENGINES, "server"))
-            raise UserError(f"engine {other!r} is not known: choose one of {names}")
-
-
-def choose_engine(option: str, gathers: bool = False) -> str:
-    """The engine that an option means.
-
-    `auto` is vLLM where it is installed and, where log-probabilities at given ids are to be
-    gathered, has a way for that.
-    """
-    installed = find_spec("vllm") is not None
-    if option == "vllm" and not installed:
-        raise UserError(
-            "engine vllm is not installed: pip install 'qpipe[vllm]', or use --engine transformers"
-        )
-    if option == "server" and gathers:
-        raise UserError(
-            "--engine server scores no given ids, which --at asks for: use --engine vllm or "
-            "transformers"
-        )
-    if option != "auto":
-        return option
-    if installed and gathers and not _vllm_gathers():
-        say_once(
-            "engine transformers: vLLM cannot score given ids here (that takes a GPU and a version "
-            "that can)"
-        )
-        return "transformers"
-    return "vllm" if installed else "transformers"
-
-
-def _vllm_gathers() -> bool:
-    """Whether vLLM will take ids to score, told without an engine, which takes a minute to start.
-
-    It needs the version that has the parameter, and a model runner that is written in Triton: a
-    GPU stands in for the latter. `VllmScorer` asks the engine itself, and manages without.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    from vllm import SamplingParams
-
-    return hasattr(SamplingParams, "prompt_logprob_token_ids")
-
-
-def say(line: str) -> None:
-    """Tell the user something without tearing a progress bar."""
-    tqdm.write(line, file=sys.stderr)
-
-
-@cache
-def say_once(line: str) -> None:
-    """The same, once."""
-    say(line)
-
-
-def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
-    """The number format that an option means: `auto` is the model's own on a GPU, else float32.
-
-    `on_gpu` None asks this machine.
-    """
-    import torch
-
-    if option == "auto":
-        own = str(config.get_text_config().dtype).removeprefix("torch.")
-        has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-        option = own if has_gpu else "float32"
-    known: dict[str, Dtype] = {dtype: dtype for dtype in DTYPES}
-    return known.get(option, "float32")
 
 
 def scored(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.format.records import Example, Floats, ScoredExample
+from ...pipeline.progress import say, say_once
 from ...trainer.models.files import ModelFiles, check_weights
-from .base import GivenIds, ScorerSettings, say, say_once, scored, with_given
+from .base import GivenIds, ScorerSettings, scored, with_given
 from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
 from .vllm_memory import LEAST_SCHEDULED
 from .vllm_start import (

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...pipeline.errors import UserError
 from ...pipeline.format.records import Example, ScoredExample
+from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles, load_scoring_model
 from ...trainer.models.heads import logit_chunks, recognise
-from .base import GivenIds, ScorerSettings, say_once, scored, with_given
+from .base import GivenIds, ScorerSettings, scored, with_given
 
 _BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
 _ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples

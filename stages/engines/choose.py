@@ -1,0 +1,86 @@
+"""Choosing and starting an engine."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from ...pipeline.errors import UserError
+from ...pipeline.progress import say_once
+from ...trainer.models.files import ModelFiles
+from .base import DTYPES, ENGINES, Dtype, Scorer, ScorerSettings
+
+
+def make_scorer(model: ModelFiles, settings: ScorerSettings) -> Scorer:
+    """Load the model into the engine that the settings name."""
+    match settings.engine:
+        case "vllm":
+            from .vllm_engine import VllmScorer
+
+            return VllmScorer(model, settings)
+        case "transformers":
+            from .transformers_engine import TransformersScorer
+
+            return TransformersScorer(model, settings)
+        case "server":
+            from .server import ServerScorer
+
+            return ServerScorer(model, settings)
+        case other:
+            names = ", ".join((*ENGINES, "server"))
+            raise UserError(f"engine {other!r} is not known: choose one of {names}")
+
+
+def choose_engine(option: str, gathers: bool = False) -> str:
+    """The engine that an option means.
+
+    `auto` is vLLM where it is installed and, where log-probabilities at given ids are to be
+    gathered, has a way for that.
+    """
+    installed = find_spec("vllm") is not None
+    if option == "vllm" and not installed:
+        raise UserError(
+            "engine vllm is not installed: pip install 'qpipe[vllm]', or use --engine transformers"
+        )
+    if option == "server" and gathers:
+        raise UserError(
+            "--engine server scores no given ids, which --at asks for: use --engine vllm or "
+            "transformers"
+        )
+    if option != "auto":
+        return option
+    if installed and gathers and not _vllm_gathers():
+        say_once(
+            "engine transformers: vLLM cannot score given ids here (that takes a GPU and a version "
+            "that can)"
+        )
+        return "transformers"
+    return "vllm" if installed else "transformers"
+
+
+def _vllm_gathers() -> bool:
+    """Whether vLLM will take ids to score, told without an engine, which takes a minute to start.
+
+    It needs the version that has the parameter, and a model runner that is written in Triton: a
+    GPU stands in for the latter. `VllmScorer` asks the engine itself, and manages without.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    from vllm import SamplingParams
+
+    return hasattr(SamplingParams, "prompt_logprob_token_ids")
+
+
+def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
+    """The number format that an option means: `auto` is the model's own on a GPU, else float32.
+
+    `on_gpu` None asks this machine.
+    """
+    import torch
+
+    if option == "auto":
+        own = str(config.get_text_config().dtype).removeprefix("torch.")
+        has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+        option = own if has_gpu else "float32"
+    known: dict[str, Dtype] = {dtype: dtype for dtype in DTYPES}
+    return known.get(option, "float32")

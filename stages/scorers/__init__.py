@@ -1,1 +1,0 @@
-"""Scoring engines behind one interface: `base.Scorer`, made by `base.make_scorer`."""
