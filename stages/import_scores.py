@@ -36,7 +36,7 @@ from ..pipeline.storage.files import sha256_of_file
 from ..pipeline.storage.locks import locked
 from ..trainer.models.files import ModelFiles, find_model
 from .demonstrations.demonstration import UnusableError
-from .score_stage import refuse_nothing_scored, score_sums
+from .score.stage import refuse_nothing_scored, score_sums
 from .topk_rows import IGNORED, Ints, Mass, Reading, TopK, TopKRow, scored, without_padding
 
 Format = Literal["axolotl", "distillkit"]

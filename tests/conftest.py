@@ -96,7 +96,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 def make_scores(root: Path, model: Path, top_k: int = 20) -> Path:
     """Score 30 demonstrations, twelve a shard."""
-    from qpipe.stages.score import ScoreSettings, score
+    from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 
     rows = [
         {"prompt": f"user {'ab' * (number % 5)} the", "completion": f" answer is {number * 37}"}

@@ -191,8 +191,8 @@ def score(
     for name in (name for name, value in gpu.items() if value is not None):
         option = option_of(name)
         raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
-    from ..score import ScoreSettings, score
-    from ..score_at import ScoreAtSettings, score_at
+    from ..score.from_demonstrations import ScoreSettings, score
+    from ..score.from_folder import ScoreAtSettings, score_at
     from ..summaries.folders import report
 
     take_place(options)
@@ -216,9 +216,9 @@ def _plan(
     gpu_speed: float | None,
 ) -> None:
     from ...pipeline.progress import log_event
-    from ..costs import H100_TFLOPS, Throughput
-    from ..plan import plan
-    from ..score import ScoreSettings
+    from ..score.costs import H100_TFLOPS, Throughput
+    from ..score.from_demonstrations import ScoreSettings
+    from ..score.plan import plan
     from ..summaries.plan import plan_event, print_plan
 
     if not demonstrations or ctx.params["at"] is not None:
@@ -235,7 +235,7 @@ def _plan(
 
 def _without_row_options(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `score` but those that say how rows are read, which nobody may have given."""
-    from ..score_stage import MODEL_OPTIONS
+    from ..score.stage import MODEL_OPTIONS
 
     kept = {}
     for name in ("demonstrations", *options):

@@ -10,8 +10,8 @@ from .aligned import print_table
 
 if TYPE_CHECKING:
     from ...pipeline.format.records import Reject
-    from ..costs import Costs
-    from ..plan import Memory, ScorePlan, Workload
+    from ..score.costs import Costs
+    from ..score.plan import Memory, ScorePlan, Workload
 
 
 def print_plan(plan: "ScorePlan") -> None:
@@ -83,7 +83,7 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
     """What scoring takes, and what then comes of it."""
     if costs is None:
         return []
-    from ..costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
+    from ..score.costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
 
     throughput = costs.throughput
     basis = (

@@ -31,7 +31,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.stages.summaries.folders import bytes_per_token
 from qpipe.stages.verify import verify

@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import Example
-from qpipe.stages import score_stage
 from qpipe.stages.engines.base import ScorerSettings, scored
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.vllm_arrays import keep_tensors, prompt_arrays
 from qpipe.stages.quiet import quiet_libraries
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score import stage as score_stage
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 from qpipe.tests.benchmarks.figures import faster, publish, timed
 from qpipe.trainer.models.files import ModelFiles, find_model, load_model
 

@@ -30,7 +30,7 @@ _PRELOADED = (
     "qpipe.tests.faults.processes",
     "qpipe.stages.cli",
     "qpipe.stages.summaries.folders",
-    "qpipe.stages.score",
+    "qpipe.stages.score.from_demonstrations",
     "qpipe.stages.engines.transformers_engine",
     "qpipe.stages.build_targets",
     "qpipe.stages.share",

@@ -21,9 +21,9 @@ import numpy as np
 import yaml
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages import score_stage
 from qpipe.stages.cli import cli, main
 from qpipe.stages.engines.base import scored
+from qpipe.stages.score import stage as score_stage
 from qpipe.trainer.run import (
     train as loop,  # here, since what takes seconds to load is not an input's fault
 )

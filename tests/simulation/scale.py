@@ -31,7 +31,7 @@ ASSUMED = {
     "tokens": 400,  # of a demonstration
     "supervised": 250,  # of these
     "target bytes": 50,  # a supervised token: docs/folders.md, tests/benchmarks/frontier.py
-    "score bytes": 64 * 5.2 + 9,  # at k = 64: stages/plan.py
+    "score bytes": 64 * 5.2 + 9,  # at k = 64: stages/score/plan.py
     "shard": 512,  # demonstrations: the default of --shard-size
 }
 SIZES = (10**9, 10**10, 10**12)  # supervised tokens

@@ -25,7 +25,7 @@ from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.files import sha256_of_file
 from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.score_stage import score_sums
+from qpipe.stages.score.stage import score_sums
 
 VOCAB, TOP_K = 300, 12
 SCORES = {"vocab_size": VOCAB, "top_k": TOP_K, "tokenizer_hash": "3fa9"}

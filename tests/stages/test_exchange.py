@@ -21,7 +21,7 @@ from qpipe.stages.build_targets import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.export_scores import ExportSettings, export_scores
 from qpipe.stages.import_scores import ImportSettings, import_scores
-from qpipe.stages.score_at import ScoreAtSettings, score_at
+from qpipe.stages.score.from_folder import ScoreAtSettings, score_at
 from qpipe.stages.verify import verify
 
 from ..conftest import make_scores, make_tiny_model

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.cli import cli
-from qpipe.stages.costs import Throughput, costs
-from qpipe.stages.plan import Lengths, Workload, folder_bytes, plan
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score.costs import Throughput, costs
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.plan import Lengths, Workload, folder_bytes, plan
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import count_weights, forward_flop
 

@@ -15,7 +15,7 @@ from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages import rescore as module
 from qpipe.stages.cli import cli
 from qpipe.stages.rescore import bucket_kl, rescore
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 
 from ..conftest import make_tiny_model
 from ..made_up import qpipe

@@ -24,7 +24,7 @@ from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.engines.base import ScorerSettings, ServerSettings
 from qpipe.stages.engines.choose import choose_engine, make_scorer
 from qpipe.stages.engines.server import served_model
-from qpipe.stages.score import ScoreSettings
+from qpipe.stages.score.from_demonstrations import ScoreSettings
 from qpipe.trainer.models.files import ModelFiles, find_model
 
 VOCAB = 320

@@ -12,12 +12,12 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages import score_stage
 from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.vllm_start import is_memory
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score import stage as score_stage
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 from qpipe.trainer.models.files import find_model
 
 from ..conftest import make_tiny_model

@@ -13,8 +13,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.encoding import date as template_date
 from qpipe.stages.execution import Execution
-from qpipe.stages.plan import plan
-from qpipe.stages.score import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.plan import plan
 from qpipe.trainer.models.files import find_model
 
 DATED = (

@@ -14,7 +14,7 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.stages.score_at import ScoreAtSettings
+from qpipe.stages.score.from_folder import ScoreAtSettings
 from qpipe.trainer.models.files import find_model
 
 VOCAB = 320

@@ -12,7 +12,7 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.cli import cli
 from qpipe.stages.engines.choose import make_scorer
-from qpipe.stages.score_at import score_at
+from qpipe.stages.score.from_folder import score_at
 from qpipe.trainer.models.files import find_model
 
 from .folders import (
@@ -46,7 +46,7 @@ def test_an_example_that_is_too_long_is_refused(
     assert not (tmp_path / "out").exists()
     limits: list[int] = []
     monkeypatch.setattr(
-        "qpipe.stages.score_stage.make_scorer",
+        "qpipe.stages.score.stage.make_scorer",
         lambda model, started: limits.append(started.max_length) or make_scorer(model, started),
     )
     made = score_at(settings(teacher, tmp_path / "at256", tmp_path / "out")).manifest

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..trainer.models.files import ModelFiles
-from ..trainer.models.size import count_weights, forward_flop
+from ...trainer.models.files import ModelFiles
+from ...trainer.models.size import count_weights, forward_flop
 
 H100_TFLOPS = 989.0  # a GPU's peak: an H100's in bfloat16 without sparsity, by its data sheet
 UTILIZATION = 0.4  # of the peak; assumed, not measured

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Manifest, read_manifest
-from ..pipeline.folders.sealed import folder_schema, read_scores, read_shard
-from ..pipeline.folders.shard_run import Job, StageResult
-from ..pipeline.folders.tasks import PartResult
-from ..pipeline.format.batches import split
-from ..pipeline.format.records import Example, ScoredExample
-from ..trainer.models.files import ModelFiles, find_model
-from .engines.base import GivenIds
-from .execution import Execution, run_stage
-from .score_stage import ModelSettings, ScoreStage, Unscored
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest, read_manifest
+from ...pipeline.folders.sealed import folder_schema, read_scores, read_shard
+from ...pipeline.folders.shard_run import Job, StageResult
+from ...pipeline.folders.tasks import PartResult
+from ...pipeline.format.batches import split
+from ...pipeline.format.records import Example, ScoredExample
+from ...trainer.models.files import ModelFiles, find_model
+from ..engines.base import GivenIds
+from ..execution import Execution, run_stage
+from .stage import ModelSettings, ScoreStage, Unscored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,22 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, require
-from ..pipeline.folders.manifest import MANIFEST, read_manifest
-from ..pipeline.folders.shard_run import Job, StageResult, sidecar_indices
-from ..pipeline.folders.shards import committed_shard
-from ..pipeline.folders.tasks import PartResult
-from ..pipeline.format.records import Reject
-from ..pipeline.storage.json_files import sha256_of_json
-from ..pipeline.threads import in_order
-from ..trainer.models.files import ModelFiles, find_model
-from .demonstrations.formats import check_readable, parse_row
-from .demonstrations.sources import Facts, RowReader, Source, open_sources
-from .encoding.date import parse_day, template_date
-from .encoding.encoder import Encoded, Encoder
-from .encoding.template import load_template
-from .execution import Execution, run_stage
-from .score_stage import ModelSettings, ScoreStage, Unscored
+from ...pipeline.errors import UserError, require
+from ...pipeline.folders.manifest import MANIFEST, read_manifest
+from ...pipeline.folders.shard_run import Job, StageResult, sidecar_indices
+from ...pipeline.folders.shards import committed_shard
+from ...pipeline.folders.tasks import PartResult
+from ...pipeline.format.records import Reject
+from ...pipeline.storage.json_files import sha256_of_json
+from ...pipeline.threads import in_order
+from ...trainer.models.files import ModelFiles, find_model
+from ..demonstrations.formats import check_readable, parse_row
+from ..demonstrations.sources import Facts, RowReader, Source, open_sources
+from ..encoding.date import parse_day, template_date
+from ..encoding.encoder import Encoded, Encoder
+from ..encoding.template import load_template
+from ..execution import Execution, run_stage
+from .stage import ModelSettings, ScoreStage, Unscored
 
 DEFAULT_MAX_LENGTH = 4096
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..pipeline.errors import UserError, option_of, require
-from ..pipeline.folders.manifest import Identity, ShardEntry, identity_schema
-from ..pipeline.folders.provenance import package_versions
-from ..pipeline.folders.shard_run import Job, folder_in
-from ..pipeline.folders.shards import ShardContent, batches_of
-from ..pipeline.folders.watch import Report
-from ..pipeline.format.records import Example, Floats, ScoredExample
-from ..pipeline.format.schema import schema_of
-from ..trainer.models.files import ModelFiles
-from .engines.base import GivenIds, Scorer, ScorerSettings, ServerSettings
-from .engines.choose import choose_dtype, choose_engine, make_scorer
+from ...pipeline.errors import UserError, option_of, require
+from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
+from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.shard_run import Job, folder_in
+from ...pipeline.folders.shards import ShardContent, batches_of
+from ...pipeline.folders.watch import Report
+from ...pipeline.format.records import Example, Floats, ScoredExample
+from ...pipeline.format.schema import schema_of
+from ...trainer.models.files import ModelFiles
+from ..engines.base import GivenIds, Scorer, ScorerSettings, ServerSettings
+from ..engines.choose import choose_dtype, choose_engine, make_scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +261,7 @@ def _settled(server: ServerSettings | None) -> ServerSettings | None:
     """The server, with the name of its model asked for where none is given."""
     if server is None:
         return None
-    from .engines.server import served_model
+    from ..engines.server import served_model
 
     return replace(server, model=served_model(server))
 

@@ -11,19 +11,19 @@ from itertools import count
 
 import numpy as np
 
-from ..pipeline.format.records import Reject
-from ..pipeline.progress import progress_bar
-from ..trainer.models.files import ModelFiles, find_model
-from ..trainer.models.size import kv_cache_bytes, weight_bytes
+from ...pipeline.format.records import Reject
+from ...pipeline.progress import progress_bar
+from ...trainer.models.files import ModelFiles, find_model
+from ...trainer.models.size import kv_cache_bytes, weight_bytes
+from ..demonstrations.formats import check_readable
+from ..demonstrations.sources import open_sources
+from ..engines.base import ScorerSettings
+from ..engines.choose import choose_dtype
+from ..engines.vllm_memory import EngineMemory
+from ..engines.vllm_start import WINDOW_TOKENS, plan_memory
 from .costs import Costs, Throughput, costs
-from .demonstrations.formats import check_readable
-from .demonstrations.sources import open_sources
-from .engines.base import ScorerSettings
-from .engines.choose import choose_dtype
-from .engines.vllm_memory import EngineMemory
-from .engines.vllm_start import WINDOW_TOKENS, plan_memory
-from .score import Demonstrations, ScoreSettings
-from .score_stage import check_top_k
+from .from_demonstrations import Demonstrations, ScoreSettings
+from .stage import check_top_k
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 # Bytes in a shard, as measured at k = 8, 64 and 128 on SmolLM2's scores of arithmetic: an entry is
