@@ -76,7 +76,7 @@ def build_targets(
     qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
     """
     from ...pipeline.methods.table import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
-    from ..build_targets import BuildSettings, build_targets
+    from ..build_targets.stage import BuildSettings, build_targets
     from ..summaries.folders import report
 
     given = dict(_name_and_value(param) for param in params)

@@ -22,7 +22,7 @@ def compare_methods(all_forms: bool, **options: Any) -> None:
     \b
     qpipe compare-methods scores/ --teacher teacher/
     """
-    from ..compare_methods import compare_methods
+    from ..build_targets.compare_methods import compare_methods
     from ..summaries.ceilings import print_comparison
 
     print_comparison(compare_methods(all_forms=all_forms, **options))

@@ -9,7 +9,7 @@ from ...pipeline.targets.ceiling import Ceiling, ceiling_advice, reproducible_sh
 from .aligned import print_table
 
 if TYPE_CHECKING:
-    from ..compare_methods import Comparison
+    from ..build_targets.compare_methods import Comparison
 
 
 def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 

@@ -28,7 +28,7 @@ import numpy as np
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.score.from_demonstrations import ScoreSettings, score

@@ -57,7 +57,7 @@ _PAINT = """() => performance.getEntriesByType("paint").map((each) => each.start
 def make_folders(folder: Path, demonstrations: int) -> tuple[Path, Path]:
     """Scores and targets of made-up demonstrations, by the real stages."""
     from qpipe.pipeline.methods import choose
-    from qpipe.stages.build_targets import BuildSettings, build_targets
+    from qpipe.stages.build_targets.stage import BuildSettings, build_targets
     from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 
     model = folder / "model"

@@ -19,7 +19,7 @@ from qpipe.trainer.step.distributed import keep_freed_memory
 
 _LIBRARIES = [
     "qpipe.stages.cli",
-    "qpipe.stages.build_targets",
+    "qpipe.stages.build_targets.stage",
     "qpipe.trainer.run.train",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",

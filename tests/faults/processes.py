@@ -32,7 +32,7 @@ _PRELOADED = (
     "qpipe.stages.summaries.folders",
     "qpipe.stages.score.from_demonstrations",
     "qpipe.stages.engines.transformers_engine",
-    "qpipe.stages.build_targets",
+    "qpipe.stages.build_targets.stage",
     "qpipe.stages.share",
     "qpipe.trainer.run.train",
     "transformers.models.llama.modeling_llama",

@@ -24,7 +24,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.files import sha256_of_file
 from qpipe.pipeline.storage.json_files import write_json
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.score.stage import score_sums
 
 VOCAB, TOP_K = 300, 12

@@ -21,10 +21,10 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
-from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.compare_methods import Comparison, compare_methods
-from qpipe.stages.inputs import open_inputs
-from qpipe.stages.teacher import ScoreFolder
+from qpipe.stages.build_targets.compare_methods import Comparison, compare_methods
+from qpipe.stages.build_targets.inputs import open_inputs
+from qpipe.stages.build_targets.score_folder import ScoreFolder
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.tests.made_up import qpipe, run_qpipe
 
 VOCAB = 24

@@ -17,7 +17,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages import import_scores as module
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.export_scores import ExportSettings, export_scores
 from qpipe.stages.import_scores import ImportSettings, import_scores

@@ -19,7 +19,7 @@ from qpipe.pipeline.format.records import Reject, ScoredExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import METHODS, choose
 from qpipe.pipeline.targets.ceiling import Ceiling
-from qpipe.stages.compare_methods import Comparison
+from qpipe.stages.build_targets.compare_methods import Comparison
 from qpipe.stages.summaries.aligned import print_table
 from qpipe.stages.summaries.ceilings import print_comparison
 from qpipe.stages.summaries.folders import print_scores

@@ -19,10 +19,10 @@ from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
-from qpipe.stages import teacher as module
-from qpipe.stages.build_targets import BuildSettings, build_targets
-from qpipe.stages.inputs import open_inputs
-from qpipe.stages.teacher import Teacher
+from qpipe.stages.build_targets import teacher as module
+from qpipe.stages.build_targets.inputs import open_inputs
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.teacher import Teacher
 
 VOCAB = 12
 NUMBERS = range(7)

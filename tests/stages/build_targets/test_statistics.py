@@ -8,8 +8,8 @@ import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.methods import choose
-from qpipe.stages import build_targets as stage
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets import stage
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 
 from .made import (
     Floats,

@@ -15,8 +15,8 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.json_files import sha256_of_json
-from qpipe.stages import build_targets as stage
-from qpipe.stages import teacher as teacher_module
+from qpipe.stages.build_targets import stage
+from qpipe.stages.build_targets import teacher as teacher_module
 
 from .made import (
     ALL_CHOICES,

@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.errors import UserError, require
-from ..pipeline.folders.manifest import Identity, Manifest, ShardEntry, identity_schema
-from ..pipeline.folders.provenance import package_versions
-from ..pipeline.folders.shard_run import Job, StageResult, folder_in
-from ..pipeline.folders.shards import ShardContent
-from ..pipeline.folders.tasks import PartResult
-from ..pipeline.folders.watch import Report
-from ..pipeline.format.batches import FlatBatch, join
-from ..pipeline.format.packing import PRECISIONS, Precision
-from ..pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
-from ..pipeline.methods.definition import Choice
-from ..pipeline.methods.table import choose
-from ..pipeline.storage.json_files import sha256_of_json
-from ..pipeline.targets.build import Evidence, Truncation, flat_targets, targets_of
-from ..pipeline.targets.ceiling import ceiling_sums
-from ..pipeline.targets.quantiles import OrderStatistics
-from ..pipeline.threads import in_order
-from .execution import Execution, run_stage
+from ...pipeline.errors import UserError, require
+from ...pipeline.folders.manifest import Identity, Manifest, ShardEntry, identity_schema
+from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.shard_run import Job, StageResult, folder_in
+from ...pipeline.folders.shards import ShardContent
+from ...pipeline.folders.tasks import PartResult
+from ...pipeline.folders.watch import Report
+from ...pipeline.format.batches import FlatBatch, join
+from ...pipeline.format.packing import PRECISIONS, Precision
+from ...pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
+from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.table import choose
+from ...pipeline.storage.json_files import sha256_of_json
+from ...pipeline.targets.build import Evidence, Truncation, flat_targets, targets_of
+from ...pipeline.targets.ceiling import ceiling_sums
+from ...pipeline.targets.quantiles import OrderStatistics
+from ...pipeline.threads import in_order
+from ..execution import Execution, run_stage
 from .inputs import Inputs, open_inputs
 
 

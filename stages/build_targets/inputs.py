@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import read_manifest
-from ..pipeline.methods.definition import Choice
-from ..pipeline.methods.rules import TOP_ENTROPY_SIZE
-from ..pipeline.progress import progress_bar
-from ..pipeline.targets.build import Evidence
-from .teacher import ScoreFolder, Teacher
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import read_manifest
+from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.rules import TOP_ENTROPY_SIZE
+from ...pipeline.progress import progress_bar
+from ...pipeline.targets.build import Evidence
+from .score_folder import ScoreFolder
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..pipeline.errors import UserError
-from ..pipeline.methods.definition import Choice
-from ..pipeline.methods.table import METHODS, choices
-from ..pipeline.targets.build import Truncation, stored_residual
-from ..pipeline.targets.ceiling import (
+from ...pipeline.errors import UserError
+from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.table import METHODS, choices
+from ...pipeline.targets.build import Truncation, stored_residual
+from ...pipeline.targets.ceiling import (
     Ceiling,
     ceiling_sums,
     ceilings,
     has_ceiling,
     reproducible_share,
 )
-from .build_targets import check_temperatures, with_statistics
 from .inputs import Inputs, open_inputs
+from .stage import check_temperatures, with_statistics
 
 WHOLE = Truncation(top_p=1.0, max_support=2**31)
 

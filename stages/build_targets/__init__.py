@@ -1,0 +1,5 @@
+"""`qpipe build-targets` and `qpipe compare-methods`: from score folders to a target folder.
+
+`stage` is the stage, `inputs` opens the base's scores and a teacher's, `teacher` joins the two by
+example id, and `compare_methods` states what each method would store. Begin with `stage`.
+"""
