@@ -10,7 +10,7 @@ import click
 from ..pipeline.errors import option_of, shown
 
 if TYPE_CHECKING:
-    from .execution import Execution
+    from .execution.options import Execution
 
 
 class _Place(click.ParamType):
@@ -237,7 +237,7 @@ def take_place(options: dict[str, Any]) -> None:
 
 def take_execution(options: dict[str, Any]) -> "Execution":
     """The settings of `execution_options`, which are taken out of the options."""
-    from .execution import Execution
+    from .execution.options import Execution
 
     return Execution(**{each.name: options.pop(each.name) for each in fields(Execution)})
 

@@ -24,7 +24,7 @@ from ...pipeline.targets.build import Evidence, Truncation, flat_targets, target
 from ...pipeline.targets.ceiling import ceiling_sums
 from ...pipeline.targets.quantiles import OrderStatistics
 from ...pipeline.threads import in_order
-from ..execution import Execution, run_stage
+from ..execution.options import Execution, run_stage
 from .inputs import Inputs, open_inputs
 
 

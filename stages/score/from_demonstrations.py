@@ -20,7 +20,7 @@ from ..demonstrations.sources import Facts, RowReader, Source, open_sources
 from ..encoding.date import parse_day, template_date
 from ..encoding.encoder import Encoded, Encoder
 from ..encoding.template import load_template
-from ..execution import Execution, run_stage
+from ..execution.options import Execution, run_stage
 from .stage import ModelSettings, ScoreStage, Unscored
 
 DEFAULT_MAX_LENGTH = 4096

@@ -17,7 +17,7 @@ from ...pipeline.format.batches import split
 from ...pipeline.format.records import Example, ScoredExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
-from ..execution import Execution, run_stage
+from ..execution.options import Execution, run_stage
 from .stage import ModelSettings, ScoreStage, Unscored
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.executors import ray_cluster
+from qpipe.stages.execution import ray as ray_cluster
 from qpipe.tests.simulation.readers import Attempt, make_folder, read_epoch
 from qpipe.tests.simulation.scheduler import (
     Trouble,

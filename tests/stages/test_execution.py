@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.tasks import Share
-from qpipe.stages.execution import Execution, share_of
+from qpipe.stages.execution.options import Execution, share_of
 
 
 def array(task: int, tasks: int, first: int = 0, step: int = 1) -> dict[str, str]:

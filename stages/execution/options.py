@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.errors import UserError, require
-from ..pipeline.folders.shard_run import StageResult, finished
-from ..pipeline.folders.tasks import PartResult, Share, Stage, run_alone, run_share
-from ..pipeline.folders.watch import Watcher
+from ...pipeline.errors import UserError, require
+from ...pipeline.folders.shard_run import StageResult, finished
+from ...pipeline.folders.tasks import PartResult, Share, Stage, run_alone, run_share
+from ...pipeline.folders.watch import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     label = "" if share is None else str(share)
     watcher = Watcher(identity.stage, identity.fingerprint, execution.log_json, label)
     if execution.executor == "ray":
-        from .executors.ray_cluster import run_on_ray
+        from .ray import run_on_ray
 
         return run_on_ray(stage, execution.workers, execution.ray_address, watcher)
     if share is None:

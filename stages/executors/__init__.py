@@ -1,1 +1,0 @@
-"""Where a stage runs besides this process: what needs more than the ground floor knows."""
