@@ -24,7 +24,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     qpipe share targets/ s3://bucket/targets
     qpipe share targets/ hf://datasets/name/targets --license cc-by-4.0
     """
-    from ..share import share
+    from ..folders.share import share
 
     result = share(folder, target, license_id, title)
     totals = result.manifest.totals
@@ -47,7 +47,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 @click.option("--json", "as_json", is_flag=True, help="A JSON line for each folder.")
 def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
     """List the folders under a path or URL, one line each."""
-    from ..catalogue import Listed, catalogue
+    from ..folders.listing import Listed, catalogue
     from ..summaries.aligned import print_table
 
     def cells(each: Listed) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def list_folders(root: Path, stage: str | None, contains: str | None, as_json: b
 def lineage(folder: Path) -> None:
     """Show what a folder was made of, back to the demonstrations."""
     from ...pipeline.folders.manifest import read_manifest
-    from ..lineage import generations
+    from ..folders.lineage import generations
 
     for depth, words in generations(read_manifest(folder)):
         click.echo(f"{'  ' * depth}{_clean(words)}")

@@ -21,7 +21,7 @@ def status(folder: Path, as_json: bool) -> None:
     \b
     qpipe status scores/
     """
-    from ..status import status_of
+    from ..folders.status import status_of
     from ..summaries.status import print_status
 
     found = status_of(folder)

@@ -37,7 +37,7 @@ def subset(**options: Any) -> None:
     \b
     qpipe subset scores/ --out easy/ --where 'mean_nll < 2.5' 'tokens <= 1024'
     """
-    from ..subset import SubsetSettings, subset
+    from ..folders.subset import SubsetSettings, subset
     from ..summaries.folders import print_subset
 
     print_subset(options["out"], subset(SubsetSettings(**options)))

@@ -64,7 +64,7 @@ def verify(
     )
     if rescore is not None:
         from ...pipeline.progress import log_event
-        from ..rescore import rescore as score_again
+        from ..folders.rescore import rescore as score_again
         from ..summaries.rescored import print_rescored
 
         result = score_again(folder, model, revision, rescore, seed)
@@ -75,7 +75,7 @@ def verify(
 def _check(folder: Path) -> None:
     """Say what is wrong. Raises UserError if anything is."""
     from ...pipeline.errors import UserError
-    from ..verify import verify
+    from ..folders.verify import verify
 
     found = 0
     for problem in verify(folder):

@@ -9,7 +9,7 @@ from ...pipeline.folders.shard_run import REJECTS, StageResult, folder_in
 from ...pipeline.folders.tasks import PartResult
 from ...pipeline.progress import log_event
 from ...pipeline.targets.ceiling import ceilings
-from ..lineage import described
+from ..folders.lineage import described
 from .aligned import print_table
 from .ceilings import print_ceiling
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .aligned import print_table
 
 if TYPE_CHECKING:
-    from ..rescore import Rescored
+    from ..folders.rescore import Rescored
 
 
 def print_rescored(result: "Rescored") -> None:

@@ -8,12 +8,12 @@ from tqdm import tqdm
 from .aligned import print_table
 
 if TYPE_CHECKING:
-    from ..status import FolderStatus, TrainStatus
+    from ..folders.status import FolderStatus, TrainStatus
 
 
 def print_status(folder: Path, status: "FolderStatus | TrainStatus") -> None:
     """How far a folder is."""
-    from ..status import FolderStatus
+    from ..folders.status import FolderStatus
 
     work = {True: "being worked in", False: "nobody works in it", None: "not finished"}
     state = "done" if status.is_done else work[status.is_worked_in]

@@ -33,7 +33,7 @@ _PRELOADED = (
     "qpipe.stages.score.from_demonstrations",
     "qpipe.stages.engines.transformers_engine",
     "qpipe.stages.build_targets.stage",
-    "qpipe.stages.share",
+    "qpipe.stages.folders.share",
     "qpipe.trainer.run.train",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",

@@ -13,11 +13,11 @@ from qpipe.pipeline.folders.manifest import Identity, read_manifest
 from qpipe.pipeline.folders.mixing import read_mix, write_mix
 from qpipe.pipeline.folders.sealed import read_scores, read_targets
 from qpipe.pipeline.storage.json_files import json_bytes, sha256_of_json
-from qpipe.stages.catalogue import catalogue
+from qpipe.stages.folders.lineage import generations
+from qpipe.stages.folders.listing import catalogue
+from qpipe.stages.folders.status import status_of
+from qpipe.stages.folders.verify import verify
 from qpipe.stages.inspect import InspectSettings, inspect
-from qpipe.stages.lineage import generations
-from qpipe.stages.status import status_of
-from qpipe.stages.verify import verify
 from qpipe.tests.stages.sealed import SCORES, build, scored, seal
 
 from .inputs import folder_until_exit, made_or_refused

@@ -16,7 +16,7 @@ from qpipe.pipeline.folders.manifest import (
 from qpipe.pipeline.folders.sealed import folder_schema, read_shard
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, sidecar_path
-from qpipe.stages.status import status_of
+from qpipe.stages.folders.status import status_of
 
 from .folders import STAGES, as_bytes, copied, read_all, resealed, whole
 from .inputs import Draw, damaged, fuzz, made_or_refused, spoilt
@@ -161,6 +161,6 @@ def test_sidecars_of_sealed_folders_spoilt(drawn: tuple[str, bytes]) -> None:
         is_whole = path.read_bytes() == content
         path.write_bytes(content)
         assert read_all(folder)
-        from qpipe.stages.verify import verify
+        from qpipe.stages.folders.verify import verify
 
         assert is_whole == (not list(verify(folder)))

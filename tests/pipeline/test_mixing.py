@@ -14,9 +14,9 @@ from qpipe.pipeline.folders.mixing import read_mix, write_mix
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
-from qpipe.stages.share import share
-from qpipe.stages.subset import SubsetSettings, subset
-from qpipe.stages.verify import verify
+from qpipe.stages.folders.share import share
+from qpipe.stages.folders.subset import SubsetSettings, subset
+from qpipe.stages.folders.verify import verify
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.stages.verify import verify
+from qpipe.stages.folders.verify import verify
 from qpipe.trainer.data.stream import open_streams
 
 from .sealed import build, seal_scores

@@ -20,9 +20,9 @@ from qpipe.stages import import_scores as module
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.export_scores import ExportSettings, export_scores
+from qpipe.stages.folders.verify import verify
 from qpipe.stages.import_scores import ImportSettings, import_scores
 from qpipe.stages.score.from_folder import ScoreAtSettings, score_at
-from qpipe.stages.verify import verify
 
 from ..conftest import make_scores, make_tiny_model
 

@@ -24,7 +24,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Identity, read_manifest
 from qpipe.pipeline.folders.sealed import shard_ids
 from qpipe.pipeline.storage.json_files import sha256_of_json
-from qpipe.stages.verify import verify
+from qpipe.stages.folders.verify import verify
 
 from .sealed import SCORES, build, older, reseal, rewrite, scored, seal, seal_scores
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from qpipe.stages.hub import HubFolder
+from qpipe.stages.folders.hub import HubFolder
 from qpipe.tests.hub import hub_server
 from qpipe.tests.made_up import folder_of, targeted
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import ScoredExample
-from qpipe.stages import rescore as module
 from qpipe.stages.cli import cli
-from qpipe.stages.rescore import bucket_kl, rescore
+from qpipe.stages.folders import rescore as module
+from qpipe.stages.folders.rescore import bucket_kl, rescore
 from qpipe.stages.score.from_demonstrations import ScoreSettings, score
 
 from ..conftest import make_tiny_model

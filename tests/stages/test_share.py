@@ -17,9 +17,9 @@ from qpipe.pipeline import decoder
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest
 from qpipe.pipeline.storage import remote
 from qpipe.pipeline.storage.remote import open_path
-from qpipe.stages import share as sharing
-from qpipe.stages.card import card, plain
-from qpipe.stages.lineage import generations
+from qpipe.stages.folders import share as sharing
+from qpipe.stages.folders.card import card, plain
+from qpipe.stages.folders.lineage import generations
 from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
 from qpipe.tests.s3 import Bucket
 

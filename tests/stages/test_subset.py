@@ -14,8 +14,8 @@ from qpipe.pipeline.format.records import Example
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
-from qpipe.stages.subset import SubsetSettings, subset
-from qpipe.stages.verify import verify
+from qpipe.stages.folders.subset import SubsetSettings, subset
+from qpipe.stages.folders.verify import verify
 
 from .sealed import SCORES, scored, seal
 
@@ -148,7 +148,7 @@ def test_ids_that_are_not_there_are_named(scores: Path, tmp_path: Path) -> None:
 
 def test_a_row_without_supervised_tokens_has_no_mean() -> None:
     from qpipe.pipeline.format.batches import FlatBatch
-    from qpipe.stages.conditions import parse_condition
+    from qpipe.stages.folders.conditions import parse_condition
 
     arrays = {"trust": np.array([0.5, 0.7], np.float32)}
     lengths = {"position": np.array([0, 2]), "token": np.array([3, 5])}

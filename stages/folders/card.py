@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..pipeline.folders.manifest import Manifest
+from ...pipeline.folders.manifest import Manifest
 from .lineage import described, generations
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import (
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import (
     MANIFEST,
     PLAN,
     ShardEntry,
@@ -15,11 +15,11 @@ from ..pipeline.folders.manifest import (
     read_plan,
     totals_of,
 )
-from ..pipeline.folders.shard_run import sidecar_indices
-from ..pipeline.folders.shards import read_sidecar, sidecar_path
-from ..pipeline.storage.json_files import is_number
-from ..pipeline.storage.locks import is_worked_in
-from ..trainer.run.folder import LOG, RUN, parse_event
+from ...pipeline.folders.shard_run import sidecar_indices
+from ...pipeline.folders.shards import read_sidecar, sidecar_path
+from ...pipeline.storage.json_files import is_number
+from ...pipeline.storage.locks import is_worked_in
+from ...trainer.run.folder import LOG, RUN, parse_event
 
 _RECENT = 300.0  # seconds before the last shard that the speed is taken over
 _LOG_TAIL = 2**16  # bytes, many times a line of a training log

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
-from ..pipeline.folders.mixing import MIX
-from ..pipeline.folders.shard_run import (
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
+from ...pipeline.folders.mixing import MIX
+from ...pipeline.folders.shard_run import (
     HUB_FILE,
     REJECTS,
     finished,
@@ -17,12 +17,12 @@ from ..pipeline.folders.shard_run import (
     rejects_bytes,
     tidy,
 )
-from ..pipeline.folders.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
-from ..pipeline.progress import progress_bar
-from ..pipeline.storage.cache import kept_copies, local_copy
-from ..pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
-from ..pipeline.storage.locks import locked
-from ..pipeline.storage.remote import fetch, is_remote, look_anew, nameless_file
+from ...pipeline.folders.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
+from ...pipeline.progress import progress_bar
+from ...pipeline.storage.cache import kept_copies, local_copy
+from ...pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
+from ...pipeline.storage.locks import locked
+from ...pipeline.storage.remote import fetch, is_remote, look_anew, nameless_file
 from .card import card
 from .hub import DATASETS, HubFolder
 

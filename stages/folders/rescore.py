@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Manifest, read_manifest
-from ..pipeline.folders.sealed import folder_schema, read_shard
-from ..pipeline.format.batches import split
-from ..pipeline.format.ragged import segment_sums
-from ..pipeline.format.records import ScoredExample
-from ..pipeline.progress import progress_bar
-from ..trainer.models.files import ModelFiles, find_model, load_scoring_model
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest, read_manifest
+from ...pipeline.folders.sealed import folder_schema, read_shard
+from ...pipeline.format.batches import split
+from ...pipeline.format.ragged import segment_sums
+from ...pipeline.format.records import ScoredExample
+from ...pipeline.progress import progress_bar
+from ...trainer.models.files import ModelFiles, find_model, load_scoring_model
 
 
 @dataclass(frozen=True, slots=True)

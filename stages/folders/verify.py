@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, one_line, quoted
-from ..pipeline.folders.manifest import (
+from ...pipeline.errors import UserError, one_line, quoted
+from ...pipeline.folders.manifest import (
     MANIFEST,
     Identity,
     Manifest,
@@ -14,14 +14,14 @@ from ..pipeline.folders.manifest import (
     identity_schema,
     read_manifest,
 )
-from ..pipeline.folders.mixing import MIX, read_mix
-from ..pipeline.folders.sealed import folder_schema, read_shard
-from ..pipeline.folders.shard_run import REJECTS, rejects_bytes
-from ..pipeline.folders.shards import sidecar_bytes, sidecar_path
-from ..pipeline.format.row_checks import violations
-from ..pipeline.progress import progress_bar
-from ..pipeline.storage.files import is_content, sha256_of_file
-from ..pipeline.storage.json_files import json_bytes
+from ...pipeline.folders.mixing import MIX, read_mix
+from ...pipeline.folders.sealed import folder_schema, read_shard
+from ...pipeline.folders.shard_run import REJECTS, rejects_bytes
+from ...pipeline.folders.shards import sidecar_bytes, sidecar_path
+from ...pipeline.format.row_checks import violations
+from ...pipeline.progress import progress_bar
+from ...pipeline.storage.files import is_content, sha256_of_file
+from ...pipeline.storage.json_files import json_bytes
 
 
 def verify(folder: Path) -> Iterator[str]:

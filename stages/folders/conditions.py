@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError
-from ..pipeline.format.batches import FlatBatch
-from ..pipeline.format.ragged import segment_sums
+from ...pipeline.errors import UserError
+from ...pipeline.format.batches import FlatBatch
+from ...pipeline.format.ragged import segment_sums
 
 OPERATORS: dict[str, Callable[[NDArray, float], NDArray]] = {
     "<": operator.lt,

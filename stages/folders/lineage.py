@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Identity, Manifest
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Identity, Manifest
 
 
 def described(identity: Identity) -> str:

@@ -13,23 +13,23 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import (
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import (
     Identity,
     Manifest,
     ShardEntry,
     identity_schema,
     read_manifest,
 )
-from ..pipeline.folders.sealed import folder_schema, shard_ids, stored_batches
-from ..pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
-from ..pipeline.folders.shards import BATCH_ROWS, ShardContent
-from ..pipeline.format.arrow import decode
-from ..pipeline.format.batches import FlatBatch
-from ..pipeline.progress import progress_bar
-from ..pipeline.storage.files import read_bytes
-from ..pipeline.storage.json_files import sha256_of_json
-from ..pipeline.storage.locks import locked
+from ...pipeline.folders.sealed import folder_schema, shard_ids, stored_batches
+from ...pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from ...pipeline.folders.shards import BATCH_ROWS, ShardContent
+from ...pipeline.format.arrow import decode
+from ...pipeline.format.batches import FlatBatch
+from ...pipeline.progress import progress_bar
+from ...pipeline.storage.files import read_bytes
+from ...pipeline.storage.json_files import sha256_of_json
+from ...pipeline.storage.locks import locked
 from .conditions import Condition, parse_condition
 
 

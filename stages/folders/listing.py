@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pipeline.errors import UserError, one_line
-from ..pipeline.folders.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.folders.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
 from .lineage import described
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.errors import UserError, one_line
+from ...pipeline.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

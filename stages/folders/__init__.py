@@ -1,0 +1,6 @@
+"""Looking after sealed folders: status, verification, sharing, subsets, listing.
+
+One file is one subject, most of them one command: `status`, `verify`, `rescore`, `subset`,
+`share`, `listing`, `lineage`. They read folders through `pipeline.folders` and do not know
+engines, apart from `rescore`.
+"""
