@@ -47,7 +47,7 @@ def import_(**options: Any) -> None:
     \b
     qpipe import logprobs.parquet --format distillkit --model Qwen/Qwen3-8B --out scores/
     """
-    from ..import_scores import ImportSettings, import_scores
+    from ..exchange.import_scores import ImportSettings, import_scores
     from ..summaries.folders import print_scores
 
     print_scores(options["out"], import_scores(ImportSettings(**options)))
@@ -73,7 +73,7 @@ def export(format: str, **options: Any) -> None:
     \b
     qpipe export scores/ --format axolotl --out logprobs.parquet
     """
-    from ..export_scores import ExportSettings, export_scores
+    from ..exchange.export_scores import ExportSettings, export_scores
 
     totals = export_scores(ExportSettings(**options)).totals
     click.echo(

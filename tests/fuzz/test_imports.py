@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.sealed import read_scores
-from qpipe.stages import import_scores as importing
+from qpipe.stages.exchange import import_scores as importing
+from qpipe.stages.exchange.import_scores import Format, ImportSettings, import_scores
+from qpipe.stages.exchange.topk_rows import IGNORED, Mass
 from qpipe.stages.folders.verify import verify
-from qpipe.stages.import_scores import Format, ImportSettings, import_scores
-from qpipe.stages.topk_rows import IGNORED, Mass
 from qpipe.tests.stages.sealed import TOP_K, VOCAB, scored
 
 from .inputs import Draw, damaged, fuzz, made_or_refused

@@ -16,12 +16,12 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.methods import choose
-from qpipe.stages import import_scores as module
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
-from qpipe.stages.export_scores import ExportSettings, export_scores
+from qpipe.stages.exchange import import_scores as module
+from qpipe.stages.exchange.export_scores import ExportSettings, export_scores
+from qpipe.stages.exchange.import_scores import ImportSettings, import_scores
 from qpipe.stages.folders.verify import verify
-from qpipe.stages.import_scores import ImportSettings, import_scores
 from qpipe.stages.score.from_folder import ScoreAtSettings, score_at
 
 from ..conftest import make_scores, make_tiny_model

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.format.ragged import segment_sums
-from ..pipeline.format.records import ScoredExample
-from ..pipeline.format.row_checks import MASS_TOLERANCE
-from .demonstrations.demonstration import UnusableError
+from ...pipeline.format.ragged import segment_sums
+from ...pipeline.format.records import ScoredExample
+from ...pipeline.format.row_checks import MASS_TOLERANCE
+from ..demonstrations.demonstration import UnusableError
 
 Mass = Literal["model", "top-k"]
 IGNORED = -100  # the label of a token that does not count

@@ -23,20 +23,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..pipeline.errors import UserError, one_line, reason, require, require_utf8
-from ..pipeline.folders.manifest import Identity, identity_schema
-from ..pipeline.folders.provenance import package_versions
-from ..pipeline.folders.shard_run import Job, ShardRun, StageResult, Task, open_folder
-from ..pipeline.folders.shards import ShardContent, batches_of
-from ..pipeline.format.records import Reject, ScoredExample
-from ..pipeline.format.schema import Schema, schema_of
-from ..pipeline.progress import progress_bar
-from ..pipeline.storage.cache import local_version
-from ..pipeline.storage.files import sha256_of_file
-from ..pipeline.storage.locks import locked
-from ..trainer.models.files import ModelFiles, find_model
-from .demonstrations.demonstration import UnusableError
-from .score.stage import refuse_nothing_scored, score_sums
+from ...pipeline.errors import UserError, one_line, reason, require, require_utf8
+from ...pipeline.folders.manifest import Identity, identity_schema
+from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.shard_run import Job, ShardRun, StageResult, Task, open_folder
+from ...pipeline.folders.shards import ShardContent, batches_of
+from ...pipeline.format.records import Reject, ScoredExample
+from ...pipeline.format.schema import Schema, schema_of
+from ...pipeline.progress import progress_bar
+from ...pipeline.storage.cache import local_version
+from ...pipeline.storage.files import sha256_of_file
+from ...pipeline.storage.locks import locked
+from ...trainer.models.files import ModelFiles, find_model
+from ..demonstrations.demonstration import UnusableError
+from ..score.stage import refuse_nothing_scored, score_sums
 from .topk_rows import IGNORED, Ints, Mass, Reading, TopK, TopKRow, scored, without_padding
 
 Format = Literal["axolotl", "distillkit"]

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Manifest, read_manifest
-from ..pipeline.folders.sealed import read_scores
-from ..pipeline.format.ragged import segment_sums
-from ..pipeline.format.records import ScoredExample
-from ..pipeline.progress import progress_bar
-from ..pipeline.storage.files import atomic_file
-from ..pipeline.storage.remote import is_remote
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest, read_manifest
+from ...pipeline.folders.sealed import read_scores
+from ...pipeline.format.ragged import segment_sums
+from ...pipeline.format.records import ScoredExample
+from ...pipeline.progress import progress_bar
+from ...pipeline.storage.files import atomic_file
+from ...pipeline.storage.remote import is_remote
 from .topk_rows import IGNORED, Mass
 
 BATCH_ROWS = 64
