@@ -67,7 +67,7 @@ def inspect(
     qpipe inspect targets/ --scores scores/ --sort largest-kl
     qpipe inspect gift/ --against dft/
     """
-    from ..inspect import InspectSettings, inspect, inspection_json
+    from ..looking.inspect import InspectSettings, inspect, inspection_json
     from ..terminal import print_inspection, use_colour
 
     found = inspect(InspectSettings(folder=folder, **options))

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from ...pipeline.errors import UserError
-from .data import MEGABYTE, ReportSettings, folder_page
+from .folder_page import MEGABYTE, ReportSettings, folder_page
 from .page import page_html, write_page
-from .training import is_run, read_runs, training_head
+from .training_page import is_run, read_runs, training_head
 
 
 def make_report(

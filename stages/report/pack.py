@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.targets.distributions import Supports
-from ..measures import Floats
+from ..looking.measures import Floats
 
 SMALLEST_SHOWN = 0.002  # alternatives below are left out, but for the observed token
 MOST_ROWS = 8  # alternatives at a position, under all distributions together

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...pipeline.errors import UserError
 from ...pipeline.storage.files import atomic_file
-from .training import Chart, TrainingRun, charts, smoothed
+from .training_page import Chart, TrainingRun, charts, smoothed
 
 _COLOURS = ("#2f5fd0", "#e08a1e", "#1f9a86", "#b53a7f", "#b8a11c", "#4a4f63")  # as on the page
 _COLUMNS = 2

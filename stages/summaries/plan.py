@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..token_text import escaped, one_line_of
+from ..looking.token_text import escaped, one_line_of
 from .aligned import print_table
 
 if TYPE_CHECKING:

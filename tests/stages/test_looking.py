@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.batches import FlatBatch
-from qpipe.stages import looking
-from qpipe.stages.looking import Companion, Skipped, looks, open_scores, open_sealed
-from qpipe.stages.overview import Overview
+from qpipe.stages.looking import examples as looking
+from qpipe.stages.looking.examples import Companion, Skipped, looks, open_scores, open_sealed
+from qpipe.stages.looking.overview import Overview
 from qpipe.tests.made_up import folder_of, scored, targeted
 
 IDS = [0, 7, 8]

@@ -7,8 +7,8 @@ import pytest
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.targets.distributions import known_supports
-from qpipe.stages import measures
-from qpipe.stages.measures import MEASURES
+from qpipe.stages.looking import measures
+from qpipe.stages.looking.measures import MEASURES
 from qpipe.tests.made_up import VOCAB_SIZE, scored, targeted
 
 LOG2 = math.log(2)

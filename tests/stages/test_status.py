@@ -22,7 +22,7 @@ from qpipe.pipeline.storage.locks import is_worked_in
 from qpipe.stages.cli import cli
 from qpipe.stages.engines.base import scored
 from qpipe.stages.folders.status import FolderStatus, TrainStatus, status_of
-from qpipe.stages.report.training import read_runs
+from qpipe.stages.report.training_page import read_runs
 
 SETTINGS = {"vocab_size": 100, "top_k": 2, "tokenizer_hash": "3fa9"}
 ROWS = 4  # of a shard, and one rejected

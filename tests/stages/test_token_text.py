@@ -7,7 +7,7 @@ import tokenizers
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.provenance import tokenizer_hash
-from qpipe.stages.token_text import TokenText, escaped, of_tokenizer, token_text
+from qpipe.stages.looking.token_text import TokenText, escaped, of_tokenizer, token_text
 from qpipe.tests.made_up import folder_of, targeted
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

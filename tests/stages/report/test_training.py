@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.folders.manifest import Identity
-from qpipe.stages.report.training import charts, read_runs, smoothed, thinned, training_head
+from qpipe.stages.report.training_page import charts, read_runs, smoothed, thinned, training_head
 from qpipe.tests.made_up import folder_of, qpipe, targeted
 
 

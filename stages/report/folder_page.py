@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
 from ...pipeline.progress import progress_bar
-from ..looking import Companion, Folder, Look, looks, open_scores, open_sealed
-from ..measures import MEASURES
-from ..overview import Overview, folder_json
-from ..token_text import TokenText, escaped, one_line_of, token_text
+from ..looking.examples import Companion, Folder, Look, looks, open_scores, open_sealed
+from ..looking.measures import MEASURES
+from ..looking.overview import Overview, folder_json
+from ..looking.token_text import TokenText, escaped, one_line_of, token_text
 from .pack import Alternatives, alternatives, compressed, packed, quantised
 
 CHUNK = 16  # demonstrations that are unpacked together

@@ -12,13 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.errors import UserError
-from ..pipeline.folders.manifest import Manifest, read_manifest
-from ..pipeline.folders.sealed import folder_schema, read_rows, read_scores, read_targets, shard_ids
-from ..pipeline.format.arrow import segment_sums
-from ..pipeline.format.batches import FlatBatch, flatten, split
-from ..pipeline.format.records import Example
-from ..pipeline.targets.distributions import Supports, known_supports
+from ...pipeline.errors import UserError
+from ...pipeline.folders.manifest import Manifest, read_manifest
+from ...pipeline.folders.sealed import (
+    folder_schema,
+    read_rows,
+    read_scores,
+    read_targets,
+    shard_ids,
+)
+from ...pipeline.format.arrow import segment_sums
+from ...pipeline.format.batches import FlatBatch, flatten, split
+from ...pipeline.format.records import Example
+from ...pipeline.targets.distributions import Supports, known_supports
 from . import measures
 from .measures import Floats
 

@@ -9,8 +9,8 @@ from typing import Any
 from ...pipeline.errors import UserError
 from ...pipeline.storage.json_files import is_number
 from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
-from ..token_text import escaped
-from .data import json_text
+from ..looking.token_text import escaped
+from .folder_page import json_text
 
 MOST_POINTS = 1000  # of a curve; more are averaged
 _OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline.format.arrow import segment_sums
-from ..pipeline.format.batches import FlatBatch
-from ..pipeline.targets.distributions import (
+from ...pipeline.format.arrow import segment_sums
+from ...pipeline.format.batches import FlatBatch
+from ...pipeline.targets.distributions import (
     LOG_OF_ZERO,
     Common,
     Supports,

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.errors import UserError, one_line
-from ..pipeline.folders.manifest import Manifest
-from ..pipeline.folders.provenance import tokenizer_hash
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.folders.manifest import Manifest
+from ...pipeline.folders.provenance import tokenizer_hash
 
 _HARMLESS = "\n\t\u200c\u200d"  # line and column; joiners, which scripts need
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that print nothing or steer

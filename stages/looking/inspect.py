@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.errors import UserError
-from ..pipeline.progress import progress_bar
-from .looking import Companion, Folder, Look, looks, open_scores, open_sealed
+from ...pipeline.errors import UserError
+from ...pipeline.progress import progress_bar
+from .examples import Companion, Folder, Look, looks, open_scores, open_sealed
 from .measures import MEASURES
 from .overview import Overview, folder_json
 from .token_text import TokenText, token_text

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .looking import Folder, Look
+from ..summaries.folders import bytes_per_token, kept_mass
+from .examples import Folder, Look
 from .measures import MEASURES, Floats
-from .summaries.folders import bytes_per_token, kept_mass
 
 STARTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # of supervised tokens
 _BY_POSITION = ("nll", "base-nll")
