@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.stages.summaries.aligned import print_table
-from qpipe.stages.summaries.folders import bytes_per_token, kept_mass
+from qpipe.stages.commands.folder_summary import bytes_per_token, kept_mass
+from qpipe.stages.commands.tables import print_table
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 DATA = Path("data/arithmetic.jsonl")

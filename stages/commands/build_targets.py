@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..options import (
+from .options import (
     FOLDER,
     Command,
     config_option,
@@ -77,7 +77,7 @@ def build_targets(
     """
     from ...pipeline.methods.table import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
     from ..build_targets.stage import BuildSettings, build_targets
-    from ..summaries.folders import report
+    from .folder_summary import report
 
     given = dict(_name_and_value(param) for param in params)
     if len(given) < len(params):

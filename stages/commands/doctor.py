@@ -20,8 +20,8 @@ def doctor(as_json: bool) -> None:
 
     Changes nothing, and exits with status 0 whatever it finds.
     """
-    from ..doctor import diagnose
-    from ..summaries.diagnosis import print_diagnosis
+    from .diagnosis import diagnose
+    from .doctor_summary import print_diagnosis
 
     found = diagnose(__version__)
     if as_json:
@@ -44,7 +44,7 @@ def completion(shell: str) -> None:
 def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     """The version, with those of the engine and of torch."""
     if wanted and not ctx.resilient_parsing:
-        from ..doctor import version_line
+        from .diagnosis import version_line
 
         click.echo(version_line(__version__))
         ctx.exit()

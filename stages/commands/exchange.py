@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..options import FILE, FOLDER, Command, config_option, one_of
+from .options import FILE, FOLDER, Command, config_option, one_of
 
 
 @click.command("import", cls=Command)
@@ -48,7 +48,7 @@ def import_(**options: Any) -> None:
     qpipe import logprobs.parquet --format distillkit --model Qwen/Qwen3-8B --out scores/
     """
     from ..exchange.import_scores import ImportSettings, import_scores
-    from ..summaries.folders import print_scores
+    from .folder_summary import print_scores
 
     print_scores(options["out"], import_scores(ImportSettings(**options)))
 

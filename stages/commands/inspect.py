@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, model_option
+from .options import FOLDER, Command, config_option, model_option
 
 
 @click.command(cls=Command)
@@ -68,7 +68,7 @@ def inspect(
     qpipe inspect gift/ --against dft/
     """
     from ..looking.inspect import InspectSettings, inspect, inspection_json
-    from ..terminal import print_inspection, use_colour
+    from .inspect_summary import print_inspection, use_colour
 
     found = inspect(InspectSettings(folder=folder, **options))
     if as_json:

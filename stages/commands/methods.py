@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, teacher_options
+from .options import FOLDER, Command, config_option, teacher_options
 
 
 @click.command(cls=Command)
@@ -23,7 +23,7 @@ def compare_methods(all_forms: bool, **options: Any) -> None:
     qpipe compare-methods scores/ --teacher teacher/
     """
     from ..build_targets.compare_methods import compare_methods
-    from ..summaries.ceilings import print_comparison
+    from .ceiling_summary import print_comparison
 
     print_comparison(compare_methods(all_forms=all_forms, **options))
 
@@ -36,6 +36,6 @@ def methods() -> None:
     the loss, its parameters, its forms, what the targets hold, and the paper. p is the student, b
     the base prior, q the teacher; y the observed token.
     """
-    from ..summaries.methods import print_methods
+    from .methods_summary import print_methods
 
     print_methods()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command
+from .options import FOLDER, Command
 
 
 @click.command(cls=Command)

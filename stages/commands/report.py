@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..options import FILE_TO_WRITE, FOLDER, Command, Number, config_option, model_option
+from .options import FILE_TO_WRITE, FOLDER, Command, Number, config_option, model_option
 
 
 @click.command(cls=Command)

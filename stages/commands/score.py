@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from ...pipeline.errors import option_of
-from ..options import (
+from .options import (
     FOLDER,
     Command,
     Number,
@@ -193,7 +193,7 @@ def score(
         raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
     from ..score.from_demonstrations import ScoreSettings, score
     from ..score.from_folder import ScoreAtSettings, score_at
-    from ..summaries.folders import report
+    from .folder_summary import report
 
     take_place(options)
     execution = take_execution(options)
@@ -219,7 +219,7 @@ def _plan(
     from ..score.costs import H100_TFLOPS, Throughput
     from ..score.from_demonstrations import ScoreSettings
     from ..score.plan import plan
-    from ..summaries.plan import plan_event, print_plan
+    from .plan_summary import plan_event, print_plan
 
     if not demonstrations or ctx.params["at"] is not None:
         raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)

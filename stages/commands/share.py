@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command, one_of
+from .options import FOLDER, Command, one_of
 
 
 @click.command(cls=Command)
@@ -48,7 +48,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
     """List the folders under a path or URL, one line each."""
     from ..folders.listing import Listed, catalogue
-    from ..summaries.aligned import print_table
+    from .tables import print_table
 
     def cells(each: Listed) -> tuple[str, ...]:
         if each.error is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER
+from .options import FOLDER
 
 
 @click.command()
@@ -22,7 +22,7 @@ def status(folder: Path, as_json: bool) -> None:
     qpipe status scores/
     """
     from ..folders.status import status_of
-    from ..summaries.status import print_status
+    from .status_summary import print_status
 
     found = status_of(folder)
     if as_json:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..options import FILE, FOLDER, Command, config_option
+from .options import FILE, FOLDER, Command, config_option
 
 
 @click.command(cls=Command)
@@ -38,6 +38,6 @@ def subset(**options: Any) -> None:
     qpipe subset scores/ --out easy/ --where 'mean_nll < 2.5' 'tokens <= 1024'
     """
     from ..folders.subset import SubsetSettings, subset
-    from ..summaries.folders import print_subset
+    from .folder_summary import print_subset
 
     print_subset(options["out"], subset(SubsetSettings(**options)))

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..options import FOLDER, Command, config_option, one_of
+from .options import FOLDER, Command, config_option, one_of
 
 
 def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
@@ -165,7 +165,7 @@ def train(**options: Any) -> None:
     """
     from ...trainer.run.train import train
     from ...trainer.settings import TrainSettings
-    from ..summaries.training import print_training
+    from .training_summary import print_training
 
     result = train(TrainSettings(**options))
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a process

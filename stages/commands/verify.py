@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..options import FOLDER, Command, config_option, log_json_option
+from .options import FOLDER, Command, config_option, log_json_option
 
 _MOST_SHOWN = 20
 
@@ -65,7 +65,7 @@ def verify(
     if rescore is not None:
         from ...pipeline.progress import log_event
         from ..folders.rescore import rescore as score_again
-        from ..summaries.rescored import print_rescored
+        from .rescore_summary import print_rescored
 
         result = score_again(folder, model, revision, rescore, seed)
         print_rescored(result)

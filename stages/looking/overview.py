@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..summaries.folders import bytes_per_token, kept_mass
+from ..commands.folder_summary import bytes_per_token, kept_mass
 from .examples import Folder, Look
 from .measures import MEASURES, Floats
 

@@ -33,7 +33,7 @@ from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 
 VOCAB_SIZE, TOP_K, TOKENS, POSITIONS = 49152, 64, 200, 100

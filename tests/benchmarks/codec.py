@@ -27,7 +27,7 @@ from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.schema import Schema, schema_of
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 
 POSITIONS, RUNS = 200_000, 5
 VOCAB_SIZE, MOST_ENTRIES = 49152, 64

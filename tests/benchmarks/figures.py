@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 
 
 @dataclass(frozen=True, slots=True)

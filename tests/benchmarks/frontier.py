@@ -33,7 +33,7 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.targets.distributions import Supports, known_supports, truncated
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 
 SETTINGS: list[tuple[str, float, int, Precision]] = [
     *((f"mass {p:g}", p, 64, "uint8") for p in (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),

@@ -29,12 +29,12 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.commands.folder_summary import bytes_per_token
+from qpipe.stages.commands.tables import print_table
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.folders.verify import verify
 from qpipe.stages.score.from_demonstrations import ScoreSettings, score
-from qpipe.stages.summaries.aligned import print_table
-from qpipe.stages.summaries.folders import bytes_per_token
 from qpipe.tests.benchmarks.build_targets import make_scores
 from qpipe.tests.benchmarks.figures import timed
 from qpipe.trainer.models.files import find_model, load_model

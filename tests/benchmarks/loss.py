@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 from qpipe.pipeline.methods import choose
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.loss.fused import Head, fused_loss

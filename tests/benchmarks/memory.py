@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 
 PLANNED = int(os.environ.get("PLANNED", "200000"))
 SCORED = int(os.environ.get("SCORED", "20000"))

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 from qpipe.tests.browser import browser, missing
 from qpipe.tests.conftest import make_tiny_model
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.stages.summaries.aligned import print_table
+from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.data.stream import open_streams

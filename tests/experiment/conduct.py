@@ -11,7 +11,7 @@ from typing import Any
 
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
-from qpipe.stages.summaries.folders import bytes_per_token
+from qpipe.stages.commands.folder_summary import bytes_per_token
 
 from .judge import judge
 from .plan import (

@@ -29,7 +29,7 @@ _PRELOADED = (
     "__main__",
     "qpipe.tests.faults.processes",
     "qpipe.stages.cli",
-    "qpipe.stages.summaries.folders",
+    "qpipe.stages.commands.folder_summary",
     "qpipe.stages.score.from_demonstrations",
     "qpipe.stages.engines.transformers_engine",
     "qpipe.stages.build_targets.stage",

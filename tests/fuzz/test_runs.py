@@ -9,9 +9,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import Identity
+from qpipe.stages.commands.status_summary import print_status
 from qpipe.stages.folders.status import status_of
 from qpipe.stages.report.training_page import read_runs, training_head
-from qpipe.stages.summaries.status import print_status
 from qpipe.trainer.run.checkpoint import CHECKPOINTS, latest_checkpoint
 from qpipe.trainer.run.folder import LOG, RUN, finished_run, open_log
 from qpipe.trainer.run.loop import TrainResult, result_from

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 from qpipe import __version__
-from qpipe.stages.doctor import Device, Part, uses
+from qpipe.stages.commands.diagnosis import Device, Part, uses
 
 
 def qpipe(*words: str, **environment: str) -> str:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from qpipe.stages.terminal import ink, sparkline, use_colour
+from qpipe.stages.commands.inspect_summary import ink, sparkline, use_colour
 from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
 
 IDS = [0, 7, 8]

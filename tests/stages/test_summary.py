@@ -20,10 +20,10 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import METHODS, choose
 from qpipe.pipeline.targets.ceiling import Ceiling
 from qpipe.stages.build_targets.compare_methods import Comparison
-from qpipe.stages.summaries.aligned import print_table
-from qpipe.stages.summaries.ceilings import print_comparison
-from qpipe.stages.summaries.folders import print_scores
-from qpipe.stages.summaries.methods import print_methods
+from qpipe.stages.commands.ceiling_summary import print_comparison
+from qpipe.stages.commands.folder_summary import print_scores
+from qpipe.stages.commands.methods_summary import print_methods
+from qpipe.stages.commands.tables import print_table
 from qpipe.tests.made_up import run_qpipe
 
 # the base at a position: token 0 is its mode in the first, and token 1 far from it in the second

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..folders.rescore import Rescored

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..folders.status import FolderStatus, TrainStatus

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ...trainer.run.train import TrainResult

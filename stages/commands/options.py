@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from ..pipeline.errors import option_of, shown
+from ...pipeline.errors import option_of, shown
 
 if TYPE_CHECKING:
-    from .execution.options import Execution
+    from ..execution.options import Execution
 
 
 class _Place(click.ParamType):
@@ -20,7 +20,7 @@ class _Place(click.ParamType):
         self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        from ..pipeline.storage.remote import open_path
+        from ...pipeline.storage.remote import open_path
 
         return open_path(value)
 
@@ -237,7 +237,7 @@ def take_place(options: dict[str, Any]) -> None:
 
 def take_execution(options: dict[str, Any]) -> "Execution":
     """The settings of `execution_options`, which are taken out of the options."""
-    from .execution.options import Execution
+    from ..execution.options import Execution
 
     return Execution(**{each.name: options.pop(each.name) for each in fields(Execution)})
 

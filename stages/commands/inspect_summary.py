@@ -12,12 +12,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from .looking.examples import Look
-from .looking.inspect import Inspection, alternatives_of
-from .looking.measures import MEASURES, Scale
-from .looking.overview import Overview, folder_json
-from .looking.token_text import TokenText, escaped, one_line_of
-from .summaries.aligned import print_table
+from ..looking.examples import Look
+from ..looking.inspect import Inspection, alternatives_of
+from ..looking.measures import MEASURES, Scale
+from ..looking.overview import Overview, folder_json
+from ..looking.token_text import TokenText, escaped, one_line_of
+from .tables import print_table
 
 # backgrounds of the 256-colour palette, from none over amber to rust; legible without telling hues
 _INKS: tuple[int | None, ...] = (None, 230, 229, 222, 215, 208, 166)

@@ -10,8 +10,8 @@ from ...pipeline.folders.tasks import PartResult
 from ...pipeline.progress import log_event
 from ...pipeline.targets.ceiling import ceilings
 from ..folders.lineage import described
-from .aligned import print_table
-from .ceilings import print_ceiling
+from .ceiling_summary import print_ceiling
+from .tables import print_table
 
 
 def report(out: Path, in_store: bool, result: StageResult | PartResult, log: Path | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..looking.token_text import escaped, one_line_of
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ...pipeline.format.records import Reject

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...pipeline.targets.ceiling import Ceiling, ceiling_advice, reproducible_share
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..build_targets.compare_methods import Comparison

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .aligned import print_table
+from .tables import print_table
 
 if TYPE_CHECKING:
-    from ..doctor import Diagnosis
+    from .diagnosis import Diagnosis
 
 
 def print_diagnosis(found: "Diagnosis") -> None:

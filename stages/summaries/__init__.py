@@ -1,1 +1,0 @@
-"""What the commands say when they are done, a file a subject."""
