@@ -118,15 +118,8 @@ def shards(root: Path) -> str:
         "Ray, and a machine of 8 is broken": ("ray-bad", run_ray(root / "ray-bad", rough, 8)),
     }
     head = [
-        "",
-        "makespan",
-        "ideal",
-        "failures",
-        "work lost",
-        "made",
-        "same bytes",
-        "file operations",
-    ]
+        "", "makespan", "ideal", "failures", "work lost", "made", "same bytes", "file operations",
+    ]  # fmt: skip
     return table(
         head,
         [
