@@ -58,7 +58,7 @@ def test_every_link_between_pages_has_a_target() -> None:
     for page in pages:
         for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             target = (page.parent / path).resolve() if path else page
-            if not target.is_file() or anchor and anchor not in _anchors(target):
+            if not target.is_file() or (anchor and anchor not in _anchors(target)):
                 broken.append(f"{page.name}: {path}#{anchor}")
     assert broken == []
 
