@@ -1,5 +1,6 @@
 """The house keeps its own rules: what is declared is there, and what is there is declared."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -49,3 +50,20 @@ def test_readme_table_has_every_method_with_its_formulas() -> None:
         for row in table()
     ]
     assert [row for row in rows if row not in readme] == []
+
+
+def test_every_link_between_pages_has_a_target() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    broken = []
+    for page in pages:
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            target = (page.parent / path).resolve() if path else page
+            if not target.is_file() or (anchor and anchor not in _anchors(target)):
+                broken.append(f"{page.name}: {path}#{anchor}")
+    assert broken == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -57,16 +57,18 @@ def benchmarks(model: Path, demo: Path, work: Path) -> dict[str, Benchmark]:
     tiny = work / "tiny-model"
     known = (
         Benchmark("score", "Scoring", (f"{model}",)),
-        Benchmark("memory", "Memory of scoring", (f"{tiny}",)),
+        Benchmark("memory", "Memory during scoring", (f"{tiny}",)),
         Benchmark("build_targets", "Building targets", (f"{work / 'made-up'}",)),
         Benchmark("frontier", "Bytes against error", (f"{work / 'scores'}",)),
-        Benchmark("codec", "Packing and unpacking", ()),
-        Benchmark("stream", "The stream", (f"{work / 'made-up'}",)),
-        Benchmark("stream_rivals", "The stream beside others", (f"{work / 'made-up'}",)),
+        Benchmark("codec", "Encoding and decoding", ()),
+        Benchmark("stream", "The target stream", (f"{work / 'made-up'}",)),
+        Benchmark(
+            "stream_rivals", "Streaming compared with other libraries", (f"{work / 'made-up'}",)
+        ),
         Benchmark("train_step", "A training step", (f"{model}", f"{demo / 'targets'}")),
-        Benchmark("loss", "The loss alone", ()),
+        Benchmark("loss", "The loss", ()),
         Benchmark("report", "The report in a browser", ("5000", f"{work / 'report'}")),
-        Benchmark("growth", "How cost grows", (f"{model}", f"{tiny}")),
+        Benchmark("growth", "Growth of costs", (f"{model}", f"{tiny}")),
     )
     return {each.script: each for each in known}
 
@@ -120,9 +122,9 @@ def write_tables(known: dict[str, Benchmark], work: Path) -> None:
     table = list(ratio_table(known, work))
     parts = [
         "# Benchmarks",
-        f"Made by `make bench` on {date.today():%Y-%m-%d}: {environment()}. Each figure is a ratio "
-        "of two ways that took turns in one run, the median of the turns and their extremes; "
-        "above 1 qpipe is faster, or takes less.",
+        f"`make bench` made this page on {date.today():%Y-%m-%d}: {environment()}. Each ratio "
+        "compares two implementations that alternated within one run: it is the median over the "
+        "turns, and the spread gives the extremes. Above 1, qpipe is faster or takes less.",
         "\n".join(table),
     ]
     for name, text in done.items():
@@ -139,7 +141,7 @@ def write_tables(known: dict[str, Benchmark], work: Path) -> None:
 
 def ratio_table(known: dict[str, Benchmark], work: Path) -> Iterator[str]:
     """The lines of a Markdown table of all figures."""
-    yield "| | qpipe | beside it | ratio | spread | command |"
+    yield "| | qpipe | compared with | ratio | spread | command |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, benchmark in known.items():
         gathered = work / f"{name}.jsonl"

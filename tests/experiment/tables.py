@@ -49,16 +49,16 @@ def page(records: Iterable[Record], size: Size, parts: Parts) -> str:
         for section in (f"## {start}, {data}", _outcomes(records, parts, start, data))
     ]
     sections = [
-        "# The paper's claim in small",
-        "Made by `make experiment`; do not edit.",
+        "# A small test of the paper's claim",
+        "`make experiment` made this page; do not edit it.",
         *_unfinished(records, size),
         _set_up(size, parts),
         *results,
-        "## What the defaults rest on",
+        "## Evidence for the defaults",
         _defaults(records, parts),
         "## Do the ceilings predict the outcome?",
         _predictions(records, parts),
-        "## How much of a distribution is needed",
+        "## How much of a distribution is needed?",
         _amounts(records, parts),
         "## Learning rates",
         _learning_rates(records, parts, size),
@@ -70,7 +70,7 @@ def _unfinished(records: list[Record], size: Size) -> list[str]:
     left, runs = runs_left(size, records)
     if not left:
         return []
-    return [f"**Not finished: {left} of {runs} runs are still to come.** Read nothing into it yet."]
+    return [f"**Not finished: {left} of {runs} runs are missing.** Do not draw conclusions yet."]
 
 
 def _set_up(size: Size, parts: Parts) -> str:
@@ -80,28 +80,29 @@ def _set_up(size: Size, parts: Parts) -> str:
     )
     return (
         f"SmolLM2-135M-Instruct learns worked sums of three numbers from {size.demonstrations} "
-        f"demonstrations, each seen once, all weights trained; {size.seeds} seed(s), each with "
-        f"demonstrations and an order of its own, and the same {size.test} test problems for all. "
-        f"Corrupted: in {CORRUPTED_SHARE:.0%} of the demonstrations no carry from the units is "
-        f"made. Right: `{right}`; corrupted: `{wrong}`. Every problem has such a carry.\n\n"
-        f"Cold, the model starts as it is and does not know the format; warm, it was tuned on "
-        f"{size.warm} other clean demonstrations first. The teacher is the model tuned on "
-        f"{size.teacher} other clean ones, for both starts. Learning rates were chosen for each "
-        f"method and start by accuracy on {size.validation} validation problems, after clean "
-        "demonstrations of the first seed. gift is tried at beta=5: at its default of 20 it trusts "
-        "every token by more than 0.99 that the start gives 1e-6, and in the search it came out as "
-        "sft to six digits of the NLL.\n\n"
-        "Accuracy: greedy answers, mean ± standard deviation over seeds. To sft: the difference, "
-        "its 95 % bootstrap interval over problems and seeds, and McNemar's exact p over all pairs "
-        "of answers, not corrected for the number of methods. NLL: of "
-        f"{size.held_out} clean demonstrations of test problems. NLL unlike and KL to start: "
-        f"forgetting, on {size.unlike} chats on other subjects whose answers are drawn from the "
-        "untrained model; KL(start ‖ trained) over the whole vocabulary. Nats a token.\n\n"
-        "The last four columns are the ceiling, from the target folder alone, before any training: "
-        "mean −log Q(y), the share of tokens whose target has y as its mode, the share of "
-        "demonstrations that greedy decoding of Q writes, and KL(Q ‖ start); y is what the "
-        f"demonstration says, corrupted or not. The condition {', '.join(ONE_SEED_IS_ENOUGH)} was "
-        "run with one seed alone, to save an hour."
+        f"demonstrations, each used once; all weights are trained. There are {size.seeds} seed(s), "
+        f"each with its own demonstrations and order, and the same {size.test} test problems for "
+        f"all. In corrupted data, {CORRUPTED_SHARE:.0%} of the demonstrations omit the carry from "
+        f"the units. Clean: `{right}`; corrupted: `{wrong}`. Every problem has such a carry.\n\n"
+        f"A cold start is the unmodified model, which does not know the format. A warm start is "
+        f"the model tuned on {size.warm} other clean demonstrations. For both starts the teacher "
+        f"is the model tuned on {size.teacher} other clean demonstrations. The learning rate of "
+        f"each method and start was chosen by accuracy on {size.validation} validation problems, "
+        "after training on clean demonstrations of the first seed. gift runs with beta=5: at its "
+        "default of 20, its trust is above 0.99 for every token to which the start gives 1e-6, and "
+        "in the search its NLL equalled that of sft to six digits.\n\n"
+        "Accuracy is that of greedy answers, mean ± standard deviation over seeds. "
+        "'To sft' is the difference to sft, with its 95 % bootstrap interval over problems and "
+        "seeds; p is McNemar's exact p over all pairs of answers, not corrected for the number of "
+        f"methods. NLL is measured on {size.held_out} clean demonstrations of test problems. 'NLL "
+        f"unlike' and 'KL to start' measure forgetting, on {size.unlike} chats on other subjects "
+        "whose answers are sampled from the untrained model; the KL is KL(start ‖ trained) over "
+        "the whole vocabulary. The unit is nats a token.\n\n"
+        "The last four columns are the ceiling, computed from the target folder alone, before any "
+        "training: mean −log Q(y), the share of tokens whose target has y as its mode, the share "
+        "of demonstrations that greedy decoding of Q reproduces, and KL(Q ‖ start); y is the "
+        "demonstration's token, corrupted or not. The condition "
+        f"{', '.join(ONE_SEED_IS_ENOUGH)} was run with one seed, to save an hour."
     )
 
 
@@ -179,8 +180,8 @@ def _defaults(records: list[Record], parts: Parts) -> str:
         cells = (_compared(found[a], found[b], parts["test"]) for a, b in _CHOICES)
         rows.append((f"{start}, {data}", *(f"{told}, p {p}" if p else "" for told, p in cells)))
     return (
-        "Accuracy, compared as above: the default with sft, the default of those with a teacher "
-        "with kd, and default forms with other forms.\n\n" + _table(rows)
+        "Each cell gives a difference of accuracy, as above: of the default to sft, of target-sft "
+        "in its default form to kd, and of default forms to other forms.\n\n" + _table(rows)
     )
 
 
@@ -206,8 +207,9 @@ def _predictions(records: list[Record], parts: Parts) -> str:
             told = ("–" if isnan(value) else f"{value:+.2f}" for value in cells)
             rows.append((f"{start}, {data}", *told))
     return (
-        "Spearman's rank correlation over the methods of a condition, means over the seeds; – "
-        "where all are alike. The ceiling's columns need no training run.\n\n" + _table(rows)
+        "The table shows Spearman's rank correlation over the methods of a condition, of means "
+        "over the seeds; – stands for equal values. The ceiling needs no training run.\n\n"
+        + _table(rows)
     )
 
 
@@ -248,10 +250,10 @@ def _amounts(records: list[Record], parts: Parts) -> str:
         if found:
             rows.append(_amount(kept, found, _measured(found, problems), dense))
     return (
-        f"{KEPT_VARIANT.name}, {KEPT_START}, {KEPT_DATA}: its target is nothing but the stored "
-        "distribution. Everything: the teacher's whole vocabulary in float32. Differences are of "
-        "runs of the same seed. It agrees where no mean difference is larger than the dense runs' "
-        "standard deviation over the seeds.\n\n" + _table(rows)
+        f"The method is {KEPT_VARIANT.name} ({KEPT_START}, {KEPT_DATA}), whose target is exactly "
+        "the stored distribution. 'Everything' is the teacher's whole vocabulary in float32. "
+        "Differences are between runs of the same seed. A row agrees if no mean difference is "
+        "larger than the standard deviation of the dense runs over the seeds.\n\n" + _table(rows)
     )
 
 
@@ -297,9 +299,10 @@ def _learning_rates(records: list[Record], parts: Parts, size: Size) -> str:
                 rates = (cells.get(rate, "") for rate in size.learning_rates)
                 rows.append((start, variant.name, *rates))
     return (
-        "Accuracy on the validation problems (NLL of their demonstrations); the best accuracy is "
-        "taken, of several the one with the lowest NLL. Where it is the first or the last that was "
-        "tried, a better one may lie beyond.\n\n" + _table(rows)
+        "Each cell gives the accuracy on the validation problems (and the NLL of their "
+        "demonstrations). The rate with the best accuracy is chosen, and the lowest NLL decides "
+        "between equal ones. If the chosen rate is the first or the last that was tried, a better "
+        "one may lie outside the range.\n\n" + _table(rows)
     )
 
 

@@ -81,9 +81,9 @@ def costs(measures: Measures) -> str:
     names = (
         "demonstrations", "shards", "GPU hours of scoring, assumed speed", "scores, k = 64",
         "targets, 99 %", "files of a folder", "manifest of targets", "to read it, each process",
-        "memory meanwhile", "to hash the targets, one core",
-        "to open the targets, each training process", "memory that it keeps",
-        "memory while it opens", "to cut an epoch by --step-tokens, each process",
+        "memory while reading it", "to hash the targets, one core",
+        "to open the targets, each training process", "memory of an open stream",
+        "memory while opening", "to cut the steps of an epoch by --step-tokens, each process",
     )  # fmt: skip
     columns = [list(column(tokens)) for tokens in SIZES]
     head = ["supervised tokens", *(f"10^{len(str(tokens)) - 1}" for tokens in SIZES)]
@@ -98,8 +98,8 @@ def measured(m: Measures) -> str:
         ["cutting steps by tokens", f"{m.length_seconds * 1e6:.1f} µs a demonstration"],
         ["a rank's plan of a step of 8,000, 1,000 ranks", f"{m.plan_seconds * 1e3:.0f} ms"],
         ["the order of 10^7 demonstrations", f"{m.epoch_seconds * 1e3:.0f} ms an epoch"],
-        ["an open stream keeps", f"{m.row_bytes:.1f} bytes a demonstration"],
-        ["and takes while it opens", f"{m.opening_bytes:.0f} bytes a demonstration"],
+        ["memory of an open stream", f"{m.row_bytes:.1f} bytes a demonstration"],
+        ["memory while opening", f"{m.opening_bytes:.0f} bytes a demonstration"],
         ["a shard in a manifest of targets", f"{m.entry_bytes:,.0f} bytes"],
     ]
     return table(["", "one core"], rows)
@@ -112,12 +112,14 @@ def shards(root: Path) -> str:
     wanted = run_undisturbed(root / "undisturbed", SHARDS)
     names = {
         "array": ("array-calm", run_array(root / "array-calm", calm, 20_000, 0.0005)),
-        "array, workers die": ("array", run_array(root / "array", rough, 20_000, 0.0005)),
+        "array, workers fail": ("array", run_array(root / "array", rough, 20_000, 0.0005)),
         "Ray": ("ray-calm", run_ray(root / "ray-calm", calm)),
-        "Ray, workers die": ("ray", run_ray(root / "ray", rough)),
+        "Ray, workers fail": ("ray", run_ray(root / "ray", rough)),
         "Ray, and a machine of 8 is broken": ("ray-bad", run_ray(root / "ray-bad", rough, 8)),
     }
-    head = ["", "makespan", "ideal", "deaths", "work lost", "made", "same bytes", "file operations"]
+    head = [
+        "", "makespan", "ideal", "failures", "work lost", "made", "same bytes", "file operations",
+    ]  # fmt: skip
     return table(
         head,
         [
@@ -151,7 +153,7 @@ def requests() -> str:
             fresh, late = array_requests(f"{number}-{tasks}", number, tasks)
             cells = [f"{each.total()} ({each['LIST']} lists)" for each in (fresh, late)]
             rows.append([str(number), str(tasks), *cells])
-    return table(["shards", "tasks", "requests of all tasks", "of one that comes back"], rows)
+    return table(["shards", "tasks", "requests of all tasks", "requests of a restarted task"], rows)
 
 
 def streams(root: Path) -> str:
@@ -165,7 +167,7 @@ def streams(root: Path) -> str:
         ["ranks, one after the other", ", ".join(str(each.ranks) for each in attempts)],
         ["samples of the epoch", f"{len(consumed):,}, each once: {len(set(consumed)) == ROWS}"],
         ["in the order of an undisturbed run", str(consumed == whole)],
-        ["read again after a death", f"{in_vain:,}"],
+        ["read again after a failure", f"{in_vain:,}"],
     ]
     for ranks in (1, 8, 64, 1000):
         read = read_by_one(stream, ranks, 8)
