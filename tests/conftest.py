@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from qpipe.tests.s3 import Bucket, lead_to, s3_server
+from qpipe.tests.support.s3 import Bucket, lead_to, s3_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must fail at once, not ask the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.stages.commands.tables import print_table
-from qpipe.tests.browser import browser, missing
 from qpipe.tests.conftest import make_tiny_model
+from qpipe.tests.support.browser import browser, missing
 
 _WORDS = ("the", "answer", "is", "a", "system", "of", "user", "words", "nobody", "é", "漢", "😀")
 _FRAMES = """async () => {

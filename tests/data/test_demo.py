@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from qpipe.tests.made_up import folder_of, qpipe, scored
+from qpipe.tests.support.made_up import folder_of, qpipe, scored
 
 ROOT = Path(__file__).parents[2]
 

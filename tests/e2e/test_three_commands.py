@@ -15,7 +15,7 @@ from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.tests.faults.processes import start
 
-from ..made_up import kill_after_two_shards
+from ..support.made_up import kill_after_two_shards
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 SCORE = ("--engine", "transformers", "--top-k", 16, "--shard-size", 8)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import Work
-from qpipe.tests.s3 import Bucket
+from qpipe.tests.support.s3 import Bucket
 
 TEN_YEARS = 3e8  # seconds
 FAULTS = ("clock forward", "clock back")

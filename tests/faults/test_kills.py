@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import Work
-from qpipe.tests.s3 import Bucket
+from qpipe.tests.support.s3 import Bucket
 
 OPERATIONS = 1000  # more than any of the commands needs
 

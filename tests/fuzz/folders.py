@@ -18,7 +18,7 @@ from qpipe.stages.folders.listing import catalogue
 from qpipe.stages.folders.status import status_of
 from qpipe.stages.folders.verify import verify
 from qpipe.stages.looking.inspect import InspectSettings, inspect
-from qpipe.tests.stages.sealed import SCORES, build, scored, seal
+from qpipe.tests.support.sealed import SCORES, build, scored, seal
 
 from .inputs import folder_until_exit, made_or_refused
 

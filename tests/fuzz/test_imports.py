@@ -16,7 +16,7 @@ from qpipe.stages.exchange import import_scores as importing
 from qpipe.stages.exchange.import_scores import Format, ImportSettings, import_scores
 from qpipe.stages.exchange.topk_rows import IGNORED, Mass
 from qpipe.stages.folders.verify import verify
-from qpipe.tests.stages.sealed import TOP_K, VOCAB, scored
+from qpipe.tests.support.sealed import TOP_K, VOCAB, scored
 
 from .inputs import Draw, damaged, fuzz, made_or_refused
 

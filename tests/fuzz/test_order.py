@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.tests.stages.sealed import SCORES, as_targets, scored, seal
+from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.mixture import Mixture, mix
 from qpipe.trainer.data.prefetch import Prefetch

@@ -14,7 +14,7 @@ from qpipe.pipeline.folders.sealed import read_scores, read_targets, shard_ids
 from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.stages.folders.verify import verify
-from qpipe.tests.stages.sealed import VOCAB, reseal
+from qpipe.tests.support.sealed import VOCAB, reseal
 from qpipe.trainer.data.stream import open_streams
 
 from .folders import copied, whole

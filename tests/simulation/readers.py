@@ -16,7 +16,7 @@ import numpy as np
 from qpipe.pipeline.folders import shards
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.tests.made_up import folder_of, targeted
+from qpipe.tests.support.made_up import folder_of, targeted
 from qpipe.trainer.data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples
 from qpipe.trainer.data.stream import TargetStream, open_streams
 

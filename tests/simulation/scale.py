@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qpipe.tests.s3 import Bucket, lead_to, s3_server
 from qpipe.tests.simulation.measures import Measures, measure
 from qpipe.tests.simulation.readers import Attempt, make_folder, read_by_one, read_epoch
 from qpipe.tests.simulation.requests import array_requests
@@ -22,6 +21,7 @@ from qpipe.tests.simulation.scheduler import (
     run_ray,
     run_undisturbed,
 )
+from qpipe.tests.support.s3 import Bucket, lead_to, s3_server
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 SHARDS, WORKERS = 3000, 1000

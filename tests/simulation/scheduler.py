@@ -26,9 +26,9 @@ from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage import locks
 from qpipe.stages.execution import ray as ray_cluster
-from qpipe.tests.made_up import VOCAB_SIZE, scored
 from qpipe.tests.simulation.fake_ray import FakeRay
 from qpipe.tests.simulation.world import NEVER, Files, Process, World
+from qpipe.tests.support.made_up import VOCAB_SIZE, scored
 
 WATCHER = Watcher("score", "simulated")
 

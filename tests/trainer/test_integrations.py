@@ -28,7 +28,7 @@ from qpipe.trainer.settings import TrainSettings
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from .runs import Examples, Make
+from ..support.runs import Examples, Make
 
 STEPS = 3
 LIVE = {

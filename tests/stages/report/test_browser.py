@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.folders.provenance import tokenizer_hash
-from qpipe.tests.browser import browser, missing
-from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.browser import browser, missing
+from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

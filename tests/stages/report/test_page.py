@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from qpipe.stages.report.page import asset
-from qpipe.tests.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
 
 IDS = [0, 7, 8]
 HOSTILE = "</script><script>window.hurt = 1</script><!--"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training_page import charts, read_runs, smoothed, thinned, training_head
-from qpipe.tests.made_up import folder_of, qpipe, targeted
+from qpipe.tests.support.made_up import folder_of, qpipe, targeted
 
 
 def run_folder(folder: Path, events: list[dict[str, Any]], **settings: Any) -> Path:

@@ -1,0 +1,403 @@
+"""`qpipe verify` from the command line: sound folders pass, every kind of damage is named."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from qpipe.pipeline import read_targets
+from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
+from qpipe.pipeline.folders.sealed import read_scores
+from qpipe.pipeline.folders.shards import write_sidecar
+from qpipe.pipeline.format.packing import PRECISIONS
+from qpipe.pipeline.methods import choose
+from qpipe.pipeline.storage.json_files import write_json
+from qpipe.stages import cli
+
+from ...support.sealed import (
+    SCORES,
+    TOP_K,
+    VOCAB,
+    as_targets,
+    build,
+    older,
+    reseal,
+    rewrite,
+    scored,
+    seal,
+    seal_scores,
+)
+
+Verify = Callable[[Path], tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards, of five examples and four. Not to be changed."""
+    return seal_scores(tmp_path_factory.mktemp("made") / "scores")
+
+
+@pytest.fixture(scope="module")
+def targets(scores: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return build(scores, tmp_path_factory.mktemp("made") / "targets")
+
+
+@pytest.fixture
+def own(targets: Path, tmp_path: Path) -> Path:
+    """Targets to be damaged."""
+    return Path(shutil.copytree(targets, tmp_path / "targets"))
+
+
+@pytest.fixture
+def own_scores(scores: Path, tmp_path: Path) -> Path:
+    """Scores to be damaged."""
+    return Path(shutil.copytree(scores, tmp_path / "scores"))
+
+
+@pytest.fixture
+def verify(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verify:
+    """Runs `qpipe verify`: the exit status, and what was printed."""
+
+    def run(folder: Path) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["qpipe", "verify", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return int(ended.value.code or 0), out + err
+
+    return run
+
+
+def test_a_sound_score_folder_passes(verify: Verify, scores: Path) -> None:
+    status, said = verify(scores)
+
+    assert status == 0
+    assert "all well: 9 demonstrations, 36 supervised tokens, 2 shard(s)" in said
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sound_targets_of_any_precision_pass(
+    verify: Verify, scores: Path, tmp_path: Path, precision: Any
+) -> None:
+    assert verify(build(scores, tmp_path / "out", precision=precision))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("sft", "live"),
+        ("dft", "frozen-target"),
+        ("dft", "frozen-weight"),
+        ("sft+kl", "frozen-target"),
+        ("label-smoothing", "frozen-target"),
+        ("iw-sft", "live"),
+        ("gem", "live"),
+        ("target-sft", "live"),
+    ],
+)
+def test_sound_targets_of_any_method_pass(
+    verify: Verify, scores: Path, tmp_path: Path, method: str, form: str
+) -> None:
+    choice = choose(method, form)
+    teacher = scores if choice.needs_teacher else None
+    folder = build(scores, tmp_path / "out", choice, teacher=teacher)
+    status, said = verify(folder)
+    assert (status, "all well" in said) == (0, True), said
+
+
+def test_a_folder_that_may_only_be_read_passes(verify: Verify, own: Path) -> None:
+    for path in (*own.iterdir(), own):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(own.iterdir())
+    assert verify(own)[0] == 0
+    assert sorted(own.iterdir()) == before
+    own.chmod(0o755)
+
+
+def refused(verify: Verify, folder: Path, *words: str) -> str:
+    status, said = verify(folder)
+    assert status == 2
+    for each in words:
+        assert each in said
+    return said
+
+
+def test_what_is_no_sealed_folder_is_refused_in_one_line(
+    verify: Verify, own: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    refused(verify, tmp_path / "gone", "gone: no such folder")
+    refused(verify, tmp_path / "file", "file: is a file, not a folder")
+    refused(verify, tmp_path / "empty", "it has no manifest.json")
+    identity = asdict(read_manifest(own).identity)
+    (own / "manifest.json").unlink()
+    write_json(own / "plan.json", identity)
+    said = refused(verify, own, "not finished yet: run `qpipe build-targets`")
+    assert said.count("\n") == 1
+
+
+def test_a_flipped_bit_of_a_shard_is_named(verify: Verify, own: Path) -> None:
+    path = own / "shard-00001.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    refused(verify, own, "shard-00001.arrow: its hash is not the manifest's")
+
+
+def test_a_missing_or_shortened_shard_is_named_and_the_rest_is_checked(
+    verify: Verify, own: Path
+) -> None:
+    (own / "shard-00000.arrow").unlink()
+    path = own / "shard-00001.arrow"
+    path.write_bytes(path.read_bytes()[:-9])
+    said = refused(verify, own, "shard-00000.arrow: missing", "shard-00001.arrow: its hash is not")
+    assert "shard-00001.arrow: damaged: it does not end as an Arrow file" in said
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}\n"])
+def test_missing_or_changed_sidecars_are_named(
+    verify: Verify, own: Path, content: bytes | None
+) -> None:
+    sidecar = own / "shard-00001.json"
+    sidecar.unlink()
+    if content is not None:
+        sidecar.write_bytes(content)
+    what = "missing" if content is None else "is not what the manifest says of shard-00001.arrow"
+    refused(verify, own, f"shard-00001.json: {what}", "1 problem(s)")
+
+
+def test_missing_or_changed_rejects_are_named(verify: Verify, own_scores: Path) -> None:
+    path = own_scores / "rejects.jsonl"
+    path.write_text(path.read_text().replace("3", "4"))
+    refused(verify, own_scores, "rejects.jsonl: is not what the manifest says was rejected")
+    path.unlink()
+    refused(verify, own_scores, "rejects.jsonl: missing")
+
+
+def test_strays_are_named(verify: Verify, own: Path) -> None:
+    shutil.copy(own / "shard-00000.arrow", own / "shard-00002.arrow")
+    refused(verify, own, "shard-00002.arrow: the manifest does not name it", "1 problem(s)")
+
+
+def test_a_manifest_changed_by_hand_is_refused(verify: Verify, own: Path) -> None:
+    text = (own / "manifest.json").read_text()
+    (own / "manifest.json").write_text(text.replace('"made": "up"', '"made": "UP"'))
+    assert text != (own / "manifest.json").read_text()
+    refused(verify, own, "its seal is not that of its content")
+    (own / "manifest.json").write_text(text + "\n")
+    refused(verify, own, "its seal is not that of its content")
+
+
+def change_first(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], Any]:
+    def change(columns: dict[str, list[Any]]) -> None:
+        columns[name][row][0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("topk_log_probs", 0.5, "column topk_log_probs is no log-probability"),
+        ("topk_log_probs", float("nan"), "column topk_log_probs is no log-probability"),
+        ("tail_mass", 0.9, "column tail_mass does not add up to 1"),
+        ("observed_ranks", 0, "column observed_ranks is no rank"),
+        ("token_weights", float("inf"), "column token_weights is no weight"),
+        ("positions", 3, "column positions does not ascend"),
+        ("positions", 99, "column positions points outside"),
+        ("topk_ids", 65_000, "column topk_ids is outside of the vocabulary"),
+        ("input_ids", VOCAB, "column input_ids is outside of the vocabulary"),
+        ("counts", TOP_K - 1, "column counts does not add up"),
+        ("counts", None, "column counts has empty values"),
+    ],
+)
+def test_a_wrong_value_is_named_with_shard_row_and_column(
+    verify: Verify, own_scores: Path, name: str, value: Any, words: str
+) -> None:
+    """Row 2 of the second shard is example 7; hashes and seal are made to fit."""
+    rewrite(own_scores, 1, change_first(name, 2, value))
+    reseal(own_scores)
+    said = refused(verify, own_scores, words)
+    (line,) = [each for each in said.splitlines() if words in each]
+    assert "shard-00001.arrow" in line
+    assert "row 2 ('chats:7')" in line
+
+
+def test_rows_are_counted_over_the_record_batches_of_a_shard(
+    verify: Verify, tmp_path: Path
+) -> None:
+    examples = [replace(scored(3), id=f"e{number}") for number in range(70)]
+    examples[66].token_weights[1] = -1
+    folder = seal(tmp_path / "scores", "score", SCORES, [examples])
+    refused(verify, folder, "row 66 ('e66'): column token_weights is no weight")
+
+
+@pytest.mark.parametrize("name", ["rows", "tokens", "positions", "entries"])
+def test_counts_that_the_shard_does_not_hold_are_named(
+    verify: Verify, own: Path, name: str
+) -> None:
+    def more(manifest: Manifest) -> Manifest:
+        first, *rest = manifest.shards
+        return replace(manifest, shards=[replace(first, **{name: getattr(first, name) + 1}), *rest])
+
+    reseal(own, more)
+    refused(verify, own, "shard-00000.arrow: holds", f"{name}, the manifest says", "1 problem(s)")
+
+
+def test_a_size_that_the_shard_does_not_have_is_named(verify: Verify, own: Path) -> None:
+    manifest = read_manifest(own)
+    first, *rest = manifest.shards
+    entries = [replace(first, bytes=first.bytes + 1), *rest]
+    write_sidecar(own, 0, entries[0])
+    write_manifest(own, replace(manifest, shards=entries, totals=totals_of(entries)))
+    refused(verify, own, "shard-00000.arrow: has", "bytes, the manifest says", "1 problem(s)")
+
+
+def test_a_schema_that_is_not_that_of_the_settings_is_named(verify: Verify, own: Path) -> None:
+    def change(manifest: Manifest) -> Manifest:
+        schema = manifest.identity.schema | {"id": "int32"}
+        return replace(manifest, identity=replace(manifest.identity, schema=schema))
+
+    reseal(own, change)
+    refused(verify, own, "manifest.json: its schema is not that of its settings", "1 problem(s)")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda parents: parents.pop("scores"), "parents: not those that inputs names"),
+        (lambda parents: parents.update(teacher=parents["scores"]), "not those that inputs"),
+        (
+            lambda parents: parents["scores"]["identity"]["settings"].update(top_k=13),
+            "parents, 'scores': its fingerprint is not the one in inputs",
+        ),
+        (lambda parents: parents.update(scores=3), "parents: not the identities of folders"),
+        (lambda parents: parents["scores"].pop("parents"), "parents: not the identities"),
+        (lambda parents: parents["scores"].update(parents=[3]), "parents: not the identities"),
+        (lambda parents: parents["scores"]["identity"].pop("stage"), "not the identities"),
+        (
+            lambda parents: parents["scores"]["parents"].update(
+                at=json.loads(json.dumps(parents["scores"]))
+            ),
+            "parents, 'at': its fingerprint is not the one in inputs",
+        ),
+    ],
+)
+def test_a_chain_of_parents_that_does_not_hold_is_named(
+    verify: Verify, own: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    def with_parents(manifest: Manifest) -> Manifest:
+        parents = json.loads(json.dumps(manifest.parents))
+        change(parents)
+        return replace(manifest, parents=parents)
+
+    reseal(own, with_parents)
+    refused(verify, own, "manifest.json: ", words)
+
+
+def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
+    verify: Verify, own: Path
+) -> None:
+    for index in range(30):
+        (own / f"shard-1{index:04d}.arrow").write_bytes(b"")
+    said = refused(verify, own, "30 problem(s): restore it, or make it again")
+    assert said.count("the manifest does not name it") == 20
+
+
+# Older folders
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_targets_of_older_formats_are_read_verified_and_streamed(
+    verify: Verify, tmp_path: Path, version: int
+) -> None:
+    from qpipe.trainer.data.stream import open_streams
+
+    folder = older(tmp_path / "targets", version)
+    assert "precision" not in read_manifest(folder).settings
+    wanted = [as_targets(scored(number)) for number in range(1, 4)]
+    stream, _ = open_streams(folder, read_manifest(folder), 0.0)
+    for read in (list(read_targets(folder)), list(stream.in_order())):
+        assert [each.id for each in read] == [each.id for each in wanted]
+        for each, example in zip(read, wanted, strict=True):
+            for name in ("input_ids", "support_ids", "support_probs", "tail_mass", "weights"):
+                np.testing.assert_array_equal(getattr(each, name), getattr(example, name))
+    status, said = verify(folder)
+    assert status == 0, said
+
+
+def test_targets_of_format_3_are_read_by_their_own_levels(verify: Verify, own: Path) -> None:
+    """The very bytes, said to be of format 3, whose levels are worked out here."""
+    reseal(own, lambda m: replace(m, identity=replace(m.identity, format_version=3)))
+    assert verify(own)[0] == 0
+    row = pa.ipc.open_file((own / "shard-00000.arrow").read_bytes()).read_all().to_pylist()[1]
+    example = list(read_targets(own))[1]
+    codes = np.array(row["support_log_probs"])
+    nats = np.interp(codes, [114.66667, 177.84316, 254], [2 * np.log(9.6), 14, 88])
+    wanted = np.where(codes < 115, (1 - codes / 128) ** 2, np.exp(-nats))
+    found = example.support_probs
+    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=1e-4)
+
+
+def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_path: Path) -> None:
+    settings = read_manifest(scores).settings
+    folder = seal(
+        tmp_path / "scores", "score", settings, [list(read_scores(scores))], format_version=2
+    )
+    value = json.loads((folder / "manifest.json").read_text())
+    del value["seal"], value["frequent_ids"]
+    write_json(folder / "manifest.json", value)
+    assert verify(folder)[0] == 0
+    assert verify(build(folder, tmp_path / "targets"))[0] == 0
+
+
+@pytest.mark.parametrize("version", [0, 5, "3", None, [], 2.5, True])
+def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, version: Any) -> None:
+    folder = older(tmp_path / "targets", version)
+    words = f"format version {version!r}, this qpipe reads 1 and 2 and 3 and 4: make it again with"
+    assert refused(verify, folder, words, "or use the qpipe that made it").count("\n") == 1
+
+
+# Readers
+
+
+def test_readers_compare_hashes_unless_they_are_told_not_to(own: Path) -> None:
+    """The metadata's padding is no row's: a bit there changes nothing but the hash."""
+    from qpipe.trainer.data.stream import open_streams
+
+    wanted = [each.id for each in read_targets(own)]
+    path = own / "shard-00000.arrow"
+    data = bytearray(path.read_bytes())
+    assert data[6:8] == b"\0\0"
+    data[7] = 1
+    path.write_bytes(data)
+    manifest = read_manifest(own)
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
+        list(read_targets(own))
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
+        open_streams(own, manifest, 0.0)
+    assert [each.id for each in read_targets(own, verify=False)] == wanted
+    stream, _ = open_streams(own, manifest, 0.0, verify=False)
+    assert len(stream) == 8
+
+
+def test_what_moves_a_cursor_is_not_printed(verify: Verify, own: Path) -> None:
+    folder = own.rename(own.with_name("a\x1b[31m\nb"))
+    (folder / "manifest.json").unlink()
+    said = refused(verify, folder, r"a\x1b[31m b: not a qpipe folder")
+    assert said.count("\n") == 1

@@ -1,0 +1,67 @@
+"""Two processes train as one."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from qpipe.trainer.run.train import train
+from qpipe.trainer.settings import TrainSettings
+
+from ...support.runs import LIVE, Examples, Make, assert_same_weights, read_log
+
+_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+_SCRIPT = """
+import sys
+from pathlib import Path
+from qpipe.trainer.loop import train
+from qpipe.trainer.settings import TrainSettings
+targets, model, out = sys.argv[1:]
+train(TrainSettings(Path(targets), model, Path(out), learning_rate=1e-3, eval_fraction=0.3,
+                    batch_size=8, forward_tokens=30))
+"""
+
+
+def test_two_processes_train_as_one(
+    settings: TrainSettings, make_targets: Make, make_examples: Examples, tmp_path: Path
+) -> None:
+    folder = make_targets(make_examples(13), "few")
+    assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
+
+
+def test_two_processes_train_as_one_on_a_live_target(
+    settings: TrainSettings, make_targets: Make, make_live_examples: Examples, tmp_path: Path
+) -> None:
+    """The bound, too, is that of all processes."""
+    folder = make_targets(make_live_examples(13, "teacher"), "few", **LIVE["target-sft"])
+    assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
+    assert all(line["error_bound"] > 0 for line in read_log(settings.out, "step"))
+
+
+def assert_two_processes_train_as_one(settings: TrainSettings, tmp_path: Path) -> None:
+    """Nine examples to train on in steps of eight: the second process has none for the last."""
+    settings = replace(settings, eval_fraction=0.3)
+    two = replace(settings, out=tmp_path / "two")
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    command = [*_LAUNCH, str(script), str(two.targets), two.model, str(two.out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = train(settings)
+    assert (result.steps, result.examples) == (2, 9)
+    for event in ("step", "evaluation"):
+        for ours, theirs in zip(
+            read_log(settings.out, event), read_log(two.out, event), strict=True
+        ):
+            for name in ours.keys() - {"event", "tokens_per_second", "seconds_waited_in_all"}:
+                if ours[name] is None:
+                    assert theirs[name] is None
+                else:
+                    assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+    # Adam divides each gradient by its size: where it is nearly 0, its rounding is seen
+    assert_same_weights(two.out, settings.out, rtol=0, atol=1e-4)
+    # the same examples a step: the same run, which is done
+    assert train(two).was_done
