@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.stages.commands.folder_summary import bytes_per_token, kept_mass
 from qpipe.stages.commands.tables import print_table
 
 QPIPE = Path(sys.executable).with_name("qpipe")
@@ -58,10 +57,10 @@ def print_outcome(folder: Path) -> None:
             ("  scored", f"{totals['rows']:,}"),
             ("  rejected", f"{totals['rejected']:,}"),
             ("supervised tokens", f"{totals['positions']:,}"),
-            ("kept mass", f"scores {kept_mass(scores):.4f}, targets {kept_mass(targets):.4f}"),
+            ("kept mass", f"scores {scores.kept_mass:.4f}, targets {targets.kept_mass:.4f}"),
             (
                 "bytes a token",
-                f"scores {bytes_per_token(scores):.0f}, targets {bytes_per_token(targets):.0f}",
+                f"scores {scores.bytes_per_token:.0f}, targets {targets.bytes_per_token:.0f}",
             ),
             (
                 "supervised tokens/s",

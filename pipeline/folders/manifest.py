@@ -98,6 +98,16 @@ class Manifest:
     frequent_ids: tuple[int, ...] = ()
 
     @property
+    def kept_mass(self) -> float:
+        """The mean probability that the stored entries hold."""
+        return 1 - self.totals["sums"]["tail_mass"] / self.totals["positions"]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of the shards for each supervised position."""
+        return self.totals["bytes"] / self.totals["positions"]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings of the stage that made the folder."""
         return self.identity.settings

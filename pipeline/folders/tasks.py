@@ -2,7 +2,7 @@
 
 Both are short ways over the same thing: a `Stage`, which says what is to be made and makes any one
 shard of it, in this process or, sent there as a pickle, in another. (On a Ray cluster:
-`stages/executors/ray_cluster`, as this floor of the house does not know ray.)
+`stages/execution/ray.py`, as this floor of the house does not know ray.)
 """
 
 from collections.abc import Iterable, Sequence

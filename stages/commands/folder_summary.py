@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.shard_run import REJECTS, StageResult, folder_in
 from ...pipeline.folders.tasks import PartResult
 from ...pipeline.progress import log_event
@@ -38,7 +37,7 @@ def print_scores(folder: Path, result: StageResult) -> None:
             ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
             ("supervised tokens", f"{totals['positions']:,}"),
             *_left_out(totals),
-            ("kept mass", f"{kept_mass(result.manifest):.4f}"),
+            ("kept mass", f"{result.manifest.kept_mass:.4f}"),
             ("mean loss", f"{totals['sums']['observed_nll'] / totals['positions']:.4f} nats"),
             *_size_and_speed(result),
         ]
@@ -56,7 +55,7 @@ def print_targets(folder: Path, result: StageResult) -> None:
             ("supervised tokens", f"{totals['positions']:,}"),
             ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
             ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),
-            *([("kept mass", f"{kept_mass(result.manifest):.4f}")] if has_tail else []),
+            *([("kept mass", f"{result.manifest.kept_mass:.4f}")] if has_tail else []),
             *_bounds(totals),
             *_size_and_speed(result),
         ]
@@ -72,7 +71,7 @@ def print_subset(folder: Path, result: StageResult) -> None:
             ("subset", f"{folder}{_already(result)}"),
             ("demonstrations", f"{totals['rows']:,}"),
             ("supervised tokens", f"{totals['positions']:,}"),
-            ("bytes a token", f"{bytes_per_token(result.manifest):.1f}"),
+            ("bytes a token", f"{result.manifest.bytes_per_token:.1f}"),
         ]
     )
 
@@ -88,16 +87,6 @@ def print_part(result: PartResult) -> None:
         speed = result.positions / result.seconds
         rows.append(("speed", f"{speed:,.0f} supervised tokens/s"))
     print_table(rows)
-
-
-def kept_mass(manifest: Manifest) -> float:
-    """The mean probability that the stored entries hold."""
-    return 1 - manifest.totals["sums"]["tail_mass"] / manifest.totals["positions"]
-
-
-def bytes_per_token(manifest: Manifest) -> float:
-    """Bytes of the shards for each supervised token."""
-    return manifest.totals["bytes"] / manifest.totals["positions"]
 
 
 def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -123,7 +112,7 @@ def _already(result: StageResult) -> str:
 
 
 def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:
-    rows = [("bytes a token", f"{bytes_per_token(result.manifest):.1f}")]
+    rows = [("bytes a token", f"{result.manifest.bytes_per_token:.1f}")]
     if result.seconds:
         rows.append(("speed", f"{result.positions / result.seconds:,.0f} supervised tokens/s"))
     return rows

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..commands.folder_summary import bytes_per_token, kept_mass
 from .examples import Folder, Look
 from .measures import MEASURES, Floats
 
@@ -122,6 +121,6 @@ def folder_json(folder: Folder) -> dict[str, Any]:
         "tokens": totals["tokens"],
         "supervised_tokens": totals["positions"],
         "mean_support": totals["entries"] / max(totals["positions"], 1),
-        "kept_mass": kept_mass(manifest) if has_tail else None,
-        "bytes_per_token": bytes_per_token(manifest) if has_tail else None,
+        "kept_mass": manifest.kept_mass if has_tail else None,
+        "bytes_per_token": manifest.bytes_per_token if has_tail else None,
     }

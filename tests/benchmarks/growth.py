@@ -29,7 +29,6 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
-from qpipe.stages.commands.folder_summary import bytes_per_token
 from qpipe.stages.commands.tables import print_table
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
@@ -47,9 +46,9 @@ LENGTH_TOKENS = 8_192  # in all, of examples of any length
 _LOSS = """
 import sys, time, torch
 from qpipe.pipeline.methods import choose
-from qpipe.trainer.collate import SparseTargets
-from qpipe.trainer.fused import Head, fused_loss
-from qpipe.trainer.objective import Objective
+from qpipe.trainer.data.batch import SparseTargets
+from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.objective import Objective
 N, V, D, S = 1024, int(sys.argv[1]), 256, 32
 hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D).mul_(0.02)
 weight.requires_grad_()
@@ -157,7 +156,7 @@ def grow_top_k() -> None:
             rows.append(
                 (
                     f"{top_k}",
-                    *(f"{bytes_per_token(each):.0f} B/token" for each in manifests),
+                    *(f"{each.bytes_per_token:.0f} B/token" for each in manifests),
                     f"{seconds / positions * 1e6:.1f} µs",
                     f"{front_end(top_k):.2f} µs",
                 )

@@ -11,7 +11,6 @@ from typing import Any
 
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
-from qpipe.stages.commands.folder_summary import bytes_per_token
 
 from .judge import judge
 from .plan import (
@@ -109,5 +108,5 @@ def _promised(work: Work, run: Run) -> dict[str, Any]:
             "divergence": overall.divergence,
             "reproducible": reproducible_share(sums, manifest.totals["rows"]),
         },
-        "bytes_per_token": bytes_per_token(manifest),
+        "bytes_per_token": manifest.bytes_per_token,
     }

@@ -554,7 +554,7 @@ def test_a_manifest_of_the_most_shards_can_be_read() -> None:
 
 def test_a_folder_that_another_process_works_in_is_refused(folder: Path) -> None:
     with locked(folder):
-        code = "import sys, pathlib; from qpipe.pipeline.locks import locked\n"
+        code = "import sys, pathlib; from qpipe.pipeline.storage.locks import locked\n"
         code += "with locked(pathlib.Path(sys.argv[1])): pass"
         done = subprocess.run(
             [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False

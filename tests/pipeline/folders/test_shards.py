@@ -303,8 +303,8 @@ READ_WITH_BYTES_FLIPPED = """
 import sys
 from pathlib import Path
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import read_shard
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_shard
 
 folder = Path(sys.argv[1])
 manifest = read_manifest(folder)

@@ -147,8 +147,8 @@ def test_a_cache_that_cannot_be_written(
 
 FETCH = """
 import sys
-from qpipe.pipeline.cache import local_copy
-from qpipe.pipeline.remote import open_path
+from qpipe.pipeline.storage.cache import local_copy
+from qpipe.pipeline.storage.remote import open_path
 print(len(local_copy(open_path("s3://bucket/a"), sys.argv[1]).read_bytes()))
 """
 

@@ -155,7 +155,7 @@ def test_a_lease_that_cannot_be_removed_runs_out(
 
 
 def test_the_host_is_the_same_in_every_process() -> None:
-    code = "from qpipe.pipeline.locks import _host; print(_host())"
+    code = "from qpipe.pipeline.storage.locks import _host; print(_host())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == locks._host()
     assert socket.gethostname() in locks._host()

@@ -256,8 +256,9 @@ def test_an_engine_that_cannot_start_is_told_in_one_line(
 _LIMITED = """
 import resource, sys, psutil
 import numpy as np
-from qpipe.pipeline.records import Example
-from qpipe.stages.scorers.base import ScorerSettings, make_scorer
+from qpipe.pipeline.format.records import Example
+from qpipe.stages.engines.base import ScorerSettings
+from qpipe.stages.engines.choose import make_scorer
 from qpipe.trainer.models import find_model
 ids = np.arange(255, dtype=np.int32)
 one = Example("a", ids, np.arange(1, 255, dtype=np.int32))

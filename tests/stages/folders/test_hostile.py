@@ -41,9 +41,9 @@ def peak():
 READ = """
 import sys
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import read_scores, read_shard, read_targets
-from qpipe.stages.verify import verify
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_scores, read_shard, read_targets
+from qpipe.stages.folders.verify import verify
 
 before = peak()
 for folder in map(Path, sys.argv[1:]):
@@ -506,9 +506,9 @@ import sys
 import numpy as np
 from pathlib import Path
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.manifest import read_manifest
-from qpipe.pipeline.shards import read_shard, shard_ids
-from qpipe.pipeline.invariants import violations
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import read_shard, shard_ids
+from qpipe.pipeline.format.row_checks import violations
 
 folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 manifest = read_manifest(folder)

@@ -17,7 +17,7 @@ from qpipe.tests.support.made_up import folder_of, targeted
 # in a process of its own: the hub's address is read when its library is imported
 SCRIPT = """
 import sys
-from qpipe.tests.made_up import qpipe
+from qpipe.tests.support.made_up import qpipe
 for line in sys.stdin.read().splitlines():
     fails, *words = line.split("|")
     print(qpipe(*words, fails=bool(fails)).strip())

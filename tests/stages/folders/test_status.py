@@ -67,7 +67,7 @@ def begin(folder: Path, shards: int, in_all: int | None = 10) -> ShardRun:
 @contextmanager
 def worked_in(folder: Path) -> Iterator[None]:
     code = (
-        "import pathlib, sys; from qpipe.pipeline.locks import locked\n"
+        "import pathlib, sys; from qpipe.pipeline.storage.locks import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
     )
     words = [sys.executable, "-c", code, str(folder)]

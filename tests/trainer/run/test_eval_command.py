@@ -135,7 +135,7 @@ def test_two_processes_run_it_once(settings: TrainSettings, tmp_path: Path) -> N
     script = tmp_path / "train.py"
     script.write_text(
         "import sys; from pathlib import Path\n"
-        "from qpipe.trainer.loop import train\n"
+        "from qpipe.trainer.run.train import train\n"
         "from qpipe.trainer.settings import TrainSettings\n"
         "train(TrainSettings(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), batch_size=5,\n"
         "                    learning_rate=1e-2, eval_every=2, eval_command=sys.argv[4]))\n"

@@ -327,7 +327,7 @@ _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--npr
 _SCRIPT = """
 import json, sys
 from pathlib import Path
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step import Stepper
 given, stop = json.loads(sys.argv[1]), int(sys.argv[2])

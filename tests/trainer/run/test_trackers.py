@@ -123,7 +123,7 @@ def test_wandb_keeps_the_log(settings: TrainSettings) -> None:
     """Wherever wandb is installed; in a process of its own, without a network."""
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from qpipe.trainer.loop import train\n"
+        "import sys; from pathlib import Path; from qpipe.trainer.run.train import train\n"
         "from qpipe.trainer.settings import TrainSettings\n"
         "train(TrainSettings(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), track=('wandb',),"
         " eval_fraction=0.2))"

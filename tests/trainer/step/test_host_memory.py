@@ -9,7 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import ctypes, sys
 from resource import RUSAGE_SELF, getrusage
-from qpipe.trainer.host_memory import keep_freed_memory
+from qpipe.trainer.step.distributed import keep_freed_memory
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]

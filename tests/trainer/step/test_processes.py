@@ -16,7 +16,7 @@ _LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--npr
 _SCRIPT = """
 import sys
 from pathlib import Path
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 targets, model, out = sys.argv[1:]
 train(TrainSettings(Path(targets), model, Path(out), learning_rate=1e-3, eval_fraction=0.3,

@@ -24,9 +24,9 @@ _SCRIPT = """
 import json, sys
 from pathlib import Path
 from qpipe.trainer import step
-from qpipe.trainer.loop import train
+from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.sharding import is_sharded
+from qpipe.trainer.step.distributed import is_sharded
 class Killed(BaseException): pass
 take = step.Stepper.step
 for given, stop in json.loads(sys.argv[1]):
