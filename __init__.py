@@ -1,14 +1,14 @@
 """qpipe: offline soft targets for supervised fine-tuning.
 
-The repository's root is this package. The flow is one line:
+The repository's root is this package:
 
     demonstrations → score → scores/ → build-targets → targets/ → train → a fine-tuned model
 
-    pipeline/  records, schema, codec, shards, manifests, the stage runner, the table of methods
-    trainer/   the stream, the collator, the sparse loss, the training loop
-    stages/    the commands, the readers of demonstrations, chat templates, the scorers
+    pipeline/  the stored folders, the methods, and the targets; does not import torch
+    trainer/   data, loss, models, steps and runs of training
+    stages/    the commands, demonstrations, encoding, engines, reports
 
-Imports go stages → trainer → pipeline; pipeline knows neither torch nor an engine.
+Imports go stages → trainer → pipeline. docs/code.md is the map.
 """
 
 __version__ = "0.1.0"

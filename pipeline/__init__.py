@@ -1,7 +1,8 @@
-"""The ground floor: records, shards, manifests, the stage runner and the table of methods.
+"""The stored folders and the targets: format, methods, folders. This floor does not import torch.
 
 `read_scores(folder)` and `read_targets(folder)` yield the decoded examples of a sealed folder, one
-shard in memory at a time; `decoder(folder)` decodes rows that another tool has read.
+shard in memory at a time; `decoder(folder)` decodes rows that another tool has read. Begin with
+`format.records` (the examples), `methods.table` and `folders.manifest`.
 """
 
 from typing import TYPE_CHECKING, Any
