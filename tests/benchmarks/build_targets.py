@@ -58,7 +58,7 @@ _BUILD = """
 import json, sys, time
 from pathlib import Path
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets import BuildSettings, build_targets
+from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 folder, shards, out, method, form, has_teacher = sys.argv[1:]
 def build(shards, out):
     teacher = Path(f"{folder}/teacher-{shards}") if has_teacher == "yes" else None

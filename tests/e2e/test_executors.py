@@ -154,6 +154,7 @@ def ancestors(pid: int) -> Iterator[int]:
         yield pid
 
 
+@pytest.mark.slow
 def test_the_shard_of_a_killed_worker_is_made_by_another(
     made: Path, score: Sequence[object], tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_the_shard_of_a_killed_worker_is_made_by_another(
     assert folder_bytes(out) == folder_bytes(made / "scores")
 
 
+@pytest.mark.slow
 def test_a_shard_that_ends_every_worker_ends_the_run(
     made: Path, score: Sequence[object], tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_shard_that_ends_every_worker_ends_the_run(
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in out.iterdir()}.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ray_ends_with_the_command(score: Sequence[object], tmp_path: Path, stop: int) -> None:
     out = tmp_path / "scores"
@@ -210,6 +213,7 @@ def test_ray_ends_with_the_command(score: Sequence[object], tmp_path: Path, stop
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ray_refuses_what_cannot_be(score: Sequence[object], tmp_path: Path) -> None:
     out = tmp_path / "scores"
     assert "--workers 99: Ray has" in refused(

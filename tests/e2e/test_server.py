@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 QPIPE = Path(sys.executable).with_name("qpipe")
 MAX_LENGTH = 200
+pytestmark = pytest.mark.slow
 
 
 def qpipe(*arguments: object) -> subprocess.CompletedProcess[str]:

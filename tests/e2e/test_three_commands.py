@@ -146,6 +146,7 @@ def test_the_trained_model_loads_in_transformers_and_can_be_scored(
     assert after["sums"]["observed_nll"] < before["sums"]["observed_nll"]
 
 
+@pytest.mark.slow
 def test_the_trained_model_loads_in_vllm(made: Path, demonstrations: Path, tmp_path: Path) -> None:
     """And the two engines agree on it, through the whole command."""
     for engine in ("vllm", "transformers"):

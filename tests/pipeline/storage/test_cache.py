@@ -153,6 +153,7 @@ print(len(local_copy(open_path("s3://bucket/a"), sys.argv[1]).read_bytes()))
 """
 
 
+@pytest.mark.slow
 def test_processes_fetch_the_same_at_once(s3: Bucket, tmp_path: Path) -> None:
     _, sha256 = put(s3, "a", os.urandom(4_000_000))
     processes = [

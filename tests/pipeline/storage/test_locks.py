@@ -84,6 +84,7 @@ def test_a_living_process_of_this_machine_holds(s3: Bucket) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_lease_is_renewed(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_LEASE", 2.0)
     with locked(open_path(HELD)):
@@ -161,6 +162,7 @@ def test_the_host_is_the_same_in_every_process() -> None:
     assert socket.gethostname() in locks._host()
 
 
+@pytest.mark.slow
 def test_a_task_that_is_started_twice_is_held_off(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_task_that_is_started_twice_is_held_off(
     assert s3.names() == [LEASE]
 
 
+@pytest.mark.slow
 def test_a_task_waits_for_the_end_of_a_killed_one_of_the_same_rank(s3: Bucket) -> None:
     s3.put(LEASE, lease(kind="share", task="rank 1 of 3", until=time.time() + 2))
     with Lease(open_path(HELD)) as again:
@@ -185,6 +188,7 @@ def test_a_task_waits_for_the_end_of_a_killed_one_of_the_same_rank(s3: Bucket) -
         assert len(s3.names("held/.lease-")) == 2
 
 
+@pytest.mark.slow
 def test_two_starts_of_a_task_that_did_not_see_each_other_both_go_on(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def engine_dead() -> Exception:
     return EngineDeadError()
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_smaller_and_nothing_is_lost(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +244,7 @@ def test_what_was_finished_before_an_engine_stopped_is_kept(
     assert {path: path.stat().st_mtime_ns for path in kept} == written
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_is_told_in_one_line(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +261,7 @@ import numpy as np
 from qpipe.pipeline.format.records import Example
 from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
-from qpipe.trainer.models import find_model
+from qpipe.trainer.models.files import find_model
 ids = np.arange(255, dtype=np.int32)
 one = Example("a", ids, np.arange(1, 255, dtype=np.int32))
 scorer = make_scorer(find_model(sys.argv[1]), ScorerSettings("vllm", "float32", max_length=255))
@@ -274,6 +276,7 @@ np.testing.assert_array_equal(limited.observed_ranks, free.observed_ranks)
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_memory_for_large_steps_goes_on_with_small_ones(tmp_path: Path) -> None:
     """255 rows take 260 MB at this vocabulary, 64 take 65 MB; 190 MB are left."""
     model = make_tiny_model(tmp_path / "model", vocab_size=60_000)

@@ -62,7 +62,7 @@ def test_a_copy_has_the_same_bytes_and_a_card(
 
 KILLED = """
 import os, sys
-from qpipe.stages import share
+from qpipe.stages.folders import share
 from qpipe.stages.cli import main
 when, left = sys.argv.pop(1), int(sys.argv.pop(1))
 def dies(name):

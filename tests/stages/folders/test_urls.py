@@ -212,10 +212,10 @@ def test_other_trainers_read_behind_urls(s3: Bucket, local: Path) -> None:
 
 INTERRUPTED = """
 import os, sys
-from qpipe.pipeline import remote, runner
+from qpipe.pipeline.folders import shard_run
 from qpipe.stages.cli import main
 left = int(sys.argv.pop(1))
-commit = runner.commit_shard
+commit = shard_run.commit_shard
 def commit_shard(*given):
     global left
     left -= 1
@@ -223,7 +223,7 @@ def commit_shard(*given):
     if left == 0:
         os._exit(9)  # as kill -9 does
     return entry
-runner.commit_shard = commit_shard
+shard_run.commit_shard = commit_shard
 main()
 """
 

@@ -131,6 +131,7 @@ def test_no_shell_reads_the_command(tmp_path: Path) -> None:
     assert parse_command("echo 'a b' {checkpoint}") == ["echo", "a b", "{checkpoint}"]
 
 
+@pytest.mark.slow
 def test_two_processes_run_it_once(settings: TrainSettings, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -74,15 +74,22 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("pack", "every"),
+    [
+        (True, 3),
+        pytest.param(True, 2, marks=pytest.mark.slow),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_any_step_ends_with_the_same_weights(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack: bool
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack: bool, every: int
 ) -> None:
     settings = replace(settings, pack=pack)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     result = train(undisturbed)
     assert result.steps > 5
-    for step in range(1, result.steps + 1, 2 if pack else 1):
+    for step in range(1, result.steps + 1, every):
         out = tmp_path / f"killed-{step}"
         killed = replace(settings, out=out)
         killed_at(monkeypatch, killed, step)
@@ -329,7 +336,7 @@ import json, sys
 from pathlib import Path
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step import Stepper
+from qpipe.trainer.step.step import Stepper
 given, stop = json.loads(sys.argv[1]), int(sys.argv[2])
 given = {key: Path(value) if key in ("targets", "out") else value for key, value in given.items()}
 take = Stepper.step
@@ -343,6 +350,7 @@ train(TrainSettings(**given))
 """
 
 
+@pytest.mark.slow
 def test_one_process_then_two_then_one_see_every_sample_once(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def test_two_processes_train_as_one(
     assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_on_a_live_target(
     settings: TrainSettings, make_targets: Make, make_live_examples: Examples, tmp_path: Path
 ) -> None:

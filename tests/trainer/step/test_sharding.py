@@ -23,12 +23,12 @@ from ...support.runs import Examples, Make
 _SCRIPT = """
 import json, sys
 from pathlib import Path
-from qpipe.trainer import step
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.distributed import is_sharded
+from qpipe.trainer.step.step import Stepper
 class Killed(BaseException): pass
-take = step.Stepper.step
+take = Stepper.step
 for given, stop in json.loads(sys.argv[1]):
     paths = {name: Path(given[name]) for name in ("targets", "out")}
     def one(self, number, *rest):
@@ -37,7 +37,7 @@ for given, stop in json.loads(sys.argv[1]):
         if number == stop:
             raise Killed
         return result
-    step.Stepper.step = one
+    Stepper.step = one
     try:
         train(TrainSettings(**given | paths))
     except Killed:
@@ -101,6 +101,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_with_shared_weights_train_as_one(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
