@@ -47,7 +47,8 @@ _LOSS = """
 import sys, time, torch
 from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.fused import fused_loss
+from qpipe.trainer.loss.head import Head
 from qpipe.trainer.loss.objective import Objective
 N, V, D, S = 1024, int(sys.argv[1]), 256, 32
 hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D).mul_(0.02)

@@ -26,7 +26,8 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish
 from qpipe.trainer.data.batch import SparseTargets
-from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.fused import fused_loss
+from qpipe.trainer.loss.head import Head
 from qpipe.trainer.loss.objective import Objective
 from torch import Tensor
 from torch.nn.functional import cross_entropy

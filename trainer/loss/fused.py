@@ -15,15 +15,16 @@ C is summed without S, so nothing cancels where p_C is tiny.
 N supervised positions, n those of a chunk, D hidden size, V vocabulary, S widest support.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...pipeline.methods import rules
+from ...pipeline.methods.definition import Choice
 from ..data.batch import SparseTargets
+from .head import Head, chunks
 from .objective import (
     Loss,
     Objective,
@@ -32,52 +33,75 @@ from .objective import (
     matching_losses,
     stored_log_prob,
 )
-from .sparse import observed_losses, times
-
-_CHUNK_VALUES = 2**24  # logits at once: 64 MiB in float32
-_TIMES_ON_GPU = 4  # as many: fewer leave an H100 idle, 2.8 times as slow, and save no memory there
+from .sparse import TailShape, observed_losses, times
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """An output head: the logits are softcap·tanh(z/softcap) of z = scale·(W·h + bias)."""
+def sparse_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    observed_ids: Tensor,
+    support_ids: Tensor,
+    support_probs: Tensor,
+    tail_mass: Tensor,
+    trust: Tensor,
+    weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    tail: TailShape = "student",
+) -> Tensor:
+    """Σ weights·CE(Q, p) in nats over N positions, a scalar; the [N, V] logits never exist.
 
-    weight: Tensor  # [V, D]
-    bias: Tensor | None = None  # [V]
-    scale: float = 1.0
-    softcap: float | None = None
+    The target is Q = trust·δ_observed + (1 − trust)·residual. The residual is `support_probs` on a
+    support of at most S ids, and `tail_mass` in all outside of it; `tail` is the shape of that
+    tail, the student's own or uniform (`qpipe.trainer.loss.sparse`). The student is p =
+    softmax(softcap·tanh(z/softcap)) of z = scale·(weight·hidden + bias). Gradients reach `hidden`,
+    `weight` and `bias`.
 
-    def logits(self, hidden_nD: Tensor) -> Tensor:
-        """The logits [n, V], in float32 at least."""
-        logits_nV = torch.nn.functional.linear(hidden_nD, self.weight, self.bias)
-        logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
-        if self.scale != 1:
-            logits_nV = logits_nV * self.scale
-        if self.softcap is not None:
-            logits_nV = self.softcap * torch.tanh(logits_nV / self.softcap)
-        return logits_nV
+    Args:
+        hidden: [N, D], the states before the output head, of supervised positions only.
+        weight: [V, D], the output head.
+        observed_ids: [N] int64.
+        support_ids: [N, S] int64, distinct within a row, the observed id among them. A row with
+            fewer than S ids is padded with -1; for a list of rows,
+            `torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)` pads.
+        support_probs: [N, S], ignored where the id is -1.
+        tail_mass: [N], 1 − Σ support_probs.
+        trust: [N], γ, 0 to 1.
+        weights: [N], of each position's loss; divide by the number of tokens for a mean.
+        bias: [V].
+        scale: A factor of the scores.
+        softcap: A bound of the logits; None is none.
+        tail: "student" or "uniform".
 
-    def into_scores(self, gradient_nV: Tensor, logits_nV: Tensor) -> Tensor:
-        """The gradient with respect to W·h + bias, from that with respect to the logits."""
-        if self.softcap is not None:
-            gradient_nV = gradient_nV * (1 - (logits_nV / self.softcap).square())
-        return gradient_nV if self.scale == 1 else gradient_nV * self.scale
+    Raises ValueError where a row lacks its observed id.
+    """
+    is_entry_NS = support_ids >= 0
+    if not ((support_ids == observed_ids[:, None]).any(1)).all():
+        raise ValueError("the observed id of every row must be among its support_ids")
+    targets = SparseTargets(
+        observed_ids=observed_ids,
+        example_of=torch.zeros_like(observed_ids),
+        trust=trust,
+        weights=weights,
+        support_ids=torch.where(is_entry_NS, support_ids, observed_ids[:, None]),
+        support_mask=is_entry_NS,
+        support_probs=torch.where(is_entry_NS, support_probs, 0),
+        tail_mass=tail_mass,
+    )
+    head = Head(weight, bias, scale, softcap)
+    return _FusedLoss.apply(hidden, weight, bias, head, targets, tail, None, None)[0]
 
 
 def fused_loss(hidden_ND: Tensor, head: Head, targets: SparseTargets, objective: Objective) -> Loss:
     """Σ weight·loss over the positions whose hidden states are given."""
+    live = objective.choice if objective.choice.reads_student else None
     ratios_N = _sequence_log_ratios(hidden_ND, head, targets, objective)
     total, bounds_N = _FusedLoss.apply(
-        hidden_ND, head.weight, head.bias, head, targets, objective, ratios_N
+        hidden_ND, head.weight, head.bias, head, targets, objective.tail_shape, live, ratios_N
     )
     return Loss(total, bounds_N if objective.has_error_bounds else None)
-
-
-def chunks(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Consecutive rows whose logits are few enough to be held at once; no rows are one chunk."""
-    values = _CHUNK_VALUES * (1 if device.type == "cpu" else _TIMES_ON_GPU)
-    size = max(1, values // vocab_size)
-    return (slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size))
 
 
 def rows_of(targets: SparseTargets, rows: slice) -> SparseTargets:
@@ -96,7 +120,8 @@ class _FusedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         targets: SparseTargets,
-        objective: Objective,
+        tail_shape: TailShape,
+        live: Choice | None,
         ratios_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -116,7 +141,7 @@ class _FusedLoss(torch.autograd.Function):
             capped_nV = logits_nV.clone() if head.softcap is not None else logits_nV
             ratios_n = None if ratios_N is None else ratios_N[rows]
             loss, bounds_N[rows], gradient_nV = _loss_and_gradient(
-                logits_nV, chunk, objective, ratios_n
+                logits_nV, chunk, tail_shape, live, ratios_n
             )
             total = total + loss  # in place, torch 2.11's compiler loses its gradient
             scores_nV = head.into_scores(gradient_nV, capped_nV)
@@ -126,7 +151,7 @@ class _FusedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = scores_nV @ cast.weight
             if needs_weight:
-                grad_weight = _plus_product(grad_weight, scores_nV.T, hidden_nD, add_up)
+                grad_weight = add_product(grad_weight, scores_nV.T, hidden_nD, add_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(bounds_N)
@@ -140,29 +165,33 @@ class _FusedLoss(torch.autograd.Function):
             None if hidden is None else hidden * scale.to(hidden.dtype),
             None if weight is None else weight.mul_(scale).to(ctx.weight_dtype),
             None if bias is None else bias.mul_(scale).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
 def _loss_and_gradient(
-    logits_nV: Tensor, targets: SparseTargets, objective: Objective, ratios_n: Tensor | None
+    logits_nV: Tensor,
+    targets: SparseTargets,
+    tail_shape: TailShape,
+    live: Choice | None,
+    ratios_n: Tensor | None,
 ) -> tuple[Tensor, Tensor | float, Tensor]:
-    """Σ weight·loss, the error bounds [n], and the gradient [n, V], in the place of the logits."""
-    choice = objective.choice
-    if choice.reads_student and choice.residual == "gem":
-        return _matching(logits_nV, targets, objective)
-    bounds: Tensor | float = 0.0
-    if choice.reads_student:
-        targets, live_bounds = live_targets(choice, logits_nV, targets, ratios_n)
-        bounds = 0.0 if live_bounds is None else live_bounds
-    total, gradient_nV = _sparse(logits_nV, targets, objective.tail_shape)
-    return total, bounds, gradient_nV
+    """Σ weight·loss, the error bounds [n], and the gradient [n, V], in the place of the logits.
+
+    `live` is the method if its targets depend on the student.
+    """
+    if live is not None and live.residual == "gem":
+        return _matching(logits_nV, targets, live)
+    bounds = None
+    if live is not None:
+        targets, bounds = live_targets(live, logits_nV, targets, ratios_n)
+    total, gradient_nV = _sparse(logits_nV, targets, tail_shape)
+    return total, 0.0 if bounds is None else bounds, gradient_nV
 
 
-def _sparse(logits_nV: Tensor, targets: SparseTargets, tail_shape: str) -> tuple[Tensor, Tensor]:
+def _sparse(
+    logits_nV: Tensor, targets: SparseTargets, tail_shape: TailShape
+) -> tuple[Tensor, Tensor]:
     """Σ weight·loss and its gradient, the logits overwritten."""
     ids, mask = targets.support_ids, targets.support_mask
     is_observed_nS = (ids == targets.observed_ids[:, None]) & mask
@@ -202,15 +231,14 @@ def _sparse(logits_nV: Tensor, targets: SparseTargets, tail_shape: str) -> tuple
 
 
 def _matching(
-    logits_nV: Tensor, targets: SparseTargets, objective: Objective
+    logits_nV: Tensor, targets: SparseTargets, choice: Choice
 ) -> tuple[Tensor, float, Tensor]:
     """gem's Σ weight·loss and its gradient."""
-    losses_n = matching_losses(logits_nV, targets.observed_ids, objective.choice)
+    losses_n = matching_losses(logits_nV, targets.observed_ids, choice)
     vocabulary = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_observed_nV = vocabulary == targets.observed_ids[:, None]
     log_probs_nV = logits_nV.log_softmax(1)
-    parameters = objective.choice.parameters
-    gradient_nV = rules.matching_gradient(log_probs_nV, is_observed_nV, **parameters)
+    gradient_nV = rules.matching_gradient(log_probs_nV, is_observed_nV, **choice.parameters)
     return (targets.weights * losses_n).sum(), 0.0, targets.weights[:, None] * gradient_nV
 
 
@@ -231,7 +259,7 @@ def _sequence_log_ratios(
     return example_means(-torch.cat(losses) - stored_log_prob(targets), targets.example_of)
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """A sum with a matrix product added, in place and without room for it where the types allow.
 
     Under autocast not in place: it leaves that alone, in float32, which is many times slower.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss.fused import Head, chunks
+from ..loss.head import Head, chunks
 from .files import logits_at
 
 _PROBE_TOKENS = 4

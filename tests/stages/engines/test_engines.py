@@ -174,7 +174,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     check_close(together, [backwards[len(EXAMPLES) - 1 - place] for place in range(len(EXAMPLES))])
     monkeypatch.setattr("qpipe.stages.engines.transformers_engine._BATCH_TOKENS", 320)
     check_close(together, run(scorer, 8))
-    monkeypatch.setattr("qpipe.trainer.loss.fused._CHUNK_VALUES", 7 * VOCAB)
+    monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 7 * VOCAB)
     check_close(together, run(scorer, 8))
 
 

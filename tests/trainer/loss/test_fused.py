@@ -11,7 +11,8 @@ from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
 from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.loss import fused
-from qpipe.trainer.loss.fused import Head, fused_loss
+from qpipe.trainer.loss.fused import fused_loss
+from qpipe.trainer.loss.head import Head, chunks
 from qpipe.trainer.loss.objective import Loss, Objective
 from qpipe.trainer.models.heads import HeadForm, recognise
 from qpipe.trainer.models.student import load_student
@@ -29,7 +30,9 @@ Gradients = tuple[Tensor, ...]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_VALUES", 7 * VOCAB_SIZE)  # 23 rows in four chunks
+    monkeypatch.setattr(
+        "qpipe.trainer.loss.head.CHUNK_VALUES", 7 * VOCAB_SIZE
+    )  # 23 rows in four chunks
 
 
 def objective_of(choice: Choice) -> Objective:
@@ -232,7 +235,7 @@ def test_no_positions_give_a_zero_with_gradients() -> None:
 
 def test_bfloat16_sums_over_the_chunks_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, a bfloat16 sum of 1,380 gradients loses ten times what one of them does."""
-    monkeypatch.setattr(fused, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 1)
     choice = choose("sft")
     hidden, head = random_head()
     repeated = torch.arange(SIZE).repeat(60)
@@ -331,14 +334,14 @@ def test_under_autocast_every_chunk_is_multiplied_in_its_type() -> None:
     total, left, right = torch.randn(5, 7), torch.randn(5, 6), torch.randn(6, 7)
     rounded = (left.bfloat16() @ right.bfloat16()).float()
     with torch.autocast("cpu", torch.bfloat16):
-        found = fused._plus_product(total.clone(), left, right, torch.float32)
+        found = fused.add_product(total.clone(), left, right, torch.float32)
     torch.testing.assert_close(found, total + rounded, rtol=0, atol=0)
-    plain = fused._plus_product(total.clone(), left, right, torch.float32)
+    plain = fused.add_product(total.clone(), left, right, torch.float32)
     torch.testing.assert_close(plain, total + left @ right)
     assert not torch.equal(found, plain)
 
 
 def test_a_gpu_takes_more_rows_at_once() -> None:
     devices = (torch.device("cpu"), torch.device("cuda"))
-    on_cpu, on_gpu = (next(fused.chunks(1000, VOCAB_SIZE, device)).stop for device in devices)
+    on_cpu, on_gpu = (next(chunks(1000, VOCAB_SIZE, device)).stop for device in devices)
     assert on_gpu == 4 * on_cpu

@@ -86,7 +86,7 @@ def test_means_where_the_head_is_not_understood_and_of_chunks_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = by_hand(student.eval(), make_examples(7))
-    monkeypatch.setattr("qpipe.trainer.loss.fused._CHUNK_VALUES", 1)
+    monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 1)
     assert asdict(found_on(student, make_examples(7), ANCHORED)) == pytest.approx(
         asdict(expected), rel=1e-5
     )

@@ -113,7 +113,7 @@ def test_transformers_gathers_what_the_dense_reference_has(
     teacher: Path, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 5 rows a chunk, so that the positions of an example fall into several
-    monkeypatch.setattr("qpipe.trainer.loss.fused._CHUNK_VALUES", 5 * VOCAB)
+    monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 5 * VOCAB)
     model = find_model(str(teacher))
     scorer = TransformersScorer(model, ScorerSettings("transformers", "float32", max_length=256))
     check_all(run(scorer, top_k), dense, top_k)
