@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_line, shown
-from ..format.schema import FORMAT_VERSION, READABLE_VERSIONS, STAGES, Schema
+from ..format.schema import FORMAT_VERSION, STAGES, Schema, format_version_of
 from ..storage.files import read_bytes
 from ..storage.json_files import (
     json_bytes,
@@ -191,8 +191,6 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         identity = Identity(**said["identity"])
         check_version(path, identity)
         shards = [ShardEntry(**entry) for entry in said["shards"]]
-        if identity.format_version < 3:  # there were none
-            said.setdefault("frequent_ids", "")
         ids = tuple(map(int, said["frequent_ids"].split()))
         manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
         is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
@@ -210,7 +208,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         raise _damaged(path, "its fingerprint is not that of its settings")
     if manifest.totals != totals:
         raise _damaged(path, "its totals are not those of its shards")
-    if identity.format_version > 2 and not is_sealed:
+    if not is_sealed:
         raise _damaged(path, "its seal is not that of its content", "damaged or changed")
     return manifest
 
@@ -245,14 +243,13 @@ def parse_identity(path: Path, value: Any) -> Identity:
 
 
 def check_version(path: Path, identity: Identity) -> None:
-    """Refuse a folder of a format version that cannot be read."""
-    stage = str(identity.stage)
-    readable = READABLE_VERSIONS.get(stage, (FORMAT_VERSION,))
-    if type(identity.format_version) is not int or identity.format_version not in readable:
+    """Refuse a folder of another format version."""
+    stage, found = str(identity.stage), identity.format_version
+    readable = format_version_of(stage)
+    if type(found) is not int or found != readable:
         raise UserError(
-            f"{path}: format version {shown(identity.format_version)}, this qpipe reads "
-            f"{' and '.join(map(str, readable))}: make it again with `qpipe {stage[:20]}`, or use "
-            "the qpipe that made it"
+            f"{path}: format version {shown(found)}, this qpipe reads {readable}: make it again "
+            f"with `qpipe {stage[:20]}`, or use the qpipe that made it"
         )
 
 

@@ -126,7 +126,7 @@ def _get(reader: pa.RecordBatchFileReader, number: int) -> pa.RecordBatch:
 def folder_schema(manifest: Manifest) -> Schema:
     """The schema of a sealed folder's shards."""
     identity = manifest.identity
-    packing = packing_of(identity.settings, manifest.frequent_ids, identity.format_version)
+    packing = packing_of(identity.settings, manifest.frequent_ids)
     return schema_of(identity.stage, identity.settings["vocab_size"], packing)
 
 

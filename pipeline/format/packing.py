@@ -6,7 +6,7 @@ itself), low byte and the rest apart. Sorted steps take half the bytes of ids.
 
 Probabilities are stored as natural logarithms, those of the entries and of the tail, and scaled to
 add up to 1 when they are read, so a support and its tail never contradict each other. As `uint8`
-each is the code of a level (`levels`).
+each is a one-byte code (`probability_codes`).
 
 N positions, K entries of all of them end to end, V ids.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .probability_codes import NEWEST, codes_of, probs_of
+from .probability_codes import codes_of, probs_of
 from .ragged import segment_sums
 
 Precision = Literal["uint8", "float16", "float32"]
@@ -37,7 +37,6 @@ class Packing:
     vocab_size: int
     most_entries: int  # of any position
     frequent_ids: tuple[int, ...] = ()  # the first ranks
-    levels: int = NEWEST  # of uint8: the version of the format that they came with
 
 
 def ids_of(ranks: NDArray[np.integer], packing: Packing) -> NDArray[np.int64]:
@@ -143,7 +142,6 @@ def _ids(
 
 def _stored(probs: NDArray[np.float32], packing: Packing) -> NDArray[Any]:
     if packing.precision == "uint8":
-        assert packing.levels == NEWEST, "older levels are only read"
         return codes_of(probs)
     with np.errstate(divide="ignore"):
         return np.log(probs.astype(np.float64)).astype(packing.precision)
@@ -152,6 +150,6 @@ def _stored(probs: NDArray[np.float32], packing: Packing) -> NDArray[Any]:
 def _weights(log_probs: NDArray[Any], packing: Packing) -> NDArray[np.float32]:
     """Probabilities up to a factor."""
     if packing.precision == "uint8":
-        return probs_of(log_probs, packing.levels)
+        return probs_of(log_probs)
     with np.errstate(over="ignore"):
         return np.exp(log_probs, dtype=np.float32)

@@ -5,7 +5,7 @@ one a supervised position (N) or one a support entry (K). A list column is a pla
 pyarrow, `datasets` and polars open a shard without this package.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,16 +14,10 @@ import pyarrow as pa
 
 from ..errors import UserError
 from .packing import Packing, Precision
-from .probability_codes import NEWEST
 from .records import Example, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
-TARGETS_VERSION = NEWEST  # of targets, whose levels have changed since
-READABLE_VERSIONS = {  # by the stage that made them: scores of version 1 lack token weights
-    "score": (2, 3),
-    "build-targets": (1, 2, 3, 4),
-    "mix": (3,),
-}
+TARGETS_VERSION = 4
 
 Level = Literal["example", "token", "position", "entry"]
 
@@ -102,19 +96,22 @@ def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Sc
     )
 
 
-def packing_of(
-    settings: dict[str, Any], frequent_ids: tuple[int, ...], version: int = TARGETS_VERSION
-) -> Packing | None:
-    """The packing that a stage's settings tell; none in score folders and before version 3."""
+def format_version_of(stage: str) -> int:
+    """The format version of the folders that a stage makes, the only one that is read."""
+    return TARGETS_VERSION if stage == "build-targets" else FORMAT_VERSION
+
+
+def packing_of(settings: Mapping[str, Any], frequent_ids: tuple[int, ...]) -> Packing | None:
+    """The packing that a stage's settings describe; None for plain columns, as scores have."""
     if settings.get("precision") is None:
         return None
     return Packing(
         settings["precision"],
         settings["vocab_size"],
-        # what is cut keeps the observed token besides, what is not is that token alone
+        # a truncated support holds max_support entries plus the observed token; any other holds
+        # the observed token alone
         min(1 + (settings["max_support"] or 0), settings["vocab_size"]),
         frequent_ids,
-        min(version, NEWEST),
     )
 
 

@@ -96,7 +96,7 @@ def _job(settings: SubsetSettings, source: Manifest, choice: Choice) -> Job:
         settings=source.settings | {"subset": choice.described()},
         inputs={"source": source.fingerprint},
         schema=identity_schema(schema),
-        format_version=source.identity.format_version,  # as its rows stay as they are
+        format_version=source.identity.format_version,
     )
     parents = {"source": {"identity": asdict(source.identity), "parents": source.parents}}
     return Job(

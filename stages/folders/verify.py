@@ -21,7 +21,6 @@ from ...pipeline.folders.shards import sidecar_bytes, sidecar_path
 from ...pipeline.format.row_checks import violations
 from ...pipeline.progress import progress_bar
 from ...pipeline.storage.files import is_content, sha256_of_file
-from ...pipeline.storage.json_files import json_bytes
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -90,13 +89,8 @@ def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
     path = sidecar_path(folder, index)
     if not path.exists():
         yield f"{path}: missing"
-    elif not any(is_content(path, each) for each in (sidecar_bytes(entry), _without_seal(entry))):
+    elif not is_content(path, sidecar_bytes(entry)):
         yield f"{path}: is not what the manifest says of {entry.file}"
-
-
-def _without_seal(entry: ShardEntry) -> bytes:
-    """A sidecar's content in folders of earlier versions."""
-    return json_bytes(asdict(entry))
 
 
 def _of_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:

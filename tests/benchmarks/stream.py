@@ -30,7 +30,7 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.trainer.data.batch import Batch, collate, pack
 from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
@@ -134,7 +134,9 @@ def make_targets(folder: Path) -> None:
     settings |= {"precision": "uint8", "max_support": MAX_SUPPORT}
     settings |= {"tokenizer_hash": "none", "method": "sft+kl", "form": "frozen-target"}
     settings |= {"parameters": {}, "residual": "base", "tail_shape": "student", "top_p": 0.99}
-    identity = Identity("build-targets", settings, {"made": "up"}, identity_schema(schema))
+    identity = Identity(
+        "build-targets", settings, {"made": "up"}, identity_schema(schema), TARGETS_VERSION
+    )
     job = Job(folder, schema, identity, parents={}, provenance={})
     if open_folder(folder, identity) is not None:
         return

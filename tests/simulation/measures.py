@@ -23,7 +23,7 @@ from qpipe.pipeline.folders.manifest import (
 )
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
 from qpipe.trainer.data import stream
 from qpipe.trainer.data.steps import Step, micro_batches
@@ -143,7 +143,7 @@ def _made_up_targets(folder: Path, batches: int) -> Path:
     settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tokenizer_hash": "made up"}
     settings |= {"method": "sft+kl", "form": "frozen-target", "parameters": {"lam": 0.1}}
     settings |= {"residual": "base", "tail_shape": "student", "top_p": 0.99, "max_support": 64}
-    identity = Identity("build-targets", settings, {}, identity_schema(schema))
+    identity = Identity("build-targets", settings, {}, identity_schema(schema), TARGETS_VERSION)
     open_folder(folder, identity)
     run = ShardRun(Job(folder, schema, identity, {}, {}))
 

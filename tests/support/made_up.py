@@ -18,7 +18,7 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import format_version_of, schema_of
 from qpipe.stages.cli import main
 
 VOCAB_SIZE = 320
@@ -91,7 +91,9 @@ def folder_of(
         own |= {"residual": "base", "tail_shape": "student", "top_p": 0.99, "max_support": 64}
     schema = schema_of(stage, VOCAB_SIZE)
     common = {"vocab_size": VOCAB_SIZE, "tokenizer_hash": tokenizer_hash}
-    identity = Identity(stage, common | own | settings, {}, identity_schema(schema))
+    identity = Identity(
+        stage, common | own | settings, {}, identity_schema(schema), format_version_of(stage)
+    )
     assert open_folder(folder, identity) is None
     run = ShardRun(Job(folder, schema, identity, {}, {"model": "made-up"}))
     parts = np.array_split(np.arange(len(rows)), shards)

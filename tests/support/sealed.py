@@ -1,6 +1,5 @@
 """Small sealed folders made by hand, and hands that change them and make every hash fit again."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,12 @@ from qpipe.pipeline.folders.manifest import (
     write_manifest,
 )
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder, rejects_bytes
-from qpipe.pipeline.folders.shards import ShardContent, batches_of, sidecar_path, write_sidecar
+from qpipe.pipeline.folders.shards import ShardContent, batches_of, write_sidecar
 from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import format_version_of, schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.files import sha256_of_file
-from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.score.stage import score_sums
 
@@ -56,12 +54,11 @@ def scored(number: int) -> ScoredExample:
     )
 
 
-def seal(
-    folder: Path, stage: str, settings: dict[str, Any], shards: list[list[Any]], **identity: Any
-) -> Path:
+def seal(folder: Path, stage: str, settings: dict[str, Any], shards: list[list[Any]]) -> Path:
     """A folder of records, plain columns, one reject."""
     schema = schema_of(stage, settings["vocab_size"])
-    made = Identity(stage, settings, {"chats.jsonl": "0123"}, identity_schema(schema), **identity)
+    version = format_version_of(stage)
+    made = Identity(stage, settings, {"chats.jsonl": "0123"}, identity_schema(schema), version)
     assert open_folder(folder, made) is None
     run = ShardRun(Job(folder, schema, made, {}, {"made": "up"}))
 
@@ -142,33 +139,3 @@ def as_targets(example: ScoredExample) -> TargetExample:
         tail_mass=np.full(n, 0.25, np.float32),
         weights=np.ones(n, np.float32),
     )
-
-
-def older(folder: Path, version: int) -> Path:
-    """Targets as formats 1 and 2 stored them: plain columns, no precision, no seal."""
-    settings = {
-        "method": "sft+kl",
-        "form": "frozen-target",
-        "parameters": {"lam": 0.1},
-        "residual": "base",
-        "tail_shape": "student",
-        "top_p": 0.99,
-        "max_support": 64,
-        "temperature": 1.0,
-        "teacher_temperature": 1.0,
-        "vocab_size": VOCAB,
-        "tokenizer_hash": "3fa9",
-    }
-    shards = [[as_targets(scored(number)) for number in range(1, 4)]]
-    seal(folder, "build-targets", settings, shards, format_version=2)
-    value = json.loads((folder / "manifest.json").read_text())
-    for name in ("seal", "frequent_ids"):
-        del value[name]
-    if version != 2:
-        value["identity"]["format_version"] = version
-    value["identity"]["inputs"] = {}
-    fingerprint = Identity(**value["identity"]).fingerprint
-    value["fingerprint"] = value["shards"][0]["fingerprint"] = fingerprint
-    write_json(folder / "manifest.json", value)
-    write_json(sidecar_path(folder, 0), value["shards"][0])
-    return folder

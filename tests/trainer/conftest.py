@@ -12,7 +12,7 @@ from qpipe.pipeline.folders.manifest import Identity, identity_schema
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
@@ -103,7 +103,9 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
             "tokenizer_hash": find_model(str(model)).tokenizer_hash,
         }
         inputs = {"scores": sha256_of_json(name)}
-        identity = Identity("build-targets", own | settings, inputs, identity_schema(schema))
+        identity = Identity(
+            "build-targets", own | settings, inputs, identity_schema(schema), TARGETS_VERSION
+        )
         job = Job(folder, schema, identity, parents={"scores": {"made": "up"}}, provenance={})
         assert open_folder(folder, identity) is None
         parts = [examples[start : start + rows] for start in range(0, len(examples), rows)]

@@ -21,7 +21,7 @@ from qpipe.pipeline.format.packing import (
     ranks_of,
     unpack,
 )
-from qpipe.pipeline.format.probability_codes import LEVELS, NEWEST
+from qpipe.pipeline.format.probability_codes import LEVELS
 from qpipe.pipeline.format.schema import schema_of
 
 Floats = NDArray[np.float64]
@@ -112,35 +112,29 @@ def _is_near(wanted: float, found: float, precision: Precision) -> None:
         assert abs(np.log(found / wanted)) <= error
 
 
-@pytest.mark.parametrize(
-    ("version", "roots", "finest", "middle", "lowest"),
-    [(3, 128, 0.15, 1, 1), (4, 220, 0.3, 1.25, 7.2)],
-)
-def test_levels_descend_and_no_log_probability_is_far_from_one(
-    version: int, roots: int, finest: float, middle: float, lowest: float
-) -> None:
-    levels = LEVELS[version]
-    assert levels[0] == 0
-    assert levels[254] == pytest.approx(-88)
-    assert levels[255] == -np.inf
-    steps = -np.diff(levels[:255])
+def test_levels_descend_and_no_log_probability_is_far_from_one() -> None:
+    assert LEVELS[0] == 0
+    assert LEVELS[254] == pytest.approx(-88)
+    assert LEVELS[255] == -np.inf
+    steps = -np.diff(LEVELS[:255])
     assert (steps > 0).all()
-    assert steps[levels[1:255] > -14].max() == pytest.approx(finest, rel=1e-9)
-    assert steps[levels[1:255] > -24].max() < middle
-    assert steps.max() < lowest
+    assert steps[LEVELS[1:255] > -14].max() == pytest.approx(0.3, rel=1e-9)
+    assert steps[LEVELS[1:255] > -24].max() < 1.25
+    assert steps.max() < 7.2
     # in even units of the square root where that is the finer of the two
-    np.testing.assert_allclose(-np.diff(np.exp(levels[:100] / 2)), 1 / roots, rtol=1e-12)
+    np.testing.assert_allclose(-np.diff(np.exp(LEVELS[:100] / 2)), 1 / 220, rtol=1e-12)
 
 
-def test_codes_of_version_3_have_their_own_levels() -> None:
-    """Worked out: (1 − code/128)² down to code 114, and e^−14 at 177.84."""
+def test_codes_have_their_levels() -> None:
+    """Worked out: (1 − code/220)² down to code 213, e^−14 at 236.69, e^−24 at 245."""
     stored = pack(targets([{0: 1.0, 1: 1.0, 2: 1.0}], [1.0]), Packing("uint8", 3, 3))
-    codes = np.array([0, 64, 96], np.uint8)
+    codes = np.array([0, 110, 165], np.uint8)
     stored |= {"counts": np.array([3]), "support_log_probs": codes, "tail_log_probs": codes[1:2]}
-    read = unpack(stored, Packing("uint8", 3, 3, levels=3), wrong)
+    read = unpack(stored, Packing("uint8", 3, 3), wrong)
     weights = np.array([1, 1 / 4, 1 / 16])
     np.testing.assert_allclose(read["support_probs"], weights / (weights.sum() + 1 / 4), rtol=1e-6)
-    assert LEVELS[3][177] > -14 > LEVELS[3][178]
+    assert LEVELS[236] > -14 > LEVELS[237]
+    assert LEVELS[245] == pytest.approx(-24)
 
 
 def test_the_nearest_level_is_stored() -> None:
@@ -152,10 +146,9 @@ def test_the_nearest_level_is_stored() -> None:
         "tail_mass": 1 - probs,
     }
     codes = pack(arrays, Packing("uint8", 1, 1))["support_log_probs"]
-    levels = LEVELS[NEWEST]
-    distance = np.abs(np.log(probs.astype(np.float64)) - levels[codes])
+    distance = np.abs(np.log(probs.astype(np.float64)) - LEVELS[codes])
     for shift in (-1, 1):
-        beside = levels[np.clip(codes.astype(int) + shift, 0, 254)]
+        beside = LEVELS[np.clip(codes.astype(int) + shift, 0, 254)]
         nearest = np.abs(np.log(probs.astype(np.float64)) - beside)
         assert (distance <= nearest + 1e-6).all()
 

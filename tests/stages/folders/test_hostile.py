@@ -26,7 +26,7 @@ from qpipe.pipeline.folders.sealed import shard_ids
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.folders.verify import verify
 
-from ...support.sealed import SCORES, build, older, reseal, rewrite, scored, seal, seal_scores
+from ...support.sealed import SCORES, build, reseal, rewrite, scored, seal, seal_scores
 
 MOST_MEMORY = 300  # MB above what the interpreter takes
 
@@ -81,10 +81,9 @@ def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of scores/, targets/ and old/. Not to be changed."""
+    """A folder of scores/ and targets/. Not to be changed."""
     root = tmp_path_factory.mktemp("hostile")
     build(seal_scores(root / "scores"), root / "targets")
-    older(root / "old", 2)
     return root
 
 
@@ -170,7 +169,7 @@ def test_vocabularies_and_supports_that_are_not_the_shards_set_no_memory_aside(
     made: Path, tmp_path: Path
 ) -> None:
     forged = []
-    for name in ("targets", "old", "scores"):
+    for name in ("targets", "scores"):
         for vocab_size, max_support in product((2**31 - 1, 2**20, 1), (2**31 - 1, 2**52, 0, None)):
             own = Path(shutil.copytree(made / name, tmp_path / f"{name}{len(forged)}"))
             settings = {"vocab_size": vocab_size, "max_support": max_support}
@@ -566,7 +565,7 @@ def test_mutated_shards_crash_nothing(made: Path, tmp_path: Path, folder: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["targets", "old", "scores"])
+@pytest.mark.parametrize("folder", ["targets", "scores"])
 def test_tens_of_thousands_of_mutated_shards_crash_nothing(
     made: Path, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,13 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
-from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.folders.shards import write_sidecar
 from qpipe.pipeline.format.packing import PRECISIONS
 from qpipe.pipeline.methods import choose
@@ -25,9 +22,7 @@ from ...support.sealed import (
     SCORES,
     TOP_K,
     VOCAB,
-    as_targets,
     build,
-    older,
     reseal,
     rewrite,
     scored,
@@ -319,58 +314,31 @@ def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
     assert said.count("the manifest does not name it") == 20
 
 
-# Older folders
+# Folders of other versions
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_targets_of_older_formats_are_read_verified_and_streamed(
-    verify: Verify, tmp_path: Path, version: int
+@pytest.mark.parametrize(
+    ("stage", "version"),
+    [
+        ("score", 2),
+        *(("build-targets", each) for each in (0, 1, 2, 3, 5, "4", None, [], 2.5, True)),
+    ],
+)
+def test_a_folder_of_another_version_is_refused_with_the_way_out(
+    verify: Verify, own: Path, own_scores: Path, stage: str, version: Any
 ) -> None:
-    from qpipe.trainer.data.stream import open_streams
-
-    folder = older(tmp_path / "targets", version)
-    assert "precision" not in read_manifest(folder).settings
-    wanted = [as_targets(scored(number)) for number in range(1, 4)]
-    stream, _ = open_streams(folder, read_manifest(folder), 0.0)
-    for read in (list(read_targets(folder)), list(stream.in_order())):
-        assert [each.id for each in read] == [each.id for each in wanted]
-        for each, example in zip(read, wanted, strict=True):
-            for name in ("input_ids", "support_ids", "support_probs", "tail_mass", "weights"):
-                np.testing.assert_array_equal(getattr(each, name), getattr(example, name))
-    status, said = verify(folder)
-    assert status == 0, said
-
-
-def test_targets_of_format_3_are_read_by_their_own_levels(verify: Verify, own: Path) -> None:
-    """The very bytes, said to be of format 3, whose levels are worked out here."""
-    reseal(own, lambda m: replace(m, identity=replace(m.identity, format_version=3)))
-    assert verify(own)[0] == 0
-    row = pa.ipc.open_file((own / "shard-00000.arrow").read_bytes()).read_all().to_pylist()[1]
-    example = list(read_targets(own))[1]
-    codes = np.array(row["support_log_probs"])
-    nats = np.interp(codes, [114.66667, 177.84316, 254], [2 * np.log(9.6), 14, 88])
-    wanted = np.where(codes < 115, (1 - codes / 128) ** 2, np.exp(-nats))
-    found = example.support_probs
-    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=1e-4)
-
-
-def test_scores_of_format_2_are_built_from(verify: Verify, scores: Path, tmp_path: Path) -> None:
-    settings = read_manifest(scores).settings
-    folder = seal(
-        tmp_path / "scores", "score", settings, [list(read_scores(scores))], format_version=2
+    folder, present = (own_scores, 3) if stage == "score" else (own, 4)
+    reseal(folder, lambda m: replace(m, identity=replace(m.identity, format_version=version)))
+    words = (
+        f"manifest.json: format version {version!r}, this qpipe reads {present}: make it again "
+        f"with `qpipe {stage}`, or use the qpipe that made it"
     )
-    value = json.loads((folder / "manifest.json").read_text())
-    del value["seal"], value["frequent_ids"]
-    write_json(folder / "manifest.json", value)
-    assert verify(folder)[0] == 0
-    assert verify(build(folder, tmp_path / "targets"))[0] == 0
+    assert refused(verify, folder, words).count("\n") == 1
 
 
-@pytest.mark.parametrize("version", [0, 5, "3", None, [], 2.5, True])
-def test_an_unknown_version_names_what_to_do(verify: Verify, tmp_path: Path, version: Any) -> None:
-    folder = older(tmp_path / "targets", version)
-    words = f"format version {version!r}, this qpipe reads 1 and 2 and 3 and 4: make it again with"
-    assert refused(verify, folder, words, "or use the qpipe that made it").count("\n") == 1
+def test_a_sidecar_without_a_seal_is_named(verify: Verify, own: Path) -> None:
+    write_json(own / "shard-00000.json", asdict(read_manifest(own).shards[0]))
+    refused(verify, own, "shard-00000.json: is not what the manifest says", "1 problem(s)")
 
 
 # Readers

@@ -9,7 +9,7 @@ import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.stages.cli import cli
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.score.from_folder import score_at
@@ -103,7 +103,7 @@ def test_a_folder_that_is_no_sealed_score_folder_is_refused(
         "tail_shape": "student",
         "top_p": None,
     }
-    targets = Identity("build-targets", described, {}, identity_schema(schema))
+    targets = Identity("build-targets", described, {}, identity_schema(schema), TARGETS_VERSION)
     open_folder(tmp_path / "targets", targets)
     ShardRun(Job(tmp_path / "targets", schema, targets, {}, {})).seal()
     with pytest.raises(UserError, match="targets: made by `qpipe build-targets`, but the output"):
