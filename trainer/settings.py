@@ -1,15 +1,14 @@
 """The settings of `qpipe train`."""
 
-import math
 import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from ..pipeline.errors import UserError, option_of
+from ..pipeline.errors import UserError
+from ..pipeline.options import Range, about, check, option
 from ..pipeline.storage.remote import is_remote
 from .data.shares import shares_of
 
@@ -50,6 +49,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Resume = Literal["auto", "never"]
 
 
+_COUNT = Range(1, 10**9)
+_POSITIVE = Range(0, 10**6, above=True)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """The settings of `qpipe train`.
@@ -60,38 +63,124 @@ class TrainSettings:
     of its range.
     """
 
-    targets: Path | tuple[Path, ...]  # several are mixed
-    model: str
-    out: Path
-    revision: str | None = None
-    mixture_weights: tuple[float, ...] = ()  # one a folder; none: by the folders' sizes
-    method: str | None = None  # None: the folder's own; "sft" trains any folder on its tokens alone
-    epochs: float = 1.0
-    max_steps: int | None = None  # stop there, if the epochs would take longer
-    learning_rate: float = 1e-5  # at its highest
-    schedule: Schedule = "cosine"
-    warmup_ratio: float = 0.03  # share of the steps
-    batch_size: int = 8
-    step_tokens: int | None = None  # instead of batch_size
-    forward_tokens: int = 8192
-    pack: bool = True  # examples end to end, where the model keeps them apart; else padded
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.0  # of matrices only
-    max_grad_norm: float = 1.0
-    precision: Precision = "auto"  # of the forward pass; the weights are trained in float32
-    gradient_checkpointing: bool = False
-    fsdp: bool = False  # spread the weights over the processes
-    lora_rank: int | None = None  # None: all weights learn
-    keep_adapter: bool = False  # save it by itself, not merged
-    eval_fraction: float = 0.0  # share of the examples that is held out
-    eval_every: int | None = None  # steps; before the first and after the last in any case
-    eval_command: str | None = None  # run on a model folder at each evaluation
-    track: tuple[TrackerName, ...] = ()  # that show what log.jsonl holds
-    save_every: int | None = 500  # steps between checkpoints
-    keep_checkpoints: int = 2
-    resume: Resume = "auto"  # from the latest checkpoint, if there is one
-    seed: int = 0
-    verify: bool = True  # the hash of every shard, when the targets are opened
+    targets: Path | tuple[Path, ...] = field(
+        metadata=about(
+            "Folder made by `qpipe build-targets`. Several are mixed: each step takes of all.",
+            metavar="DIR",
+            in_identity=False,  # known by its content instead, as are the model and its revision
+        )
+    )
+    mixture_weights: tuple[float, ...] = field(
+        default=(),
+        kw_only=True,
+        metadata=about(
+            "Shares of the samples, one a folder, as in 3,1.  [default: the folders' sizes]",
+            metavar="W,W,…",
+        ),
+    )
+    model: str = field(
+        metadata=about(
+            "Model to train, the scored one as a rule: a folder or a name.", in_identity=False
+        )
+    )
+    out: Path = field(metadata=about("Folder to make: the trained model.", in_identity=False))
+    method: str | None = option(
+        None,
+        "Train on the observed tokens alone, on any folder.  [default: the folder's method]",
+        metavar="sft",
+    )
+    epochs: float = option(1.0, "Passes over the targets.", range=_POSITIVE)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps.", range=_COUNT)
+    learning_rate: float = option(1e-5, "Highest learning rate.", range=_POSITIVE)
+    schedule: Schedule = option("cosine", "How the learning rate falls after the warm-up.")
+    warmup_ratio: float = option(0.03, "Share of the steps that warm up.", range=Range(0, 1))
+    batch_size: int = option(
+        8, "Demonstrations in an optimizer step, over all processes.", range=_COUNT
+    )
+    step_tokens: int | None = option(
+        None,
+        "Instead: as many demonstrations as have so many tokens.",
+        metavar="TOKENS",
+        range=_COUNT,
+    )
+    forward_tokens: int = option(
+        8192,
+        "Most tokens of a forward pass, padding included; the gradient stays the same.",
+        range=_COUNT,
+        in_identity=False,
+    )
+    pack: bool = option(
+        True,
+        "Put demonstrations end to end in a forward pass, a beginning that all share once; or "
+        "pad them, as happens to a model that would mix them.",
+        in_identity=False,
+    )
+    optimizer: OptimizerName = option(
+        "adamw",
+        "8-bit ones, for less memory, are those of bitsandbytes: pip install 'qpipe[8bit]'.",
+    )
+    weight_decay: float = option(
+        0.0, "On matrices only: not on biases, norms and embeddings.", range=Range(0, below=True)
+    )
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm.", range=Range(0, above=True))
+    precision: Precision = option(
+        "auto",
+        "Of the forward pass; the weights stay float32. auto is bfloat16 on GPUs that have it.",
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
+        range=Range(1, 1024),
+    )
+    keep_adapter: bool = option(False, "Save the adapter by itself, for peft: not merged.")
+    fsdp: bool = option(
+        False,
+        "Under torchrun: spread weights, gradients and moments over the processes.",
+        in_identity=False,
+    )
+    gradient_checkpointing: bool = option(
+        False, "Less memory, about a third slower.", in_identity=False
+    )
+    eval_fraction: float = option(
+        0.0, "Share of the demonstrations held out.", range=Range(0, 1, below=True)
+    )
+    eval_every: int | None = option(
+        None,
+        "Evaluate this often, besides before and after.",
+        metavar="STEPS",
+        range=_COUNT,
+        in_identity=False,
+    )
+    eval_command: str | None = option(
+        None,
+        "Run this before, after and every --eval-every steps, as in 'python my_eval.py "
+        "{checkpoint}': {checkpoint} becomes a model folder, removed afterwards. The numbers "
+        "of the JSON object on its last line of output are logged. Where it fails, a warning "
+        "is. The other processes wait for it.",
+        metavar="COMMAND",
+        in_identity=False,
+    )
+    track: tuple[TrackerName, ...] = option(
+        (),
+        "Show what log.jsonl gets there too: pip install 'qpipe[tensorboard]' or 'qpipe[wandb]'.",
+        in_identity=False,
+    )
+    save_every: int | None = option(
+        500, "Write a checkpoint this often.", metavar="STEPS", range=_COUNT, in_identity=False
+    )
+    keep_checkpoints: int = option(
+        2, "Checkpoints that stay, the latest.", range=_COUNT, in_identity=False
+    )
+    resume: Resume = option(
+        "auto", "Go on from the latest checkpoint in --out, or start over.", in_identity=False
+    )
+    seed: int = option(0, "Of the sample order and of dropout.", range=Range(0, 2**32 - 1))
+    verify: bool = option(
+        True, "Compare the hash of every shard before training.", in_identity=False
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the hub.", in_identity=False
+    )
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -99,12 +188,7 @@ class TrainSettings:
         return self.targets if isinstance(self.targets, tuple) else (self.targets,)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            allowed, is_allowed = _ALLOWED.get(field.name, _ANYTHING)
-            if not is_allowed(value):
-                option = option_of(field.name)
-                raise UserError(f"{option} {value} cannot be used: give {allowed}")
+        check(self)
         if is_remote(self.out):
             raise UserError(
                 f"--out {self.out}: a model is trained in a local folder: give a path, and copy it "
@@ -133,35 +217,3 @@ class TrainSettings:
             raise UserError("--fsdp has no loss scaling for --precision float16: give bfloat16")
         if self.keep_adapter and self.lora_rank is None:
             raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
-
-
-_Rule = tuple[str, Callable[[Any], bool]]  # comparisons with NaN are false, so it is never allowed
-_ANYTHING: _Rule = ("anything", lambda _: True)
-_MOST = 10**9
-_POSITIVE: _Rule = ("above 0, up to 1,000,000", lambda value: 0 < value <= 1e6)
-_ONE_OR_MORE: _Rule = ("1 to 1,000,000,000", lambda value: 1 <= value <= _MOST)
-_NONE_OR_MORE: _Rule = ("1 to 1,000,000,000", lambda value: value is None or 1 <= value <= _MOST)
-_ALLOWED: dict[str, _Rule] = {
-    "epochs": _POSITIVE,
-    "max_steps": _NONE_OR_MORE,
-    "learning_rate": _POSITIVE,
-    "optimizer": (
-        ", ".join(get_args(OptimizerName)),
-        lambda value: value in get_args(OptimizerName),
-    ),
-    "schedule": (", ".join(get_args(Schedule)), lambda value: value in get_args(Schedule)),
-    "warmup_ratio": ("0 to 1", lambda value: 0 <= value <= 1),
-    "batch_size": _ONE_OR_MORE,
-    "step_tokens": _NONE_OR_MORE,
-    "forward_tokens": _ONE_OR_MORE,
-    "save_every": _NONE_OR_MORE,
-    "keep_checkpoints": _ONE_OR_MORE,
-    "resume": (", ".join(get_args(Resume)), lambda value: value in get_args(Resume)),
-    "weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
-    "max_grad_norm": ("a number above 0", lambda value: value > 0),
-    "precision": (", ".join(get_args(Precision)), lambda value: value in get_args(Precision)),
-    "eval_fraction": ("0 or more, below 1", lambda value: 0 <= value < 1),
-    "eval_every": _NONE_OR_MORE,
-    "lora_rank": ("1 to 1,024", lambda value: value is None or 1 <= value <= 1024),
-    "seed": ("0 to 4294967295", lambda value: 0 <= value < 2**32),
-}

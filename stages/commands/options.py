@@ -1,13 +1,15 @@
 """What the commands' options have in common."""
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
 import click
 
 from ...pipeline.errors import option_of, shown
+from ...pipeline.options import Option, choices_of, described
 
 if TYPE_CHECKING:
     from ..execution.options import Execution
@@ -135,6 +137,49 @@ def _can_be_typed(word: str) -> bool:
         return b"\0" not in word.encode()
     except UnicodeEncodeError:
         return False
+
+
+def options_of(settings: Any, **changes: dict[str, Any]) -> Callable[[Any], Any]:
+    """A decorator: an option for each described field of a settings dataclass, in their order.
+
+    `changes` are arguments of `click.option` for the field of that name.
+    """
+
+    def decorate(command: Any) -> Any:
+        for each, about in reversed(described(settings).items()):
+            names = about.names or (option_of(each.name),)
+            given = _arguments(each, about) | changes.get(each.name, {})
+            if given.get("type") is bool and each.default:
+                names = (f"{names[0]}/--no-{names[0][2:]}",)
+            command = click.option(*names, each.name, **given)(command)
+        return command
+
+    return decorate
+
+
+def _arguments(each: Field[Any], about: Option) -> dict[str, Any]:
+    """What click makes an option of, by the annotation and the default of a field."""
+    choices = choices_of(each.type)
+    types = _types_in(each.type)
+    kind = next((one for one in (bool, int, float, Path) if one in types), str)
+    given: dict[str, Any] = {
+        "help": about.help,
+        "metavar": about.metavar,
+        "multiple": tuple in types,
+        "type": click.Choice(choices) if choices else FOLDER if kind is Path else kind,
+    }
+    if each.default is MISSING:
+        return given | {"required": True}
+    if tuple in types:
+        return given
+    return given | {"default": each.default, "is_flag": kind is bool}
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of, as {tuple, Path} of `tuple[Path, ...]`."""
+    parts = get_args(annotation)
+    own = {annotation} if not parts else {get_origin(annotation)}
+    return own.union(*map(_types_in, parts))
 
 
 def config_option(command: Any) -> Any:

@@ -101,7 +101,7 @@ def test_the_size_of_a_run(given: dict[str, Any], steps: int, samples: int) -> N
 def test_settings_out_of_range(given: dict[str, Any]) -> None:
     name, value = next(iter(given.items()))
     option = "--" + name.replace("_", "-")
-    with pytest.raises(UserError, match=rf"^{option} {value} cannot be used: give [^\n]+$"):
+    with pytest.raises(UserError, match=rf"^{option} {value} is .*: give [^\n]+$"):
         settings(**given)
 
 

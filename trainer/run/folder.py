@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
 from ...pipeline.folders.plausible import check_maps
 from ...pipeline.folders.shard_run import refuse_other, tidy
+from ...pipeline.options import described
 from ...pipeline.storage.files import TEMPORARY, write_bytes
 from ...pipeline.storage.json_files import read_json, write_json
 from ..data.shares import shares_of
@@ -30,22 +30,15 @@ CHECKPOINTS = "checkpoints"
 
 Log = Callable[..., None]  # takes the fields of an event
 
-_PLACES = {"targets", "model", "revision", "out"}  # known by their content instead
-# these leave every gradient as it is
-_CUT = {"forward_tokens", "pack", "gradient_checkpointing", "fsdp"}
-_SAVING = {"save_every", "keep_checkpoints", "resume"}
-_SHOWING = {"track", "eval_command", "eval_every"}
-_CHECKS = {"verify"}
-
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
     """What determines the trained model; `resolved` holds what the settings leave open."""
-    given = asdict(settings)
-    for field in fields(settings):
-        if field.name in _PLACES | _CUT | _SAVING | _SHOWING | _CHECKS:
-            del given[field.name]
-        elif isinstance(field.default, float):
-            given[field.name] = float(given[field.name])  # 1 and 1.0 differ as JSON
+    given: dict[str, Any] = {}
+    for each, option in described(settings).items():
+        if option.in_identity:
+            value = getattr(settings, each.name)
+            # 1 and 1.0 differ as JSON
+            given[each.name] = float(value) if isinstance(each.default, float) else value
     weights = settings.mixture_weights
     given["mixture_weights"] = list(shares_of(weights)) if weights else None  # 6,2 is 3,1
     return Identity(stage="train", settings=given | resolved, inputs=inputs, schema={})
