@@ -11,9 +11,8 @@ Rows stand in parquet: `input_ids`, ids and log-probabilities as lists of lists,
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,20 +23,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...pipeline.errors import UserError, one_line, reason, require, require_utf8
-from ...pipeline.folders.manifest import Identity, identity_schema
+from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
-from ...pipeline.folders.shard_run import Job, ShardRun, StageResult, Task, open_folder
+from ...pipeline.folders.shard_run import Job, StageResult
 from ...pipeline.folders.shards import ShardContent, batches_of
+from ...pipeline.folders.tasks import run_alone
+from ...pipeline.folders.watch import Report, Watcher
 from ...pipeline.format.records import Reject, ScoredExample
-from ...pipeline.format.schema import Schema, schema_of
-from ...pipeline.progress import progress_bar
+from ...pipeline.format.schema import schema_of
 from ...pipeline.storage.cache import local_version
 from ...pipeline.storage.files import sha256_of_file
-from ...pipeline.storage.locks import locked
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.demonstration import UnusableError
 from ..score.stage import refuse_nothing_scored, score_sums
-from .topk_rows import IGNORED, Ints, Mass, Reading, TopK, TopKRow, scored, without_padding
+from .topk_rows import IGNORED, ImportRules, Ints, Mass, TopK, TopKRow, scored, without_padding
 
 Format = Literal["axolotl", "distillkit"]
 SHARD_ROWS = 512
@@ -64,26 +63,88 @@ class ImportSettings:
 
 def import_scores(settings: ImportSettings) -> StageResult:
     """Make the score folder of a file, or what is missing of it."""
-    table = _Table(settings.file, settings.format)
-    model = find_model(settings.model, settings.revision)
-    reading = Reading(
-        top_k=settings.top_k or table.first_width(),
-        mass=settings.mass or MASS_OF[settings.format],
-        vocab_size=model.vocab_size,
-        max_length=model.max_length,
-    )
-    job = _job(settings, model, reading)
-    with locked(settings.out):
-        done = open_folder(settings.out, job.identity)
-        return _run(table, reading, job) if done is None else StageResult(done, was_done=True)
+    stage = ImportStage(settings)
+    return run_alone(stage, Watcher("import", stage.job.identity.fingerprint))
 
 
-def _job(settings: ImportSettings, model: ModelFiles, reading: Reading) -> Job:
+@dataclass(slots=True)
+class _Rows:
+    """The rows of a shard that can be used, and those that cannot."""
+
+    examples: list[ScoredExample] = field(default_factory=list)
+    content: ShardContent = field(default_factory=ShardContent)  # rejects and sums
+
+
+class ImportStage:
+    """The work of one `qpipe import`."""
+
+    gpus = 0
+
+    def __init__(self, settings: ImportSettings) -> None:
+        self.table = _Table(settings.file, settings.format)
+        model = find_model(settings.model, settings.revision)
+        self.rules = ImportRules(
+            top_k=settings.top_k or self.table.first_width(),
+            mass=settings.mass or MASS_OF[settings.format],
+            vocab_size=model.vocab_size,
+            max_length=model.max_length,
+        )
+        self.job = _job(settings, model, self.rules)
+        self._rows = self.table.rows()
+        self._next = 0  # index of the shard that `_rows` continues with
+
+    @property
+    def shard_count(self) -> int | None:
+        return -(-self.table.count // SHARD_ROWS)
+
+    @property
+    def demonstrations(self) -> int | None:
+        return self.table.count
+
+    def start(self) -> None:
+        """Nothing needs to be started."""
+
+    def read(self, index: int) -> _Rows:
+        """Read and check the rows of a shard; shards are read in ascending order."""
+        deque(islice(self._rows, (index - self._next) * SHARD_ROWS), maxlen=0)
+        self._next = index + 1
+        shard = _Rows()
+        for row in islice(self._rows, SHARD_ROWS):
+            self._add(row, shard)
+        return shard
+
+    def _add(self, row: TopKRow | Reject, shard: _Rows) -> None:
+        if isinstance(row, Reject):
+            shard.content.rejects.append(row)
+            return
+        try:
+            example, left_out = scored(row, self.rules)
+        except UnusableError as error:
+            shard.content.rejects.append(Reject(row.source, row.line, reason(error)))
+            return
+        shard.content.add_sums(left_out=left_out)
+        shard.examples.append(example)
+
+    def make(self, shard: _Rows, report: Report) -> ShardContent:
+        """Lay the examples of a shard out as batches."""
+        examples, content = shard.examples, shard.content
+        content.batches = batches_of(self.job.schema, examples)
+        content.add_sums(**score_sums(examples))
+        rejects = len(content.rejects)
+        report(len(examples) + rejects, sum(len(each.positions) for each in examples), rejects)
+        return content
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        """Raises UserError where no row of the file could be used."""
+        refuse_nothing_scored(shards)
+
+
+def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules) -> Job:
     schema = schema_of("score", model.vocab_size)
     described = {
         "imported": settings.format,
-        "mass": reading.mass,
-        "top_k": reading.top_k,
+        "mass": rules.mass,
+        "top_k": rules.top_k,
         "vocab_size": model.vocab_size,
         "tokenizer_hash": model.tokenizer_hash,
         "max_length": model.max_length,
@@ -101,47 +162,6 @@ def _job(settings: ImportSettings, model: ModelFiles, reading: Reading) -> Job:
         "import_versions": package_versions("qpipe", "pyarrow"),
     }
     return Job(settings.out, schema, identity, {}, provenance)
-
-
-def _run(table: "_Table", reading: Reading, job: Job) -> StageResult:
-    run = ShardRun(job)
-    tasks = _tasks(table, reading, run)
-    with progress_bar(total=table.count, desc="import", unit="row") as progress:
-        for entry in run.shards(tasks):
-            progress.update(entry.rows + len(entry.rejects))
-    refuse_nothing_scored(run.committed.values())
-    return run.seal()
-
-
-def _tasks(table: "_Table", reading: Reading, run: ShardRun) -> Iterator[Task]:
-    rows = table.rows()
-    for index in range(-(-table.count // SHARD_ROWS)):
-        chunk = islice(rows, SHARD_ROWS)
-        if index in run.committed:
-            deque(chunk, maxlen=0)
-        yield index, partial(_shard, chunk, reading, run.job.schema)
-
-
-def _shard(rows: Iterable[TopKRow | Reject], reading: Reading, schema: Schema) -> ShardContent:
-    content, examples = ShardContent(), []
-    for row in rows:
-        made = row if isinstance(row, Reject) else _scored(row, reading, content)
-        if isinstance(made, Reject):
-            content.rejects.append(made)
-        else:
-            examples.append(made)
-    content.batches = batches_of(schema, examples)
-    content.add_sums(**score_sums(examples))
-    return content
-
-
-def _scored(row: TopKRow, reading: Reading, content: ShardContent) -> ScoredExample | Reject:
-    try:
-        example, left_out = scored(row, reading)
-    except UnusableError as error:
-        return Reject(row.source, row.line, reason(error))
-    content.add_sums(left_out=left_out)
-    return example
 
 
 class _Table:
@@ -242,14 +262,14 @@ class _Table:
         wanted |= dict.fromkeys(("target_mask", self.ids), "lists of lists of whole numbers")
         wanted[self.log_probs] = "lists of lists of numbers"
         schema = self.file.schema_arrow
-        for field in schema:
-            kind = _kind(field.type)
-            if kind != wanted.get(field.name, kind):
+        for column in schema:
+            kind = _kind(column.type)
+            if kind != wanted.get(column.name, kind):
                 raise UserError(
-                    f"{self.path}: column {field.name} holds {kind}, not {wanted[field.name]}"
+                    f"{self.path}: column {column.name} holds {kind}, not {wanted[column.name]}"
                 )
-            if schema.names.count(field.name) > 1:
-                raise UserError(f"{self.path}: column {field.name} stands there more than once")
+            if schema.names.count(column.name) > 1:
+                raise UserError(f"{self.path}: column {column.name} stands there more than once")
 
     def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         try:

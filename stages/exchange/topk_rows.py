@@ -61,7 +61,7 @@ class TopKRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ImportRules:
     """How the rows of a file are read.
 
     `top_k` is how many entries of a position are its most probable ones for certain. `mass` says
@@ -75,28 +75,28 @@ class Reading:
     max_length: int
 
 
-def scored(row: TopKRow, reading: Reading) -> tuple[ScoredExample, int]:
+def scored(row: TopKRow, rules: ImportRules) -> tuple[ScoredExample, int]:
     """The row as scores, and how many supervised positions are left out of it.
 
     Left out is a position whose observed token is not among the entries: its log-probability is not
     in the file. Raises UnusableError for what is no such row, and where no position is left.
     """
     tokens = row.input_ids
-    if not 2 <= len(tokens) <= reading.max_length:
-        raise UnusableError(f"{len(tokens)} tokens: 2 to {reading.max_length} can be used")
-    if ((tokens < 0) | (tokens >= reading.vocab_size)).any():
+    if not 2 <= len(tokens) <= rules.max_length:
+        raise UnusableError(f"{len(tokens)} tokens: 2 to {rules.max_length} can be used")
+    if ((tokens < 0) | (tokens >= rules.vocab_size)).any():
         raise UnusableError("input_ids: a token is outside of the vocabulary")
     positions = _supervised(row)
     _refuse(len(row.entries.counts) < len(tokens) - row.shift, "fewer rows of entries than tokens")
     entries = _most_probable_first(without_padding(row.entries.at(positions - row.shift)))
-    _check(entries, reading)
+    _check(entries, rules)
     is_observed = entries.ids == np.repeat(tokens[positions], entries.counts)
     known = segment_sums(is_observed.astype(np.int64), entries.counts) > 0
     if not known.any():
         raise UnusableError("no supervised token is among the entries of its position")
     left_out = int((~known).sum())
     entries = entries.where(np.repeat(known, entries.counts), entries.counts[known])
-    return _example(row.id, tokens, positions[known], entries, reading), left_out
+    return _example(row.id, tokens, positions[known], entries, rules), left_out
 
 
 def without_padding(entries: TopK) -> TopK:
@@ -123,21 +123,21 @@ def _most_probable_first(entries: TopK) -> TopK:
     return TopK(entries.counts, entries.ids[order], entries.log_probs[order])
 
 
-def _check(entries: TopK, reading: Reading) -> None:
+def _check(entries: TopK, rules: ImportRules) -> None:
     _refuse(
-        bool((entries.counts < reading.top_k).any()),
-        f"a position has fewer than the {reading.top_k} entries of the first: give a lower --top-k",
+        bool((entries.counts < rules.top_k).any()),
+        f"a position has fewer than the {rules.top_k} entries of the first: give a lower --top-k",
     )
     ids, logs = entries.ids, entries.log_probs
-    _refuse(((ids < 0) | (ids >= reading.vocab_size)).any(), "an id is outside of the vocabulary")
-    keys = np.sort(entries.row_of * reading.vocab_size + ids)
+    _refuse(((ids < 0) | (ids >= rules.vocab_size)).any(), "an id is outside of the vocabulary")
+    keys = np.sort(entries.row_of * rules.vocab_size + ids)
     _refuse((np.diff(keys) == 0).any(), "an id stands twice at one position")
     _refuse(not (logs <= MASS_TOLERANCE).all(), "a number is no log-probability")
     masses = segment_sums(np.exp(logs), entries.counts)
     most = float(masses.max(initial=0))
     _refuse(most > 1 + MASS_TOLERANCE, f"probabilities of a position add up to {most:.4g}")
     least = float(masses.min(initial=1))
-    if reading.mass == "top-k" and least < 1 - MASS_TOLERANCE:
+    if rules.mass == "top-k" and least < 1 - MASS_TOLERANCE:
         raise UnusableError(
             f"probabilities of a position add up to {least:.4g}, not to 1: give --mass model if "
             "they are the model's own"
@@ -145,7 +145,7 @@ def _check(entries: TopK, reading: Reading) -> None:
 
 
 def _example(
-    name: str, tokens: Ints, positions: Ints, entries: TopK, reading: Reading
+    name: str, tokens: Ints, positions: Ints, entries: TopK, rules: ImportRules
 ) -> ScoredExample:
     counts, logs = entries.counts, entries.log_probs
     observed_N = logs[entries.ids == np.repeat(tokens[positions], counts)]
@@ -160,7 +160,7 @@ def _example(
         counts=counts.astype(np.int32),
         topk_ids=entries.ids.astype(np.int32),
         topk_log_probs=logs.astype(np.float32),
-        tail_mass=(tail_N if reading.mass == "model" else np.zeros_like(tail_N)).astype(np.float32),
+        tail_mass=(tail_N if rules.mass == "model" else np.zeros_like(tail_N)).astype(np.float32),
         token_weights=np.ones(len(positions), np.float32),
     )
 

@@ -3,9 +3,8 @@
 Rows are copied as they are stored. Shard i holds those of the source's shard i.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from ...pipeline.folders.manifest import (
     read_manifest,
 )
 from ...pipeline.folders.sealed import folder_schema, shard_ids, stored_batches
-from ...pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
+from ...pipeline.folders.shard_run import Job, StageResult
 from ...pipeline.folders.shards import BATCH_ROWS, ShardContent
+from ...pipeline.folders.tasks import run_alone
+from ...pipeline.folders.watch import Report, Watcher
 from ...pipeline.format.arrow import decode
 from ...pipeline.format.batches import FlatBatch
-from ...pipeline.progress import progress_bar
 from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import sha256_of_json
-from ...pipeline.storage.locks import locked
 from .conditions import Condition, parse_condition
 
 
@@ -48,7 +47,7 @@ class SubsetSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RowSelection:
     """Which rows of a folder stay."""
 
     ids: frozenset[str] | None
@@ -64,7 +63,7 @@ class Choice:
         return kept
 
     def described(self) -> dict[str, Any]:
-        """The choice as settings: the same for the same rows, however it was written."""
+        """The selection as settings: the same for the same rows, however it was written."""
         return {
             "ids": None if self.ids is None else sha256_of_json(sorted(self.ids)),
             "where": [[each.name, each.operator, each.number] for each in self.conditions],
@@ -80,20 +79,77 @@ def subset(settings: SubsetSettings) -> StageResult:
     ids = None if settings.ids is None else _listed(settings.ids)
     if ids is not None and settings.ids is not None:
         _refuse_missing(settings.folder, manifest, settings.ids, ids)
-    choice = Choice(ids, tuple(sorted(conditions)))
-    job = _job(settings, manifest, choice)
-    with locked(settings.out):
-        done = open_folder(settings.out, job.identity)
-        if done is not None:
-            return StageResult(done, was_done=True)
-        return _run(settings.folder, manifest, choice, job)
+    selection = RowSelection(ids, tuple(sorted(conditions)))
+    job = _job(settings, manifest, selection)
+    stage = SubsetStage(settings.folder, manifest, selection, job)
+    return run_alone(stage, Watcher("subset", job.identity.fingerprint))
 
 
-def _job(settings: SubsetSettings, source: Manifest, choice: Choice) -> Job:
+class SubsetStage:
+    """The work of one `qpipe subset`."""
+
+    gpus = 0
+
+    def __init__(self, folder: Path, source: Manifest, selection: RowSelection, job: Job) -> None:
+        self.folder = folder
+        self.source = source
+        self.selection = selection
+        self.job = job
+        self.schema = folder_schema(source)
+
+    @property
+    def shard_count(self) -> int | None:
+        return len(self.source.shards)
+
+    @property
+    def demonstrations(self) -> int | None:
+        """Those of the source: how many of them stay is known at the end."""
+        return self.source.totals["rows"]
+
+    def start(self) -> None:
+        """Nothing needs to be started."""
+
+    def read(self, index: int) -> Iterator[tuple[pa.RecordBatch, FlatBatch]]:
+        """The record batches of a shard, as stored and decoded, read as rows are selected."""
+        entry = self.source.shards[index]
+        for number, stored in enumerate(stored_batches(self.folder, self.source, entry)):
+            place = f"{self.folder / entry.file}, record batch {number}"
+            yield stored, decode(self.schema, stored, place)
+
+    def make(
+        self, batches: Iterator[tuple[pa.RecordBatch, FlatBatch]], report: Report
+    ) -> ShardContent:
+        """Copy the selected rows of a shard."""
+        content = ShardContent()
+        stage = self.source.identity.stage
+        kept: list[pa.RecordBatch] = []
+        for stored, batch in batches:
+            keeps = self.selection.keeps(stage, batch)
+            kept.append(stored.filter(pa.array(keeps)))
+            kept_N = np.repeat(keeps, batch.lengths["position"])
+            content.add_sums(**_sums(stage, batch, kept_N))
+            report(len(keeps), int(kept_N.sum()))
+        table = pa.Table.from_batches(kept, self.schema.arrow).combine_chunks()
+        content.batches = [
+            decode(self.job.schema, batch, str(self.folder))
+            for batch in table.to_batches(BATCH_ROWS)
+        ]
+        return content
+
+    def check(self, shards: Sequence[ShardEntry]) -> None:
+        """Raises UserError where no row was selected."""
+        if not any(entry.rows for entry in shards):
+            raise UserError(
+                f"{self.folder}: none of its {self.source.totals['rows']:,} rows is in the subset: "
+                "give another --ids or --where"
+            )
+
+
+def _job(settings: SubsetSettings, source: Manifest, selection: RowSelection) -> Job:
     schema = folder_schema(source)
     identity = Identity(
         stage=source.identity.stage,
-        settings=source.settings | {"subset": choice.described()},
+        settings=source.settings | {"subset": selection.described()},
         inputs={"source": source.fingerprint},
         schema=identity_schema(schema),
         format_version=source.identity.format_version,
@@ -107,41 +163,6 @@ def _job(settings: SubsetSettings, source: Manifest, choice: Choice) -> Job:
         source.provenance,
         frequent_ids=source.frequent_ids,
     )
-
-
-def _run(folder: Path, source: Manifest, choice: Choice, job: Job) -> StageResult:
-    run = ShardRun(job)
-    tasks = (
-        (index, partial(_shard, folder, source, entry, choice))
-        for index, entry in enumerate(source.shards)
-    )
-    with progress_bar(total=source.totals["rows"], desc="subset", unit="row") as progress:
-        for entry, own in zip(run.shards(tasks), source.shards, strict=True):
-            progress.update(own.rows)
-            progress.set_postfix(kept=entry.rows)
-    if not any(entry.rows for entry in run.committed.values()):
-        raise UserError(
-            f"{folder}: none of its {source.totals['rows']:,} rows is in the subset: give another "
-            "--ids or --where"
-        )
-    return run.seal()
-
-
-def _shard(folder: Path, source: Manifest, entry: ShardEntry, choice: Choice) -> ShardContent:
-    schema, stage = folder_schema(source), source.identity.stage
-    content = ShardContent()
-    kept: list[pa.RecordBatch] = []
-    for number, stored in enumerate(stored_batches(folder, source, entry)):
-        batch = decode(schema, stored, f"{folder / entry.file}, record batch {number}")
-        keeps = choice.keeps(stage, batch)
-        kept.append(stored.filter(pa.array(keeps)))
-        content.add_sums(**_sums(stage, batch, np.repeat(keeps, batch.lengths["position"])))
-    table = pa.Table.from_batches(kept, schema.arrow).combine_chunks()
-    content.batches = [
-        decode(schema.as_stored, batch, f"{folder / entry.file}")
-        for batch in table.to_batches(BATCH_ROWS)
-    ]
-    return content
 
 
 def _sums(stage: str, batch: FlatBatch, kept_N: NDArray[np.bool_]) -> dict[str, float]:

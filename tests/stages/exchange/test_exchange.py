@@ -20,7 +20,7 @@ from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.exchange import import_scores as module
 from qpipe.stages.exchange.export_scores import ExportSettings, export_scores
-from qpipe.stages.exchange.import_scores import ImportSettings, import_scores
+from qpipe.stages.exchange.import_scores import ImportSettings, ImportStage, import_scores
 from qpipe.stages.folders.verify import verify
 from qpipe.stages.score.from_folder import ScoreAtSettings, score_at
 
@@ -181,17 +181,17 @@ def test_an_import_that_was_killed_goes_on_behind_its_last_shard(
     monkeypatch.setattr(module, "SHARD_ROWS", 2)
     path = write(tmp_path / "rows.parquet", [a_row() for _ in range(7)])
     undisturbed = imported(path, tiny_model)
-    made, shard = [], module._shard
+    made, make = [], ImportStage.make
 
     def killed(*arguments: Any) -> Any:
-        made.append(shard(*arguments))
+        made.append(make(*arguments))
         if len(made) == 2:
             raise KeyboardInterrupt
         return made[-1]
 
     settings = ImportSettings(path, "distillkit", str(tiny_model), tmp_path / "resumed")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_shard", killed)
+        patch.setattr(ImportStage, "make", killed)
         with pytest.raises(KeyboardInterrupt):
             import_scores(settings)
     assert (tmp_path / "resumed/shard-00000.json").exists()
