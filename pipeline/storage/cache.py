@@ -16,7 +16,7 @@ from .remote import fetch, is_remote, version_of
 
 FOLDER, SIZE = "QPIPE_CACHE", "QPIPE_CACHE_GB"  # environment variables
 _DEFAULT_GB = "50"
-_FRESH = 10.0  # seconds in which a process that has been given a copy has opened it
+FRESH = 10.0  # seconds in which a process that has been given a copy has opened it
 _ABANDONED = 86400.0  # seconds after which nobody fetches any more
 
 _checked: dict[Path, tuple[int, ...]] = {}  # copies that this process has hashed
@@ -173,7 +173,7 @@ def _shrink(cache: Path, latest: Path, limit: float) -> None:
     copies = [(stat, path) for stat, path in found if path.is_file()]
     size = sum(stat.st_size for stat, _ in copies)
     for stat, path in sorted(copies, key=lambda one: one[0].st_atime):
-        if size <= limit or now - stat.st_atime < _FRESH:
+        if size <= limit or now - stat.st_atime < FRESH:
             break
         if path != latest and _remove(path):
             size -= stat.st_size

@@ -23,8 +23,8 @@ from typing import Any
 from ..errors import UserError
 from .remote import is_remote, remote_file
 
-_PATIENCE = 10.0  # seconds for the task that is opening the folder just now
-_LEASE = 120.0  # seconds that a remote folder stays held after its holder was last heard of
+PATIENCE = 10.0  # seconds for the task that is opening the folder just now
+LEASE = 120.0  # seconds that a remote folder stays held after its holder was last heard of
 
 
 @contextmanager
@@ -73,7 +73,7 @@ class FolderLock:
         Raises UserError where a command works in it alone, and goes on to.
         """
         del task  # that another process does it too is seen shard by shard: `claimed`
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while not _try(self._descriptor, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
                 raise _busy(self._folder)
@@ -121,7 +121,7 @@ class Lease:
             self._kind = "share"
             self._write()
             return
-        deadline = time.monotonic() + _LEASE + _PATIENCE
+        deadline = time.monotonic() + LEASE + PATIENCE
         while any(each["kind"] == "alone" or each.get("task") == task for each in self._others()):
             if time.monotonic() > deadline:
                 raise _busy(self._folder)
@@ -142,13 +142,13 @@ class Lease:
             self._renewing.start()
 
     def _write(self) -> None:
-        lease = {"kind": self._kind, "until": time.time() + _LEASE}
+        lease = {"kind": self._kind, "until": time.time() + LEASE}
         lease |= {"host": _host(), "pid": os.getpid(), "task": self._task}
         with remote_file(self._path) as file:
             file.write(json.dumps(lease).encode())
 
     def _renew(self) -> None:
-        while not self._ended.wait(_LEASE / 4):
+        while not self._ended.wait(LEASE / 4):
             with suppress(UserError):  # it still holds for a while
                 self._write()
 
@@ -218,7 +218,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def _busy(folder: Path) -> UserError:
-    until = f" (a killed one is forgotten after {_LEASE:.0f} s)" if is_remote(folder) else ""
+    until = f" (a killed one is forgotten after {LEASE:.0f} s)" if is_remote(folder) else ""
     return UserError(
         f"{folder}: another qpipe works in it: wait for it{until}, or give another --out"
     )

@@ -77,7 +77,7 @@ class ServerScorer:
         self.server = settings.server
         self.name = settings.server.model
         self.runner = asyncio.Runner()
-        self.client = _client(self.server)
+        self.client = new_client(self.server)
         self.runner.run(self._check())
 
     def score(
@@ -229,7 +229,7 @@ def served_model(server: ServerSettings) -> str:
         return server.model
 
     async def ask() -> list[_Model]:
-        async with _client(server) as client:
+        async with new_client(server) as client:
             return await served_models(client, server)
 
     models = asyncio.run(ask())
@@ -251,7 +251,11 @@ async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> li
     return answer.data
 
 
-def _client(server: ServerSettings) -> httpx.AsyncClient:
+def new_client(server: ServerSettings) -> httpx.AsyncClient:
+    """A client of the server, with the key in VLLM_API_KEY if that is set.
+
+    Raises UserError for a key that is not ASCII.
+    """
     key = os.environ.get("VLLM_API_KEY", "")
     if not key.isascii():
         raise UserError("VLLM_API_KEY: holds what no key does: give ASCII characters alone")

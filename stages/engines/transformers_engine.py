@@ -19,7 +19,7 @@ from ...trainer.models.files import ModelFiles, load_scoring_model
 from ...trainer.models.heads import logit_chunks, recognise
 from .base import GivenIds, ScorerSettings, scored, with_given
 
-_BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
+BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
 _ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples
 _SHORTER = 0.875  # of the longest of the batch
 
@@ -50,7 +50,7 @@ class TransformersScorer:
         """The scores of one batch, or of its halves where memory does not do for the whole."""
         given = None if at is None else [at[place] for place in places]
         try:
-            scores = self._score_batch([examples[place] for place in places], given, top_k)
+            scores = self.score_batch([examples[place] for place in places], given, top_k)
         except torch.OutOfMemoryError as error:
             if len(places) == 1:
                 raise UserError(
@@ -72,9 +72,10 @@ class TransformersScorer:
         yield from self._score_places(examples, at, places[half:], top_k)
 
     @torch.inference_mode()
-    def _score_batch(
+    def score_batch(
         self, batch: Sequence[Example], given: Sequence[GivenIds] | None, top_k: int
     ) -> list[ScoredExample]:
+        """Score the examples of a batch in one forward pass, in their order."""
         counts = [len(example.positions) for example in batch]
         rows_N = np.repeat(np.arange(len(batch)), counts)
         columns_N = np.concatenate([example.positions for example in batch]) - 1
@@ -116,7 +117,7 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if batch:
             longest, padded = lengths[batch[0]], lengths[batch[0]] * len(batch)
-            is_full = padded + longest > _BATCH_TOKENS
+            is_full = padded + longest > BATCH_TOKENS
             is_enough = padded >= _ENOUGH_TOKENS and lengths[place] < _SHORTER * longest
             if is_full or is_enough:
                 yield batch

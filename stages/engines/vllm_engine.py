@@ -31,7 +31,7 @@ from .vllm_start import (
     takes_ids,
 )
 
-_WINDOW_BYTES = 2**28  # of the log-probabilities of what is in the engine
+WINDOW_BYTES = 2**28  # of the log-probabilities of what is in the engine
 _KEPT_BYTES, _FLAT_BYTES = 8, 120  # of an entry as tensors, and in Python's lists, as measured
 _RESTARTS = 3
 
@@ -110,7 +110,7 @@ class VllmScorer:
                 f"{width * entry_bytes / 1e6:.1f} MB for each token of an example: "
                 "--engine transformers needs neither"
             )
-        return min(WINDOW_TOKENS, _WINDOW_BYTES // (entry_bytes * (width + 1)) + 1)
+        return min(WINDOW_TOKENS, WINDOW_BYTES // (entry_bytes * (width + 1)) + 1)
 
     def _sampling(self, example: Example, given: GivenIds | None, top_k: int) -> Any:
         from vllm import SamplingParams

@@ -65,7 +65,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
         with progress_bar(total=total, desc="share", unit="B", unit_scale=True) as progress:
             for index, entry in enumerate(manifest.shards):
                 if committed_shard(target, index, entry.fingerprint) != entry:
-                    _copy_shard(folder, target, index, entry)
+                    copy_shard(folder, target, index, entry)
                     copied += 1
                 progress.update(entry.bytes)
         refuse_incomplete(target, manifest.shards, "it was there: run the same command again")
@@ -98,7 +98,7 @@ def _share_to_hub(
     there = hub.hashes(list(shards))
     for entry in manifest.shards:
         # of files that it takes for small the hub tells none
-        found = there.get(entry.file) or _sha256_there(target / entry.file)
+        found = there.get(entry.file) or sha256_there(target / entry.file)
         _refuse_damaged(target, entry, found)
     return Shared(manifest, len(shards))
 
@@ -119,11 +119,12 @@ def _sound_shard(
     return source
 
 
-def _copy_shard(folder: Path, target: Path, index: int, entry: ShardEntry) -> None:
+def copy_shard(folder: Path, target: Path, index: int, entry: ShardEntry) -> None:
+    """Copy a shard, check the copy's hash, and write its sidecar."""
     source = _sound_shard(folder, entry)
     with atomic_file(target / entry.file) as file, source.open("rb") as content:
         shutil.copyfileobj(content, file)
-    _refuse_damaged(target, entry, _sha256_there(target / entry.file))
+    _refuse_damaged(target, entry, sha256_there(target / entry.file))
     write_sidecar(target, index, entry)
 
 
@@ -132,7 +133,7 @@ def _refuse_damaged(target: Path, entry: ShardEntry, found: str) -> None:
         raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
 
 
-def _sha256_there(path: Path) -> str:
+def sha256_there(path: Path) -> str:
     """The hash of a file, wherever it is; never of a copy in the cache."""
     if not is_remote(path):
         return sha256_of_file(path)

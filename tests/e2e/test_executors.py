@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from qpipe.tests.support.made_up import qpipe
+from qpipe.tests.support.tiers import slow
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they hold no engine
@@ -80,8 +82,8 @@ def score(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[o
 def made(tmp_path_factory: pytest.TempPathFactory, score: Sequence[object]) -> Path:
     """scores/ and targets/, by one process each. Not to be changed."""
     root = tmp_path_factory.mktemp("made")
-    succeed(start(*score, root / "scores"))
-    succeed(start("build-targets", "--scores", root / "scores", "--out", root / "targets"))
+    qpipe(*score, root / "scores")
+    qpipe("build-targets", "--scores", root / "scores", "--out", root / "targets")
     return root
 
 
@@ -95,41 +97,36 @@ def no_ray_left() -> Iterator[None]:
     assert set(ray_processes()) <= set(before)
 
 
+@pytest.mark.parametrize("name", ["targets", *slow("scores")])
 def test_an_array_of_tasks_makes_one_folder(
-    made: Path, score: Sequence[object], tmp_path: Path
+    made: Path, score: Sequence[object], tmp_path: Path, name: str
 ) -> None:
     """At the same time, as a Slurm array that is numbered from 1."""
-
-    def array(*command: object) -> list[str]:
-        return [
-            succeed(process)
-            for process in [
-                start(*command, SLURM_ARRAY_TASK_ID=str(task), SLURM_ARRAY_TASK_MIN="1",
-                      SLURM_ARRAY_TASK_COUNT="3")
-                for task in (1, 2, 3)
-            ]
-        ]  # fmt: skip
-
-    said = array(*score, tmp_path / "scores")
+    out = tmp_path / name
+    build = ("build-targets", "--scores", made / "scores", "--out")
+    tasks = [
+        start(*(score if name == "scores" else build), out, SLURM_ARRAY_TASK_ID=str(task),
+              SLURM_ARRAY_TASK_MIN="1", SLURM_ARRAY_TASK_COUNT="3")
+        for task in (1, 2, 3)
+    ]  # fmt: skip
+    said = [succeed(task) for task in tasks]
     assert any("supervised tokens" in each for each in said)
-    assert folder_bytes(tmp_path / "scores") == folder_bytes(made / "scores")
-    array("build-targets", "--scores", tmp_path / "scores", "--out", tmp_path / "targets")
-    assert folder_bytes(tmp_path / "targets") == folder_bytes(made / "targets")
+    assert folder_bytes(out) == folder_bytes(made / name)
 
 
 def test_a_task_says_what_is_left(score: Sequence[object], tmp_path: Path) -> None:
     out, log = tmp_path / "scores", tmp_path / "log.jsonl"
-    said = succeed(start(*score, out, "--rank", 1, "--world-size", 5, "--log-json", log))
+    said = qpipe(*score, out, "--rank", 1, "--world-size", 5, "--log-json", log)
     assert "rank 1 of 5: 3 shards made" in said
     assert "3 of 12 are there" in said
     first, *shards, last = map(json.loads, log.read_text().splitlines())
     assert (first["event"], first["shards"], first["committed"]) == ("start", 12, 0)
     assert [each["index"] for each in shards] == [1, 6, 11]
     assert (last["event"], last["made"], last["there"], last["shards"]) == ("part", 3, 3, 12)
-    line = refused(start(*score, out, "--rank", 0, "--world-size", 2, "--top-p", 1))
+    line = qpipe(*score, out, "--rank", 0, "--world-size", 2, "--top-p", 1, fails=True)
     assert "--top-p" in line
-    assert "top_k is 8 there and 9 now" in refused(
-        start(*score, out, "--top-k", 9, "--rank", 0, "--world-size", 2)
+    assert "top_k is 8 there and 9 now" in qpipe(
+        *score, out, "--top-k", 9, "--rank", 0, "--world-size", 2, fails=True
     )
 
 

@@ -1,8 +1,6 @@
 """Scores of two models, joined, built and trained on, against the models' own distributions."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,9 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import dense_target
 
 from ..conftest import make_tiny_model
+from ..support.made_up import qpipe
 
-QPIPE = Path(sys.executable).with_name("qpipe")
 VOCAB_SIZE = 320
-
-
-def qpipe(*arguments: object) -> str:
-    words = [str(argument) for argument in arguments]
-    done = subprocess.run([QPIPE, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The three commands as a user types them, on a tiny model, in processes of their own."""
+"""The three commands as a user types them, on a tiny model; each once in a fresh interpreter."""
 
 import gzip
 import json
@@ -13,40 +13,25 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.tests.faults.processes import start
 
-from ..support.made_up import kill_after_two_shards
+from ..support.made_up import kill_after_two_shards, qpipe, run_qpipe
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 SCORE = ("--engine", "transformers", "--top-k", 16, "--shard-size", 8)
 
 
-def qpipe(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def fresh(*arguments: object) -> None:
+    """Run a command to its end in a fresh interpreter."""
     words = [str(argument) for argument in arguments]
-    return subprocess.run([QPIPE, *words], capture_output=True, text=True, check=False)
-
-
-def succeed(*arguments: object) -> str:
-    done = qpipe(*arguments)
+    done = subprocess.run([QPIPE, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def refuse(*arguments: object) -> str:
     """Run a command that must refuse: status 2 and one line, returned, after any progress."""
-    done = qpipe(*arguments)
-    return refusal(done.returncode, done.stdout + done.stderr)
-
-
-def refuse_soon(tmp_path: Path, *arguments: object) -> str:
-    """The same in a process that has its libraries loaded as it starts."""
-    command = start(*arguments, output=tmp_path / "said.txt")
-    return refusal(command.wait(), command.said)
-
-
-def refusal(status: int, said: str) -> str:
-    assert status == 2, (status, said)
+    done = run_qpipe(*arguments)
+    said = done.out + done.err
+    assert done.status == 2, (done.status, said)
     lines = [line for line in said.splitlines() if line.strip()]
     assert "Traceback" not in said
     assert [line.startswith("Error: ") for line in lines].index(True) == len(lines) - 1
@@ -80,12 +65,12 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, demonstrations: Path) -> Path:
     """scores/, targets/ and run/, made once."""
     root = tmp_path_factory.mktemp("made")
-    succeed("score", "--model", tiny_model, "--demonstrations", demonstrations, *SCORE,
-            "--out", root / "scores")  # fmt: skip
-    succeed("build-targets", "--scores", root / "scores", "--out", root / "targets")
+    fresh("score", "--model", tiny_model, "--demonstrations", demonstrations, *SCORE,
+          "--out", root / "scores")  # fmt: skip
+    fresh("build-targets", "--scores", root / "scores", "--out", root / "targets")
     train = ("--learning-rate", 1e-2, "--batch-size", 4, "--eval-fraction", 0.2, "--epochs", 3)
-    succeed("train", "--targets", root / "targets", "--model", tiny_model, *train,
-            "--out", root / "run")  # fmt: skip
+    fresh("train", "--targets", root / "targets", "--model", tiny_model, *train,
+          "--out", root / "run")  # fmt: skip
     return root
 
 
@@ -140,7 +125,7 @@ def test_the_trained_model_loads_in_transformers_and_can_be_scored(
     made: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "again"
-    succeed("score", "--model", made / "run", "--demonstrations", demonstrations,
+    qpipe("score", "--model", made / "run", "--demonstrations", demonstrations,
             "--engine", "transformers", "--out", out)  # fmt: skip
     before, after = read_manifest(made / "scores").totals, read_manifest(out).totals
     assert after["sums"]["observed_nll"] < before["sums"]["observed_nll"]
@@ -150,7 +135,7 @@ def test_the_trained_model_loads_in_transformers_and_can_be_scored(
 def test_the_trained_model_loads_in_vllm(made: Path, demonstrations: Path, tmp_path: Path) -> None:
     """And the two engines agree on it, through the whole command."""
     for engine in ("vllm", "transformers"):
-        succeed("score", "--model", made / "run", "--demonstrations", demonstrations,
+        qpipe("score", "--model", made / "run", "--demonstrations", demonstrations,
                 "--engine", engine, "--top-k", 4, "--out", tmp_path / engine)  # fmt: skip
     pairs = zip(read_scores(tmp_path / "vllm"), read_scores(tmp_path / "transformers"), strict=True)
     for one, other in pairs:
@@ -161,10 +146,10 @@ def test_the_trained_model_loads_in_vllm(made: Path, demonstrations: Path, tmp_p
 
 def test_a_second_run_changes_nothing(made: Path, demonstrations: Path, tiny_model: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
-    done = succeed("score", "--model", tiny_model, "--demonstrations", demonstrations,
+    done = qpipe("score", "--model", tiny_model, "--demonstrations", demonstrations,
                    *SCORE, "--out", made / "scores")  # fmt: skip
     assert "nothing to do" in done
-    done = succeed("build-targets", "--scores", made / "scores", "--out", made / "targets")
+    done = qpipe("build-targets", "--scores", made / "scores", "--out", made / "targets")
     assert "nothing to do" in done
     assert files == {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
 
@@ -175,7 +160,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     out = tmp_path / "scores"
     words = ("score", "--model", tiny_model, "--demonstrations", demonstrations, *SCORE)
     first = kill_after_two_shards(out, *words, "--out", out)
-    succeed(*words, "--out", out)
+    qpipe(*words, "--out", out)
     assert (out / "shard-00000.arrow").stat().st_mtime_ns == first
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (made / "scores").iterdir()}
@@ -187,7 +172,7 @@ def test_the_file_may_lie_elsewhere_and_be_compressed(
     """The same rows give the same scores, whatever holds them."""
     packed = tmp_path / "chats.jsonl.gz"
     packed.write_bytes(gzip.compress(demonstrations.read_bytes()))
-    succeed("score", "--model", tiny_model, "--demonstrations", packed, *SCORE,
+    qpipe("score", "--model", tiny_model, "--demonstrations", packed, *SCORE,
             "--out", tmp_path / "scores")  # fmt: skip
     for shard in read_manifest(made / "scores").shards:
         assert (tmp_path / "scores" / shard.file).read_bytes() == (
@@ -204,7 +189,7 @@ def test_several_files_after_one_option_and_a_config_file(
         f"model: {tiny_model}\nengine: transformers\ntop-k: 3\nout: {tmp_path / 'no'}\n"
     )
     out = tmp_path / "scores"
-    succeed("score", "--config", config, "--demonstrations", demonstrations, more, "--out", out)
+    qpipe("score", "--config", config, "--demonstrations", demonstrations, more, "--out", out)
     manifest = read_manifest(out)
     assert manifest.settings["top_k"] == 3
     assert (manifest.totals["rows"], manifest.totals["rejected"]) == (31, 3)
@@ -237,8 +222,8 @@ def test_score_refuses_what_cannot_be(
     made: Path, demonstrations: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def score(*options: object, out: Path = tmp_path / "out") -> str:
-        return refuse_soon(
-            tmp_path, "score", "--demonstrations", demonstrations, "--engine", "transformers",
+        return refuse(
+            "score", "--demonstrations", demonstrations, "--engine", "transformers",
             "--out", out, *options
         )  # fmt: skip
 
@@ -260,7 +245,7 @@ def test_score_refuses_what_cannot_be(
 
 def test_build_targets_refuses_what_cannot_be(made: Path, tmp_path: Path) -> None:
     def build(*options: object) -> str:
-        return refuse_soon(tmp_path, "build-targets", "--out", tmp_path / "out", *options)
+        return refuse("build-targets", "--out", tmp_path / "out", *options)
 
     scores = ("--scores", made / "scores")
     assert "sft+kl" in build(*scores, "--method", "magic")
@@ -278,7 +263,7 @@ def test_build_targets_refuses_what_cannot_be(made: Path, tmp_path: Path) -> Non
 def test_train_refuses_what_cannot_be(made: Path, tiny_model: Path, tmp_path: Path) -> None:
     def train(*options: object, targets: Path = made / "targets") -> str:
         words = ("train", "--targets", targets, "--out", tmp_path / "out")
-        return refuse_soon(tmp_path, *words, *options)
+        return refuse(*words, *options)
 
     model = ("--model", tiny_model)
     assert "no such folder" in train("--model", tmp_path / "missing")

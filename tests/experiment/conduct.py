@@ -46,7 +46,7 @@ def conduct(work: Work, records: Records) -> None:
     ]
     kept = [partial(_conduct_kept, work, records, kept, seed) for kept in KEPT for seed in seeds]
     with ThreadPoolExecutor(LANES) as lanes:
-        list(lanes.map(partial(_sit, work, records), reference_runs()))
+        list(lanes.map(partial(sit, work, records), reference_runs()))
         list(lanes.map(lambda task: task(), [*methods, *kept]))
 
 
@@ -56,18 +56,18 @@ def _conduct_method(
     """What is left of a method from one start with one seed."""
     searches = search_runs(work.size, start, variant) if seed == 0 else []
     for run in searches:
-        _sit(work, records, run)
+        sit(work, records, run)
     learning_rate = _chosen(work, records, start, variant)
     exams = final_runs(work.size, start, variant, seed, learning_rate)
     for run in exams:
-        _sit(work, records, run)
+        sit(work, records, run)
     work.forget_models([*searches, *exams])
 
 
 def _conduct_kept(work: Work, records: Records, kept: Kept, seed: int) -> None:
     """The run that keeps so much of each distribution."""
     run = kept_run(kept, seed, _chosen(work, records, KEPT_START, KEPT_VARIANT))
-    _sit(work, records, run)
+    sit(work, records, run)
     work.forget_models([run])
 
 
@@ -79,7 +79,7 @@ def _chosen(work: Work, records: Records, start: Start, variant: Variant) -> flo
     return best_learning_rate(records.of(searches), work.parts["validation"])
 
 
-def _sit(work: Work, records: Records, run: Run) -> None:
+def sit(work: Work, records: Records, run: Run) -> None:
     """Train a model, judge it and record it, unless that was done."""
     if run in records:
         return

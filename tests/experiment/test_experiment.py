@@ -217,7 +217,7 @@ def test_two_lanes_do_every_run_once_and_leave_no_model(
             (work.root / f"models/{run.start}/{run.model_name}").mkdir(parents=True, exist_ok=True)
         records.add(_record(run, work.parts))
 
-    monkeypatch.setattr("qpipe.tests.experiment.conduct._sit", sit)
+    monkeypatch.setattr("qpipe.tests.experiment.conduct.sit", sit)
     conduct(work, Records(work.records))
     assert sorted(sat) == sorted(run.key for run in _every_run(SIZE))
     assert not [*tmp_path.glob("models/*/*")]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import COUNTS, TALLY, Work
+from qpipe.tests.support.tiers import slow
 
 STAGES = ("score", "build-targets", "share", "train")
 
@@ -69,10 +70,8 @@ def undisturbed(work: Work) -> Work:
     return replace(work, seconds=seconds)
 
 
-# what building does under faults, scoring and sharing do as well
-@pytest.fixture(
-    params=[pytest.param(n, marks=pytest.mark.slow) if n == "build-targets" else n for n in STAGES]
-)
+# what building and sharing do under faults, scoring does as well
+@pytest.fixture(params=["score", "train", *slow("build-targets", "share")])
 def work(request: pytest.FixtureRequest, works: dict[str, Work]) -> Work:
     """One command after the other."""
     return works[request.param]

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline.folders.shards import sidecar_path
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
-SLOW = pytest.mark.slow
 # the commands that make shards
-SHARDS = ("score", pytest.param("build-targets", marks=SLOW), "share")
+SHARDS = ("score", *slow("build-targets", "share"))
 
 Copy = Callable[[str], tuple[Work, Path]]
 
 
-@pytest.mark.parametrize("step", [13, pytest.param(1, marks=SLOW)])
-@pytest.mark.parametrize("fault", ["remove", pytest.param("truncate", marks=SLOW)])
+@pytest.mark.parametrize("step", [13, *slow(1)])
+@pytest.mark.parametrize("fault", ["remove", *slow("truncate")])
 @pytest.mark.parametrize("name", SHARDS)
 def test_a_finished_shard(
     works: Mapping[str, Work], name: str, tmp_path: Path, fault: str, step: int
@@ -51,7 +51,7 @@ def size(path: Path) -> int:
     return path.stat().st_size
 
 
-@pytest.mark.parametrize("step", [29, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("step", [29, *slow(3)])
 @pytest.mark.parametrize("name", SHARDS)
 def test_what_a_killed_run_left(
     works: Mapping[str, Work], name: str, tmp_path: Path, step: int
@@ -102,8 +102,8 @@ def copied(works: Mapping[str, Work], tmp_path: Path) -> Copy:
     return copy
 
 
-@pytest.mark.parametrize("fault", ["remove", "garble", pytest.param("truncate", marks=SLOW)])
-@pytest.mark.parametrize("at", [5, *(pytest.param(n, marks=SLOW) for n in (0, 12))])
+@pytest.mark.parametrize("fault", ["garble", *slow("remove", "truncate")])
+@pytest.mark.parametrize("at", [5, *slow(0, 12)])
 @pytest.mark.parametrize("name", ["build-targets", "share", "train"])
 def test_a_shard_that_is_read(name: str, copied: Copy, tmp_path: Path, fault: str, at: int) -> None:
     """The folder is not finished from it; once the shard is back, the run goes on.
@@ -140,8 +140,8 @@ def judge(work: Work, out: Path) -> None:
     work.judge(out)
 
 
-@pytest.mark.parametrize("fault", ["remove", "truncate", "garble"])
-@pytest.mark.parametrize("at", [3, pytest.param(9, marks=SLOW)])
+@pytest.mark.parametrize("fault", ["truncate", *slow("remove", "garble")])
+@pytest.mark.parametrize("at", [3, *slow(9)])
 def test_demonstrations(copied: Copy, tmp_path: Path, fault: str, at: int) -> None:
     """Scores are of what was fingerprinted, or of nothing."""
     work, file = copied("score")
@@ -153,7 +153,7 @@ def test_demonstrations(copied: Copy, tmp_path: Path, fault: str, at: int) -> No
     work.resume(out)
 
 
-@pytest.mark.parametrize("fault", [pytest.param("remove", marks=SLOW), "truncate"])
+@pytest.mark.parametrize("fault", [*slow("remove"), "truncate"])
 def test_a_checkpoint(works: Mapping[str, Work], tmp_path: Path, fault: str) -> None:
     """The run says which to remove, and goes on from the one before."""
     work, out = works["train"], tmp_path / "out"

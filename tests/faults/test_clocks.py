@@ -15,20 +15,21 @@ from pathlib import Path
 import pytest
 from qpipe.tests.faults.work import Work
 from qpipe.tests.support.s3 import Bucket
+from qpipe.tests.support.tiers import slow
 
 TEN_YEARS = 3e8  # seconds
 FAULTS = ("clock forward", "clock back")
 
 
-@pytest.mark.parametrize("at", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 15))])
-@pytest.mark.parametrize("fault", [pytest.param(FAULTS[0], marks=pytest.mark.slow), FAULTS[1]])
+@pytest.mark.parametrize("at", [6, *slow(0, 2, 15)])
+@pytest.mark.parametrize("fault", [*slow(FAULTS[0]), FAULTS[1]])
 def test_while_a_command_works(work: Work, tmp_path: Path, fault: str, at: int) -> None:
     command = work.strike(tmp_path / "out", fault, at)
     assert command.wait() == 0, command.said
     work.judge(tmp_path / "out")
 
 
-@pytest.mark.parametrize("seconds", [TEN_YEARS, pytest.param(-TEN_YEARS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [TEN_YEARS, *slow(-TEN_YEARS)])
 def test_files_of_another_time(work: Work, tmp_path: Path, seconds: float) -> None:
     """What a killed run left is from the future, or long past: that changes nothing."""
     out = tmp_path / "out"

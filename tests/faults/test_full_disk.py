@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qpipe.tests.faults.processes import FILLER
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.processes import FILLER
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
@@ -26,7 +27,7 @@ def resize(disk: Path, size: int) -> None:
     subprocess.run(["mount", "-o", options, str(disk)], check=True)
 
 
-@pytest.mark.parametrize("step", [37, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [37, *slow(3)])
 def test_full_from_any_operation_on(work: Work, disk: Path, step: int) -> None:
     ends = set()
     for number in range(step // 2 + 1, OPERATIONS, step):
@@ -44,9 +45,10 @@ def test_full_from_any_operation_on(work: Work, disk: Path, step: int) -> None:
     assert ends == {0, 2}
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(25, marks=pytest.mark.slow)])
-def test_full_in_the_middle_of_a_file(work: Work, disk: Path, parts: int) -> None:
+@pytest.mark.slow
+def test_full_in_the_middle_of_a_file(work: Work, disk: Path) -> None:
     """With room for a part of the folder only."""
+    parts = 25
     files = [path for path in work.undisturbed.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     fails = 0

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from qpipe.tests.faults.work import Work
 from qpipe.tests.support.s3 import Bucket
+from qpipe.tests.support.tiers import slow
 
 OPERATIONS = 1000  # more than any of the commands needs
 
 
-@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [29, *slow(1)])
 def test_at_any_operation(work: Work, tmp_path: Path, step: int) -> None:
     for number in range(step // 2 + 1, OPERATIONS, step):
         out = tmp_path / str(number)
@@ -31,12 +32,12 @@ def test_at_any_operation(work: Work, tmp_path: Path, step: int) -> None:
     assert step < number < OPERATIONS
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.slow)])
-def test_at_random_moments(work: Work, tmp_path: Path, kills: int) -> None:
+@pytest.mark.slow
+def test_at_random_moments(work: Work, tmp_path: Path) -> None:
     """Again and again before it is let finish, so that what goes on is killed as well."""
-    rng = random.Random(f"{work.name} {kills}")
+    rng = random.Random(work.name)
     done = number = 0
-    while done < kills:
+    while done < 40:
         number += 1
         out = tmp_path / str(number)
         for _ in range(rng.randint(1, 4)):

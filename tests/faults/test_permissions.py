@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.tiers import slow
 
 OPERATIONS = 1000
 
@@ -35,7 +36,7 @@ def test_a_folder_of_somebody_else(work: Work, tmp_path: Path) -> None:
     work.resume(out)
 
 
-@pytest.mark.parametrize("step", [37, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [37, *slow(3)])
 def test_a_permission_lost_at_any_operation(work: Work, tmp_path: Path, step: int) -> None:
     """The shards and checkpoints until then stay, and the run goes on once it is given back."""
     ends = set()

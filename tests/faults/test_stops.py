@@ -16,15 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from qpipe.tests.faults.processes import Command
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.processes import Command
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.run.checkpoint import checkpoints_in
 
 OPERATIONS = 1000
 STATUS = {"terminate": 128 + signal.SIGTERM, "interrupt": 128 + signal.SIGINT}
 
 
-@pytest.mark.parametrize("step", [37, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [37, *slow(3)])
 @pytest.mark.parametrize("fault", STATUS)
 def test_at_any_operation(work: Work, tmp_path: Path, fault: str, step: int) -> None:
     ends = set()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.tiers import slow
 
 BUSY = "another qpipe works in it: wait for it, or give another --out"
 
@@ -26,7 +27,7 @@ def test_the_second_is_refused_and_the_first_goes_on(work: Work, tmp_path: Path)
     work.judge(out)
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, *slow(15)])
 def test_three_that_start_at_the_same_moment(work: Work, tmp_path: Path, rounds: int) -> None:
     """One of them makes the folder; the others are refused, or come when it is done."""
     rng = random.Random(rounds)

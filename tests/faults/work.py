@@ -10,7 +10,7 @@ from typing import Any
 
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.sealed import read_scores, read_targets
-from qpipe.tests.faults.processes import Command, Fault, start
+from qpipe.tests.support.processes import Command, Fault, start
 
 COUNTS = ("kills", "other faults", "resumes", "lost", "duplicated", "wrong", "left over")
 TALLY: dict[str, Counter[str]] = {}  # of each command; tests/faults/conftest.py prints it

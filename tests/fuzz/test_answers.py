@@ -79,7 +79,7 @@ SERVER = ServerSettings("http://server", NAME, tries=1, first_wait=0.0)
 def asked(fake: Fake, ask: Callable[[], Any]) -> Any:
     """What comes of asking, with the fake behind the address."""
     client = httpx.AsyncClient(transport=httpx.MockTransport(fake), base_url=SERVER.url)
-    with patch.object(server, "_client", lambda _: client):
+    with patch.object(server, "new_client", lambda _: client):
         return ask()
 
 

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from qpipe.pipeline import signals as termination
 from qpipe.pipeline.signals import Terminated, ends_in_order
 
+_TESTS = count()
 ENDS: dict[int, type[BaseException]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Terminated,
@@ -17,7 +21,9 @@ ENDS: dict[int, type[BaseException]] = {
 @pytest.fixture(autouse=True)
 def unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that nobody has asked to end, and that handles signals as before afterwards."""
-    monkeypatch.setattr(termination, "_raised", {})
+    later = 3600 * next(_TESTS)  # than the signals of the tests before
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later)
+    monkeypatch.setattr(termination, "time", clock)
     handlers = {number: signal.getsignal(number) for number in ENDS}
     yield
     assert handlers == {number: signal.getsignal(number) for number in ENDS}

@@ -236,7 +236,7 @@ CLAIM = (
 def test_a_plain_command_and_a_task_exclude_each_other(
     toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.pipeline.storage.locks._PATIENCE", 0.1)
+    monkeypatch.setattr("qpipe.pipeline.storage.locks.PATIENCE", 0.1)
     folder.mkdir()
     with (
         another_process(HOLD.format("LOCK_SH"), folder),

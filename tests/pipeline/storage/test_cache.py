@@ -177,7 +177,7 @@ def test_all_of_a_folder_stays_while_it_is_needed(
 ) -> None:
     """More than the cache holds, and for longer than a copy is left alone."""
     monkeypatch.setenv("QPIPE_CACHE_GB", "1e-6")
-    monkeypatch.setattr(cache, "_FRESH", 0.0)
+    monkeypatch.setattr(cache, "FRESH", 0.0)
     files = [put(s3, f"{each}", bytes([each]) * 1000) for each in range(3)]
     with kept_copies(open_path("s3://bucket")) as copy:
         kept = [copy(path, sha256) for path, sha256 in files]

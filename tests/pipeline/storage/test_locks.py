@@ -86,7 +86,7 @@ def test_a_living_process_of_this_machine_holds(s3: Bucket) -> None:
 
 @pytest.mark.slow
 def test_the_lease_is_renewed(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_LEASE", 2.0)
+    monkeypatch.setattr(locks, "LEASE", 2.0)
     with locked(open_path(HELD)):
         (name,) = s3.names("held/.lease-")
         first = json.loads(s3.get(name))["until"]
@@ -167,8 +167,8 @@ def test_a_task_that_is_started_twice_is_held_off(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of the same rank would make each shard twice, and a sidecar may then be the other's."""
-    monkeypatch.setattr(locks, "_LEASE", 1.0)
-    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
     s3.put(LEASE, lease(kind="share", task="rank 1 of 3"))
     with Lease(open_path(HELD)) as other:
         other.share("rank 2 of 3")
@@ -193,8 +193,8 @@ def test_two_starts_of_a_task_that_did_not_see_each_other_both_go_on(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They write the same; to wait for each other would end both."""
-    monkeypatch.setattr(locks, "_LEASE", 1.0)
-    monkeypatch.setattr(locks, "_PATIENCE", 0.5)
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
     s3.put(LEASE, lease(kind="share", task="rank 1 of 3"))
     with Lease(open_path(HELD)) as one:
         one.share("rank 0 of 3")

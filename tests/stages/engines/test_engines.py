@@ -16,9 +16,11 @@ from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import ENGINES, Scorer, ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.transformers_engine import _log_probs, batches
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
+pytestmark = pytest.mark.xdist_group("vllm")
 TOLERANCE = 1e-4  # nats; two float32 implementations of the same model
 
 
@@ -57,9 +59,10 @@ def reference(tiny_model: Path) -> Callable[[Example], NDArray[np.float64]]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def scorer(request: pytest.FixtureRequest, tiny_model: Path) -> Scorer:
-    return make_scorer(
-        find_model(str(tiny_model)), ScorerSettings(request.param, "float32", max_length=256)
-    )
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm_scorer")
+    settings = ScorerSettings(request.param, "float32", max_length=256)
+    return make_scorer(find_model(str(tiny_model)), settings)
 
 
 def run(scorer: Scorer, top_k: int) -> list[ScoredExample]:
@@ -113,7 +116,7 @@ def test_full_support_leaves_no_tail(scorer: Scorer) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "damage"),
-    [("transformers", "missing"), ("transformers", "nan"), ("vllm", "missing")],
+    [("transformers", "missing"), ("transformers", "nan"), *slow(("vllm", "missing"))],
 )
 def test_a_damaged_model_gives_no_scores(
     tiny_model: Path, tmp_path: Path, engine: str, damage: str
@@ -172,7 +175,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     check_close(together, [dict(scorer.score([one], 8))[0] for one in EXAMPLES])
     backwards = dict(scorer.score(EXAMPLES[::-1], 8))
     check_close(together, [backwards[len(EXAMPLES) - 1 - place] for place in range(len(EXAMPLES))])
-    monkeypatch.setattr("qpipe.stages.engines.transformers_engine._BATCH_TOKENS", 320)
+    monkeypatch.setattr("qpipe.stages.engines.transformers_engine.BATCH_TOKENS", 320)
     check_close(together, run(scorer, 8))
     monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 7 * VOCAB)
     check_close(together, run(scorer, 8))
@@ -199,7 +202,7 @@ def test_transformers_halves_a_batch_that_does_not_fit(
         find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
     )
     whole = run(scorer, 8)
-    score_batch = scorer._score_batch
+    score_batch = scorer.score_batch
     sizes: list[int] = []
 
     def limited(batch: list[Example], *rest: Any) -> list[ScoredExample]:
@@ -208,7 +211,7 @@ def test_transformers_halves_a_batch_that_does_not_fit(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score_batch(batch, *rest)
 
-    monkeypatch.setattr(scorer, "_score_batch", limited)
+    monkeypatch.setattr(scorer, "score_batch", limited)
     say_once.cache_clear()
     most = 2
     check_close(whole, run(scorer, 8))

@@ -24,6 +24,7 @@ from ...conftest import make_tiny_model
 from ..score.test_plan import write_chats
 
 VOCAB = 320
+pytestmark = pytest.mark.xdist_group("vllm")
 
 
 def example(seed: int, length: int) -> Example:
@@ -35,10 +36,9 @@ def example(seed: int, length: int) -> Example:
 EXAMPLES = [example(seed, length) for seed, length in enumerate((12, 200, 2, 256, 61, 33, 7, 100))]
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model: Path) -> Any:
-    settings = ScorerSettings("vllm", "float32", max_length=256)
-    return make_scorer(find_model(str(tiny_model)), settings)
+@pytest.fixture
+def scorer(vllm_scorer: Any) -> Any:
+    return vllm_scorer
 
 
 def run(scorer: Any, top_k: int = 8) -> list[ScoredExample]:

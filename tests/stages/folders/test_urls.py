@@ -14,6 +14,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.support.made_up import folder_of, qpipe, targeted
 from qpipe.tests.support.s3 import Bucket
+from qpipe.tests.support.tiers import slow
 
 ROWS = [
     {
@@ -52,7 +53,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/a b/ü%20#?", "s3://bucket", "memory://x/y"])
+@pytest.mark.parametrize("root", ["s3://bucket/a b/ü%20#?", *slow("s3://bucket", "memory://x/y")])
 def test_every_command_writes_the_same_bytes_behind_urls(
     s3: Bucket, local: Path, tiny_model: Path, tmp_path: Path, root: str
 ) -> None:
@@ -97,7 +98,7 @@ def test_a_local_folder_from_a_remote_one_and_file_urls(
     assert contents(out) == contents(local / "targets")
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "json"])
+@pytest.mark.parametrize("kind", ["jsonl.zst", *slow("jsonl.gz", "parquet", "json")])
 def test_demonstrations_behind_urls(
     s3: Bucket, tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -149,6 +150,7 @@ def test_train_streams_through_the_cache(
     assert s3.names("run") == []
 
 
+@pytest.mark.slow
 def test_what_goes_in_and_out_by_file_may_be_behind_urls(
     s3: Bucket, local: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def test_what_goes_in_and_out_by_file_may_be_behind_urls(
     ]
 
 
+@pytest.mark.slow
 def test_a_mixture_of_folders_behind_urls(
     s3: Bucket, local: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +246,7 @@ def test_a_killed_run_goes_on(s3: Bucket, local: Path) -> None:
         assert s3.client.head_object(Bucket="bucket", Key=key)["LastModified"] == time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost", ["shard-00001.json", "shard-00001.arrow", "manifest.json", "rejects.jsonl"]
 )
@@ -254,6 +258,7 @@ def test_half_a_shard_is_made_again(s3: Bucket, local: Path, lost: str) -> None:
     assert s3.folder("targets") == contents(local / "targets")
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_size_is_made_again(s3: Bucket, local: Path) -> None:
     words = ["build-targets", "--scores", str(local / "scores"), "--out", "s3://bucket/targets"]
     subprocess.run([sys.executable, "-c", INTERRUPTED, "2", *words], env=os.environ, check=False)
@@ -262,6 +267,7 @@ def test_a_shard_of_another_size_is_made_again(s3: Bucket, local: Path) -> None:
     assert s3.folder("targets") == contents(local / "targets")
 
 
+@pytest.mark.slow
 def test_tasks_share_a_remote_folder(s3: Bucket, local: Path) -> None:
     code = "from qpipe.stages.cli import main; main()"
     words = ["build-targets", "--scores", str(local / "scores"), "--out", "s3://bucket/targets"]

@@ -21,6 +21,7 @@ from qpipe.trainer.step.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
 
 from ...support.runs import Examples, Make, weights
+from ...support.tiers import slow
 
 
 class Killed(BaseException):
@@ -78,8 +79,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     ("pack", "every"),
     [
         (True, 3),
-        pytest.param(True, 2, marks=pytest.mark.slow),
-        pytest.param(False, 1, marks=pytest.mark.slow),
+        *slow((True, 2), (False, 1)),
     ],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_weights(

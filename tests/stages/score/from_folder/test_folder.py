@@ -125,7 +125,7 @@ def test_a_run_that_breaks_off_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "out"
     scored: list[str] = []
-    score_batch = TransformersScorer._score_batch
+    score_batch = TransformersScorer.score_batch
 
     def break_off(self: Any, batch: Any, *rest: Any) -> Any:
         if "d" in [one.id for one in batch] and "d" not in scored:
@@ -134,7 +134,7 @@ def test_a_run_that_breaks_off_goes_on_where_it_was(
         scored.extend(one.id for one in batch)
         return score_batch(self, batch, *rest)
 
-    monkeypatch.setattr(TransformersScorer, "_score_batch", break_off)
+    monkeypatch.setattr(TransformersScorer, "score_batch", break_off)
     with pytest.raises(KeyboardInterrupt):
         score_at(settings(teacher, scores, out))
     assert {path.name for path in out.glob("shard-*.json")} == {
@@ -147,6 +147,7 @@ def test_a_run_that_breaks_off_goes_on_where_it_was(
     assert bytes_of(out) == bytes_of(made)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_the_same(
     teacher: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

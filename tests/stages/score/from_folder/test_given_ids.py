@@ -13,7 +13,7 @@ from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.engines import base
 from qpipe.stages.engines.base import GivenIds, Scorer, ScorerSettings, with_given
 from qpipe.stages.engines.base import scored as pack
-from qpipe.stages.engines.choose import choose_engine, make_scorer
+from qpipe.stages.engines.choose import choose_engine
 from qpipe.stages.engines.transformers_engine import TransformersScorer
 from qpipe.trainer.models.files import find_model
 
@@ -72,6 +72,7 @@ def test_given_ids_are_cut_to_a_vocabulary_and_laid_out_in_columns() -> None:
     assert GivenIds(ints(0, 0), ints()).padded().shape == (2, 0)
 
 
+pytestmark = pytest.mark.xdist_group("vllm")
 EXAMPLES = [one for shard in SHARDS for one in shard] + [scored_by_hand("g", 256, 7)]
 AT = [GivenIds(one.counts, one.topk_ids) for one in EXAMPLES]
 AT[1] = GivenIds(ints(0), ints())  # none at all
@@ -79,18 +80,17 @@ AT[3] = GivenIds(np.full(12, VOCAB, np.int32), np.tile(np.arange(VOCAB, dtype=np
 
 
 @pytest.fixture(scope="module")
-def any_vllm(teacher: Path) -> Any:
-    """The real engine."""
-    settings = ScorerSettings("vllm", "float32", max_length=256)
-    return make_scorer(find_model(str(teacher)), settings)
+def teacher(tiny_model: Path) -> Path:
+    """The model of the engine that all tests share."""
+    return tiny_model
 
 
 @pytest.fixture
-def vllm(any_vllm: Any) -> Any:
-    """The same where it has no token-id scoring, as in its CPU build."""
-    if any_vllm.takes_ids:
+def vllm(vllm_scorer: Any) -> Any:
+    """The real engine where it has no token-id scoring, as in its CPU build."""
+    if vllm_scorer.takes_ids:
         pytest.skip("this engine scores given ids itself")
-    return any_vllm
+    return vllm_scorer
 
 
 def run(scorer: Scorer, top_k: int) -> list[ScoredExample]:
@@ -122,10 +122,10 @@ def test_transformers_gathers_what_the_dense_reference_has(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="token-id scoring takes a GPU")
 @pytest.mark.parametrize("top_k", [1, 7])
 def test_vllm_on_a_gpu_scores_given_ids_in_the_same_request(
-    any_vllm: Any, dense: Dense, top_k: int
+    vllm_scorer: Any, dense: Dense, top_k: int
 ) -> None:
-    assert any_vllm.takes_ids
-    check_all(run(any_vllm, top_k), dense, top_k)
+    assert vllm_scorer.takes_ids
+    check_all(run(vllm_scorer, top_k), dense, top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 7])
@@ -137,7 +137,7 @@ def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base.say_once.cache_clear()
-    monkeypatch.setattr("qpipe.stages.engines.vllm_engine._WINDOW_BYTES", 8 * VOCAB)
+    monkeypatch.setattr("qpipe.stages.engines.vllm_engine.WINDOW_BYTES", 8 * VOCAB)
     waiting: list[int] = []
     add_request = vllm.engine.add_request
 
@@ -157,14 +157,14 @@ def test_vllm_without_ids_to_gather_still_fills_its_window(
     vllm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting: list[int] = []
-    submit = vllm._submit
+    add_request = vllm.engine.add_request
 
-    def count(example: Example, sampling: Any) -> str:
+    def count(name: str, prompt: Any, sampling: Any) -> Any:
         assert sampling.prompt_logprobs == 3
         waiting.append(vllm.engine.get_num_unfinished_requests())
-        return submit(example, sampling)
+        return add_request(name, prompt, sampling)
 
-    monkeypatch.setattr(vllm, "_submit", count)
+    monkeypatch.setattr(vllm.engine, "add_request", count)
     assert all((one.counts == 3).all() for _, one in vllm.score(EXAMPLES, 3))
     assert waiting == list(range(len(EXAMPLES)))
 

@@ -27,7 +27,7 @@ FILLER = "filler"  # beside the folder: what fills its file system
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = (
     "__main__",
-    "qpipe.tests.faults.processes",
+    "qpipe.tests.support.processes",
     "qpipe.stages.cli",
     "qpipe.stages.commands.folder_summary",
     "qpipe.stages.score.from_demonstrations",

@@ -1,0 +1,17 @@
+"""The one vLLM engine of `make test`: its tests stay in one process, and share it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def vllm_scorer(tiny_model: Path) -> Any:
+    """A real engine with the tiny model in float32. To be left as it was."""
+    from qpipe.stages.engines.base import ScorerSettings
+    from qpipe.stages.engines.choose import make_scorer
+    from qpipe.trainer.models.files import find_model
+
+    settings = ScorerSettings("vllm", "float32", max_length=256)
+    return make_scorer(find_model(str(tiny_model)), settings)
