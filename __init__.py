@@ -11,4 +11,4 @@ The repository's root is this package:
 Imports go stages → trainer → pipeline. docs/code.md is the map.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
