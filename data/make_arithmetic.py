@@ -2,8 +2,8 @@
 
     python data/make_arithmetic.py > data/arithmetic.jsonl
 
-Always the same file. The answers follow a format that a small model does not know beforehand but
-can learn from a few hundred demonstrations.
+The output is the same at every run. The answers follow a format that a small model does not know
+but can learn from a few hundred demonstrations.
 """
 
 import json

