@@ -46,7 +46,7 @@ class Option:
     help: str
     range: Range | None
     metavar: str | None
-    names: tuple[str, ...]  # instead of the field's own
+    names: tuple[str, ...]  # none: the field's own
     in_identity: bool
 
 
@@ -76,6 +76,11 @@ def described(settings: Any) -> dict[Field[Any], Option]:
     return {each: each.metadata[_KEY] for each in fields(settings) if _KEY in each.metadata}
 
 
+def names_of(each: Field[Any], option: Option) -> tuple[str, ...]:
+    """The names of an option on the command line, the main one first."""
+    return option.names or (option_of(each.name),)
+
+
 def choices_of(annotation: Any) -> tuple[str, ...]:
     """The values of the `Literal` in an annotation; none where it has none."""
     if get_origin(annotation) is Literal:
@@ -89,7 +94,7 @@ def check(settings: Any) -> None:
         value = getattr(settings, each.name)
         if value is None:
             continue
-        name, choices = option_of(each.name), choices_of(each.type)
+        name, choices = names_of(each, about)[0], choices_of(each.type)
         if about.range is not None:
             require(value in about.range, name, value, str(about.range))
         for one in (value if isinstance(value, tuple) else (value,)) if choices else ():

@@ -104,14 +104,15 @@ def scores(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 def make_scores(root: Path, model: Path, top_k: int = 20) -> Path:
     """Score 30 demonstrations, twelve a shard."""
-    from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+    from qpipe.stages.score.from_demonstrations import score
+    from qpipe.tests.support.settings import score_settings
 
     rows = [
         {"prompt": f"user {'ab' * (number % 5)} the", "completion": f" answer is {number * 37}"}
         for number in range(30)
     ]
     (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ScoreSettings(
+    settings = score_settings(
         model=str(model),
         demonstrations=(str(root / "chats.jsonl"),),
         out=root / "scores",

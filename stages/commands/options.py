@@ -1,18 +1,21 @@
 """What the commands' options have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, fields
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin
 
 import click
 
 from ...pipeline.errors import option_of, shown
-from ...pipeline.options import Option, choices_of, described
+from ...pipeline.options import Option, choices_of, described, names_of
 
 if TYPE_CHECKING:
     from ..execution.options import Execution
+
+
+Settings = TypeVar("Settings")
 
 
 class _Place(click.ParamType):
@@ -139,22 +142,47 @@ def _can_be_typed(word: str) -> bool:
         return False
 
 
-def options_of(settings: Any, **changes: dict[str, Any]) -> Callable[[Any], Any]:
-    """A decorator: an option for each described field of a settings dataclass, in their order.
+def options_of(
+    *kinds: type, only: Sequence[str] = (), without: Collection[str] = (), **changes: Any
+) -> Callable[[Any], Any]:
+    """A decorator: an option for each described field of settings dataclasses, in their order.
 
-    `changes` are arguments of `click.option` for the field of that name.
+    `only`, in this order, and `without` are names of fields; `changes` are, by field, arguments of `click.option`.
     """
+    chosen = [
+        (each, about)
+        for kind in kinds
+        for each, about in described(kind).items()
+        if each.name in (only or {each.name}) and each.name not in without
+    ]
+    if only:
+        chosen.sort(key=lambda pair: only.index(pair[0].name))
 
     def decorate(command: Any) -> Any:
-        for each, about in reversed(described(settings).items()):
-            names = about.names or (option_of(each.name),)
-            given = _arguments(each, about) | changes.get(each.name, {})
-            if given.get("type") is bool and each.default:
+        for each, about in reversed(chosen):
+            names = names_of(each, about)
+            parameter = _parameter(each, about)
+            if each.default is True:
                 names = (f"{names[0]}/--no-{names[0][2:]}",)
-            command = click.option(*names, each.name, **given)(command)
+            given = _arguments(each, about) | changes.get(each.name, {})
+            command = click.option(*names, parameter, **given)(command)
         return command
 
     return decorate
+
+
+def take(kind: Callable[..., Settings], options: dict[str, Any], **others: Any) -> Settings:
+    """The settings of a dataclass that `options_of` made options of; they leave `options`."""
+    given = {
+        each.name: options.pop(name)
+        for each, about in described(kind).items()
+        if (name := _parameter(each, about)) in options
+    }
+    return kind(**given, **others)
+
+
+def _parameter(each: Field[Any], about: Option) -> str:
+    return names_of(each, about)[0].lstrip("-").replace("-", "_")
 
 
 def _arguments(each: Field[Any], about: Option) -> dict[str, Any]:

@@ -6,7 +6,7 @@ G the given ids of all positions, E the entries of all positions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,44 +14,6 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import Example, Floats, Ints, ScoredExample
-
-ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """How a server is asked. Only `model`, its name there, says what is stored."""
-
-    url: str
-    model: str | None = None  # None is the only one that it serves
-    concurrency: int = 32  # requests under way at a time
-    timeout: float = 600.0  # seconds for an answer
-    tries: int = 8  # of a request that finds the server busy, broken or away
-    first_wait: float = 0.5  # seconds before the second, doubled for each one after
-
-
-@dataclass(frozen=True, slots=True)
-class ScorerSettings:
-    """What an engine is started with; a server has a number format of its own.
-
-    The parallel sizes and the share of the memory are vLLM's own and change nothing stored.
-    """
-
-    engine: str
-    dtype: Dtype
-    max_length: int  # tokens of the longest example
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8  # at most
-    top_k: int = 64  # that memory is planned for
-    server: ServerSettings | None = None
-
-    @property
-    def gpus(self) -> int:
-        """How many GPUs share the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,10 +6,11 @@ from typing import Any
 from ...pipeline.errors import UserError
 from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles
-from .base import DTYPES, ENGINES, Dtype, Scorer, ScorerSettings
+from .base import Scorer
+from .settings import DTYPES, ENGINES, Dtype, EngineSettings
 
 
-def make_scorer(model: ModelFiles, settings: ScorerSettings) -> Scorer:
+def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
     """Load the model into the engine that the settings name."""
     match settings.engine:
         case "vllm":

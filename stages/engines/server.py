@@ -21,7 +21,8 @@ from ...pipeline.format.records import Example, ScoredExample
 from ...pipeline.format.row_checks import violations
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
-from .base import GivenIds, ScorerSettings, ServerSettings, scored
+from .base import GivenIds, scored
+from .settings import EngineSettings, ServerSettings
 
 _START_TRIES = 3  # a server that is not there should be told of soon
 _LONGEST_WAIT = 60.0  # seconds between two tries
@@ -69,8 +70,7 @@ class _RefusedError(Exception):
 class ServerScorer:
     """A model that a vLLM server runs; tokenizer and vocabulary are those of local files."""
 
-    def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
-        assert settings.server is not None
+    def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
         assert settings.server.model is not None
         self.model = model
         self.settings = settings
@@ -261,7 +261,7 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
         raise UserError("VLLM_API_KEY: holds what no key does: give ASCII characters alone")
     try:
         client = httpx.AsyncClient(
-            base_url=server.url,
+            base_url=server.address,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=server.concurrency),

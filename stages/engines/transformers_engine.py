@@ -17,7 +17,8 @@ from ...pipeline.format.records import Example, ScoredExample
 from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles, load_scoring_model
 from ...trainer.models.heads import logit_chunks, recognise
-from .base import GivenIds, ScorerSettings, scored, with_given
+from .base import GivenIds, scored, with_given
+from .settings import EngineSettings
 
 BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
 _ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples
@@ -27,7 +28,7 @@ _SHORTER = 0.875  # of the longest of the batch
 class TransformersScorer:
     """Any causal language model of transformers, on the first GPU or on the CPU."""
 
-    def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
+    def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
         self.vocab_size = model.vocab_size
         self.model = load_scoring_model(model, getattr(torch, settings.dtype))
         self.device = self.model.device

@@ -16,7 +16,8 @@ from ...pipeline.errors import UserError, one_line
 from ...pipeline.format.records import Example, Floats, ScoredExample
 from ...pipeline.progress import say, say_once
 from ...trainer.models.files import ModelFiles, check_weights
-from .base import GivenIds, ScorerSettings, scored, with_given
+from .base import GivenIds, scored, with_given
+from .settings import EngineSettings
 from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
 from .vllm_memory import LEAST_SCHEDULED
 from .vllm_start import (
@@ -39,7 +40,7 @@ _RESTARTS = 3
 class VllmScorer:
     """A vLLM engine in float32, bfloat16 or float16, on the GPUs or, in its CPU build, without."""
 
-    def __init__(self, model: ModelFiles, settings: ScorerSettings) -> None:
+    def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
         check_weights(model)
         self.vocab_size = model.vocab_size
         self.model = model

@@ -9,7 +9,7 @@ from typing import Any
 from ...pipeline.errors import UserError, one_line
 from ...trainer.models.files import ModelFiles
 from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
-from .base import ScorerSettings
+from .settings import EngineSettings
 from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
 
 WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
@@ -23,7 +23,7 @@ class EngineDiedError(Exception):
 
 
 def plan_memory(
-    model: ModelFiles, settings: ScorerSettings, gpu_memory: int | None = None
+    model: ModelFiles, settings: EngineSettings, gpu_memory: int | None = None
 ) -> EngineMemory:
     """How the engine is to be configured.
 
@@ -46,7 +46,7 @@ def plan_memory(
 
 
 def start_engine(
-    model: ModelFiles, settings: ScorerSettings, scheduled_tokens: int, utilization: float
+    model: ModelFiles, settings: EngineSettings, scheduled_tokens: int, utilization: float
 ) -> Any:
     """A running `vllm.LLM` that reads the weights that `model` names.
 

@@ -1,12 +1,12 @@
 """`qpipe score --demonstrations`: rows of text, tokenised and scored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.errors import UserError, require
+from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import MANIFEST, read_manifest
 from ...pipeline.folders.shard_run import Job, StageResult, sidecar_indices
 from ...pipeline.folders.shards import committed_shard
@@ -17,42 +17,20 @@ from ...pipeline.threads import in_order
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.sources import Facts, RowReader, Source, open_sources
-from ..encoding.date import parse_day, template_date
+from ..encoding.date import template_date
 from ..encoding.encoder import Encoded, Encoder
 from ..encoding.template import load_template
 from ..execution.options import Execution, run_stage
-from .stage import ModelSettings, ScoreStage, Unscored
+from .settings import RowSettings, ScoreSettings
+from .stage import ScoreStage, Unscored
 
 DEFAULT_MAX_LENGTH = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreSettings(ModelSettings):
-    """The options of `qpipe score --demonstrations`."""
-
-    demonstrations: tuple[str, ...]
-    max_length: int | None = None  # tokens; None is the model's limit, at most 4096
-    too_long: str = "reject"
-    format: str = "auto"
-    template: str = "tokenizer"
-    supervise: str = "assistant"
-    date: str | None = None  # that the template writes; None is today, or the folder's
-    strict: bool = False
-    shard_size: int = 512  # demonstrations
-
-    def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)  # slots leave super() without its class
-        require(1 <= self.shard_size <= 10**6, "--shard-size", self.shard_size, "1 to 1,000,000")
-        if self.max_length is not None:
-            require(self.max_length >= 2, "--max-length", self.max_length, "2 or more")
-        if self.date is not None:
-            parse_day(self.date)
 
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | PartResult:
     """Make the score folder of demonstrations, or what is missing of it."""
     stage = _stage(settings)
-    if settings.strict:
+    if settings.rows.strict:
         _refuse_rejects(stage.job)
     return run_stage(stage, execution)
 
@@ -75,23 +53,26 @@ def _stage(
     settings: ScoreSettings, job: Job | None = None, facts: Sequence[Facts] | None = None
 ) -> ScoreStage:
     """The stage of these settings; another process that knows of it gives its job and facts."""
-    sources = open_sources(settings.demonstrations)
+    rows = settings.rows
+    sources = open_sources(rows.demonstrations)
     if facts is None:
-        check_readable(sources, settings.format)
+        check_readable(sources, rows.format)
     else:
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
-    model = find_model(settings.model, settings.revision, weights=settings.engine != "server")
+    model = find_model(
+        settings.model, settings.revision, weights=settings.engine.engine != "server"
+    )
     folder = None if settings.in_store else settings.out
-    demonstrations = Demonstrations(settings, sources, model, folder)
+    demonstrations = Demonstrations(rows, sources, model, folder)
     if settings.in_store:
-        _refuse_today(settings, demonstrations)
+        _refuse_today(rows, demonstrations)
     return ScoreStage(settings, demonstrations, model, job)
 
 
-def _refuse_today(settings: ScoreSettings, demonstrations: "Demonstrations") -> None:
+def _refuse_today(rows: RowSettings, demonstrations: "Demonstrations") -> None:
     """In a store a day makes a folder of its own: none may follow from when a command starts."""
     day = demonstrations.encoder.day
-    if day is not None and settings.date is None:
+    if day is not None and rows.date is None:
         raise UserError(
             "--store: the template writes today's date, and the folder's name there follows from "
             f"all that is in it: give the day, as in --date {day.isoformat()}"
@@ -105,24 +86,24 @@ class Demonstrations:
 
     def __init__(
         self,
-        settings: ScoreSettings,
+        options: RowSettings,
         sources: list[Source],
         model: ModelFiles,
         folder: Path | None = None,
     ) -> None:
         """`folder` may have been begun with a day for the template."""
-        self.options = settings
+        self.options = options
         self.rows = RowReader(sources)
-        self.max_length = _max_length(settings, model)
-        template = load_template(settings.template, model.tokenizer)
+        self.max_length = _max_length(options, model)
+        template = load_template(options.template, model.tokenizer)
         self.encoder = Encoder(
             model.tokenizer,
             template,
-            supervise=settings.supervise,
+            supervise=options.supervise,
             max_length=self.max_length,
-            too_long=settings.too_long,
+            too_long=options.too_long,
             vocab_size=model.vocab_size,
-            day=template_date(template, settings.date, folder),
+            day=template_date(template, options.date, folder),
         )
 
     def settings(self) -> dict[str, Any]:
@@ -147,8 +128,12 @@ class Demonstrations:
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
         day = self.encoder.day
-        settled = replace(settings, date=None if day is None else day.isoformat())
-        return _stage, (settled, job, [source.facts for source in self.rows.sources])
+        rows = replace(settings.rows, date=None if day is None else day.isoformat())
+        return _stage, (
+            replace(settings, rows=rows),
+            job,
+            [source.facts for source in self.rows.sources],
+        )
 
     @property
     def count(self) -> int | None:
@@ -179,7 +164,7 @@ class Demonstrations:
         return shard
 
 
-def _max_length(settings: ScoreSettings, model: ModelFiles) -> int:
+def _max_length(settings: RowSettings, model: ModelFiles) -> int:
     if settings.max_length is None:
         return min(model.max_length, DEFAULT_MAX_LENGTH)
     if settings.max_length > model.max_length:

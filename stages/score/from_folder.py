@@ -4,7 +4,7 @@ Shard i covers shard i of that folder. Each position holds this model's top k an
 log-probabilities at the ids that the folder holds there: the two models share a support.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,27 @@ from ...pipeline.format.records import Example, ScoredExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
 from ..execution.options import Execution, run_stage
-from .stage import ModelSettings, ScoreStage, Unscored
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreAtSettings(ModelSettings):
-    """The options of `qpipe score --at`."""
-
-    at: Path
-
-    def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)  # slots leave super() without its class
-        if self.out.resolve() == self.at.resolve():
-            raise UserError(f"--out {self.out}: is the folder of --at: give another --out")
+from .settings import ScoreSettings
+from .stage import ScoreStage, Unscored
 
 
 def score_at(
-    settings: ScoreAtSettings, execution: Execution | None = None
+    settings: ScoreSettings, execution: Execution | None = None
 ) -> StageResult | PartResult:
     """Make the score folder of another one's examples, or what is missing of it."""
     return run_stage(_stage(settings), execution)
 
 
-def _stage(settings: ScoreAtSettings, job: Job | None = None) -> ScoreStage:
+def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
     """The stage of these settings; another process that knows of it gives its job."""
-    manifest = read_manifest(settings.at, "score")
+    at = settings.at
+    assert at is not None
+    manifest = read_manifest(at, "score")
     model = find_model(settings.model, settings.revision)
     if job is None:
-        _check_tokenizer(settings.at, manifest, model)
-        _check_examples(settings.at, manifest, model)
-    return ScoreStage(settings, _ScoreFolder(settings.at, manifest, model), model, job)
+        _check_tokenizer(at, manifest, model)
+        _check_examples(at, manifest, model)
+    return ScoreStage(settings, _ScoreFolder(at, manifest, model), model, job)
 
 
 class _ScoreFolder:

@@ -17,12 +17,13 @@ from ...trainer.models.files import ModelFiles, find_model
 from ...trainer.models.size import kv_cache_bytes, weight_bytes
 from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
-from ..engines.base import ScorerSettings
 from ..engines.choose import choose_dtype
+from ..engines.settings import EngineSettings, ServerSettings
 from ..engines.vllm_memory import EngineMemory
 from ..engines.vllm_start import WINDOW_TOKENS, plan_memory
 from .costs import Costs, Throughput, costs
-from .from_demonstrations import Demonstrations, ScoreSettings
+from .from_demonstrations import Demonstrations
+from .settings import ScoreSettings
 from .stage import check_top_k
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
@@ -108,28 +109,26 @@ def plan(
     throughput: Throughput | None = None,
 ) -> ScorePlan:
     """Look at the demonstrations and the model; `gpu_memory` is that of a GPU, in GiB."""
-    sources = open_sources(settings.demonstrations)
-    check_readable(sources, settings.format)
+    sources = open_sources(settings.rows.demonstrations)
+    check_readable(sources, settings.rows.format)
     model = find_model(settings.model, settings.revision, weights=False)
-    check_top_k(settings.top_k, model)
-    demonstrations = Demonstrations(replace(settings, strict=False), sources, model)
+    check_top_k(settings.engine.top_k, model)
+    demonstrations = Demonstrations(replace(settings.rows, strict=False), sources, model)
     workload = _workload(demonstrations)
-    dtype = choose_dtype(settings.dtype, model.config, on_gpu=gpu_memory is not None or None)
-    scorer = ScorerSettings(
+    dtype = choose_dtype(settings.engine.dtype, model.config, on_gpu=gpu_memory is not None or None)
+    engine = replace(
+        settings.engine,
         engine="vllm",
         dtype=dtype,
         max_length=demonstrations.max_length,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        pipeline_parallel_size=settings.pipeline_parallel_size,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        top_k=settings.top_k,
+        server=ServerSettings(),
     )
     return ScorePlan(
         workload=workload,
-        folder_bytes=folder_bytes(workload, settings.top_k, model.vocab_size),
+        folder_bytes=folder_bytes(workload, settings.engine.top_k, model.vocab_size),
         model=model.name,
         dtype=dtype,
-        memory=_memory(model, scorer, gpu_memory),
+        memory=_memory(model, engine, gpu_memory),
         costs=costs(model, workload.lengths.counts, workload.positions, throughput or Throughput()),
     )
 
@@ -165,7 +164,7 @@ def _add_rejects(work: Workload, rejects: Iterable[Reject]) -> None:
         work.first_reject = work.first_reject or reject
 
 
-def _memory(model: ModelFiles, settings: ScorerSettings, gpu_memory: float | None) -> Memory:
+def _memory(model: ModelFiles, settings: EngineSettings, gpu_memory: float | None) -> Memory:
     weights = weight_bytes(model, settings.dtype) // settings.gpus
     kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
     if gpu_memory is None:

@@ -7,14 +7,13 @@ before.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ...pipeline.errors import UserError, option_of, require
+from ...pipeline.errors import UserError, option_of
 from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import Job, folder_in
@@ -23,61 +22,10 @@ from ...pipeline.folders.watch import Report
 from ...pipeline.format.records import Example, Floats, ScoredExample
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
-from ..engines.base import GivenIds, Scorer, ScorerSettings, ServerSettings
+from ..engines.base import GivenIds, Scorer
 from ..engines.choose import choose_dtype, choose_engine, make_scorer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
-    """The options of `qpipe score` that say what scores, and where to."""
-
-    model: str
-    out: Path
-    in_store: bool = False  # `out` is a store: the folder's name there is its fingerprint's
-    revision: str | None = None
-    engine: str = "auto"
-    dtype: str = "auto"
-    top_k: int = 64
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.8
-    server_url: str | None = None
-    server_model: str | None = None
-    server_requests: int = 32
-    server_timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "tensor_parallel_size", "pipeline_parallel_size", "server_requests"):
-            value = getattr(self, name)
-            require(1 <= value <= 10**6, option_of(name), value, "1 to 1,000,000")
-        require(self.server_timeout > 0, "--server-timeout", self.server_timeout, "above 0")
-        self._check_server()
-        utilization = self.gpu_memory_utilization
-        require(0 < utilization <= 1, "--gpu-memory-utilization", utilization, "above 0, up to 1")
-
-    def _check_server(self) -> None:
-        url = self.server_url
-        if self.engine == "server" and url is None:
-            raise UserError("--engine server needs --server-url, as in http://host:8000")
-        if self.engine != "server" and url is not None:
-            raise UserError(f"--server-url {url}: goes with --engine server: give that as well")
-        if self.engine != "server" and self.server_model is not None:
-            raise UserError(
-                f"--server-model {self.server_model}: goes with --engine server: give that as well"
-            )
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise UserError(f"--server-url {url}: no address, as in http://host:8000")
-
-    @property
-    def server(self) -> ServerSettings | None:
-        """The server to ask, of `--engine server`."""
-        if self.server_url is None:
-            return None
-        url = self.server_url.rstrip("/").removesuffix("/v1")
-        return ServerSettings(url, self.server_model, self.server_requests, self.server_timeout)
-
-
-MODEL_OPTIONS = frozenset(each.name for each in fields(ModelSettings))
+from ..engines.settings import EngineSettings
+from .settings import ScoreSettings
 
 
 @dataclass(slots=True)
@@ -132,7 +80,7 @@ class ScoreStage:
 
     def __init__(
         self,
-        settings: ModelSettings,
+        settings: ScoreSettings,
         source: ExampleSource,
         model: ModelFiles,
         job: Job | None = None,
@@ -140,29 +88,13 @@ class ScoreStage:
         self.settings = settings
         self.source = source
         self.model = model
-        check_top_k(settings.top_k, model)
         self.schema = schema_of("score", model.vocab_size)
-        engine = choose_engine(settings.engine, source.gathers)
-        _refuse_parallel(settings, engine)
-        self.scorer_settings = ScorerSettings(
-            engine=engine,
-            dtype=choose_dtype(settings.dtype, model.config),
-            max_length=source.max_length,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            pipeline_parallel_size=settings.pipeline_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            top_k=settings.top_k,
-            server=_settled(settings.server),
-        )
+        self.engine = _resolved(settings.engine, source, model)
         self.job = job or self._job()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As a pickle: what was settled here, above all the engine and the number format."""
-        own = self.scorer_settings
-        settled = replace(self.settings, engine=own.engine, dtype=own.dtype)
-        if own.server is not None:
-            settled = replace(settled, server_model=own.server.model)
-        return self.source.rebuild(settled, self.job)
+        return self.source.rebuild(replace(self.settings, engine=self.engine), self.job)
 
     @property
     def shard_count(self) -> int | None:
@@ -174,12 +106,12 @@ class ScoreStage:
 
     @property
     def gpus(self) -> int:
-        return 0 if self.scorer_settings.server else self.scorer_settings.gpus
+        return self.engine.gpus
 
     @cached_property
     def scorer(self) -> Scorer:
         """The engine, started once."""
-        return make_scorer(self.model, self.scorer_settings)
+        return make_scorer(self.model, self.engine)
 
     def start(self) -> None:
         _ = self.scorer
@@ -193,7 +125,7 @@ class ScoreStage:
         rejects = len(shard.content.rejects)
         report(demonstrations=rejects, rejects=rejects)
         scored: dict[int, ScoredExample] = {}
-        for place, example in self.scorer.score(shard.examples, self.settings.top_k, shard.at):
+        for place, example in self.scorer.score(shard.examples, self.engine.top_k, shard.at):
             scored[place] = replace(example, token_weights=shard.token_weights[place])
             report(demonstrations=1, positions=len(example.positions))
         in_order = [scored[place] for place in range(len(shard.examples))]
@@ -206,20 +138,21 @@ class ScoreStage:
         refuse_nothing_scored(shards)
 
     def _job(self) -> Job:
-        model = self.model
-        server = self.scorer_settings.server
+        model, engine = self.model, self.engine
+        is_server = engine.engine == "server"
         own = {
-            "weights_hash": None if server else model.weights_hash(),
+            "weights_hash": None if is_server else model.weights_hash(),
             "tokenizer_hash": model.tokenizer_hash,
             "vocab_size": model.vocab_size,
-            "engine": self.scorer_settings.engine,
-            "dtype": self.scorer_settings.dtype,
-            "top_k": self.settings.top_k,
+            "engine": engine.engine,
+            "dtype": engine.dtype,
+            "top_k": engine.top_k,
         }
-        if server is not None:
+        if is_server:
             # what a server runs is known by its name there, its number format by what the user says
-            dtype = "unknown" if self.settings.dtype == "auto" else self.settings.dtype
-            own |= {"dtype": dtype, "server_model": server.model}
+            dtype = self.settings.engine.dtype
+            dtype = "unknown" if dtype == "auto" else dtype
+            own |= {"dtype": dtype, "server_model": engine.server.model}
         identity = Identity(
             stage="score",
             settings=self.source.settings() | own,
@@ -246,8 +179,10 @@ def check_top_k(top_k: int, model: ModelFiles) -> None:
         )
 
 
-def _refuse_parallel(settings: ModelSettings, engine: str) -> None:
-    """Only vLLM spreads a model over several GPUs."""
+def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles) -> EngineSettings:
+    """The settings without `auto`, and the name of a server's model asked for if none is given."""
+    check_top_k(settings.top_k, model)
+    engine = choose_engine(settings.engine, source.gathers)
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if engine != "vllm" and (value := getattr(settings, name)) > 1:
             option = option_of(name)
@@ -255,15 +190,15 @@ def _refuse_parallel(settings: ModelSettings, engine: str) -> None:
                 f"{option} {value}: goes with vLLM, and here --engine is {engine}: leave it out, "
                 "or give --engine vllm"
             )
+    server = settings.server
+    if engine == "server":
+        from ..engines.server import served_model
 
-
-def _settled(server: ServerSettings | None) -> ServerSettings | None:
-    """The server, with the name of its model asked for where none is given."""
-    if server is None:
-        return None
-    from ..engines.server import served_model
-
-    return replace(server, model=served_model(server))
+        server = replace(server, model=served_model(server))
+    dtype = choose_dtype(settings.dtype, model.config)
+    return replace(
+        settings, engine=engine, dtype=dtype, max_length=source.max_length, server=server
+    )
 
 
 def score_sums(scored: list[ScoredExample]) -> dict[str, float]:

@@ -30,12 +30,13 @@ from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.stage import BuildSettings, build_targets
 from qpipe.stages.commands.tables import print_table
-from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.folders.verify import verify
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.benchmarks.build_targets import make_scores
 from qpipe.tests.benchmarks.figures import timed
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model, load_model
 
 DEMONSTRATIONS = (200, 2_000, 20_000)
@@ -105,7 +106,7 @@ def stages(model: Path, folder: Path, count: int) -> list[float]:
             turns = [("user", f"What is {number}?"), ("assistant", f"It is {number % 97}.")]
             messages = [{"role": role, "content": content} for role, content in turns]
             file.write(json.dumps({"messages": messages}) + "\n")
-    scoring = ScoreSettings(
+    scoring = score_settings(
         model=str(model),
         demonstrations=(str(folder / "chats.jsonl"),),
         out=folder / "scores",
@@ -173,7 +174,7 @@ def grow_length(model: Path) -> None:
     from qpipe.trainer.models.student import Student
 
     files = find_model(str(model))
-    scorer = make_scorer(files, ScorerSettings("transformers", "float32", max(LENGTHS)))
+    scorer = make_scorer(files, EngineSettings("transformers", "float32", max_length=max(LENGTHS)))
     student = Student(load_model(files, torch.float32)).train()
     objective = Objective(choose("sft", "live"), "student", "none")
     rows = [("tokens an example", "score", "forward and backward")]

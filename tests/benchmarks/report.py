@@ -58,7 +58,8 @@ def make_folders(folder: Path, demonstrations: int) -> tuple[Path, Path]:
     """Scores and targets of made-up demonstrations, by the real stages."""
     from qpipe.pipeline.methods import choose
     from qpipe.stages.build_targets.stage import BuildSettings, build_targets
-    from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+    from qpipe.stages.score.from_demonstrations import score
+    from qpipe.tests.support.settings import score_settings
 
     model = folder / "model"
     if not model.exists():
@@ -71,7 +72,7 @@ def make_folders(folder: Path, demonstrations: int) -> tuple[Path, Path]:
             file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
     scores, targets = folder / "scores", folder / "targets"
     score(
-        ScoreSettings(
+        score_settings(
             model=str(model), demonstrations=(str(rows),), out=scores, engine="transformers"
         )
     )

@@ -35,13 +35,15 @@ import numpy as np
 import torch
 from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import Example
-from qpipe.stages.engines.base import ScorerSettings, scored
+from qpipe.stages.engines.base import scored
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.vllm_arrays import keep_tensors, prompt_arrays
 from qpipe.stages.quiet import quiet_libraries
 from qpipe.stages.score import stage as score_stage
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.benchmarks.figures import faster, publish, timed
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model, load_model
 
 ARITHMETIC = Path(__file__).parents[2] / "data" / "arithmetic.jsonl"
@@ -85,8 +87,8 @@ def main(model: Path, demonstrations: Path | None) -> None:
 
 def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times, Times, int, int]:
     """Both engines against their rivals, and how many tokens it was about."""
-    fast: Any = make_scorer(files, ScorerSettings("vllm", DTYPE, MAX_LENGTH, top_k=TOP_K))
-    slow: Any = make_scorer(files, ScorerSettings("transformers", DTYPE, MAX_LENGTH))
+    fast: Any = make_scorer(files, EngineSettings("vllm", DTYPE, TOP_K, max_length=MAX_LENGTH))
+    slow: Any = make_scorer(files, EngineSettings("transformers", DTYPE, max_length=MAX_LENGTH))
     plain_model = load_model(files, getattr(torch, DTYPE)).eval()
     run_stage("vllm", fast, files, chats, folder / "warm")
     examples = list(read_scores(folder / "warm"))
@@ -112,7 +114,7 @@ def run_stage(
     engine: str, scorer: Any, files: ModelFiles, chats: Path, out: Path, shard_size: int = 512
 ) -> float:
     """Seconds of the stage as the command runs it, but for an engine that is there already."""
-    settings = ScoreSettings(
+    settings = score_settings(
         model=str(files.folder),
         demonstrations=(str(chats),),
         out=out,

@@ -18,8 +18,8 @@ from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.engines import server
-from qpipe.stages.engines.base import ScorerSettings, ServerSettings
 from qpipe.stages.engines.server import ServerScorer, served_model
+from qpipe.stages.engines.settings import EngineSettings, ServerSettings
 
 from .inputs import Draw, damaged, fuzz, made_or_refused, odd_values, spoilt
 
@@ -86,7 +86,7 @@ def asked(fake: Fake, ask: Callable[[], Any]) -> Any:
 @cache
 def scorer_and_fake() -> tuple[ServerScorer, Fake]:
     fake = Fake()
-    settings = ScorerSettings("server", "float32", max_length=32, server=SERVER)
+    settings = EngineSettings("server", "float32", max_length=32, server=SERVER)
     return asked(fake, lambda: ServerScorer(MODEL, settings)), fake
 
 
@@ -159,7 +159,7 @@ def test_answers_are_stored_as_they_are(seed: int, scale: float, top_k: int) -> 
 )
 def test_first_answers_of_anything(path: str, value: Any) -> None:
     fake = Fake({path: as_json(value)})
-    settings = ScorerSettings("server", "float32", max_length=32, server=SERVER)
+    settings = EngineSettings("server", "float32", max_length=32, server=SERVER)
     made_or_refused(lambda: asked(fake, lambda: ServerScorer(MODEL, settings)))
     nameless = ServerSettings(SERVER.url, first_wait=0.0)
     made_or_refused(lambda: asked(fake, lambda: served_model(nameless)))

@@ -9,9 +9,9 @@ import pytest
 @pytest.fixture(scope="session")
 def vllm_scorer(tiny_model: Path) -> Any:
     """A real engine with the tiny model in float32. To be left as it was."""
-    from qpipe.stages.engines.base import ScorerSettings
     from qpipe.stages.engines.choose import make_scorer
+    from qpipe.stages.engines.settings import EngineSettings
     from qpipe.trainer.models.files import find_model
 
-    settings = ScorerSettings("vllm", "float32", max_length=256)
+    settings = EngineSettings("vllm", "float32", max_length=256)
     return make_scorer(find_model(str(tiny_model)), settings)

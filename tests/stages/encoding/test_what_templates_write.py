@@ -13,8 +13,9 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.encoding import date as template_date
 from qpipe.stages.execution.options import Execution
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import plan
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
 DATED = (
@@ -57,34 +58,34 @@ def texts(options: dict[str, Any]) -> list[str]:
 
 
 def test_a_folder_has_the_day_that_it_was_begun_with(options: dict[str, Any]) -> None:
-    score(ScoreSettings(**options), Execution(rank=0, world_size=2))
+    score(score_settings(**options), Execution(rank=0, world_size=2))
     Day.now = date(2026, 11, 26)
-    score(ScoreSettings(**options))
+    score(score_settings(**options))
     assert read_manifest(options["out"]).settings["date"] == "2026-11-25"
     assert [text[:17] for text in texts(options)] == ["25 Nov 2026 00:00"] * 4
-    assert getattr(score(ScoreSettings(**options)), "was_done", False)
+    assert getattr(score(score_settings(**options)), "was_done", False)
     other = options | {"out": options["out"].with_name("other")}
-    score(ScoreSettings(**other))
+    score(score_settings(**other))
     assert texts(other)[0].startswith("26 Nov 2026")
 
 
 def test_a_day_of_ones_own(options: dict[str, Any]) -> None:
-    score(ScoreSettings(**options, date="2024-07-26"))
+    score(score_settings(**options, date="2024-07-26"))
     assert texts(options)[0].startswith("26 Jul 2024 00:00")
     with pytest.raises(UserError, match=r'settings.date is "2024-07-26" there and "2026-11-25"'):
-        score(ScoreSettings(**options, date="2026-11-25"))
-    assert getattr(score(ScoreSettings(**options)), "was_done", False)
+        score(score_settings(**options, date="2026-11-25"))
+    assert getattr(score(score_settings(**options)), "was_done", False)
 
 
 def test_a_store_is_told_the_day(options: dict[str, Any]) -> None:
     """Each day would make a folder of its own, also in the middle of the night."""
     store = options | {"out": options["out"].with_name("store"), "in_store": True}
     with pytest.raises(UserError, match=r"--store: .*: give the day, as in --date 2026-11-25$"):
-        score(ScoreSettings(**store))
+        score(score_settings(**store))
     assert not store["out"].exists()
-    score(ScoreSettings(**store, date="2026-11-25"), Execution(rank=0, world_size=2))
+    score(score_settings(**store, date="2026-11-25"), Execution(rank=0, world_size=2))
     Day.now = date(2026, 11, 26)
-    score(ScoreSettings(**store, date="2026-11-25"))
+    score(score_settings(**store, date="2026-11-25"))
     (folder,) = store["out"].iterdir()
     assert read_manifest(folder).settings["date"] == "2026-11-25"
 
@@ -95,16 +96,16 @@ def test_a_plan_reads_no_folder(
     """Not the one either that it is asked for in, which may hold any manifest.json."""
     monkeypatch.chdir(tmp_path)
     Path("manifest.json").write_text('{"name": "an extension of a browser"}')
-    assert plan(ScoreSettings(**options | {"out": Path()})).workload.read == 4
+    assert plan(score_settings(**options | {"out": Path()})).workload.read == 4
 
 
 def test_days_for_nothing(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--date 2024-13-01: no day: give one as in 2026-11-25"):
-        ScoreSettings(**options, date="2024-13-01")
+        score_settings(**options, date="2024-13-01")
     plain = options | {"template": "none"}
     with pytest.raises(UserError, match="--date 2024-07-26: the template writes no date"):
-        score(ScoreSettings(**plain, date="2024-07-26"))
-    score(ScoreSettings(**plain))
+        score(score_settings(**plain, date="2024-07-26"))
+    score(score_settings(**plain))
     assert "date" not in read_manifest(options["out"]).settings
 
 
@@ -115,7 +116,7 @@ def test_other_special_tokens_are_another_folder(
     """They stand in a file of their own beside tokenizer.json, whose hash stays the same."""
     if template == "none":
         options["template"] = template
-    score(ScoreSettings(**options), Execution(rank=0, world_size=2))
+    score(score_settings(**options), Execution(rank=0, world_size=2))
     first = find_model(options["model"])
     shutil.copytree(options["model"], tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
@@ -126,4 +127,4 @@ def test_other_special_tokens_are_another_folder(
     assert second.tokenizer_hash == first.tokenizer_hash
     assert second.tokenizer.eos_token != first.tokenizer.eos_token
     with pytest.raises(UserError, match=r"special_tokens.eos_token is .* there and .* now"):
-        score(ScoreSettings(**options | {"model": str(tmp_path / "model")}))
+        score(score_settings(**options | {"model": str(tmp_path / "model")}))

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.progress import say_once
-from qpipe.stages.engines.base import ENGINES, Scorer, ScorerSettings
+from qpipe.stages.engines.base import Scorer
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.settings import ENGINES, EngineSettings
 from qpipe.stages.engines.transformers_engine import _log_probs, batches
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
@@ -61,7 +62,7 @@ def reference(tiny_model: Path) -> Callable[[Example], NDArray[np.float64]]:
 def scorer(request: pytest.FixtureRequest, tiny_model: Path) -> Scorer:
     if request.param == "vllm":
         return request.getfixturevalue("vllm_scorer")
-    settings = ScorerSettings(request.param, "float32", max_length=256)
+    settings = EngineSettings(request.param, "float32", max_length=256)
     return make_scorer(find_model(str(tiny_model)), settings)
 
 
@@ -132,7 +133,7 @@ def test_a_damaged_model_gives_no_scores(
     else:
         weights[name].fill_(torch.nan)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    settings = ScorerSettings(engine, "float32", max_length=256)
+    settings = EngineSettings(engine, "float32", max_length=256)
     with pytest.raises(UserError, match=name if damage == "missing" else "no numbers"):
         list(make_scorer(find_model(str(folder)), settings).score(EXAMPLES, 4))
 
@@ -169,7 +170,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
 ) -> None:
     """Alone, in another order, in small batches, with other chunks of the head."""
     scorer = make_scorer(
-        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+        find_model(str(tiny_model)), EngineSettings("transformers", "float32", max_length=256)
     )
     together = run(scorer, 8)
     check_close(together, [dict(scorer.score([one], 8))[0] for one in EXAMPLES])
@@ -185,7 +186,7 @@ def test_transformers_without_a_known_head_gives_the_same(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer: Any = make_scorer(
-        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+        find_model(str(tiny_model)), EngineSettings("transformers", "float32", max_length=256)
     )
     known = run(scorer, 8)
     assert scorer.head_form is not None
@@ -199,7 +200,7 @@ def test_transformers_halves_a_batch_that_does_not_fit(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scorer: Any = make_scorer(
-        find_model(str(tiny_model)), ScorerSettings("transformers", "float32", max_length=256)
+        find_model(str(tiny_model)), EngineSettings("transformers", "float32", max_length=256)
     )
     whole = run(scorer, 8)
     score_batch = scorer.score_batch
@@ -229,7 +230,7 @@ def test_a_model_that_the_gpu_has_no_room_for_is_one_clear_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr("transformers.PreTrainedModel.to", full)
-    settings = ScorerSettings("transformers", "bfloat16", max_length=256)
+    settings = EngineSettings("transformers", "bfloat16", max_length=256)
     with pytest.raises(UserError, match="model tiny: does not fit on the GPU in bfloat16: free"):
         make_scorer(find_model(str(tiny_model)), settings)
 

@@ -21,10 +21,10 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages.engines.base import ScorerSettings, ServerSettings
 from qpipe.stages.engines.choose import choose_engine, make_scorer
 from qpipe.stages.engines.server import served_model
-from qpipe.stages.score.from_demonstrations import ScoreSettings
+from qpipe.stages.engines.settings import EngineSettings, ServerSettings
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model
 
 VOCAB = 320
@@ -181,9 +181,9 @@ def fake(files: ModelFiles, model: Any) -> Iterator[Fake]:
     thread.join()
 
 
-def settings_for(fake: Fake, max_length: int = 255, **options: Any) -> ScorerSettings:
+def settings_for(fake: Fake, max_length: int = 255, **options: Any) -> EngineSettings:
     server = ServerSettings(fake.url, NAME, timeout=20, first_wait=0.01)
-    return ScorerSettings(
+    return EngineSettings(
         "server", "float32", max_length=max_length, server=replace(server, **options)
     )
 
@@ -196,7 +196,7 @@ def run(fake: Fake, top_k: int = 8, **options: Any) -> list[ScoredExample]:
 
 @pytest.fixture(scope="module")
 def expected(files: ModelFiles) -> Callable[[int], list[ScoredExample]]:
-    scorer = make_scorer(files, ScorerSettings("transformers", "float32", max_length=255))
+    scorer = make_scorer(files, EngineSettings("transformers", "float32", max_length=255))
 
     def scores(top_k: int) -> list[ScoredExample]:
         by_place = dict(scorer.score(EXAMPLES, top_k))
@@ -451,7 +451,7 @@ def test_given_ids_are_not_for_a_server() -> None:
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        ScoreSettings(model="m", out=Path("o"), demonstrations=("d",), **options)
+        score_settings(model="m", out=Path("o"), demonstrations=("d",), **options)
 
 
 @pytest.mark.parametrize(
@@ -471,11 +471,10 @@ def test_a_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_the_address_may_end_as_openai_clients_want_it() -> None:
     for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/"):
-        settings = ScoreSettings(
+        settings = score_settings(
             model="m", out=Path("o"), demonstrations=("d",), engine="server", server_url=url
         )
-        assert settings.server is not None
-        assert settings.server.url == "http://a:1"
+        assert settings.engine.server.address == "http://a:1"
 
 
 def test_tokens_that_tie_within_the_top_k_share_the_last_rank(fake: Fake) -> None:

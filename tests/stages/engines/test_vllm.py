@@ -13,11 +13,12 @@ import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_start
-from qpipe.stages.engines.base import ScorerSettings
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.vllm_start import is_memory
 from qpipe.stages.score import stage as score_stage
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
 from ...conftest import make_tiny_model
@@ -181,7 +182,7 @@ def test_an_engine_that_dies_is_started_again_smaller_and_nothing_is_lost(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With steps of 128 tokens, chunked prefill included, the bytes are those of one large step."""
-    settings = ScorerSettings("vllm", "float32", max_length=256)
+    settings = EngineSettings("vllm", "float32", max_length=256)
     scorer: Any = make_scorer(find_model(str(tiny_model)), settings)
     before = run(scorer)
     scorer.scheduled_tokens = 256
@@ -223,7 +224,7 @@ def test_what_was_finished_before_an_engine_stopped_is_kept(
 
     def make(out: Path) -> dict[str, bytes]:
         score(
-            ScoreSettings(
+            score_settings(
                 model=str(tiny_model), demonstrations=(str(chats),), out=out, engine="vllm",
                 top_k=4, shard_size=10, max_length=200,
             )
@@ -249,7 +250,7 @@ def test_an_engine_that_cannot_start_is_told_in_one_line(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000000")  # GiB
-    settings = ScorerSettings("vllm", "float32", max_length=256)
+    settings = EngineSettings("vllm", "float32", max_length=256)
     with pytest.raises(UserError, match="vLLM cannot start with model tiny: ") as caught:
         make_scorer(find_model(str(tiny_model)), settings)
     assert "\n" not in str(caught.value)
@@ -259,12 +260,12 @@ _LIMITED = """
 import resource, sys, psutil
 import numpy as np
 from qpipe.pipeline.format.records import Example
-from qpipe.stages.engines.base import ScorerSettings
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.trainer.models.files import find_model
 ids = np.arange(255, dtype=np.int32)
 one = Example("a", ids, np.arange(1, 255, dtype=np.int32))
-scorer = make_scorer(find_model(sys.argv[1]), ScorerSettings("vllm", "float32", max_length=255))
+scorer = make_scorer(find_model(sys.argv[1]), EngineSettings("vllm", "float32", max_length=255))
 (_, free), = scorer.score([one], 8)
 scorer.scheduled_tokens = 128  # it runs with more, and comes back with 64
 limit = psutil.Process().memory_info().vms + 190 * 2**20
@@ -336,6 +337,6 @@ def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(
 
     monkeypatch.setattr(vllm_engine, "start_engine", start)
     with pytest.raises(UserError, match=words):
-        make_scorer(find_model(str(tiny_model)), ScorerSettings("vllm", "float32", max_length=256))
+        make_scorer(find_model(str(tiny_model)), EngineSettings("vllm", "float32", max_length=256))
     assert len(tried) == starts
     assert tried[1] == tried[0] // 2

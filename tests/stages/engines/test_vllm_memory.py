@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.engines import vllm_start
-from qpipe.stages.engines.base import ScorerSettings
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.vllm_memory import Rows, fit_cpu, fit_gpu
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
@@ -120,7 +120,7 @@ def test_a_damaged_file_of_weights_is_named(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
-    settings = ScorerSettings("vllm", "bfloat16", max_length=256, gpu_memory_utilization=0.9)
+    settings = EngineSettings("vllm", "bfloat16", max_length=256, gpu_memory_utilization=0.9)
     plan = vllm_start.plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
     assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.9)
     assert plan.added == 256 * (VOCAB * 10 + 64 * 28)
@@ -134,7 +134,7 @@ def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
     needed = [
         vllm_start.plan_memory(
             files,
-            ScorerSettings(
+            EngineSettings(
                 "vllm", "bfloat16", 256, tensor_parallel_size=tp, pipeline_parallel_size=pp
             ),
             gpu_memory=24 * GIB,

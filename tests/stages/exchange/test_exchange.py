@@ -22,7 +22,8 @@ from qpipe.stages.exchange import import_scores as module
 from qpipe.stages.exchange.export_scores import ExportSettings, export_scores
 from qpipe.stages.exchange.import_scores import ImportSettings, ImportStage, import_scores
 from qpipe.stages.folders.verify import verify
-from qpipe.stages.score.from_folder import ScoreAtSettings, score_at
+from qpipe.stages.score.from_folder import score_at
+from qpipe.tests.support.settings import score_settings
 
 from ...conftest import make_scores, make_tiny_model
 
@@ -259,7 +260,7 @@ def test_positions_of_different_numbers_of_entries_are_written_and_read_again(
     """A folder made by --at holds its own top k and the ids of the other, as far as they differ."""
     other = make_tiny_model(tmp_path / "other", vocab_size=320, seed=1)
     score_at(
-        ScoreAtSettings(
+        score_settings(
             model=str(other), at=scores, out=tmp_path / "at", engine="transformers", top_k=12
         )
     )

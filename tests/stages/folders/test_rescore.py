@@ -15,7 +15,8 @@ from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages.cli import cli
 from qpipe.stages.folders import rescore as module
 from qpipe.stages.folders.rescore import bucket_kl, rescore
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
+from qpipe.tests.support.settings import score_settings
 
 from ...conftest import make_tiny_model
 from ...support.made_up import qpipe
@@ -31,7 +32,7 @@ def scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "qpipe.pipeline.folders.shards.BATCH_ROWS", 4
         )  # several record batches in a shard
         score(
-            ScoreSettings(
+            score_settings(
                 model=str(tiny_model), demonstrations=(str(chats),), out=root / "scores", top_k=16,
                 engine="transformers", shard_size=9,
             )
@@ -52,7 +53,7 @@ def test_scores_of_the_same_model_agree(scores: Path, tiny_model: Path) -> None:
 
 def test_bfloat16_costs_something(scores: Path, tiny_model: Path, tmp_path: Path) -> None:
     score(
-        ScoreSettings(
+        score_settings(
             model=str(tiny_model), demonstrations=(str(scores.parent / "chats.jsonl"),),
             out=tmp_path / "low", engine="transformers", dtype="bfloat16",
         )

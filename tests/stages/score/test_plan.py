@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.cli import cli
 from qpipe.stages.score.costs import Throughput, costs
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import Lengths, Workload, folder_bytes, plan
+from qpipe.stages.score.settings import ScoreSettings
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import count_weights, forward_flop
 
@@ -38,7 +40,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(model: Path, chats: Path, out: Path, **options: Any) -> ScoreSettings:
     given = {"engine": "transformers", "max_length": 100, "shard_size": 7} | options
-    return ScoreSettings(model=str(model), demonstrations=(str(chats),), out=out, **given)
+    return score_settings(model=str(model), demonstrations=(str(chats),), out=out, **given)
 
 
 def test_the_plan_counts_what_scoring_counts(tiny_model: Path, chats: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.execution.options import Execution
-from qpipe.stages.score.from_demonstrations import ScoreSettings, score
+from qpipe.stages.score.from_demonstrations import score
+from qpipe.tests.support.settings import score_settings
 
 
 @pytest.fixture
@@ -31,22 +32,22 @@ def options(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 def test_a_row_rejected_before_is_refused(options: dict[str, Any], rank: int | None) -> None:
     """Of a sealed folder, and of one that another task is to go on with."""
     world_size = None if rank is None else 2
-    score(ScoreSettings(**options), Execution(rank=rank, world_size=world_size))
+    score(score_settings(**options), Execution(rank=rank, world_size=world_size))
     assert (options["out"] / "manifest.json").exists() == (rank is None)
     with pytest.raises(UserError, match=r"chats\.jsonl, line 4: no known format, .*: mend it, or"):
-        score(ScoreSettings(**options, strict=True))
+        score(score_settings(**options, strict=True))
 
 
 def test_a_sealed_folder_is_judged_by_its_manifest(options: dict[str, Any]) -> None:
     """Its sidecars, one request each in a bucket, are not looked at."""
-    score(ScoreSettings(**options))
+    score(score_settings(**options))
     for path in options["out"].glob("shard-*.json"):
         path.unlink()
     with pytest.raises(UserError, match="line 4: no known format"):
-        score(ScoreSettings(**options, strict=True))
+        score(score_settings(**options, strict=True))
 
 
 def test_another_folder_is_called_that_first(options: dict[str, Any]) -> None:
-    score(ScoreSettings(**options))
+    score(score_settings(**options))
     with pytest.raises(UserError, match="top_k is 4 there and 5 now"):
-        score(ScoreSettings(**options | {"top_k": 5}, strict=True))
+        score(score_settings(**options | {"top_k": 5}, strict=True))

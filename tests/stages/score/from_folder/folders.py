@@ -14,7 +14,8 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.stages.score.from_folder import ScoreAtSettings
+from qpipe.stages.score.settings import ScoreSettings
+from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
@@ -100,9 +101,9 @@ def another_model(folder: Path, like: Path, seed: int, vocab_size: int = VOCAB) 
     return folder
 
 
-def settings(model: Path, at: Path, out: Path, **options: Any) -> ScoreAtSettings:
+def settings(model: Path, at: Path, out: Path, **options: Any) -> ScoreSettings:
     given = {"engine": "transformers", "top_k": 5} | options
-    return ScoreAtSettings(model=str(model), at=at, out=out, **given)
+    return score_settings(model=str(model), at=at, out=out, **given)
 
 
 def by_position(values: NDArray[Any], counts: NDArray[np.int32]) -> list[NDArray[Any]]:

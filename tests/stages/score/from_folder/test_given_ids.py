@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
 from qpipe.stages.engines import base
-from qpipe.stages.engines.base import GivenIds, Scorer, ScorerSettings, with_given
+from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
 from qpipe.stages.engines.choose import choose_engine
+from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.transformers_engine import TransformersScorer
 from qpipe.trainer.models.files import find_model
 
@@ -115,7 +116,7 @@ def test_transformers_gathers_what_the_dense_reference_has(
     # 5 rows a chunk, so that the positions of an example fall into several
     monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 5 * VOCAB)
     model = find_model(str(teacher))
-    scorer = TransformersScorer(model, ScorerSettings("transformers", "float32", max_length=256))
+    scorer = TransformersScorer(model, EngineSettings("transformers", "float32", max_length=256))
     check_all(run(scorer, top_k), dense, top_k)
 
 

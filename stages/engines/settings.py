@@ -1,0 +1,105 @@
+"""The settings of a scoring engine, each an option of `qpipe score`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...pipeline.errors import UserError
+from ...pipeline.options import Range, check, option
+
+ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
+EngineName = Literal["auto", "vllm", "transformers", "server"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+
+_COUNT = Range(1, 10**6)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How a server is asked. Only `model`, its name there, changes what is stored."""
+
+    url: str | None = option(
+        None,
+        "A vLLM server, started with --max-logprobs -1, as in http://host:8000. VLLM_API_KEY in "
+        "the environment is sent along.",
+        metavar="URL",
+        names=("--server-url",),
+    )
+    model: str | None = option(
+        None,
+        "What the model is called there.  [default: the only one that it serves]",
+        metavar="NAME",
+        names=("--server-model",),
+    )
+    concurrency: int = option(
+        32, "Requests under way at a time.", range=_COUNT, names=("--server-requests",)
+    )
+    timeout: float = option(
+        600.0,
+        "How long an answer may take; a late or failed request is tried again.",
+        range=Range(0, above=True),
+        metavar="SECONDS",
+        names=("--server-timeout",),
+    )
+    tries: int = 8  # of a request that finds the server busy, broken or away
+    first_wait: float = 0.5  # seconds before the second, doubled for each one after
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--server-url {self.url}: no address, as in http://host:8000")
+
+    @property
+    def address(self) -> str:
+        """The URL without the path of the API."""
+        return (self.url or "").rstrip("/").removesuffix("/v1")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What scores. `auto` is resolved, and `max_length` set, before an engine starts.
+
+    The parallel sizes and the share of the memory are vLLM's own and change nothing stored.
+    """
+
+    engine: EngineName = option(
+        "auto",
+        "What runs the model; auto is vLLM where it is installed. A server needs --server-url, "
+        "and of --model the tokenizer and configuration alone.",
+    )
+    dtype: Literal["auto", Dtype] = option(
+        "auto", "Number format; auto is the model's own on a GPU and float32 without."
+    )
+    top_k: int = option(64, "Entries kept of each distribution.", range=_COUNT)
+    tensor_parallel_size: int = option(
+        1, "GPUs that share each layer of the model (vLLM).", range=_COUNT
+    )
+    pipeline_parallel_size: int = option(
+        1, "Groups of such GPUs that share the layers out (vLLM).", range=_COUNT
+    )
+    gpu_memory_utilization: float = option(
+        0.8,
+        "Share of the GPU's memory that vLLM plans with, at most: prompt log-probabilities come "
+        "on top of it.",
+        range=Range(0, 1, above=True),
+    )
+    max_length: int = 4096  # tokens of the longest example
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+    def __post_init__(self) -> None:
+        check(self)
+        url, model = self.server.url, self.server.model
+        if self.engine == "server":
+            if url is None:
+                raise UserError("--engine server needs --server-url, as in http://host:8000")
+            return
+        for name, value in (("--server-url", url), ("--server-model", model)):
+            if value is not None:
+                raise UserError(f"{name} {value}: goes with --engine server: give that as well")
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs share the model; none of this machine's with a server."""
+        if self.engine == "server":
+            return 0
+        return self.tensor_parallel_size * self.pipeline_parallel_size
