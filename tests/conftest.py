@@ -128,7 +128,8 @@ def make_scores(root: Path, model: Path, top_k: int = 20) -> Path:
 def targets(scores: Path) -> Path:
     """Packed targets of those scores, with the defaults of the command. Not to be changed."""
     from qpipe.pipeline.methods import choose
-    from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+    from qpipe.stages.build_targets.settings import BuildSettings
+    from qpipe.stages.build_targets.stage import build_targets
 
     build_targets(BuildSettings(scores, scores.parent / "targets", choose("sft+kl")))
     return scores.parent / "targets"

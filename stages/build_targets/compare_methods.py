@@ -19,7 +19,8 @@ from ...pipeline.targets.ceiling import (
     reproducible_share,
 )
 from .inputs import Inputs, open_inputs
-from .stage import check_temperatures, with_statistics
+from .settings import check_temperatures
+from .stage import with_statistics
 
 WHOLE = Truncation(top_p=1.0, max_support=2**31)
 

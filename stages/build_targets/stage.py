@@ -1,13 +1,12 @@
 """`qpipe build-targets`: score shards in, target shards out, one for one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 
-from ...pipeline.errors import UserError, require
+from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import Identity, Manifest, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import Job, StageResult, folder_in
@@ -15,7 +14,6 @@ from ...pipeline.folders.shards import ShardContent
 from ...pipeline.folders.tasks import PartResult
 from ...pipeline.folders.watch import Report
 from ...pipeline.format.batches import FlatBatch, join
-from ...pipeline.format.packing import PRECISIONS, Precision
 from ...pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
 from ...pipeline.methods.definition import Choice
 from ...pipeline.methods.table import choose
@@ -24,62 +22,10 @@ from ...pipeline.targets.build import Evidence, Truncation, flat_targets, target
 from ...pipeline.targets.ceiling import ceiling_sums
 from ...pipeline.targets.quantiles import OrderStatistics
 from ...pipeline.threads import in_order
-from ..execution.options import Execution, run_stage
+from ..execution.options import run_stage
+from ..execution.settings import Execution
 from .inputs import Inputs, open_inputs
-
-
-@dataclass(frozen=True, slots=True)
-class BuildSettings:
-    """What to make of the scores.
-
-    The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
-    of the probability, at most `max_support` entries, and the observed token. `precision` is that
-    of their logarithms; what is no such distribution is stored in float32 in any case. With
-    `in_store`, `out` is a store, and the folder's name there is its fingerprint's.
-    """
-
-    scores: Path
-    out: Path
-    choice: Choice
-    teacher: Path | None = None
-    in_store: bool = False
-    top_p: float = 0.99
-    max_support: int = 64
-    precision: Precision = "uint8"
-    temperature: float = 1.0
-    teacher_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_truncation(self.top_p, self.max_support)
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"--precision {self.precision} is not known: give {', '.join(PRECISIONS)}"
-            )
-        check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
-        if self.teacher is not None and not self.choice.needs_teacher:
-            raise UserError(
-                f"--teacher {self.teacher}: {self.choice.method.name} reads no teacher: leave it "
-                "out, or give another --method"
-            )
-
-    @property
-    def truncation(self) -> Truncation:
-        """How much of a distribution is stored."""
-        return Truncation(self.top_p, self.max_support)
-
-
-def check_truncation(top_p: float, max_support: int) -> None:
-    """Raises UserError for values out of their range."""
-    require(0 < top_p <= 1, "--top-p", top_p, "above 0, up to 1")
-    require(max_support >= 1, "--max-support", max_support, "1 or more")
-
-
-def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
-    """Raises UserError for values out of their range, or one that nothing is read at."""
-    for option, value in (("--temperature", base), ("--teacher-temperature", teacher)):
-        require(0.05 <= value <= 20, option, value, "0.05 to 20")
-    if folder is None and teacher != 1:
-        raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
+from .settings import BuildSettings
 
 
 def build_targets(
@@ -99,6 +45,10 @@ def _open_inputs(settings: BuildSettings) -> Inputs:
     )
 
 
+def _truncation(settings: BuildSettings) -> Truncation:
+    return Truncation(settings.top_p, settings.max_support)
+
+
 class BuildStage:
     """The work of one `qpipe build-targets`; the method's parameters are settled."""
 
@@ -106,6 +56,7 @@ class BuildStage:
 
     def __init__(self, settings: BuildSettings, inputs: Inputs, job: Job) -> None:
         self.settings = settings
+        self.truncation = _truncation(settings)
         self.inputs = inputs
         self.job = job
 
@@ -132,10 +83,10 @@ class BuildStage:
 
     def make(self, evidence: Iterator[list[Evidence]], report: Report) -> ShardContent:
         """Build a shard's targets."""
-        settings = self.settings
+        choice = self.settings.choice
 
         def build(pieces: list[Evidence]) -> list[tuple[FlatBatch, dict[str, float]]]:
-            return [_build(evidence, settings.choice, settings.truncation) for evidence in pieces]
+            return [_build(evidence, choice, self.truncation) for evidence in pieces]
 
         content = ShardContent()
         for pieces in in_order(build, evidence):
@@ -205,7 +156,7 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
     manifests = {name: folder.manifest for name, folder in folders.items()}
     vocab_size = inputs.scores.model.vocab_size
     likely = folders.get("teacher", inputs.scores)
-    frequent_ids = likely.frequent_ids(settings.truncation, vocab_size) if is_cut else ()
+    frequent_ids = likely.frequent_ids(_truncation(settings), vocab_size) if is_cut else ()
     described = {
         "method": choice.method.name,
         "form": choice.form,

@@ -4,21 +4,21 @@ from typing import Any
 
 import click
 
+from ..build_targets.settings import BuildSettings
+from ..execution.settings import Execution
 from .options import (
-    FOLDER,
     Command,
     config_option,
     execution_options,
-    one_of,
+    options_of,
     out_options,
-    take_execution,
+    take,
     take_place,
-    teacher_options,
 )
 
 
 @click.command(cls=Command)
-@click.option("--scores", required=True, type=FOLDER, help="Folder made by `qpipe score`.")
+@options_of(BuildSettings, only=("scores",))
 @out_options
 @click.option(
     "--method",
@@ -38,25 +38,7 @@ from .options import (
     metavar="NAME=VALUE...",
     help="Parameters of the method, as in lam=0.2.",
 )
-@teacher_options
-@click.option(
-    "--top-p",
-    type=float,
-    default=0.99,
-    help="Probability that the stored support holds at least, where top-k reaches it.",
-)
-@click.option(
-    "--max-support",
-    type=int,
-    default=64,
-    help="Most entries of that support; the observed token is kept besides.",
-)
-@click.option(
-    "--precision",
-    type=one_of("uint8", "float16", "float32"),
-    default="uint8",
-    help="Of the stored log-probabilities; in uint8 none above 1e-6 is off by more than 16 %.",
-)
+@options_of(BuildSettings, without=("scores",))
 @execution_options
 @config_option
 def build_targets(
@@ -76,7 +58,7 @@ def build_targets(
     qpipe build-targets --scores scores/ --teacher teacher/ --out targets/
     """
     from ...pipeline.methods.table import DEFAULT_METHOD, DEFAULT_METHOD_WITH_TEACHER, choose
-    from ..build_targets.stage import BuildSettings, build_targets
+    from ..build_targets.stage import build_targets
     from .folder_summary import report
 
     given = dict(_name_and_value(param) for param in params)
@@ -85,7 +67,7 @@ def build_targets(
     default = DEFAULT_METHOD_WITH_TEACHER if options["teacher"] else DEFAULT_METHOD
     choice = choose(method or default, form, given)
     take_place(options)
-    execution = take_execution(options)
+    execution = take(Execution, options)
     result = build_targets(BuildSettings(choice=choice, **options), execution)
     report(options["out"], options["in_store"], result, execution.log_json)
 

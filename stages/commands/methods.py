@@ -4,12 +4,13 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, Command, config_option, teacher_options
+from ..build_targets.settings import BuildSettings
+from .options import FOLDER, Command, config_option, options_of
 
 
 @click.command(cls=Command)
 @click.argument("scores", type=FOLDER)
-@teacher_options
+@options_of(BuildSettings, only=("teacher", "temperature", "teacher_temperature"))
 @click.option("--all-forms", is_flag=True, help="Every form of each method, not its first alone.")
 @config_option
 def compare_methods(all_forms: bool, **options: Any) -> None:

@@ -1,19 +1,16 @@
 """What the commands' options have in common."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import click
 
 from ...pipeline.errors import option_of, shown
 from ...pipeline.options import Option, choices_of, described, names_of
-
-if TYPE_CHECKING:
-    from ..execution.options import Execution
-
+from ..execution.settings import Execution
 
 Settings = TypeVar("Settings")
 
@@ -147,7 +144,8 @@ def options_of(
 ) -> Callable[[Any], Any]:
     """A decorator: an option for each described field of settings dataclasses, in their order.
 
-    `only`, in this order, and `without` are names of fields; `changes` are, by field, arguments of `click.option`.
+    `only`, in this order, and `without` are names of fields; `changes` are arguments of
+    `click.option` by field.
     """
     chosen = [
         (each, about)
@@ -233,57 +231,7 @@ def log_json_option(help: str) -> Any:
     )
 
 
-def execution_options(command: Any) -> Any:
-    """The options that `take_execution` makes an Execution of."""
-    options = (
-        click.option(
-            "--executor",
-            type=one_of("local", "ray"),
-            default="local",
-            help="Where it runs: in this process, or on Ray, which makes shards on several workers "
-            "and gives those of one that dies to another.",
-        ),
-        click.option(
-            "--workers",
-            "--num-engines",
-            "workers",
-            type=int,
-            default=None,
-            metavar="N",
-            help="Workers on Ray, an engine each.  [default: one for each GPU, or group of GPUs "
-            "that share the model; without GPUs one a machine]",
-        ),
-        click.option(
-            "--ray-address",
-            default=None,
-            metavar="auto|HOST:PORT",
-            help="A Ray cluster that is there; its machines must share --out.  [default: one on "
-            "this machine, for this command]",
-        ),
-        click.option(
-            "--rank",
-            type=int,
-            default=None,
-            metavar="R",
-            help="This task's number, from 0, of --world-size: it makes shards R, R+W, R+2W, … and "
-            "the last task to finish seals the folder.  [default: a Slurm array task's, or RANK]",
-        ),
-        click.option(
-            "--world-size",
-            type=int,
-            default=None,
-            metavar="W",
-            help="Tasks that share the work, on one machine or many. The shards are the same "
-            "whatever their number.  [default: the Slurm array's, or WORLD_SIZE; 1 without]",
-        ),
-        log_json_option(
-            "Append JSON lines to this file as it runs: `start`, a `shard` for each that is "
-            "committed, and `done`, or `part` where other tasks still have shards to make."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+execution_options = options_of(Execution, log_json={"type": FILE_TO_WRITE})
 
 
 def out_options(command: Any) -> Any:
@@ -308,13 +256,6 @@ def take_place(options: dict[str, Any]) -> None:
     options["out"] = options["out"] if store is None else store
 
 
-def take_execution(options: dict[str, Any]) -> "Execution":
-    """The settings of `execution_options`, which are taken out of the options."""
-    from ..execution.options import Execution
-
-    return Execution(**{each.name: options.pop(each.name) for each in fields(Execution)})
-
-
 def model_option(command: Any) -> Any:
     return click.option(
         "--model",
@@ -323,27 +264,6 @@ def model_option(command: Any) -> Any:
         metavar="DIR",
         help="Whose tokenizer gives the text.  [default: the model that the folder names]",
     )(command)
-
-
-def teacher_options(command: Any) -> Any:
-    options = (
-        click.option(
-            "--teacher",
-            type=FOLDER,
-            default=None,
-            metavar="DIR",
-            help="Scores of the same examples under another model: `qpipe score --at`.",
-        ),
-        click.option(
-            "--temperature", type=float, default=1.0, help="That the base prior is read at."
-        ),
-        click.option(
-            "--teacher-temperature", type=float, default=1.0, help="That the teacher is read at."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def one_of(*values: str) -> click.Choice:

@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from ...pipeline.errors import option_of
 from ...pipeline.options import described
 from ..engines.settings import EngineSettings, ServerSettings
+from ..execution.settings import Execution
 from ..score.settings import RowSettings, ScoreSettings
 from .options import (
     Command,
@@ -18,7 +19,6 @@ from .options import (
     options_of,
     out_options,
     take,
-    take_execution,
     take_place,
 )
 
@@ -85,7 +85,7 @@ def score(ctx: click.Context, plan: bool, **options: Any) -> None:
     from .folder_summary import report
 
     take_place(options)
-    execution = take_execution(options)
+    execution = take(Execution, options)
     if options["at"] is not None:
         _refuse_row_options(ctx)
         from ..score.from_folder import score_at as run
@@ -118,7 +118,7 @@ def _plan(
         raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)
     del options["store"]
     options["out"] = Path()  # nothing is written
-    execution = take_execution(options)
+    execution = take(Execution, options)
     throughput = Throughput(gpu_tflops or H100_TFLOPS, gpu_speed)
     result = plan(_settings(options), gpu_memory, throughput)
     print_plan(result)

@@ -6,59 +6,21 @@ Nothing here changes what is stored.
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
-from ...pipeline.errors import UserError, require
+from ...pipeline.errors import UserError
 from ...pipeline.folders.shard_run import StageResult, finished
 from ...pipeline.folders.tasks import PartResult, Share, Stage, run_alone, run_share
 from ...pipeline.folders.watch import Watcher
+from .settings import Execution
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """The options that say where a stage runs, and where its events are logged.
-
-    With `executor` local, `rank` and `world_size` are this task's; where both are None, the
-    environment's (`share_of`). `workers` and `ray_address` go with `executor` ray: None are as many
-    workers as there is room for, and a cluster of this command's own.
-    """
-
-    executor: str = "local"
-    workers: int | None = None
-    ray_address: str | None = None
-    rank: int | None = None
-    world_size: int | None = None
-    log_json: Path | None = None
-
-    def __post_init__(self) -> None:
-        require(self.workers is None or self.workers >= 1, "--workers", self.workers, "1 or more")
-        if self.executor == "ray":
-            for option, value in (("--rank", self.rank), ("--world-size", self.world_size)):
-                if value is not None:
-                    raise UserError(
-                        f"{option} {value}: ray shares the work out itself: leave it out, or "
-                        "--executor ray"
-                    )
-            return
-        for option, value in (("--workers", self.workers), ("--ray-address", self.ray_address)):
-            if value is not None:
-                raise UserError(f"{option} {value}: goes with --executor ray: give that as well")
-        if (self.rank is None) != (self.world_size is None):
-            given, lacks = (
-                ("--rank", "--world-size")
-                if self.world_size is None
-                else ("--world-size", "--rank")
-            )
-            raise UserError(f"{given} without {lacks}: give both, or neither")
-
-    def share(self) -> Share | None:
-        """The share of this task; None for a command that works alone."""
-        if self.rank is not None and self.world_size is not None:
-            share = Share(self.rank, self.world_size)
-        else:
-            share = share_of(os.environ)
-        return None if share is None or share.world_size == 1 else share
+def task_of(execution: Execution) -> Share | None:
+    """The share of this task; None for a command that works alone."""
+    if execution.rank is not None and execution.world_size is not None:
+        share = Share(execution.rank, execution.world_size)
+    else:
+        share = share_of(os.environ)
+    return None if share is None or share.world_size == 1 else share
 
 
 def share_of(environment: Mapping[str, str]) -> Share | None:
@@ -89,7 +51,7 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     done = finished(stage.job.folder, identity)
     if done is not None:
         return StageResult(done, was_done=True)
-    share = execution.share() if execution.executor == "local" else None
+    share = task_of(execution) if execution.executor == "local" else None
     label = "" if share is None else str(share)
     watcher = Watcher(identity.stage, identity.fingerprint, execution.log_json, label)
     if execution.executor == "ray":

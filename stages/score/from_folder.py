@@ -17,7 +17,8 @@ from ...pipeline.format.batches import split
 from ...pipeline.format.records import Example, ScoredExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
-from ..execution.options import Execution, run_stage
+from ..execution.options import run_stage
+from ..execution.settings import Execution
 from .settings import ScoreSettings
 from .stage import ScoreStage, Unscored
 

@@ -32,7 +32,8 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 
@@ -58,7 +59,8 @@ _BUILD = """
 import json, sys, time
 from pathlib import Path
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 folder, shards, out, method, form, has_teacher = sys.argv[1:]
 def build(shards, out):
     teacher = Path(f"{folder}/teacher-{shards}") if has_teacher == "yes" else None

@@ -32,7 +32,8 @@ from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.targets.distributions import Supports, known_supports, truncated
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.commands.tables import print_table
 
 SETTINGS: list[tuple[str, float, int, Precision]] = [

@@ -28,7 +28,8 @@ import numpy as np
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.commands.tables import print_table
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import EngineSettings

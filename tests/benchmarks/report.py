@@ -57,7 +57,8 @@ _PAINT = """() => performance.getEntriesByType("paint").map((each) => each.start
 def make_folders(folder: Path, demonstrations: int) -> tuple[Path, Path]:
     """Scores and targets of made-up demonstrations, by the real stages."""
     from qpipe.pipeline.methods import choose
-    from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+    from qpipe.stages.build_targets.settings import BuildSettings
+    from qpipe.stages.build_targets.stage import build_targets
     from qpipe.stages.score.from_demonstrations import score
     from qpipe.tests.support.settings import score_settings
 

@@ -22,7 +22,8 @@ from qpipe.pipeline.format.schema import format_version_of, schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.files import sha256_of_file
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.score.stage import score_sums
 
 VOCAB, TOP_K = 300, 12

@@ -67,7 +67,8 @@ def test_a_score_folder_opens_in_the_same_way(scores: Path) -> None:
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_every_precision_is_decoded(scores: Path, tmp_path: Path, precision: Any) -> None:
     from qpipe.pipeline.methods import choose
-    from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+    from qpipe.stages.build_targets.settings import BuildSettings
+    from qpipe.stages.build_targets.stage import build_targets
 
     folder = tmp_path / "targets"
     build_targets(BuildSettings(scores, folder, choose("sft+kl"), precision=precision))

@@ -12,7 +12,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest, write_manifest
 from qpipe.pipeline.folders.mixing import read_mix, write_mix
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.folders.share import share
 from qpipe.stages.folders.subset import SubsetSettings, subset

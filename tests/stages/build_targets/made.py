@@ -17,7 +17,8 @@ from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 
 Floats = NDArray[np.float64]
 VOCAB = 24

@@ -24,7 +24,8 @@ from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
 from qpipe.stages.build_targets.compare_methods import Comparison, compare_methods
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.score_folder import ScoreFolder
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.tests.support.made_up import qpipe, run_qpipe
 
 VOCAB = 24

@@ -11,7 +11,8 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.shard_run import open_folder
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 
 from .made import (
     ALL_CHOICES,

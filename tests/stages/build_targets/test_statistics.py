@@ -9,7 +9,8 @@ from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import stage
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 
 from .made import (
     Floats,

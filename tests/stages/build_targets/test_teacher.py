@@ -21,7 +21,8 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import teacher as module
 from qpipe.stages.build_targets.inputs import open_inputs
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.build_targets.teacher import Teacher
 
 VOCAB = 12

@@ -12,7 +12,7 @@ from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.encoding import date as template_date
-from qpipe.stages.execution.options import Execution
+from qpipe.stages.execution.settings import Execution
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import plan
 from qpipe.tests.support.settings import score_settings

@@ -16,7 +16,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.exchange import import_scores as module
 from qpipe.stages.exchange.export_scores import ExportSettings, export_scores

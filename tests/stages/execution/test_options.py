@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.tasks import Share
-from qpipe.stages.execution.options import Execution, share_of
+from qpipe.stages.execution.options import share_of, task_of
+from qpipe.stages.execution.settings import Execution
 
 
 def array(task: int, tasks: int, first: int = 0, step: int = 1) -> dict[str, str]:
@@ -53,9 +54,9 @@ def test_an_environment_without_ranks_is_refused(environment: dict[str, str], wo
 def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert Execution().share() == Share(1, 4)
-    assert Execution(rank=2, world_size=3).share() == Share(2, 3)
-    assert Execution(rank=0, world_size=1).share() is None
+    assert task_of(Execution()) == Share(1, 4)
+    assert task_of(Execution(rank=2, world_size=3)) == Share(2, 3)
+    assert task_of(Execution(rank=0, world_size=1)) is None
 
 
 @pytest.mark.parametrize(

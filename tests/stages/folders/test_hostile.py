@@ -476,7 +476,8 @@ def test_buffers_that_declare_absurd_sizes_are_refused(own: Path) -> None:
 BUILD = """
 import sys
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 
 before = peak()
 build_targets(BuildSettings(Path(sys.argv[1]), Path(sys.argv[2]), choose("gift")))

@@ -12,7 +12,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import Example
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets.stage import BuildSettings, build_targets
+from qpipe.stages.build_targets.settings import BuildSettings
+from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.folders.subset import SubsetSettings, subset
 from qpipe.stages.folders.verify import verify

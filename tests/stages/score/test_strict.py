@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.execution.options import Execution
+from qpipe.stages.execution.settings import Execution
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.support.settings import score_settings
 

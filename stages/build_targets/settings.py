@@ -1,0 +1,65 @@
+"""The settings of `qpipe build-targets`, each an option."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ...pipeline.errors import UserError, require
+from ...pipeline.options import Range, about, check, option
+
+if TYPE_CHECKING:
+    from ...pipeline.methods.definition import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What to make of the scores.
+
+    The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
+    of the probability, at most `max_support` entries, and the observed token. `precision` is that
+    of their logarithms; what is no such distribution is stored in float32 in any case. With
+    `in_store`, `out` is a store, and the folder's name there is its fingerprint's.
+    """
+
+    scores: Path = field(metadata=about("Folder made by `qpipe score`."))
+    out: Path
+    choice: "Choice"
+    teacher: Path | None = option(
+        None,
+        "Scores of the same examples under another model: `qpipe score --at`.",
+        metavar="DIR",
+    )
+    in_store: bool = False
+    temperature: float = option(1.0, "That the base prior is read at.")
+    teacher_temperature: float = option(1.0, "That the teacher is read at.")
+    top_p: float = option(
+        0.99,
+        "Probability that the stored support holds at least, where top-k reaches it.",
+        range=Range(0, 1, above=True),
+    )
+    max_support: int = option(
+        64,
+        "Most entries of that support; the observed token is kept besides.",
+        range=Range(1),
+    )
+    precision: Literal["uint8", "float16", "float32"] = option(
+        "uint8",
+        "Of the stored log-probabilities; in uint8 none above 1e-6 is off by more than 16 %.",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
+        if self.teacher is not None and not self.choice.needs_teacher:
+            raise UserError(
+                f"--teacher {self.teacher}: {self.choice.method.name} reads no teacher: leave it "
+                "out, or give another --method"
+            )
+
+
+def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
+    """Raises UserError for values out of their range, or one that nothing is read at."""
+    for name, value in (("--temperature", base), ("--teacher-temperature", teacher)):
+        require(0.05 <= value <= 20, name, value, "0.05 to 20")
+    if folder is None and teacher != 1:
+        raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
