@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UserError, one_line
-from .remote_path import unusable
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores in which a folder lies in a bucket
 
@@ -32,7 +31,7 @@ def open_path(words: str | Path) -> Path:
         return path
     if protocol in _BUCKETS and not place.split("/")[0]:
         raise UserError(f"{words}: names no bucket: give {protocol}://BUCKET/FOLDER")
-    from .remote_path import RemotePath  # fsspec takes its time to import
+    from .remote_path import RemotePath, unusable  # importing fsspec is slow
 
     try:
         # listings are not to be remembered: other machines work in the same folder
