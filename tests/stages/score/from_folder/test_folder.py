@@ -55,7 +55,7 @@ def test_the_folder_holds_the_union_at_the_very_examples(
         dense_NV = dense(one)
         check_union(result, one.counts, one.topk_ids, dense_NV, top_k=5)
         observed_N = dense_NV[np.arange(len(dense_NV)), one.observed_ids]
-        np.testing.assert_allclose(result.observed_log_probs, observed_N, atol=TOLERANCE)
+        np.testing.assert_allclose(result.observed_log_probs, observed_N, **TOLERANCE)
     counts = np.concatenate([result.counts for result in results])
     assert counts.min() < 11 == counts.max()  # from some that overlap to none that does
 

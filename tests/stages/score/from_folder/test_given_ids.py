@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.stages.engines import base
+from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
 from qpipe.stages.engines.choose import choose_engine
@@ -104,7 +104,7 @@ def check_all(results: list[ScoredExample], dense: Dense, top_k: int) -> None:
         dense_NV = dense(one)
         check_union(result, given.counts, given.ids, dense_NV, top_k)
         observed_N = dense_NV[np.arange(len(dense_NV)), one.observed_ids]
-        np.testing.assert_allclose(result.observed_log_probs, observed_N, atol=TOLERANCE)
+        np.testing.assert_allclose(result.observed_log_probs, observed_N, **TOLERANCE)
     assert (results[3].counts == VOCAB).all()
     assert not results[3].tail_mass.any()
 
@@ -137,7 +137,7 @@ def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base.say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setattr("qpipe.stages.engines.vllm_engine.WINDOW_BYTES", 8 * VOCAB)
     waiting: list[int] = []
     add_request = vllm.engine.add_request
@@ -274,7 +274,7 @@ def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.Mon
 def test_auto_is_vllm_only_where_it_takes_ids(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base.say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_engine("auto") == "vllm"
     assert [choose_engine("auto", gathers=True) for _ in range(2)] == ["transformers"] * 2
