@@ -1,14 +1,20 @@
 """The house keeps its own rules: what is declared is there, and what is there is declared."""
 
+import ast
 import re
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[1]
-QPIPE = Path(sys.executable).with_name("qpipe")
+FLOORS = ("pipeline", "trainer", "stages")
+FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
 
 def test_every_package_folder_is_declared() -> None:
@@ -49,7 +55,7 @@ def test_help_imports_no_library_but_click() -> None:
 
 
 def test_readme_table_has_every_method_with_its_formulas() -> None:
-    from qpipe.pipeline.methods.table import table
+    from qpipe.pipeline.methods.words import table
 
     readme = (ROOT / "README.md").read_text()
     rows = [
@@ -74,3 +80,88 @@ def _anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_a_folder_has_at_most_ten_files() -> None:
+    """But for the commands, a file each."""
+    rooms = {path.parent for path in FILES} - {ROOT / "stages" / "commands"}
+    counts = {short(room): len([*room.glob("*.py")]) - 1 for room in rooms}
+    assert {room: count for room, count in counts.items() if count > 10} == {}
+
+
+def test_a_room_says_in_three_to_ten_lines_what_it_is_for() -> None:
+    docs = {short(path): ast.get_docstring(tree(path)) for path in FILES if is_room(path)}
+    assert [
+        name for name, doc in docs.items() if not doc or not 3 <= doc.count("\n") + 1 <= 10
+    ] == []
+
+
+def is_room(path: Path) -> bool:
+    return path.name == "__init__.py"
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lines = {short(path): path.read_text().count("\n") for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+def test_the_median_function_has_at_most_eight_lines() -> None:
+    """Its decorators aside."""
+    assert median(lines_of_functions()) <= 8
+
+
+def lines_of_functions() -> Iterator[int]:
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield node.end_lineno - node.lineno + 1
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Not even inside functions, nor by way of others."""
+    imports = {module_of(path): set(imported(path)) for path in FILES}
+    graph = {
+        name: {other for other in others if other in imports} for name, others in imports.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+def module_of(path: Path) -> str:
+    parts = ("qpipe", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if is_room(path) else parts)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules from which a file imports, and those that it imports by name from a room."""
+    package = ("qpipe", *path.parent.relative_to(ROOT).parts)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join((*above, *filter(None, [node.module])))
+            for name in node.names:
+                module = f"{source}.{name.name}"
+                yield module if is_module(module) else source
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+@cache
+def modules() -> set[str]:
+    return {module_of(path) for path in FILES}
+
+
+def is_module(name: str) -> bool:
+    return name in modules()

@@ -1,7 +1,8 @@
 """What a method is: the trust in the observed token, the residual, and the scale.
 
-`table` holds the methods, a row each; `definition` the types of a row and of a chosen method;
-`rules` the array functions that a row names; `dense` the reference over the whole vocabulary.
+`table` holds the methods, a row each, and `words` prints it; `definition` holds the types of a row
+and of a chosen method, `rules` the array functions that a row names, and `dense` the reference over
+the whole vocabulary.
 Arrays go in, arrays come out; this room does not know files or sparse supports. Begin with `table`.
 """
 

@@ -2,7 +2,7 @@
 
 import click
 
-from ...pipeline.methods.table import table
+from ...pipeline.methods.words import table
 
 
 def print_methods() -> None:

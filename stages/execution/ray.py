@@ -55,7 +55,7 @@ def run_on_ray(
         run = ShardRun(stage.job)
         shards = stage.shard_count
         if shards is None or len(run.committed) < shards:
-            with _ray(address) as ray:
+            with connected(address) as ray:
                 room = _room(ray, stage, workers)
                 with watcher.watch(run.committed.values(), stage.demonstrations, shards) as watch:
                     _HandOut(ray, stage, run, room, watch).make_missing(shards)
@@ -283,7 +283,7 @@ def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[Any]:
+def connected(address: str | None) -> Iterator[Any]:
     """Ray, connected to a cluster or with one of its own, which ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would phone home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of it

@@ -154,6 +154,7 @@ def test_a_second_run_changes_nothing(made: Path, demonstrations: Path, tiny_mod
     assert files == {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(
     made: Path, demonstrations: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -205,7 +205,7 @@ def run_ray(folder: Path, trouble: Trouble, broken: int = 0) -> Outcome:
     with (
         files.counted(),
         without_bars(),
-        patch.object(ray_cluster, "_ray", ray.connected),
+        patch.object(ray_cluster, "connected", ray.connected),
         patch.object(ray_cluster, "quiet_libraries", lambda: None),
     ):
         result = ray_cluster.run_on_ray(stage, trouble.workers, None, WATCHER)

@@ -12,9 +12,8 @@ from qpipe.pipeline.methods.table import (
     METHODS,
     choices,
     choose,
-    needs,
-    table,
 )
+from qpipe.pipeline.methods.words import needs, table
 
 # name: source, where methods.md names one
 SOURCES: dict[str, str | None] = {

@@ -1,0 +1,71 @@
+"""The table of methods in words, for the command line and the README."""
+
+from collections.abc import Mapping
+
+from .definition import Choice, Method, Parameter, Residual, Stored
+from .table import METHODS, choose
+
+
+def table() -> list[dict[str, str]]:
+    """The table as rows of words, for the command line and the README."""
+    return [
+        {
+            "name": method.name,
+            "trust": method.trust_formula,
+            "residual": _RESIDUAL_WORDS[method.residual],
+            "scale": method.scale_formula,
+            "parameters": ", ".join(map(_parameter_words, method.parameters)) or "-",
+            "forms": ", ".join(method.forms),
+            "needs": needs(method),
+            "source": method.source,
+        }
+        for method in METHODS.values()
+    ]
+
+
+def needs(method: Method) -> str:
+    """What the targets must hold besides the tokens, by form where the forms differ."""
+    by_form = {form: _needs(choose(method.name, form)) for form in method.forms}
+    if len(set(by_form.values())) == 1:
+        return next(iter(by_form.values()))
+    return "; ".join(f"{form}: {words}" for form, words in by_form.items())
+
+
+def _needs(choice: Choice) -> str:
+    words: list[str] = []
+    if choice.stored in _STORED_WORDS:
+        words.append(_STORED_WORDS[choice.stored])
+    if not choice.reads_student and choice.is_weight and choice.method.reads:
+        words.append("a weight")
+    if choice.needs_mask:
+        words.append("a mask with the demonstrations")
+    if choice.needs_teacher:
+        words.append("--teacher")
+    return " + ".join(words) or "-"
+
+
+_RESIDUAL_WORDS: Mapping[Residual, str] = {
+    "observed": "-",
+    "student": "p",
+    "base": "b",
+    "teacher": "q",
+    "uniform": "1/V",
+    "mixture": "~ p^(1-eta) q^eta",
+    "contrast": "~ q/b where q >= alpha max q",
+    "gem": "-",
+}
+_STORED_WORDS: Mapping[Stored, str] = {
+    "base-observed": "b_y",
+    "base": "b",
+    "teacher": "q",
+    "mixture": "b^(1-eta) q^eta",
+    "contrast": "q/b",
+}
+
+
+def _parameter_words(parameter: Parameter) -> str:
+    default = parameter.default
+    words = (
+        "of the data" if default is None else f"{default}" if parameter.words else f"{default:g}"
+    )
+    return f"{parameter.name}={words} ({parameter.allowed})"
