@@ -24,7 +24,7 @@ from ..pipeline.errors import UserError
 from ..pipeline.folders.mixing import parts_of
 from ..pipeline.format.records import TargetExample
 from ..pipeline.storage.remote import open_path
-from .data.batch import SparseTargets, collate, observed_only
+from .data.batch import SparseTargets, observed_only, padded_batch
 from .data.dataset import TargetDataset
 from .loss.objective import SFT, Objective, objective_of
 
@@ -45,7 +45,7 @@ class TargetCollator:
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = collate([_example(row) for row in rows])
+        batch = padded_batch([_example(row) for row in rows])
         assert batch.attention_mask is not None
         labels_BT = torch.full_like(batch.input_ids, IGNORED)
         labels_BT[batch.rows, batch.columns + 1] = batch.targets.observed_ids

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from ...trainer.run.train import TrainResult
+    from ...trainer.run.result import TrainResult
 
 
 def print_training(folder: Path, result: "TrainResult") -> None:

@@ -31,7 +31,7 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
-from qpipe.trainer.data.batch import Batch, collate, pack
+from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
 from qpipe.trainer.data.stream import TargetStream, open_streams
@@ -100,7 +100,7 @@ def batches(
     lengths = stream.lengths(0, range(start, len(stream)))
     steps = steps_of_tokens(lengths, start, tokens)
     plans = (micro_batches(step, 0, world_size, BATCH_TOKENS, packed) for step in steps)
-    join = pack if packed else collate
+    join = packed_batch if packed else padded_batch
     return (join(batch) for step in read_steps(stream, 0, plans) for batch in step)
 
 

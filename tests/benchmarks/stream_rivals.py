@@ -25,7 +25,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.stream import TargetStream, open_streams
 
@@ -92,7 +92,7 @@ def smaller(what: str, ours: float, beside: str, theirs: float) -> Figure:
 
 def drain(rows: Iterable[dict[str, Any]]) -> int:
     """The supervised positions of all batches that the rows make."""
-    return sum(collate(batch).tokens for batch in cut(map(as_example, rows)))
+    return sum(padded_batch(batch).tokens for batch in cut(map(as_example, rows)))
 
 
 def cut(examples: Iterable[TargetExample]) -> Iterator[list[TargetExample]]:

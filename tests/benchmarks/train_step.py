@@ -27,7 +27,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import faster, publish
-from qpipe.trainer.data.batch import Batch, collate, pack
+from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.data.stream import open_streams
 from qpipe.trainer.loss.objective import Objective
 from qpipe.trainer.models.files import find_model, load_model
@@ -68,7 +68,7 @@ def both_forms(targets: Path, size: int) -> tuple[list[Batch], list[Batch]]:
     stream, _ = open_streams(targets, read_manifest(targets, "build-targets"), eval_fraction=0)
     examples = list(islice(stream.in_order(), size * STEPS))
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [collate(part) for part in parts], [pack(part) for part in parts]
+    return [padded_batch(part) for part in parts], [packed_batch(part) for part in parts]
 
 
 def per_step(counts: Iterable[int]) -> int:

@@ -8,22 +8,20 @@ from dataclasses import replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
+from qpipe.trainer.data.batch import Collator
 from qpipe.trainer.data.dataset import TargetDataset
+from qpipe.trainer.data.loader import StepLoader
 from qpipe.trainer.data.mixture import Mixture, mix
 from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import Samples, Step
 from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
-from qpipe.trainer.run.checkpoint import Progress
-from qpipe.trainer.run.loop import STEPS_AHEAD, Run, run_size
-from qpipe.trainer.settings import TrainSettings
+from qpipe.trainer.run.loop import STEPS_AHEAD
 
 from .inputs import Draw, folder_until_exit, fuzz
 
@@ -71,60 +69,59 @@ def sources(draw: Draw) -> tuple[Samples, list[str], bool]:
 
 
 @st.composite
-def runs(draw: Draw) -> TrainSettings:
+def loaders(draw: Draw, samples: Samples) -> StepLoader:
     tokens = st.integers(1, 200)
-    return TrainSettings(
-        targets=Path("targets"),
-        model="m",
-        out=Path("out"),
-        epochs=draw(st.sampled_from([0.01, 0.5, 1.0, 2.0, 2.7])),
+    return StepLoader(
+        samples,
+        seed=draw(st.integers(0, 2**32 - 1)),
         batch_size=draw(st.integers(1, 40)),
         step_tokens=draw(st.none() | tokens),
         forward_tokens=draw(tokens),
-        pack=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**32 - 1)),
-        max_steps=draw(st.none() | st.integers(1, 50)),
+        collate=Collator(packed=draw(st.booleans())),
     )
 
 
 def legs_of(
-    run: Any, progress: Progress, world_size: int, most: int
+    loader: StepLoader, start: int, stop: int, world_size: int, most: int
 ) -> tuple[list[list[str]], int]:
     """The ids of each of the next steps, over all ranks, and where the run then stands."""
     steps: list[list[str]] = []
     starts: list[Step] = []
+    counts: list[int] = []
     for rank in range(world_size):
-        run.accelerator = SimpleNamespace(process_index=rank, num_processes=world_size)
-        plans = islice(Run._plans(run, progress), most)
-        with Prefetch(Run._batches(run, plans), STEPS_AHEAD) as ready:
+        of_rank = replace(loader, rank=rank, world_size=world_size)
+        next_steps = islice(of_rank.steps_between(start, stop), most)
+        with Prefetch(of_rank.load(next_steps), STEPS_AHEAD) as ready:
             own = list(ready)
         steps = steps or [[] for _ in own]
         starts = starts or [step for step, _ in own]
         assert [step for step, _ in own] == starts  # all ranks take the same steps
-        counts = [len(batches) for _, batches in own]
-        run.counts = run.counts if rank else counts
-        assert counts == run.counts  # in as many passes
+        counts = counts or [len(batches) for _, batches in own]
+        assert [len(batches) for _, batches in own] == counts  # in as many passes
         for ids, (_, batches) in zip(steps, own, strict=True):
-            ids.extend(chain.from_iterable(batches))
-    return steps, starts[-1].stop if starts else progress.samples
+            ids.extend(chain.from_iterable(batch.ids for batch in batches))
+    return steps, starts[-1].stop if starts else start
 
 
 @fuzz(
     40,
     source=sources(),
-    settings=runs(),
+    data=st.data(),
+    epochs=st.sampled_from([0.01, 0.5, 1.0, 2.0, 2.7]),
+    max_steps=st.none() | st.integers(1, 50),
     worlds=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20)), max_size=3),
 )
 def test_runs_stopped_and_continued_elsewhere(
     source: tuple[Samples, list[str], bool],
-    settings: TrainSettings,
+    data: st.DataObject,
+    epochs: float,
+    max_steps: int | None,
     worlds: list[tuple[int, int]],
 ) -> None:
     samples, ids, is_once = source
-    run: Any = SimpleNamespace(settings=settings, train_samples=samples)
-    run._batch = lambda examples: [example.id for example in examples]
-    count, run.samples = run_size(settings, samples)
-    whole = [example.id for example in samples.samples(settings.seed, range(run.samples))]
+    loader = data.draw(loaders(samples))
+    count, stop = loader.size(epochs, max_steps)
+    whole = [example.id for example in samples.samples(loader.seed, range(stop))]
     if is_once:
         for start in range(0, len(whole) - len(ids) + 1, len(ids)):
             assert sorted(whole[start : start + len(ids)]) == sorted(ids)
@@ -132,13 +129,12 @@ def test_runs_stopped_and_continued_elsewhere(
         check_shares(samples, whole)
 
     found: list[list[str]] = []
-    progress = Progress()
-    for world_size, steps in [*worlds, (1, 10**6)]:
-        more, at = legs_of(run, progress, world_size, steps)
+    at = 0
+    for world_size, most in [*worlds, (1, 10**6)]:
+        more, at = legs_of(loader, at, stop, world_size, most)
         found += more
-        progress = replace(progress, samples=at)
     assert len(found) == count
-    assert progress.samples == run.samples
+    assert at == stop
     places = np.cumsum([0, *map(len, found)])
     for start, step in zip(places, found, strict=False):  # a step's samples, in the ranks' order
         assert Counter(step) == Counter(whole[start : start + len(step)])

@@ -14,7 +14,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data import dataset as dataset_module
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.integrations import (
     TargetCollator,
     TargetDataset,
@@ -130,7 +130,7 @@ def test_the_loss_is_that_of_the_reference(targets: Path) -> None:
     batch = TargetCollator()([TargetDataset(targets)[index] for index in range(5)])
     torch.manual_seed(0)
     logits = torch.randn(*batch["input_ids"].shape, 320, dtype=torch.float64)
-    ours = collate(examples)
+    ours = padded_batch(examples)
     losses = target_losses(logits[ours.rows, ours.columns], ours.targets, "student")
     wanted = (ours.targets.weights * losses).sum()
     objective = target_objective(targets)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.run.loop import run_size
+from qpipe.trainer.data.batch import Collator
+from qpipe.trainer.data.loader import StepLoader
 from qpipe.trainer.settings import Schedule, TrainSettings
 from qpipe.trainer.step.optimizer import learning_rate_factor
 
@@ -67,7 +68,9 @@ class Twenty:
     ],
 )
 def test_the_size_of_a_run(given: dict[str, Any], steps: int, samples: int) -> None:
-    assert run_size(settings(**given), Twenty()) == (steps, samples)
+    epochs, max_steps = given.get("epochs", 1.0), given.get("max_steps")
+    loader = StepLoader(Twenty(), 0, 8, given.get("step_tokens"), 100, Collator(packed=True))
+    assert loader.size(epochs, max_steps) == (steps, samples)
 
 
 @pytest.mark.parametrize(

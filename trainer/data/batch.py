@@ -88,7 +88,7 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[TargetExample]) -> Batch:
+def padded_batch(examples: Sequence[TargetExample]) -> Batch:
     """Join examples into a padded batch.
 
     No examples give a batch of one token and N = 0: a rank that has run out of samples can still
@@ -110,7 +110,7 @@ def collate(examples: Sequence[TargetExample]) -> Batch:
     )
 
 
-def pack(examples: Sequence[TargetExample]) -> Batch:
+def packed_batch(examples: Sequence[TargetExample]) -> Batch:
     """Join examples into a packed batch, of one token and N = 0 if there are none."""
     # what follows the last supervised token leads to none
     used = [each.input_ids[: each.positions.max(initial=1)] for each in examples]
@@ -133,6 +133,18 @@ def pack(examples: Sequence[TargetExample]) -> Batch:
         position_ids=torch.from_numpy(np.concatenate(places)[None]),
         segments=(shared, *(int(rest) for rest in rests_B if rest)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Joins examples into a batch, with the targets of a run's method."""
+
+    packed: bool  # else padded
+    tokens_alone: bool = False  # `observed_only`
+
+    def __call__(self, examples: Sequence[TargetExample]) -> Batch:
+        batch = packed_batch(examples) if self.packed else padded_batch(examples)
+        return replace(batch, targets=observed_only(batch.targets)) if self.tokens_alone else batch
 
 
 def observed_only(targets: SparseTargets) -> SparseTargets:

@@ -43,6 +43,18 @@ class Step:
         return self.start + len(self.lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Every so many steps of a run; not after the last, where its end does the same."""
+
+    every: int | None
+    last: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is due between this step and the next."""
+        return self.every is not None and step % self.every == 0 and step < self.last
+
+
 def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterator[Step]:
     """Steps of so many samples, the last perhaps of fewer; `lengths` begin at number `start`."""
     rest = iter(lengths)
@@ -77,7 +89,7 @@ def micro_batches(
     pass, they must do equally often.
     """
     shares = deal(step, world_size)
-    plans = [cut(step, share, batch_tokens, packed) for share in shares]
+    plans = [micro_batch_cut(step, share, batch_tokens, packed) for share in shares]
     missing = max(map(len, plans)) - len(plans[rank])
     return plans[rank] + [[] for _ in range(missing)]
 
@@ -93,7 +105,9 @@ def deal(step: Step, world_size: int) -> list[list[int]]:
     return shares
 
 
-def cut(step: Step, share: Sequence[int], batch_tokens: int, packed: bool) -> list[list[int]]:
+def micro_batch_cut(
+    step: Step, share: Sequence[int], batch_tokens: int, packed: bool
+) -> list[list[int]]:
     """Samples of a step, given longest first, as micro-batches."""
     batches: list[list[int]] = []
     used = longest = 0

@@ -19,7 +19,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,7 +33,9 @@ from ...pipeline.folders.manifest import Identity, parse_identity
 from ...pipeline.folders.shard_run import refuse_other
 from ...pipeline.storage.files import TEMPORARY, sync_folder
 from ...pipeline.storage.json_files import read_json, write_json
+from ..data.steps import Cadence
 from ..step.evaluate import Evaluation
+from ..step.step import Stepper
 from .folder import CHECKPOINTS
 
 _PROGRESS = "progress.json"
@@ -49,6 +50,12 @@ class Progress:
     tokens: int = 0  # supervised ones
     seconds: float = 0.0
     before: Evaluation | None = None  # of the model as it was at the start
+
+    def after(self, samples: int, tokens: int, seconds: float) -> "Progress":
+        """The progress one step later."""
+        return Progress(
+            self.step + 1, samples, self.tokens + tokens, self.seconds + seconds, self.before
+        )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -74,71 +81,100 @@ def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
     return found[-1]
 
 
-def save_checkpoint(
-    folder: Path,
-    identity: Identity,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: Any,
-    progress: Progress,
-    keep: int,
-) -> None:
-    """Write a checkpoint of all processes and keep the last `keep`.
+@dataclass(slots=True, eq=False)
+class Checkpoints:
+    """The checkpoints of a run, of which the last `keep` stay; every process calls it."""
 
-    Raises UserError where it cannot be written; what was there before stays.
-    """
-    name = f"step-{progress.step:08d}"
-    temporary = folder / CHECKPOINTS / f".{name}.tmp"
-    error: BaseException | None = None
-    if accelerator.is_main_process:
-        for leftover in temporary.parent.glob(TEMPORARY):  # of a killed run
-            _remove(leftover)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        with _quiet():
-            save(_state(accelerator, model, optimizer), checkpoint_id=temporary)
-        _save_random_state(temporary / f"random-{accelerator.process_index}.pt")
+    folder: Path  # of the run
+    identity: Identity
+    stepper: Stepper
+    keep: int
+    cadence: Cadence
+    saved: int = 0  # the step of the latest
+
+    def load(self) -> Progress:
+        """Take over the state of the latest checkpoint, if any; the progress of the run there.
+
+        Raises UserError where it is damaged, cannot be read, or finds no room.
+        """
+        path = latest_checkpoint(self.folder, self.identity)
+        progress = Progress() if path is None else load_checkpoint(path, self.stepper)
+        self.saved = progress.step
+        return progress
+
+    def save_if_due(self, progress: Progress) -> None:
+        """Save after a step of the cadence."""
+        if self.cadence.is_due(progress.step):
+            self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, unless there is one of this step.
+
+        Raises UserError where it cannot be written; what was there before stays.
+        """
+        if progress.step == self.saved:
+            return
+        path = self.folder / CHECKPOINTS / f"step-{progress.step:08d}"
+        temporary = path.with_name(f".{path.name}.tmp")
+        accelerator = self.stepper.accelerator
         if accelerator.is_main_process:
-            record = {"identity": asdict(identity), "progress": asdict(progress)}
-            write_json(temporary / _PROGRESS, record)
-    except (OSError, RuntimeError, UserError, CheckpointException) as failure:
-        error = failure  # a full disk comes as any of these
-    failures: Any = accelerator.reduce(torch.tensor(int(error is not None)).to(accelerator.device))
-    failed = int(failures) > 0
-    if accelerator.is_main_process:
+            for leftover in path.parent.glob(TEMPORARY):  # of a killed run
+                _remove(leftover)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        error = self._try_to_write(temporary, progress)
+        failures: Any = torch.tensor(int(error is not None)).to(accelerator.device)
+        failed = int(accelerator.reduce(failures)) > 0  # pyright: ignore[reportArgumentType]
+        if accelerator.is_main_process:
+            if failed:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                _commit(temporary, path)
+                for old in checkpoints_in(self.folder)[: -self.keep]:
+                    _remove(old)
+        accelerator.wait_for_everyone()
         if failed:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            _commit(temporary, folder / CHECKPOINTS / name)
-            for old in checkpoints_in(folder)[:-keep]:
-                _remove(old)
-    accelerator.wait_for_everyone()
-    if failed:
-        cause = _cause(error) if error else None
-        if isinstance(cause, KeyboardInterrupt):  # Ctrl-C, which torch wraps as a failure
-            raise cause
-        reason = one_line(cause) if cause else "another process failed"
-        raise UserError(
-            f"{folder / CHECKPOINTS / name}: cannot be written: {reason}: make room, then run the "
-            "same command again"
-        )
+            _raise_unwritten(path, error)
+        self.saved = progress.step
+
+    def _try_to_write(self, folder: Path, progress: Progress) -> BaseException | None:
+        """Write this process' part of a checkpoint; the error if it cannot be written."""
+        accelerator = self.stepper.accelerator
+        try:
+            with _quiet():
+                save(_state(self.stepper), checkpoint_id=folder)
+            _save_random_state(folder / f"random-{accelerator.process_index}.pt")
+            if accelerator.is_main_process:
+                record = {"identity": asdict(self.identity), "progress": asdict(progress)}
+                write_json(folder / _PROGRESS, record)
+        except (OSError, RuntimeError, UserError, CheckpointException) as failure:
+            return failure  # a full disk comes as any of these
+        return None
 
 
-def load_checkpoint(
-    path: Path, accelerator: Accelerator, model: torch.nn.Module, optimizer: Any
-) -> Progress:
-    """Put a checkpoint's state into the model and the optimizer; how far it was.
+def _raise_unwritten(path: Path, error: BaseException | None) -> None:
+    cause = _cause(error) if error else None
+    if isinstance(cause, KeyboardInterrupt):  # Ctrl-C, which torch wraps as a failure
+        raise cause
+    reason = one_line(cause) if cause else "another process failed"
+    raise UserError(
+        f"{path}: cannot be written: {reason}: make room, then run the same command again"
+    )
+
+
+def load_checkpoint(path: Path, stepper: Stepper) -> Progress:
+    """Put a checkpoint's state into the model and the optimizer; the progress there.
 
     Raises UserError where it is damaged, cannot be read, or finds no room.
     """
+    accelerator = stepper.accelerator
     try:
-        state = _state(accelerator, model, optimizer)
+        state = _state(stepper)
         with _quiet():
             load(state, checkpoint_id=path)
         set_state_dict(
-            accelerator.unwrap_model(model),
-            _plain(optimizer),
+            accelerator.unwrap_model(stepper.model),
+            _plain(stepper.optimizer),
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=_OPTIONS,
@@ -180,9 +216,10 @@ def _progress_from(record: dict[str, Any]) -> Progress:
     return Progress(**{**record, "before": None if before is None else Evaluation(**before)})
 
 
-def _state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+def _state(stepper: Stepper) -> dict[str, Any]:
+    accelerator = stepper.accelerator
     weights, moments = get_state_dict(
-        accelerator.unwrap_model(model), _plain(optimizer), options=_OPTIONS
+        accelerator.unwrap_model(stepper.model), _plain(stepper.optimizer), options=_OPTIONS
     )
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     if accelerator.scaler is not None:

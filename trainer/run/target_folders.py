@@ -1,14 +1,12 @@
 """The target folders of a run: one, or several that are mixed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import Manifest, read_manifest
 from ...pipeline.folders.mixing import is_mix, read_mix
-from ...pipeline.format.records import TargetExample
 from ..data.mixture import mix
 from ..data.steps import Samples
 from ..data.stream import TargetStream, open_streams
@@ -105,13 +103,6 @@ def open_sources(
     if len(sources) == 1:
         return train_streams[0], eval_streams
     return mix(train_streams, settings.mixture_weights), eval_streams
-
-
-def in_order(
-    streams: Sequence[TargetStream], rank: int, world_size: int
-) -> Iterator[TargetExample]:
-    """The rank's share of the examples of several folders, one after the other."""
-    return chain.from_iterable(stream.in_order(rank, world_size) for stream in streams)
 
 
 def _objective(settings: TrainSettings, source: Source) -> Objective:

@@ -1,4 +1,4 @@
-"""The training run, from its settings to a saved model."""
+"""The training run, from its settings to a saved model: set-up, `loop`, and the record."""
 
 import json
 import sys
@@ -15,6 +15,10 @@ from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import open_folder
 from ...pipeline.signals import notes_termination
 from ...pipeline.storage.locks import locked
+from ..data.batch import Collator
+from ..data.loader import HeldOut, StepLoader
+from ..data.steps import Cadence, Samples
+from ..data.stream import TargetStream
 from ..loss.objective import settled_method
 from ..models.files import ModelFiles, find_model
 from ..models.packed_attention import can_pack
@@ -22,10 +26,12 @@ from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
 from ..settings import TrainSettings
 from ..step.distributed import precision_of, start_accelerator
-from ..step.step import NOT_FINITE
-from .checkpoint import latest_checkpoint
+from ..step.step import NOT_FINITE, Stepper
+from .checkpoint import Checkpoints, latest_checkpoint
+from .evaluator import Evaluator
 from .folder import finish, finished_run, remove_checkpoints, run_identity
-from .loop import Run, TrainResult, result_from
+from .loop import Run
+from .result import TrainResult, result_from
 from .target_folders import Source, find_sources, open_sources, settled, unfolded
 
 
@@ -58,7 +64,7 @@ def train(settings: TrainSettings) -> TrainResult:
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(settings.out, record["results"])
-    samples, held_out = open_sources(settings, sources)
+    samples, eval_streams = open_sources(settings, sources)
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             _make_ready(settings, identity, accelerator.is_main_process)
@@ -66,7 +72,8 @@ def train(settings: TrainSettings) -> TrainResult:
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
         settings = _adapted(settings, base, student, accelerator.is_main_process)
-        run = Run(settings, identity, accelerator, student, base, objective, samples, held_out)
+        stepper = Stepper(accelerator, student, settings, objective)
+        run = _run(settings, identity, base, stepper, samples, eval_streams)
         if settings.resume == "never" and accelerator.is_main_process:
             remove_checkpoints(settings.out)
         accelerator.wait_for_everyone()
@@ -91,19 +98,43 @@ def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> N
 def _adapted(
     settings: TrainSettings, base: ModelFiles, student: Student, is_main: bool
 ) -> TrainSettings:
-    """The settings as the model can follow them, with a word about what it cannot."""
-    words = []
+    """The settings as the model can follow them; warns of what it cannot."""
+    warnings = []
     if student.head_form is None:
-        words.append(
+        warnings.append(
             "the fused loss does not know its output head: the plain one runs, which takes more "
             "memory and time"
         )
     if settings.pack and not can_pack(student.model):
-        words.append("packed demonstrations would not stay apart in it: they are padded")
+        warnings.append("packed demonstrations would not stay apart in it: they are padded")
         settings = replace(settings, pack=False)
-    for each in words if is_main else ():
+    for each in warnings if is_main else ():
         print(f"model {base.name}: {each}", file=sys.stderr)
     return settings
+
+
+def _run(
+    settings: TrainSettings,
+    identity: Identity,
+    base: ModelFiles,
+    stepper: Stepper,
+    samples: Samples,
+    eval_streams: Sequence[TargetStream],
+) -> Run:
+    """The parts of a run, put together."""
+    accelerator, out = stepper.accelerator, settings.out
+    ranks = accelerator.process_index, accelerator.num_processes
+    collate = Collator(settings.pack, stepper.objective.tokens_alone)
+    cut = settings.batch_size, settings.step_tokens, settings.forward_tokens
+    loader = StepLoader(samples, settings.seed, *cut, collate, *ranks)
+    size = loader.size(settings.epochs, settings.max_steps)
+    held_out = HeldOut(eval_streams, settings.forward_tokens, collate, *ranks)
+    evaluation, saving = (
+        Cadence(every, size.steps) for every in (settings.eval_every, settings.save_every)
+    )
+    evaluator = Evaluator(stepper, base, held_out, out, settings.eval_command, evaluation)
+    checkpoints = Checkpoints(out, identity, stepper, settings.keep_checkpoints, saving)
+    return Run(settings, size, stepper, loader, evaluator, checkpoints)
 
 
 def _record(

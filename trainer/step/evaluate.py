@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...pipeline.methods import rules
-from ..data.batch import Batch, SparseTargets, collate
+from ..data.batch import Batch, SparseTargets, padded_batch
 from ..loss.objective import Objective
 from ..loss.sparse import at_least_float32, observed_losses, residual_divergences
 from ..models.student import Student
@@ -96,7 +96,7 @@ def _in_step(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Bat
         (is_left,) = _of_all([float(batch is not None)], accelerator)
         if not is_left:
             return
-        yield batch or collate([])
+        yield batch or padded_batch([])
 
 
 def _of_all(values: list[float], accelerator: Accelerator) -> list[float]:

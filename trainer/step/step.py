@@ -69,6 +69,7 @@ class Stepper:
         objective: Objective,
     ) -> None:
         self.accelerator = accelerator
+        self.student = student
         self.max_grad_norm = settings.max_grad_norm
         self.objective = objective
         given = (settings.optimizer, student, settings.learning_rate, settings.weight_decay)

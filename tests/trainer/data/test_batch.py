@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.data.batch import Batch, SparseTargets, collate, observed_only, pack
+from qpipe.trainer.data.batch import Batch, SparseTargets, observed_only, packed_batch, padded_batch
 from qpipe.trainer.models.student import Student
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +35,7 @@ SHORT = example("short", [3, 4], [1], [{1: 0.5, 2: 0.25, 4: 0.125}])
 
 
 def test_collate_by_hand() -> None:
-    batch = collate([SHORT, LONG])
+    batch = padded_batch([SHORT, LONG])
     targets = batch.targets
     assert batch.ids == ["short", "long"]
     assert batch.tokens == 3
@@ -55,7 +55,7 @@ def test_collate_by_hand() -> None:
 
 
 def test_pack_by_hand() -> None:
-    batch = pack([SHORT, LONG])
+    batch = packed_batch([SHORT, LONG])
     assert batch.ids == ["short", "long"]
     assert batch.tokens == 3
     # up to the last supervised token, which is only predicted
@@ -68,7 +68,9 @@ def test_pack_by_hand() -> None:
     # position 1 of the first; positions 2 and 3 of the second, which starts at column 1
     assert batch.columns.tolist() == [0, 2, 3]
     for name in SparseTargets.__dataclass_fields__:
-        packed, padded = (getattr(f([SHORT, LONG]).targets, name) for f in (pack, collate))
+        packed, padded = (
+            getattr(f([SHORT, LONG]).targets, name) for f in (packed_batch, padded_batch)
+        )
         assert torch.equal(packed, padded), name
 
 
@@ -77,20 +79,20 @@ def test_a_shared_beginning_is_packed_once() -> None:
     first = example("first", [1, 2, 3, 4, 5, 6], [1, 3, 5], [{2: 1.0}, {4: 1.0}, {6: 1.0}])
     second = example("second", [1, 2, 3, 7, 8], [3, 4], [{7: 1.0}, {8: 1.0}])
     all_shared = example("all shared", [1, 2, 3, 9], [3], [{9: 1.0}])
-    batch = pack([first, second, all_shared])
+    batch = packed_batch([first, second, all_shared])
     assert batch.segments == (3, 2, 1)  # nothing is left of the third
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 7]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch.columns.tolist() == [0, 2, 4, 2, 5, 2]
-    alone = pack([second])
+    alone = packed_batch([second])
     assert (alone.segments, alone.columns.tolist()) == ((4,), [2, 3])
 
 
 def test_inputs_of_the_model() -> None:
-    assert list(collate([SHORT]).inputs) == ["input_ids", "attention_mask"]
-    assert list(pack([SHORT]).inputs) == ["input_ids", "position_ids", "segments"]
-    for batch in (collate([SHORT, LONG]), pack([SHORT, LONG])):
+    assert list(padded_batch([SHORT]).inputs) == ["input_ids", "attention_mask"]
+    assert list(packed_batch([SHORT]).inputs) == ["input_ids", "position_ids", "segments"]
+    for batch in (padded_batch([SHORT, LONG]), packed_batch([SHORT, LONG])):
         moved = batch.to(torch.device("meta"))
         assert moved.segments == batch.segments
         assert {value.device.type for value in tensors(moved).values()} == {"meta"}
@@ -105,12 +107,12 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
 
 def test_large_ids_stay_exact() -> None:
     token = 2**24 + 1  # the first that float32 cannot hold
-    batch = collate([example("large", [token, token], [1], [{token: 1.0}])])
+    batch = padded_batch([example("large", [token, token], [1], [{token: 1.0}])])
     assert batch.input_ids.tolist() == [[token, token]]
     assert batch.targets.support_ids.tolist() == [[token]]
 
 
-@pytest.mark.parametrize("join", [collate, pack])
+@pytest.mark.parametrize("join", [padded_batch, packed_batch])
 def test_no_examples(join: Callable[..., Batch]) -> None:
     batch = join([])
     assert batch.tokens == 0
@@ -119,13 +121,13 @@ def test_no_examples(join: Callable[..., Batch]) -> None:
 
 def test_examples_without_positions_keep_their_number() -> None:
     bare = example("bare", [1, 2], [], [])
-    batch = collate([bare, SHORT, bare, LONG, bare])
+    batch = padded_batch([bare, SHORT, bare, LONG, bare])
     assert batch.targets.example_of.tolist() == [1, 3, 3]
     assert batch.rows.tolist() == [1, 3, 3]
 
 
 def test_observed_only_keeps_the_residual() -> None:
-    batch = collate([SHORT, LONG])
+    batch = padded_batch([SHORT, LONG])
     hard = observed_only(batch.targets)
     assert hard.trust.tolist() == hard.weights.tolist() == [1, 1, 1]
     assert hard.support_probs is batch.targets.support_probs
@@ -138,7 +140,7 @@ def test_student_logits_are_those_of_each_example_alone(
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     examples = make_examples(6)
     with torch.no_grad():
-        found = Student(loaded).logits(collate(examples))
+        found = Student(loaded).logits(padded_batch(examples))
         expected = []
         for one in examples:
             for position in one.positions:

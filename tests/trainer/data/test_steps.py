@@ -12,8 +12,8 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.steps import (
     Step,
-    cut,
     deal,
+    micro_batch_cut,
     micro_batches,
     read_steps,
     steps_of_samples,
@@ -89,10 +89,10 @@ def test_dealing_and_cutting_by_hand() -> None:
     step = Step(10, (5, 9, 5, 7, 2))
     # 9 to rank 0, 7 to rank 1, 5 to 1 (7 < 9), 5 to 0 (9 < 12), 2 to 1 (12 < 14)
     assert deal(step, 2) == [[11, 12], [13, 10, 14]]
-    assert cut(step, [13, 10, 14], 14, packed=False) == [[13, 10], [14]]
-    assert cut(step, [13, 10, 14], 14, packed=True) == [[13, 10, 14]]
-    assert cut(step, [13, 10, 14], 21, packed=False) == [[13, 10, 14]]
-    assert cut(step, [13, 10, 14], 6, packed=True) == [[13], [10], [14]]
+    assert micro_batch_cut(step, [13, 10, 14], 14, packed=False) == [[13, 10], [14]]
+    assert micro_batch_cut(step, [13, 10, 14], 14, packed=True) == [[13, 10, 14]]
+    assert micro_batch_cut(step, [13, 10, 14], 21, packed=False) == [[13, 10, 14]]
+    assert micro_batch_cut(step, [13, 10, 14], 6, packed=True) == [[13], [10], [14]]
     assert micro_batches(step, 0, 2, 13, packed=False) == [[11], [12]]
     assert micro_batches(step, 1, 2, 13, packed=False) == [[13], [10, 14]]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.trainer.data.batch import Batch, collate, pack
+from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.loss.objective import Objective
 from qpipe.trainer.models.packed_attention import can_pack
 from qpipe.trainer.models.student import Student
@@ -80,11 +80,11 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
     model: Any, examples: list[TargetExample], checkpointing: bool
 ) -> None:
     student = Student(model).train()
-    padded = loss_and_gradients(student, collate(examples))
+    padded = loss_and_gradients(student, padded_batch(examples))
     assert can_pack(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    packed = loss_and_gradients(student, pack(examples))
+    packed = loss_and_gradients(student, packed_batch(examples))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)  # norms are float32
 
 
@@ -92,7 +92,7 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
     """Another text in one of them moves its own logits, and not the least bit of the others'."""
     assert can_pack(model)
     student = Student(model).eval()
-    batch = pack(examples)
+    batch = packed_batch(examples)
     shared = batch.segments[0]
     with torch.no_grad():
         before_NV = student.logits(batch)
@@ -100,7 +100,7 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
             tokens = changed.input_ids.copy()
             tokens[shared:] = (tokens[shared:] + 1) % 200
             other = replace(changed, input_ids=tokens)
-            changed_batch = pack([*examples[:number], other, *examples[number + 1 :]])
+            changed_batch = packed_batch([*examples[:number], other, *examples[number + 1 :]])
             assert changed_batch.segments == batch.segments
             after_NV = student.logits(changed_batch)
             is_own_N = batch.targets.example_of == number

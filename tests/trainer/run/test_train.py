@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.run.train import train
@@ -88,7 +88,7 @@ def test_reloaded_logits_are_identical(
 
     monkeypatch.setattr("qpipe.trainer.run.train.load_student", load_and_keep)
     train(settings)
-    batch = collate(make_examples(3))
+    batch = padded_batch(make_examples(3))
     reloaded = Student(AutoModelForCausalLM.from_pretrained(settings.out))
     with torch.no_grad():
         assert torch.equal(reloaded.eval().logits(batch), kept[0].eval().logits(batch))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.loss.objective import Objective, objective_of
 from qpipe.trainer.models.student import Student
 from qpipe.trainer.step.distributed import start_accelerator
@@ -26,7 +26,7 @@ def found_on(
     student: Student, examples: list[TargetExample], followed: Objective, batch_size: int = 3
 ) -> Evaluation:
     parts = range(0, len(examples), batch_size)
-    batches = [collate(examples[i : i + batch_size]) for i in parts]
+    batches = [padded_batch(examples[i : i + batch_size]) for i in parts]
     return evaluate(student, batches, start_accelerator("float32"), followed)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.loss.objective import objective_of
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import Student, load_student
@@ -47,7 +47,7 @@ def gradients_of_step(
 
     stepper.optimizer.optimizer.register_step_pre_hook(keep)
     batches = [
-        collate(examples[start : start + batch_size])
+        padded_batch(examples[start : start + batch_size])
         for start in range(0, len(examples), batch_size)
     ]
     result = stepper.step(1, batches, learning_rate=0.0)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.data.batch import collate
+from qpipe.trainer.data.batch import padded_batch
 from torch.nn.functional import one_hot
 
 from .dense import EXACT, V
@@ -34,7 +34,7 @@ def one_token_example(name: str, observed: list[int], base_probs: list[float]) -
 
 def test_iw_sft_takes_its_mean_over_each_example() -> None:
     """By hand: √(2·½) = 1 where a mean over the batch is 4.8, and 64 capped."""
-    batch = collate(
+    batch = padded_batch(
         [
             one_token_example("none", [], []),
             one_token_example("two", [1, 2], [0.25, 0.5]),
@@ -76,12 +76,12 @@ def test_iw_sft_of_a_batch_is_that_of_its_examples_alone(
     ]
     logits = torch.tensor(rng.normal(0, 2, (sum(lengths), V)))
     objective = objective_for("iw-sft", "live", {"T": temperature})
-    targets = to_dtype(collate(examples).targets, torch.float64)
+    targets = to_dtype(padded_batch(examples).targets, torch.float64)
     whole, gradient = loss_and_gradient(objective, logits, targets)
     total, start = 0.0, 0
     for example in examples:
         stop = start + len(example.positions)
-        own = to_dtype(collate([example]).targets, torch.float64)
+        own = to_dtype(padded_batch([example]).targets, torch.float64)
         part, own_gradient = loss_and_gradient(objective, logits[start:stop], own)
         torch.testing.assert_close(gradient[start:stop], own_gradient, **EXACT)
         if stop > start:
@@ -99,7 +99,7 @@ def test_no_positions_give_a_zero_with_a_gradient(
     name: str, form: str, parameters: dict[str, Any]
 ) -> None:
     logits = torch.zeros(0, V, requires_grad=True)
-    loss = objective_for(name, form, parameters)(logits, collate([]).targets)
+    loss = objective_for(name, form, parameters)(logits, padded_batch([]).targets)
     loss.sum.backward()
     assert loss.sum.item() == 0
     assert logits.grad is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.run.eval_command import run_command
+from qpipe.trainer.run.evaluator import run_command
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings, parse_command
 from safetensors.torch import load_file
@@ -87,11 +87,11 @@ def test_numbers_of_the_model_at_each_evaluation(
     ("code", "error"),
     [
         ("import sys; sys.exit(3)", "exit status 3"),
-        ("print('no numbers')", "no JSON object with numbers"),
-        ("print([1, 2])", "no JSON object with numbers"),
-        ("print('{}')", "no JSON object with numbers"),
-        ("print('{\"a\": NaN}')", "no JSON object with numbers"),
-        ("pass", "no JSON object with numbers"),
+        ("print('no numbers')", "not a JSON object with numbers"),
+        ("print([1, 2])", "not a JSON object with numbers"),
+        ("print('{}')", "not a JSON object with numbers"),
+        ("print('{\"a\": NaN}')", "not a JSON object with numbers"),
+        ("pass", "not a JSON object with numbers"),
     ],
 )
 def test_a_script_that_fails_ends_nothing(
