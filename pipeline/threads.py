@@ -1,30 +1,79 @@
-"""Work on several threads, its results in order."""
+"""Work on several threads, its results in order; items prefetched by one thread."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from itertools import repeat
+from time import perf_counter
+from typing import Any, Generic, Self, TypeVar
+
+THREAD_NAME = "in-order"
+_END: Any = object()
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def in_order(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None = None
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    workers: int | None = None,
+    held: int | None = None,
 ) -> Iterator[_Result]:
-    """What the function makes of each item, on as many threads as this process has cores.
+    """The function's result for each item, on as many threads as this process has cores.
 
-    Twice as many items are held as there are threads. It pays where the work is done by numpy and
-    the like, which leave the interpreter free meanwhile. With one worker, one item is worked on
-    while the caller is at the one before it, or makes the one behind it.
+    At most `held` items are in work or done at once, by default two for each thread. Threads pay
+    where the work is done by numpy and the like, which release the interpreter meanwhile. With one
+    worker, an item is worked on while the caller uses the one before it, or makes the one after it.
     """
     workers = workers or len(os.sched_getaffinity(0))
+    held = held or 2 * workers
     waiting: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers, THREAD_NAME)
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) == 2 * workers:
+            if len(waiting) == held:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Prefetch(Generic[_Item]):
+    """An iterator over the items of another, of which a thread makes up to `ahead` in advance.
+
+        with Prefetch(batches, ahead=4) as ready:
+            for batch in ready:
+                ...
+
+    The thread starts with the first item and ends with the block, once the item in the making is
+    done. An error of the items is raised in the place of the item. `waited` is the time in seconds
+    that the consumer has waited for items.
+    """
+
+    def __init__(self, items: Iterable[_Item], ahead: int) -> None:
+        iterator = iter(items)
+        made = in_order(lambda _: next(iterator, _END), repeat(None), workers=1, held=ahead + 1)
+        self._made: Any = made  # a generator
+        self.waited = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made.close()
+
+    def __iter__(self) -> Iterator[_Item]:
+        return self
+
+    def __next__(self) -> _Item:
+        start = perf_counter()
+        item = next(self._made, _END)
+        self.waited += perf_counter() - start
+        if item is _END:
+            self._made.close()
+            raise StopIteration
+        return item

@@ -31,8 +31,8 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
+from qpipe.pipeline.threads import Prefetch
 from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
-from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
 from qpipe.trainer.data.stream import TargetStream, open_streams
 from qpipe.trainer.run.loop import STEPS_AHEAD

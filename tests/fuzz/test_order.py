@@ -13,12 +13,12 @@ import numpy as np
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
+from qpipe.pipeline.threads import Prefetch
 from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
 from qpipe.trainer.data.batch import Collator
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.loader import StepLoader
 from qpipe.trainer.data.mixture import Mixture, mix
-from qpipe.trainer.data.prefetch import Prefetch
 from qpipe.trainer.data.steps import Samples, Step
 from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
 from qpipe.trainer.run.loop import STEPS_AHEAD

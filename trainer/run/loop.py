@@ -12,9 +12,9 @@ from tqdm import tqdm
 from ...pipeline.progress import progress_bar
 from ...pipeline.signals import Terminated
 from ...pipeline.storage.json_files import write_json
+from ...pipeline.threads import Prefetch
 from ..data.batch import Batch
 from ..data.loader import RunSize, StepLoader
-from ..data.prefetch import Prefetch
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
 from ..step.distributed import is_sharded

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.threads import THREAD_NAME
 from qpipe.trainer.run import loop as run_module
 from qpipe.trainer.run.checkpoint import checkpoints_in
 from qpipe.trainer.run.folder import settings_in
@@ -387,4 +388,4 @@ def test_steps_are_read_ahead_and_the_thread_ends(settings: TrainSettings) -> No
 
     assert run_module.STEPS_AHEAD >= 1
     train(settings)
-    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+    assert not any(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate())
