@@ -1,6 +1,7 @@
-"""Where a run's numbers are shown as they come: TensorBoard and wandb.
+"""TensorBoard and wandb, which show the numbers of a run as it goes; by accelerate's own classes.
 
-A tracker gets what is in log.jsonl, line by line: `scalars` makes names of a line's fields.
+A tracker gets the lines of log.jsonl as they are written: `scalars` makes names of a line's fields.
+The trackers are not given to the `Accelerator`: it must exist before the identity of the run does.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from ...pipeline.errors import UserError, one_line
 from ...pipeline.folders.manifest import Identity
 from ...pipeline.storage.json_files import sha256_of_json
 
-Track = Callable[[int, dict[str, float]], None]  # takes a step and its values, by name
+Track = Callable[[int, dict[str, float]], None]  # gets a step and its values, by name
 TRACKER_FOLDERS = ("tensorboard", "wandb")  # in the run's folder
 
 
@@ -33,66 +34,62 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
 def open_trackers(
     names: tuple[str, ...], folder: Path, step: int, identity: Identity
 ) -> Iterator[Track]:
-    """A function that tells all trackers; a run goes on after `step` where it was cut off.
+    """A function that logs to all trackers; a resumed run continues after `step`.
 
     Raises UserError where one cannot be started.
     """
     with ExitStack() as stack:
-        tracks = [
-            stack.enter_context(_OPEN[name](folder, step, identity))
+        trackers = [
+            stack.enter_context(_started(_tracker(name, folder, step, identity)))
             for name in dict.fromkeys(names)
         ]
 
         def track(number: int, values: dict[str, float]) -> None:
-            for each in tracks:
-                each(number, values)
+            for tracker in trackers:
+                tracker.log(values, step=number)
 
         yield track
 
 
-@contextmanager
-def _tensorboard(folder: Path, step: int, _: Identity) -> Iterator[Track]:
-    from torch.utils.tensorboard import SummaryWriter
+def _tracker(name: str, folder: Path, step: int, identity: Identity) -> Any:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    events = folder / "tensorboard"
-    if step == 0:  # an earlier try's, of which nothing is left
-        shutil.rmtree(events, ignore_errors=True)
-    # what an earlier try showed after the checkpoint will be shown again
-    with SummaryWriter(str(events), purge_step=step + 1 if step else None) as writer:
-
-        def track(number: int, values: dict[str, float]) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, number)
-
-        yield track
-
-
-@contextmanager
-def _wandb(folder: Path, _: int, identity: Identity) -> Iterator[Track]:
-    import wandb  # pyright: ignore[reportMissingImports]
-
+    if name == "tensorboard":
+        if step == 0:  # what an earlier try of the run left behind
+            shutil.rmtree(folder / name, ignore_errors=True)
+        # steps after the checkpoint are logged again
+        return TensorBoardTracker(name, folder, purge_step=step + 1 if step else None)
     place = str(folder.resolve())
+    return WandBTracker(
+        "qpipe",
+        name=folder.resolve().name,
+        dir=place,
+        config=identity.settings,
+        # a resumed run keeps its id; wandb ignores steps that it has
+        id=sha256_of_json([place, identity.fingerprint])[:16],
+        resume="allow",
+    )
+
+
+@contextmanager
+def _started(tracker: Any) -> Iterator[Any]:
+    """A tracker that is finished with the block; wandb shows the run as failed if that raises."""
     try:
-        run = wandb.init(
-            project="qpipe",
-            name=folder.resolve().name,
-            dir=place,
-            config=identity.settings,
-            # a run that goes on is the same run; what it logs a second time is what it logged
-            id=sha256_of_json([place, identity.fingerprint])[:16],
-            resume="allow",
-        )
-    except Exception as error:  # no key, no network, ...
+        tracker.start()
+    except Exception as error:
+        if tracker.name != "wandb":
+            raise
+        # no key, no network, ...
         raise UserError(
-            f"--track wandb: cannot be started: {one_line(error)}: run `wandb login`, or set "
-            "WANDB_MODE=offline"
+            f"--track {tracker.name}: cannot be started: {one_line(error)}: run `wandb login`, or "
+            "set WANDB_MODE=offline"
         ) from error
     try:
-        yield lambda number, values: run.log(values, step=number)
+        yield tracker
     except BaseException:
-        run.finish(exit_code=1)
+        if tracker.name == "wandb":
+            tracker.tracker.finish(exit_code=1)
+        else:
+            tracker.finish()
         raise
-    run.finish()
-
-
-_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb}
+    tracker.finish()
