@@ -1,4 +1,4 @@
-"""Targets in other people's training loops: `transformers.Trainer`, TRL's trainers, or your own.
+"""Targets in other training loops: `transformers.Trainer`, TRL's trainers, or your own.
 
     trainer = with_target_loss(SFTTrainer, "targets/")(
         model=model,
@@ -39,9 +39,9 @@ _TARGETS = tuple(field.name for field in fields(SparseTargets))
 class TargetCollator:
     """Rows of a target folder as a batch for `target_loss`.
 
-    A row is a dict as `TargetDataset` gives it, or as `datasets` does through
-    `qpipe.pipeline.decoder`. The batch holds input_ids and attention_mask [B, T], labels [B, T]
-    (the supervised tokens, -100 elsewhere), and under `targets` the rest, which no model reads.
+    A row is a dict of `TargetDataset`, or of `datasets` with `qpipe.pipeline.decoder`. The batch
+    has input_ids and attention_mask [B, T], labels [B, T] (the supervised tokens, -100 elsewhere),
+    and under `targets` the rest, which models do not read.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def target_loss(
 ) -> Tensor:
     """The loss of a `TargetCollator`'s batch in nats a token: Σ weight·loss, divided by `tokens`.
 
-    `tokens` is the number of supervised tokens that the optimizer step has in all, over its
-    micro-batches and processes; None is those of this batch.
+    `tokens` is the number of supervised tokens of the whole optimizer step, over its micro-batches
+    and processes; None means those of this batch.
     """
     rows, columns = targets["rows"], targets["columns"]
     sparse = SparseTargets(**{name: targets[name] for name in _TARGETS})
@@ -106,7 +106,7 @@ def with_target_loss(trainer: type, folder: str | Path, method: str | None = Non
                 raise UserError(
                     "the targets are no argument of a model: set remove_unused_columns=False"
                 )
-            self.model_accepts_loss_kwargs = True  # or nobody counts the tokens of a step
+            self.model_accepts_loss_kwargs = True  # or the tokens of a step are not counted
 
         def compute_loss(
             self,
@@ -122,7 +122,7 @@ def with_target_loss(trainer: type, folder: str | Path, method: str | None = Non
             )
             loss = target_loss(outputs.logits, inputs["targets"], objective, num_items_in_batch)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                # the mean that is taken of the processes' gradients must become their sum
+                # the gradients are averaged over the processes; their sum is wanted
                 loss = loss * self.accelerator.num_processes
             return (loss, outputs) if return_outputs else loss
 
@@ -131,7 +131,7 @@ def with_target_loss(trainer: type, folder: str | Path, method: str | None = Non
 
 
 def _example(row: Mapping[str, Any]) -> TargetExample:
-    """A row as a record; lists a position, as `decoder` gives them, end to end."""
+    """A row as a record; joins lists of each position, as `decoder` returns them."""
     values = dict(row)
     missing = [name for name in (*_INTS, *_FLOATS) if name not in row and name != "counts"]
     if missing:

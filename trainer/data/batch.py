@@ -40,14 +40,14 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Examples as the rows of a batch, and where in it the logits of supervised tokens stand.
+    """Examples as the rows of a batch, and the rows and columns of supervised tokens' logits.
 
-    Padded, every example has a row, filled up on the right. Packed, all are in one row: the tokens
-    that all begin with once, then the rest of each, up to its last supervised token. `segments` are
-    the lengths of these parts; with them `attention.packed_attention` keeps the examples apart.
+    Padded, every example has a row, filled up on the right. Packed, all are in one row: their
+    common beginning once, then the rest of each, up to its last supervised token. `segments` are
+    the lengths of these parts; with them `packed_attention` keeps the examples apart.
 
-    The logits that predict a token stand one column before it, or, where it is the first of its
-    segment, in the last column of the shared beginning.
+    The logits that predict a token are one column before it, or, if it is the first of its segment,
+    in the last column of the common beginning.
     """
 
     ids: list[str]
@@ -66,7 +66,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the model is called with."""
+        """The arguments of the model."""
         if self.position_ids is not None:
             packed = {"position_ids": self.position_ids, "segments": self.segments}
             return {"input_ids": self.input_ids, **packed}
@@ -91,8 +91,8 @@ class Batch:
 def padded_batch(examples: Sequence[TargetExample]) -> Batch:
     """Join examples into a padded batch.
 
-    No examples give a batch of one token and N = 0: a rank that has run out of samples can still
-    take its part in the others' gradient.
+    Without examples the batch has one token and N = 0: a rank that has run out of samples still
+    takes part in collective operations.
     """
     lengths_B = _lengths(examples)
     is_token_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
@@ -111,8 +111,8 @@ def padded_batch(examples: Sequence[TargetExample]) -> Batch:
 
 
 def packed_batch(examples: Sequence[TargetExample]) -> Batch:
-    """Join examples into a packed batch, of one token and N = 0 if there are none."""
-    # what follows the last supervised token leads to none
+    """Join examples into a packed batch; of one token and N = 0 without examples."""
+    # tokens after the last supervised one predict none
     used = [each.input_ids[: each.positions.max(initial=1)] for each in examples]
     used = used or [np.zeros(1, np.int32)]
     shared = _common_beginning(used)
@@ -148,9 +148,9 @@ class Collator:
 
 
 def observed_only(targets: SparseTargets) -> SparseTargets:
-    """The same targets, plain one-hot and of weight 1, as `--method sft` trains on.
+    """The same targets, one-hot and of weight 1, as for `--method sft`.
 
-    The residual stays, so that the distance to it can still be measured.
+    The residual stays, so that the divergence from it can still be measured.
     """
     ones_N = torch.ones_like(targets.trust)
     return replace(targets, trust=ones_N, weights=ones_N)
@@ -177,7 +177,7 @@ def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> Sp
 
 
 def _common_beginning(rows: Sequence[Ints]) -> int:
-    """How many tokens all rows begin with."""
+    """The length of the common beginning of all rows, in tokens."""
     shortest = min(map(len, rows))
     heads = np.stack([row[:shortest] for row in rows])
     is_same = (heads == heads[0]).all(axis=0)
@@ -185,7 +185,7 @@ def _common_beginning(rows: Sequence[Ints]) -> int:
 
 
 def _lengths(examples: Sequence[TargetExample]) -> NDArray[np.int64]:
-    """The tokens of each example; those of the one that stands in where there is none."""
+    """The number of tokens of each example; 1 without examples, for the placeholder."""
     return np.array([len(example.input_ids) for example in examples] or [1])
 
 

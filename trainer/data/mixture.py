@@ -1,13 +1,13 @@
 """Several streams as one, each with its share of the samples.
 
-Which stream the k-th sample comes from depends on k and the weights alone, so a mixture has no
-state but the number of samples consumed, as a single stream. Each stream goes through its own
-epochs: with weights other than their sizes, an epoch of the mixture, which has as many samples as
-the streams have in all, shows the examples of one stream more than once and not all of another's.
-After any number of samples, a stream has given within one of its exact share: Balinski and
-Young's quota method (The quota method of apportionment, 1975). Streams in proportion to their sizes
-may take more than `LONGEST_PERIOD` samples until the pattern repeats; then each stream's samples
-are spread evenly, which is within half a sample and half the number of streams of it.
+The stream of the k-th sample depends on k and the weights alone, so the only state of a mixture is
+the number of samples consumed, as for a single stream. Each stream has its own epochs: with weights
+other than their sizes, an epoch of the mixture, which has as many samples as the streams in total,
+repeats examples of one stream and leaves out some of another. After any number of samples, the
+samples of a stream are within one of its exact share: Balinski and Young's quota method (The quota
+method of apportionment, 1975). In proportion to their sizes, the pattern may repeat only after more
+than `LONGEST_PERIOD` samples; then each stream's samples are spread evenly, which is within half a
+sample and half the number of streams of the exact share.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Mixture:
     streams: tuple[TargetStream, ...]
     shares: tuple[int, ...]  # samples a period
     turns: Ints  # [sum(shares)] the stream
-    places: Ints  # [sum(shares)] how many of its samples stand before, in the period
+    places: Ints  # [sum(shares)] the number of earlier samples of that stream in the period
 
     def __len__(self) -> int:
         """Samples an epoch: as many as the streams have in all, whatever their shares."""
@@ -41,7 +41,7 @@ class Mixture:
         return self._merged(TargetStream.samples, seed, numbers)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
-        """How many tokens the samples of these numbers have; reads nothing."""
+        """The number of tokens of the samples of these numbers; reads nothing."""
         return self._merged(TargetStream.lengths, seed, numbers)
 
     def turn(self, number: int) -> tuple[int, int]:
@@ -56,10 +56,10 @@ class Mixture:
         seed: int,
         numbers: Iterable[int],
     ) -> Iterator[Any]:
-        """What `read` gives of each stream, in the order of the samples."""
+        """The values that `read` returns for each stream, in the order of the samples."""
         order, *copies = tee(map(self.turn, numbers), len(self.streams) + 1)
         parts = [
-            # a seed of its own for each: folders made of the same data must not run in step
+            # each has its own seed: folders of the same data must not be in the same order
             read(stream, seed + (index << 32), _of_stream(index, turns))
             for index, (stream, turns) in enumerate(zip(self.streams, copies, strict=True))
         ]
@@ -67,10 +67,10 @@ class Mixture:
 
 
 def mix(streams: Sequence[TargetStream], weights: Sequence[float] = ()) -> Mixture:
-    """Streams in proportion to their weights, which need not add up to anything.
+    """Streams in proportion to their weights, whose sum does not matter.
 
     Without weights, in proportion to their sizes: each example comes once an epoch. Raises
-    UserError for weights that are not positive or too finely set against each other.
+    UserError for weights that are not positive or whose pattern is too long.
     """
     sizes = [len(stream) for stream in streams]
     shares = shares_of(weights) if weights else tuple(size // gcd(*sizes) for size in sizes)
@@ -82,10 +82,10 @@ def mix(streams: Sequence[TargetStream], weights: Sequence[float] = ()) -> Mixtu
 
 
 def turns_of(shares: Sequence[int]) -> Ints:
-    """Whose turn each sample of a period is, by the quota method; evenly spread in a long one.
+    """The stream of each sample of a period, by the quota method; evenly spread in a long period.
 
-    Of the streams that this sample would not put above their exact share rounded up, it is the turn
-    of the one with the greatest share for each sample it would then have had.
+    Among the streams that this sample would not put above their exact share rounded up, it is the
+    one with the greatest share / (samples given + 1).
     """
     period = sum(shares)
     if period > LONGEST_PERIOD:  # the quota method takes a second and a half for a million

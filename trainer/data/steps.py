@@ -1,8 +1,8 @@
-"""How the samples become optimizer steps, and a step's samples the batches of each process.
+"""Cuts samples into optimizer steps, and the samples of a step into micro-batches of each process.
 
-A step is a run of samples of the one sequence, whatever the number of processes. Its samples are
-dealt to the ranks, and each rank's share is cut into micro-batches. All of it is worked out from
-the lengths of the samples, so that every rank knows the plan of all without a word between them.
+A step is a range of the sequence of samples, whatever the number of processes. Its samples are
+dealt to the ranks, and each rank's share is cut into micro-batches. Everything is computed from the
+lengths of the samples, so every rank has the plan of all ranks without communication.
 """
 
 import heapq
@@ -26,37 +26,37 @@ class Samples(Protocol):
         ...
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
-        """How many tokens they have."""
+        """The number of tokens of each sample."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The samples from number `start` on whose tokens are counted in `lengths`."""
+    """Consecutive samples from number `start`; `lengths` are their numbers of tokens."""
 
     start: int
     lengths: tuple[int, ...]
 
     @property
     def stop(self) -> int:
-        """The number of the sample after the last: where the next step starts."""
+        """The number of the sample after the last, at which the next step starts."""
         return self.start + len(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Every so many steps of a run; not after the last, where its end does the same."""
+    """Due after every `every` steps of a run, but not after the last."""
 
-    every: int | None
+    every: int | None  # None is never
     last: int
 
     def is_due(self, step: int) -> bool:
-        """Whether something is due between this step and the next."""
+        """Whether it is due after this step."""
         return self.every is not None and step % self.every == 0 and step < self.last
 
 
 def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterator[Step]:
-    """Steps of so many samples, the last perhaps of fewer; `lengths` begin at number `start`."""
+    """Steps of `samples` samples, the last possibly of fewer; `lengths` begin at number `start`."""
     rest = iter(lengths)
     while step := tuple(islice(rest, samples)):
         yield Step(start, step)
@@ -64,7 +64,7 @@ def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterat
 
 
 def steps_of_tokens(lengths: Iterable[int], start: int, tokens: int) -> Iterator[Step]:
-    """Steps of as many samples as have so many tokens in all, but at least one."""
+    """Steps of at most `tokens` tokens in total, but of at least one sample."""
     step: list[int] = []
     total = 0
     for length in lengths:
@@ -83,10 +83,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """The numbers of the samples in each of the rank's micro-batches of a step.
 
-    A micro-batch has at most `batch_tokens` tokens, or a single sample: padded ones count rows
-    times the longest, packed ones what the samples have. Every rank has as many, the last ones
-    empty where its samples do not reach: what the processes do together in a forward or backward
-    pass, they must do equally often.
+    A micro-batch has at most `batch_tokens` tokens, or a single sample: rows times the longest if
+    padded, the sum of the samples' tokens if packed. Every rank has the same number of
+    micro-batches, the last ones possibly empty: collective operations of forward and backward
+    passes must match.
     """
     shares = deal(step, world_size)
     plans = [micro_batch_cut(step, share, batch_tokens, packed) for share in shares]
@@ -95,7 +95,7 @@ def micro_batches(
 
 
 def deal(step: Step, world_size: int) -> list[list[int]]:
-    """The numbers of each rank's samples: the longest first, to the rank with the fewest tokens."""
+    """The numbers of each rank's samples: longest first, to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0, rank) for rank in range(world_size)]  # a heap: of equal loads, the lowest rank
     for place in sorted(range(len(step.lengths)), key=lambda place: -step.lengths[place]):
@@ -108,7 +108,7 @@ def deal(step: Step, world_size: int) -> list[list[int]]:
 def micro_batch_cut(
     step: Step, share: Sequence[int], batch_tokens: int, packed: bool
 ) -> list[list[int]]:
-    """Samples of a step, given longest first, as micro-batches."""
+    """Samples of a step, given longest first, cut into micro-batches."""
     batches: list[list[int]] = []
     used = longest = 0
     for number in share:
@@ -127,7 +127,7 @@ def read_steps(
 ) -> Iterator[list[list[TargetExample]]]:
     """The examples of each step's micro-batches.
 
-    A rank's share of a step is in memory at once. The plans are asked for up to a window ahead.
+    A rank's share of a step is in memory at once. Plans are consumed up to a window ahead.
     """
     plans, ahead = tee(plans)
     numbers = chain.from_iterable(sorted(chain(*plan)) for plan in ahead)

@@ -1,11 +1,11 @@
 """The output head, its log-sum-exp and the sparse cross-entropy in one, a few rows at a time.
 
 The logits of a chunk of supervised positions are computed, turned into their gradient in place,
-multiplied back into the gradients of the hidden states and of the head, and forgotten: the full
-[N, V] never exists. Value and gradient are those of `objective`, the plain reference.
+multiplied back into the gradients of the hidden states and of the head, and freed: the full [N, V]
+never exists. Value and gradient are those of `objective`, the plain reference.
 
-With q the target on a support S, m its mass in all and q_t its tail's, p the student, C what is
-outside of S, the gradient with respect to the logits is
+With q the target on a support S, m its total mass, q_t the mass of its tail, p the student, C the
+complement of S, the gradient with respect to the logits is
 
     m·p_k − q_k on S,   (m·p_C − q_t)·p_k/p_C on C        (tail shape "student")
     m·p_k − q_k on S,   m·p_k − q_t/|C| on C              (tail shape "uniform")
@@ -125,7 +125,7 @@ class _FusedLoss(torch.autograd.Function):
         ratios_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # what is added up over the chunks stays in float32; sums of bfloat16 would lose the small
+        # sums over the chunks are float32; in bfloat16 they would lose small terms
         add_up = torch.promote_types(weight_VD.dtype, torch.float32)
         total = hidden_ND.new_zeros((), dtype=add_up)
         bounds_N = hidden_ND.new_zeros(len(hidden_ND), dtype=add_up)
@@ -216,7 +216,7 @@ def _sparse(
     losses_n = -times(target_nS, log_probs_nS).sum(1) - times(tail_n, tail_log_probs_n)
 
     if level_n is None:
-        # each share of the tail, times what the tail as a whole has too much
+        # each share of the tail, times the excess of the whole tail
         excess_n = mass_n * tail_log_probs_n.exp() - tail_n
         factor_n = torch.where(sum_n > 0, weights_n * excess_n / sum_n, 0)
         gradient_nV = scaled_nV.mul_(factor_n[:, None])
@@ -248,7 +248,7 @@ def _sequence_log_ratios(
 ) -> Tensor | None:
     """Each position's mean of log p_y − log b_y over its example, [N], where the method reads it.
 
-    It takes all positions of an example, which chunks may tear apart: a pass of its own.
+    It needs all positions of an example, which chunks may split: hence a separate pass.
     """
     if not objective.reads_examples:
         return None
@@ -260,9 +260,9 @@ def _sequence_log_ratios(
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum with a matrix product added, in place and without room for it where the types allow.
+    """`total` + left @ right, in place and without a temporary where the types allow.
 
-    Under autocast not in place: it leaves that alone, in float32, which is many times slower.
+    Not in place under autocast, which would multiply in float32 then, many times slower.
     """
     if total is None:
         return (left @ right).to(dtype)

@@ -1,8 +1,8 @@
-"""What a run minimises: the method of its target folder, frozen or live.
+"""The objective of a run: the method of its target folder, frozen or live.
 
 A frozen target is read from the folder. A live one depends on the student as it trains: its trust,
-scale and residual are computed from the logits of the step, by the same rules that build-targets
-uses, and without a gradient; what they need of the base or the teacher is in the folder.
+scale and residual are computed from the logits of the step, without a gradient, by the same rules
+as in build-targets; the values of the base or the teacher that they read are in the folder.
 
 N supervised positions, V vocabulary, S entries of the widest support.
 """
@@ -26,7 +26,7 @@ from .sparse import TailShape, at_least_float32, complement_log_probs, target_lo
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A batch's Σ weight·loss, and a bound of what a truncated support does to its gradient.
+    """A batch's Σ weight·loss, and a bound of the error of its gradient by a truncated support.
 
     `error_bounds` bounds ‖ĝ − g‖₁ at each position, ĝ the gradient with respect to the logits and g
     that of the full teacher, weights included; [N], None where truncation leaves the target alone.
@@ -38,16 +38,16 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A method as the trainer follows it."""
+    """A method as the trainer minimises it."""
 
     choice: Choice
     tail_shape: TailShape
-    residual: str  # what the folder holds
-    tokens_alone: bool = False  # sft is asked of another method's targets: `observed_only`
+    residual: str  # of the folder
+    tokens_alone: bool = False  # sft on targets of another method: `observed_only`
 
     @property
     def has_error_bounds(self) -> bool:
-        """Whether a truncated support moves the gradient, by no more than a known bound."""
+        """Whether a truncated support changes the gradient, by at most a known bound."""
         return self.choice.reads_student and self.choice.residual == "mixture"
 
     @property
@@ -70,18 +70,18 @@ class Objective:
     def followed(
         self, logits_NV: Tensor, targets: SparseTargets
     ) -> tuple[SparseTargets, Tensor | None]:
-        """The targets that are followed at these logits, and the bound of their error."""
+        """The targets at these logits, and the bound of their error."""
         if not self.choice.reads_student or self.choice.residual == "gem":
             return targets, None
         return live_targets(self.choice, logits_NV, targets)
 
     @property
     def has_trust(self) -> bool:
-        """Whether the method has a γ: a trust in the observed token."""
+        """Whether the method has a γ, the trust in the observed token."""
         return self.choice.residual != "gem"
 
     def trust(self, logits_NV: Tensor, targets: SparseTargets) -> Tensor:
-        """The method's γ at these logits, also where a live loss carries it as a weight, [N]."""
+        """The method's γ at these logits, also where a live loss has it as a weight, [N]."""
         if not self.choice.reads_student:
             return targets.trust
         return self.choice.trust_and_scale(_signals(self.choice, logits_NV, targets))[0]
@@ -90,8 +90,8 @@ class Objective:
 def objective_of(settings: dict[str, Any], method: str) -> Objective:
     """The objective that a target folder's settings describe, or plain "sft" on any folder.
 
-    Weights of a token and those of another method are stored as one, so sft leaves both out; a
-    folder made for sft has those of its tokens alone.
+    A folder stores the product of token weights and the method's weights, so sft on targets of
+    another method ignores both; a folder made for sft has token weights alone.
     """
     if method == "sft":
         choice = choose("sft", "live")
@@ -107,8 +107,8 @@ def live_targets(
 ) -> tuple[SparseTargets, Tensor | None]:
     """The targets of a live method at the student's logits, and the bound of their error.
 
-    `ratios_N` is each position's mean of log p_y − log b_y over its example, where not all of the
-    example's positions are here.
+    `ratios_N` is each position's mean of log p_y − log b_y over its example, given if the logits do
+    not cover whole examples.
     """
     logits_NV = at_least_float32(logits_NV)
     signals = _signals(choice, logits_NV, targets)
@@ -133,7 +133,7 @@ def matching_losses(logits_NV: Tensor, observed_ids: Tensor, choice: Choice) -> 
 
 
 def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signals:
-    """What the rules of the method read, the student being the model that they follow."""
+    """The signals that the rules of the method read, from the student's logits."""
     reads = choice.method.reads
     log_norm_N = logits_NV.logsumexp(1)
     log_prob_N = logits_NV.gather(1, targets.observed_ids[:, None])[:, 0] - log_norm_N
@@ -154,7 +154,7 @@ def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signa
 
 def stored_log_prob(targets: SparseTargets) -> Tensor:
     """log b(y) of a folder that holds the base's probability of the observed token, [N]."""
-    is_observed_NS = targets.support_ids == targets.observed_ids[:, None]  # padding has none
+    is_observed_NS = targets.support_ids == targets.observed_ids[:, None]  # 0 at the padding
     return torch.where(is_observed_NS, targets.support_probs, 0).sum(1).log()
 
 
@@ -167,7 +167,7 @@ def example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
 
 
 def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTargets:
-    """The targets with ∝ p^(1−η)·q^η for a residual, q being the one that is stored."""
+    """The targets with residual ∝ p^(1−η)·q^η, where q is the stored residual."""
     log_norm_N = logits_NV.logsumexp(1)
     nothing = -torch.inf
     log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]

@@ -1,9 +1,9 @@
-"""The sparse losses, written plainly: the reference that any faster path is measured against.
+"""The sparse losses, written plainly: the reference for every faster path.
 
 Cross-entropy to the target Q = γ·δ_y + (1 − γ)·residual, where the residual is known on a support S
-and by its mass outside of it. Two readings of that tail, named by the folder's `tail_shape`:
+and by its mass outside of it. The folder's `tail_shape` defines the shape of that tail:
 
-- "student": all that is outside S is one bucket. The loss is −Σ_S Q_k·log p_k − Q_tail·log p_tail
+- "student": everything outside S is one bucket. The loss is −Σ_S Q_k·log p_k − Q_tail·log p_tail
   with p_tail = 1 − Σ_S p_k, its gradient p − Q̂, where Q̂ gives the tail the student's own shape:
   right on S and on the total mass of the tail.
 - "uniform": the tail's mass is spread evenly over the ids outside S. With S = {y} and a uniform
@@ -62,7 +62,7 @@ def residual_divergences(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
 def complement_log_probs(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
     """The logsumexp over what is outside each position's support, −inf where nothing is, [N].
 
-    Summed over the complement, where subtracting the support's share would cancel.
+    It is summed over the complement; subtracting the support's share would cancel.
     """
     return logits_NV.scatter(1, targets.support_ids, -torch.inf).logsumexp(1)
 
@@ -70,12 +70,12 @@ def complement_log_probs(logits_NV: Tensor, targets: SparseTargets) -> Tensor:
 def induced_target(
     loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, observed: Tensor
 ) -> Tensor:
-    """The target that a loss steers towards at these logits: Q = p − ∂L/∂z, [..., V].
+    """The target that a loss induces at these logits: Q = p − ∂L/∂z, [..., V].
 
     The inversion of arXiv 2606.11189: any loss whose gradient is that of a cross-entropy to Q.
-    `loss_fn(logits [..., V], observed [...])` returns the loss of each position, or their sum; what
-    it treats as constant must be detached by it. The result has the logits' precision; its entries
-    add up to 1 where the loss does not change with a constant added to all logits.
+    `loss_fn(logits [..., V], observed [...])` returns the loss of each position, or their sum; it
+    must detach what it treats as constant. The result has the logits' precision; its entries sum to
+    1 if the loss does not change when a constant is added to all logits.
     """
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
@@ -90,16 +90,16 @@ def _tail_log_probs(
     mass_N: Tensor,
     tail_shape: TailShape,
 ) -> Tensor:
-    """The log-probability that the mass outside the support is charged, 0 where there is none, [N].
+    """The log-probability that multiplies the tail's mass in the loss, 0 without a tail, [N].
 
-    For "student" log(1 − Σ_S p), summed over the complement, where the subtraction would cancel;
-    for "uniform" the mean of log p over the complement.
+    For "student" log(1 − Σ_S p), summed over the complement, as the subtraction would cancel; for
+    "uniform" the mean of log p over the complement.
     """
     outside_N = logits_NV.shape[1] - targets.support_mask.sum(1)
     # rounding can leave 1e-8 of mass outside a support that is the whole vocabulary
     has_tail_N = (mass_N > 0) & (outside_N > 0)
     support_ids_MS = targets.support_ids[has_tail_N]
-    complement_MV = logits_NV[has_tail_N]  # a copy, free to be written to
+    complement_MV = logits_NV[has_tail_N]  # a copy, which can be overwritten
     match tail_shape:
         case "student":
             level_M = complement_MV.scatter_(1, support_ids_MS, -torch.inf).logsumexp(1)
@@ -111,10 +111,10 @@ def _tail_log_probs(
 
 
 def times(probs: Tensor, values: Tensor) -> Tensor:
-    """The product, 0 where the probability is 0: 0·log 0 = 0."""
+    """The product; 0 where the probability is 0, so 0·log 0 = 0."""
     return torch.where(probs > 0, probs * values, 0)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in which sums over the vocabulary are safe."""
+    """The logits in float32 at least, for sums over the vocabulary."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model's files on this machine, and what is known of them without loading the weights."""
+    """A model's files on this machine, and what they hold besides the weights."""
 
     name: str  # as the user gave it; a folder's own name for a path
     revision: str | None
@@ -27,7 +27,7 @@ class ModelFiles:
 
     @property
     def origin(self) -> str:
-        """What names it anywhere on this machine: the path of a folder, or the name on the hub."""
+        """Its name anywhere on this machine: the path of a folder, or the name on the hub."""
         folder = self.folder.resolve()
         return str(folder) if folder.name == self.name else self.name
 
@@ -43,7 +43,7 @@ class ModelFiles:
 
     @property
     def tokenizer_hash(self) -> str:
-        """The hash of what the tokenizer does."""
+        """The hash of the tokenizer's behaviour."""
         return tokenizer_hash(self.tokenizer)
 
     def weights_hash(self) -> str:
@@ -54,9 +54,8 @@ class ModelFiles:
 def find_model(model: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Locate a model and read its configuration and tokenizer.
 
-    `model` is a folder, or a name on the hub, which is then downloaded once to the hub's cache,
-    with its weights or without.
-    Raises UserError where either is missing or cannot be read.
+    `model` is a folder, or a name on the hub, which is downloaded once to the hub's cache, with or
+    without its weights. Raises UserError where it is missing or cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -66,7 +65,7 @@ def find_model(model: str, revision: str | None = None, weights: bool = True) ->
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # damaged files fail in as many ways as there are libraries
+    except Exception as error:  # damaged files raise errors of many libraries
         raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
@@ -77,10 +76,10 @@ def find_model(model: str, revision: str | None = None, weights: bool = True) ->
 
 
 def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
-    """The model itself, its weights in `dtype`, on the CPU.
+    """The model, its weights in `dtype`, on the CPU.
 
-    Raises UserError where the weights are missing, damaged, incomplete, or of no causal language
-    model: the library would fill what is missing with random numbers.
+    Raises UserError where the weights are missing, damaged, incomplete, or not of a causal language
+    model: the library would fill missing weights with random numbers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -99,9 +98,9 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
 
 
 def load_scoring_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
-    """The model on the first GPU, or on the CPU where there is none, ready to be run.
+    """The model in evaluation mode on the first GPU, or on the CPU without one.
 
-    Raises UserError as `load_model` does, and where the GPU has no room for it.
+    Raises UserError as `load_model` does, and where it does not fit on the GPU.
     """
     import torch
 
@@ -117,19 +116,19 @@ def load_scoring_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
 
 
 def check_weights(files: ModelFiles) -> None:
-    """Refuse weights that lack some, where transformers can tell from their names alone.
+    """Refuse incomplete weights, where transformers can detect them by their names alone.
 
-    For engines that would start all the same, with random numbers in their place.
+    For engines that would start with random numbers in their place.
     """
     from transformers import AutoModelForCausalLM
 
     if getattr(files.config, "quantization_config", None) is not None:
-        return  # its weights have names of their own
+        return  # its weights have other names
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder, device_map="meta", output_loading_info=True
         )
-    except Exception:  # an architecture that only the engine knows, or it will say what is wrong
+    except Exception:  # an architecture of the engine alone, or the engine reports the error
         return
     _refuse_incomplete(files, loaded[1])
 

@@ -1,8 +1,8 @@
-"""The output heads that the fused loss understands, recognised by what they compute.
+"""The output heads that the fused loss supports, recognised by what they compute.
 
-A head is a linear layer, its logits perhaps scaled and softly capped. Which of these a model does
-is not taken from its name: a few tokens go through the model and through each candidate, and the
-one whose logits are the model's own is taken. None may be: then the plain path runs.
+A head is a linear layer whose logits may be scaled and softly capped. The form is not taken from
+the model's name: a few tokens go through the model and through each candidate, and the candidate
+that gives the model's own logits is taken. If none does, the plain loss runs.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _PROBE_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class HeadForm:
-    """What a model does to the output of its last linear layer."""
+    """The form of a head: scale and softcap of the output of the last linear layer."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -32,12 +32,12 @@ class HeadForm:
 
 
 def causal_model(model: Any) -> Any:
-    """The causal language model, out of its adapters if it has any."""
+    """The causal language model, without the wrapper of its adapters if it has any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
-    """What goes into the head, [B, T, D]."""
+    """The input of the head, [B, T, D]."""
     return causal_model(model).get_decoder()(use_cache=False, **inputs).last_hidden_state
 
 
@@ -50,10 +50,10 @@ def logits_of(model: Any, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: 
 def logit_chunks(
     model: Any, form: HeadForm | None, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The logits at some positions of a batch, a few positions at a time: which, and [n, V].
+    """The logits at some positions of a batch, in chunks: the rows of each, and logits [n, V].
 
-    They are float32 at least. With a known form the head runs on these positions alone; without,
-    all come at once.
+    They are float32 at least. With a known form the head runs on these positions alone; without
+    one, there is a single chunk.
     """
     if form is None:
         logits_NV = logits_of(model, inputs, rows_N, columns_N)
@@ -83,7 +83,7 @@ def recognise(model: Any) -> HeadForm | None:
             logits = form.head(model).logits(hidden)
             if logits.shape == own.shape and torch.allclose(logits, own.float(), 1e-4, 1e-4):
                 return form
-    except Exception:  # another architecture altogether: its code may raise anything
+    except Exception:  # a different architecture: its code may raise anything
         return None
     finally:
         model.train(was_training)
@@ -91,7 +91,7 @@ def recognise(model: Any) -> HeadForm | None:
 
 
 def _candidates(config: Any) -> Iterator[HeadForm]:
-    """The plain head, then what the configuration names."""
+    """The plain head, then the forms that the configuration names."""
     softcap = getattr(config, "final_logit_softcapping", None)
     scales = [1.0]
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):

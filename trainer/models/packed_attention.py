@@ -1,8 +1,8 @@
-"""Attention for packed examples: each sees its own tokens, and the beginning that all share.
+"""Attention for packed examples: each attends to its own tokens and to their common beginning.
 
-Examples that begin alike, as chats under one system prompt do, are packed with that beginning once;
-its hidden states are what each of them would have there by itself, and its gradient is the sum of
-theirs. Every example is attended to by itself, so that a pack costs no more than its parts.
+Examples with a common beginning, such as chats under one system prompt, are packed with it once;
+its hidden states are those that each example would have alone, and its gradient is the sum of
+theirs. Attention runs once an example, so a pack costs no more than its parts.
 
 H heads, H_k those of keys and values, d size of a head, T tokens of the pack, Q and K of a part.
 """
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .heads import causal_model
 
 _NAME = "qpipe-packed"
-# what the mask below knows of; others look back over chunks, or hand a state from token to token
+# supported by the mask below; others attend to chunks, or pass a state from token to token
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -33,11 +33,11 @@ def packed_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; the attention's output is [1, T, H, d].
+    """The attention function that transformers calls in every layer; its output is [1, T, H, d].
 
-    `segments` are the lengths of the shared beginning, perhaps 0, and of the rest of each example.
+    `segments` are the lengths of the common beginning, possibly 0, and of the rest of each example.
     """
-    assert attention_mask is None  # it makes none for an attention of this name
+    assert attention_mask is None  # transformers makes none for an attention of this name
     lengths = list(segments or query_1HTd.shape[2:3])
     split = (states.split(lengths, dim=2) for states in (query_1HTd, key_1HTd, value_1HTd))
     beginning, *others = zip(*split, strict=True)
@@ -56,7 +56,7 @@ def packed_attention(
 
 
 def _seen(query_1HQd: Tensor, key_1HKd: Tensor, window: int | None) -> Tensor | None:
-    """Which keys the queries, which are at the last places, see, [Q, K]; None is all before."""
+    """The causal mask of queries at the last places over the keys, [Q, K]; None is plain causal."""
     queries, keys = query_1HQd.shape[2], key_1HKd.shape[2]
     if queries == keys and (window is None or keys <= window):
         return None
@@ -68,9 +68,9 @@ def _seen(query_1HQd: Tensor, key_1HKd: Tensor, window: int | None) -> Tensor | 
 
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
-    """Give a model this attention; False, the model as it was, where it would mix the examples.
+    """Give a model this attention; False, with the model unchanged, if it would mix the examples.
 
-    Tried on a pack: its logits must be those that the model itself has for the examples alone.
+    It is tried on a pack, whose logits must equal the model's own for each example alone.
     """
     causal = causal_model(model)
     layers = getattr(causal.config.get_text_config(), "layer_types", None) or ()
@@ -89,7 +89,7 @@ def can_pack(model: Any) -> bool:
             input_ids=both, position_ids=places, segments=(2, 3, 3), use_cache=False
         ).logits
         stay_apart = torch.allclose(packed[0], torch.cat([alone[0], alone[1, 2:]]), 1e-4, 1e-4)
-    except Exception:  # another architecture altogether: its code may raise anything
+    except Exception:  # a different architecture: its code may raise anything
         stay_apart = False
     finally:
         model.train(was_training)

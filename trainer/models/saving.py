@@ -1,7 +1,7 @@
-"""A student on disk: a model folder for transformers and vLLM, or an adapter's for peft.
+"""Saves a student: as a model folder for transformers and vLLM, or as an adapter folder for peft.
 
-The weights are first gathered, whole, on the main process' CPU: the student on its devices stays as
-it is, however it is spread over them, so that it can be saved in the middle of its training.
+The weights are first gathered on the CPU of the main process: the student on its devices stays as
+it is, sharded or not, so it can be saved during training.
 """
 
 import os
@@ -26,14 +26,14 @@ _ASIDE = ".model.tmp"
 
 
 def saved_dtype(base: ModelFiles) -> torch.dtype:
-    """The type in which the base's weights came, and the student's will be saved."""
+    """The type of the base's weights, in which the student's are saved."""
     return base.config.dtype or torch.float32
 
 
 def save_model(student: Student, base: ModelFiles, folder: Path, is_main: bool) -> None:
-    """Put the model, adapters merged, and the base's tokenizer into a folder.
+    """Save the model, adapters merged, and the base's tokenizer to a folder.
 
-    All processes call it together. transformers and vLLM load the folder.
+    Every process calls it. transformers and vLLM load the folder.
     """
     dtype = saved_dtype(base)
     # adapters are merged in float32
@@ -46,7 +46,7 @@ def save_model(student: Student, base: ModelFiles, folder: Path, is_main: bool) 
 
 
 def save_adapter(student: Student, base: ModelFiles, folder: Path, is_main: bool) -> None:
-    """Put the adapter alone, in float32, and the base's tokenizer into a folder that peft loads."""
+    """Save the adapter alone, in float32, and the base's tokenizer to a folder that peft loads."""
     weights = _whole_weights(student, torch.float32, trained_only=True)
     if not is_main:
         return
@@ -54,7 +54,7 @@ def save_adapter(student: Student, base: ModelFiles, folder: Path, is_main: bool
     config.base_model_name_or_path, config.revision = base.origin, base.revision
     with _aside(folder, last="adapter_config.json") as aside:
         student.model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
-        (aside / "README.md").unlink()  # a form to fill in
+        (aside / "README.md").unlink()  # a template without content
         base.tokenizer.save_pretrained(aside)
 
 
@@ -70,7 +70,7 @@ def _whole_weights(
 
 
 def _cpu_copy(model: Any, weights: dict[str, Tensor]) -> Any:
-    """The same model with other weights, its buffers left out: good for nothing but saving."""
+    """The same model with other weights and without its buffers: it can only be saved."""
     causal = causal_model(model)
     with torch.device("meta"):
         copy = type(causal)(deepcopy(causal.config))
@@ -84,12 +84,12 @@ def _cpu_copy(model: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def _save(model: Any, base: ModelFiles, folder: Path) -> None:
-    """Written aside first; `config.json`, without which nothing loads a model, comes last."""
+    """Written aside first; `config.json`, without which a model cannot be loaded, comes last."""
     from transformers import GenerationConfig
 
     generation = base.folder / "generation_config.json"
     if generation.exists():
-        # the base's own, as it is: saving one refuses settings that loading one accepts
+        # the base's file is copied: saving one refuses settings that loading one accepts
         model.generation_config = GenerationConfig()
     with _aside(folder, last="config.json") as aside:
         model.save_pretrained(aside)
@@ -100,9 +100,10 @@ def _save(model: Any, base: ModelFiles, folder: Path) -> None:
 
 @contextmanager
 def _aside(folder: Path, last: str) -> Iterator[Path]:
-    """A folder whose files, when the block ends well, move into another: synced, `last` the last.
+    """A temporary folder whose files are synced and moved to another, `last` at the end.
 
-    Raises UserError where they cannot be written; the other folder then has none of them.
+    They move if the block does not raise. Raises UserError where they cannot be written; the other
+    folder then has none of them.
     """
     aside = folder / _ASIDE
     shutil.rmtree(aside, ignore_errors=True)
@@ -119,7 +120,7 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
             "same command again"
         ) from error
     for path in paths:
-        if path.is_dir():  # left of a run that was killed here, it would be in the way
+        if path.is_dir():  # left by a run that was killed here; it would block the move
             shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
     aside.rmdir()

@@ -1,4 +1,4 @@
-"""How large a model is, told from its files without loading it."""
+"""The size of a model, from its files, without loading it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from ...pipeline.storage.json_files import read_json
 from .files import ModelFiles
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# what configurations call the experts of a layer, and how many of them a token meets
+# names in configurations of the experts of a layer, and of the experts that a token uses
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_MET = "num_experts_per_tok"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightCounts:
-    """How many weights a model has, and how many of them a token is multiplied by."""
+    """The number of a model's weights, and of those that are multiplied for each token."""
 
     stored: int
     multiplied: float
 
 
 def weight_bytes(model: ModelFiles, dtype: str) -> int:
-    """Bytes of the weights in `dtype`; of quantised ones, those of their files.
+    """Bytes of the weights in `dtype`; for quantised weights, the size of their files.
 
-    Where the files have not been fetched, the configuration tells how many weights there will be; 0
-    where it is of an architecture that transformers lacks. Raises UserError where one is damaged.
+    Without files on this machine, the number of weights comes from the configuration; 0 for an
+    architecture that transformers lacks. Raises UserError where a file is damaged.
     """
     files = _safetensors(model)
     others = [path for kind in ("*.bin", "*.pt") for path in model.folder.glob(kind)]
@@ -41,7 +41,7 @@ def weight_bytes(model: ModelFiles, dtype: str) -> int:
 
 
 def _safetensors(model: ModelFiles) -> list[Path]:
-    """The files that transformers loads: some folders hold the same weights twice."""
+    """The files that transformers loads; some folders hold the same weights twice."""
     there = sorted(model.folder.glob("*.safetensors"))
     whole, index = (model.folder / f"model.safetensors{end}" for end in ("", ".index.json"))
     if whole in there:
@@ -58,7 +58,7 @@ def _safetensors(model: ModelFiles) -> list[Path]:
 
 
 def _values(model: ModelFiles, path: Path) -> int:
-    """How many numbers a file of weights holds."""
+    """The number of values in a file of weights."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,8 +74,8 @@ def _values(model: ModelFiles, path: Path) -> int:
 def count_weights(model: ModelFiles) -> WeightCounts | None:
     """The weights of a model's configuration; None where transformers lacks its architecture.
 
-    An embedding that is no output head as well multiplies nothing; of a mixture's experts, a token
-    meets those that its router chooses.
+    An embedding that is not tied to the output head is not multiplied; of the experts of a mixture
+    model, those that the router chooses are.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -83,7 +83,7 @@ def count_weights(model: ModelFiles) -> WeightCounts | None:
     try:
         with torch.device("meta"):  # shapes without memory
             made = AutoModelForCausalLM.from_config(model.config)
-    except Exception:  # each library of an architecture has its own ways to fail
+    except Exception:  # the code of each architecture raises its own errors
         return None
     embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
     stored, multiplied = 0, 0.0
@@ -95,10 +95,10 @@ def count_weights(model: ModelFiles) -> WeightCounts | None:
 
 
 def forward_flop(model: ModelFiles, multiplied: float, lengths: Mapping[int, int]) -> float:
-    """Floating-point operations of a forward pass over sequences of some lengths (tokens: number).
+    """Floating-point operations of a forward pass over sequences; `lengths` maps tokens to number.
 
-    A multiplication and an addition for each weight and token, and for each token before it, in
-    every layer and head, as many for the keys and the values.
+    Two for each weight and token, and, in every layer and head, four for each dimension of the head
+    and each earlier token: two for its key, two for its value.
     """
     config = model.config.get_text_config()
     width = config.num_hidden_layers * config.num_attention_heads * _head_size(config)

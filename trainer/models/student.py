@@ -17,8 +17,8 @@ from .heads import hidden_states, logit_chunks, logits_of, recognise
 class Student(torch.nn.Module):
     """A causal language model with its loss, which runs on supervised tokens only.
 
-    The loss is computed inside of what accelerate wraps: there the logits, if any, are [N, V] and
-    not [B, T, V], and the head's weights are whole where they are sharded outside.
+    The loss is computed inside the module that accelerate wraps: the logits, if any, are [N, V] and
+    not [B, T, V], and sharded weights of the head are gathered there.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,9 +41,9 @@ class Student(torch.nn.Module):
         read: Callable[[Tensor, SparseTargets], Tensor],
         whole_examples: bool = False,
     ) -> Tensor:
-        """What `read` makes of the logits and targets of a few positions at a time, added up.
+        """The sum of `read(logits, targets)` over chunks of positions.
 
-        Of all positions at once with `whole_examples`, or where the head is not understood.
+        All positions are one chunk with `whole_examples`, or if the head is not recognised.
         """
         form = None if whole_examples else self.head_form
         parts = logit_chunks(self.model, form, batch.inputs, batch.rows, batch.columns)
@@ -55,16 +55,16 @@ class Student(torch.nn.Module):
         return logits_of(self.model, batch.inputs, batch.rows, batch.columns)
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """The states that go into the head at the supervised positions, [N, D]."""
+        """The input of the head at the supervised positions, [N, D]."""
         return hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is what learns, and is still by itself."""
+        """Whether it trains an adapter that is not merged yet."""
         return hasattr(self.model, "merge_and_unload")
 
     def finish(self, dtype: torch.dtype) -> None:
-        """Make the weights what they will be when saved in `dtype`, adapters merged into them."""
+        """Round the weights to `dtype`, in which they are saved, after merging adapters."""
         if self.has_adapter:
             self.model = self.model.merge_and_unload()
         with torch.no_grad():
@@ -75,9 +75,9 @@ class Student(torch.nn.Module):
 def load_student(
     base: ModelFiles, gradient_checkpointing: bool, lora_rank: int | None = None
 ) -> Student:
-    """The model with float32 weights, in training mode; with `lora_rank`, adapters alone learn.
+    """The model with float32 weights, in training mode; with `lora_rank`, only adapters train.
 
-    Raises UserError as `load_model` does, and for one that is quantised.
+    Raises UserError as `load_model` does, and for a quantised model.
     """
     model = load_model(base, torch.float32)
     if getattr(model, "is_quantized", False):
@@ -87,9 +87,9 @@ def load_student(
         )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()  # or frozen embeddings would cut the graph
+        model.enable_input_require_grads()  # or frozen embeddings would detach the graph
     student = Student(model if lora_rank is None else _with_adapters(model, lora_rank))
-    return student.train()  # a loaded model is not: no dropout, and no checkpointing either
+    return student.train()  # a loaded model has neither dropout nor checkpointing
 
 
 def _with_adapters(model: Any, rank: int) -> Any:

@@ -1,9 +1,9 @@
-"""Checkpoints: what a run must know to go on as if it had never stopped.
+"""Checkpoints: the state from which a run resumes as if it had not stopped.
 
 A checkpoint is a folder `checkpoints/step-00000120` with the trained weights, the optimizer, the
-loss scaler, each process' random state and the progress. The place in the data is a number of
-samples, so a run may go on with another number of processes. It is written under a temporary name
-by all processes together and renamed when it is whole; then older ones are removed.
+loss scaler, each process' random state and the progress. The position in the data is a number of
+samples, so a run may resume with another number of processes. A checkpoint is written under a
+temporary name by all processes together and renamed when complete; then older ones are removed.
 
 The tensors are torch's distributed checkpoint, sharded as the model is.
 """
@@ -43,7 +43,7 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is; the sums are over the steps so far."""
+    """The progress of a run; the sums are over the steps so far."""
 
     step: int = 0
     samples: int = 0  # taken from the stream
@@ -59,14 +59,14 @@ class Progress:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run folder, the latest last."""
+    """The complete checkpoints of a run folder, the latest last."""
     return sorted((folder / CHECKPOINTS).glob("step-*"))
 
 
 def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
-    """The checkpoint that a run goes on from, if there is one.
+    """The checkpoint that a run resumes from, if there is one.
 
-    Raises UserError where it is another run's.
+    Raises UserError where it belongs to another run.
     """
     found = checkpoints_in(folder)
     if not found:
@@ -228,12 +228,12 @@ def _state(stepper: Stepper) -> dict[str, Any]:
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside of accelerate's."""
+    """The optimizer that accelerate wraps."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong, without the library's account of where: what the system says, if it did."""
+    """The first cause of an error, without the library's wrapping: the system's error, if any."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     chain = [error]
@@ -243,7 +243,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _remove(folder: Path) -> None:
-    """Raises UserError where it cannot be removed; the system names but the file within."""
+    """Raises UserError that names the folder, where the system names only a file within."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -254,7 +254,7 @@ def _remove(folder: Path) -> None:
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    """Give a checkpoint its name; its files are synced already."""
+    """Give a checkpoint its final name; its files are synced already."""
     sync_folder(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
@@ -262,7 +262,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 
 def _save_random_state(path: Path) -> None:
-    """What dropout draws from; nothing else here draws anything."""
+    """The random state, which only dropout uses."""
     state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
@@ -273,7 +273,7 @@ def _save_random_state(path: Path) -> None:
 
 
 def _restore_random_state(path: Path) -> None:
-    """A process that was not there when the checkpoint was written keeps its own state."""
+    """A process that did not exist when the checkpoint was written keeps its own state."""
     if not path.exists():
         return
     state = torch.load(path, weights_only=True)
@@ -284,7 +284,7 @@ def _restore_random_state(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's remark that a single process saves alone."""
+    """Without the library's warning that a single process saves alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

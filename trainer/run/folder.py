@@ -1,8 +1,7 @@
 """The folder of a training run.
 
 Under work it holds `plan.json`, as any stage's folder does, and a growing `log.jsonl`. A finished
-run is a model folder with `qpipe.json`, written last, which says what made the model and how it
-went.
+run is a model folder with `qpipe.json`, written last: what made the model, and the results.
 """
 
 import json
@@ -45,9 +44,9 @@ def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: An
 
 
 def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
-    """The record of the run that a folder holds, if it is finished.
+    """The record of the run in a folder, if it is finished.
 
-    Raises UserError where that is another run.
+    Raises UserError where the folder holds another run.
     """
     if not (folder / RUN).exists():
         return None
@@ -65,7 +64,7 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
 
 
 def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
-    """What a finished run's folder says of it. Raises UserError where that is damaged."""
+    """The identity and the record of a finished run. Raises UserError if it is damaged."""
     path = folder / RUN
     record = read_json(path)
     try:
@@ -77,14 +76,14 @@ def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of a run, finished or not; none where its folder does not tell."""
+    """The settings of a run, finished or not; empty without record and plan."""
     if (folder / RUN).exists():
         return read_record(folder)[0].settings
     return read_plan(folder).identity.settings if (folder / PLAN).exists() else {}
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """An event of a log; None for a line that holds none, such as one that was cut short."""
+    """An event of a log; None for a line without one, such as a truncated line."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -94,7 +93,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Declare a run finished; the record gets the names and sizes of the model's files."""
+    """Mark a run as finished; the record gets the names and sizes of the model's files."""
     others = {PLAN, LOG, CHECKPOINTS, *TRACKER_FOLDERS}
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     own = [path for path in paths if not fnmatch(path.parts[0], TEMPORARY)]
@@ -105,7 +104,7 @@ def finish(folder: Path, record: dict[str, Any]) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove what a run would go on from: all at once, so that no half of a checkpoint is left."""
+    """Remove all checkpoints, by one rename first, so that no partial checkpoint remains."""
     aside = folder / f".{CHECKPOINTS}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -114,7 +113,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what a finished run no longer needs; only now, or a killed one would start anew."""
+    """Remove the files that a finished run no longer needs, but a killed one resumes from."""
     remove_checkpoints(folder)
     tidy(folder)
 
@@ -127,9 +126,9 @@ def _size(path: Path) -> int | None:
 def open_log(
     folder: Path, is_main: bool, step: int, trackers: tuple[str, ...], identity: Identity
 ) -> Iterator[Log]:
-    """A function that logs an event as one line of JSON, and tells the trackers.
+    """A function that logs an event as one line of JSON, and to the trackers.
 
-    What an earlier try of the run logged until `step` stays. Silent but on the main process.
+    The lines of an earlier try of the run up to `step` stay. Logs on the main process alone.
     """
     if not is_main:
         yield lambda **event: None
@@ -158,7 +157,7 @@ def open_log(
 
 
 def _logged_until(path: Path, step: int) -> bytes:
-    """The lines of a log until a step."""
+    """The lines of a log up to a step."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     events = ((line, parse_event(line)) for line in lines)
     return b"".join(line + b"\n" for line, event in events if event and event["step"] <= step)

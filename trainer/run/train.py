@@ -36,13 +36,12 @@ from .target_folders import Source, find_sources, open_sources, settled, unfolde
 
 
 def train(settings: TrainSettings) -> TrainResult:
-    """Fine-tune a model on a target folder; returns at once where that was done before.
+    """Fine-tune a model on a target folder; returns at once if that was done before.
 
-    SIGTERM makes it write a checkpoint and end with Terminated, or lets it finish behind the last
-    step.
+    On SIGTERM it writes a checkpoint and raises Terminated, or finishes if the last step is taken.
 
     Raises UserError where the targets do not fit the model, the output folder holds something else,
-    or the loss stops being finite.
+    or the loss is not finite.
     """
     settings = unfolded(settings)
     sources = find_sources(settings)
@@ -88,7 +87,7 @@ def train(settings: TrainSettings) -> TrainResult:
 
 
 def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> None:
-    """Open the output folder, which may hold checkpoints of this very run alone."""
+    """Open the output folder, which may hold checkpoints of this run only."""
     latest_checkpoint(settings.out, identity)
     open_folder(settings.out, identity)
     if is_main:
@@ -144,7 +143,7 @@ def _record(
     accelerator: Accelerator,
     result: TrainResult,
 ) -> dict[str, Any]:
-    """What `qpipe.json` says: what was asked, what made the model, and how it went."""
+    """The content of `qpipe.json`: the settings, what made the model, and the results."""
     return {
         "identity": asdict(identity),
         "fingerprint": identity.fingerprint,

@@ -31,11 +31,9 @@ _ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 def start_accelerator(precision: Precision, waits_long: bool = False) -> Accelerator:
     """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
 
-    On a CPU the process keeps freed memory from now on.
-
-    A process that does not answer is given up after some minutes, after a day with `waits_long`.
-
-    Raises UserError for float16 without a GPU, and for more processes than GPUs.
+    On a CPU the process keeps freed memory from now on. Collective operations time out after some
+    minutes, after a day with `waits_long`. Raises UserError for float16 without a GPU, and for more
+    processes than GPUs.
     """
     place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if torch.cuda.is_available() and place >= gpus:
@@ -49,18 +47,18 @@ def start_accelerator(precision: Precision, waits_long: bool = False) -> Acceler
     if precision == "float16" and not torch.cuda.is_available():
         raise UserError("--precision float16 needs a GPU: give float32 or bfloat16")
     AcceleratorState._reset_state()  # or a second run in one process keeps the first's precision
-    # unless told that it is on a CPU, it does not see torchrun's processes there: each trains alone
+    # without cpu=True it ignores torchrun's processes on a CPU: each would train alone
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         keep_freed_memory()
-    patience: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
+    handlers: list[Any] = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if waits_long else []
     return Accelerator(
-        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=patience
+        cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=handlers
     )
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """The precision that the forward pass runs in."""
+    """The precision of the forward pass."""
     names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
     return names[accelerator.mixed_precision]
 
@@ -69,9 +67,9 @@ _PARAM_DTYPES = {"no": None, "bf16": torch.bfloat16}
 
 
 def shard(student: Student, accelerator: Accelerator) -> None:
-    """Spread a student over all processes, in place; every one of them calls it.
+    """Shard a student's weights over all processes, in place; every process calls it.
 
-    It keeps float32 weights; those that are gathered have the type of the forward pass.
+    The shards stay float32; gathered weights have the type of the forward pass.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     dtype = _PARAM_DTYPES[str(accelerator.mixed_precision)]
@@ -85,34 +83,34 @@ def shard(student: Student, accelerator: Accelerator) -> None:
 
 
 def is_sharded(student: Student) -> bool:
-    """Whether the weights are spread over processes."""
+    """Whether the weights are sharded over processes."""
     return isinstance(student, FSDPModule)
 
 
-def let_go(student: Student) -> None:
-    """Keep no more than the own share of the weights, after a forward pass without a backward."""
+def reshard(student: Student) -> None:
+    """Free gathered weights after a forward pass without a backward."""
     if isinstance(student, FSDPModule):
         student.reshard()
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor that may be spread over processes, whole."""
+def gathered(value: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded over processes."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-# mallopt's numbers for them, of malloc.h
+# mallopt's parameters, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER = -1
-_MOST = 32 * 2**20  # bytes; what the library allows
+_MOST = 32 * 2**20  # bytes; the library's maximum
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep freed memory for its next step, arrays above 32 MiB apart.
+    """Tell glibc to keep freed memory, so that CPU training does not page it in again at each step.
 
-    Left to itself, the GNU C library gives most of what a step used back to the system, which must
-    find and zero pages for the next step again: 120,000 of them with 135 million weights, nearly a
-    tenth of the step's time; this leaves a third of them. Larger arrays still go back: kept, they
-    would leave holes that only their like could fill. Other C libraries are left as they are.
+    By default glibc returns most of the memory of a step to the system, which must find and zero
+    pages for the next step: 120,000 of them with 135 million weights, nearly a tenth of the step's
+    time; this leaves a third of them. Arrays above 32 MiB are still returned: kept, they would
+    leave holes that only arrays of their size could fill. Does nothing with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return

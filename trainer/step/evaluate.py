@@ -1,4 +1,4 @@
-"""How a model does on held-out targets."""
+"""Evaluation of a model on held-out targets."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..data.batch import Batch, SparseTargets, padded_batch
 from ..loss.objective import Objective
 from ..loss.sparse import at_least_float32, observed_losses, residual_divergences
 from ..models.student import Student
-from .distributed import let_go
+from .distributed import reshard
 from .step import room_for
 
 
@@ -21,14 +21,14 @@ from .step import room_for
 class Evaluation:
     """Means over all supervised tokens of all processes; losses and entropy in nats.
 
-    - `target_loss`: what the training minimises.
+    - `target_loss`: the loss that training minimises.
     - `nll`: −log p(y), of the demonstrations alone.
     - `kl_to_base`: KL(base ‖ student) over the stored support, the rest as one bucket; None where
       the targets' residual is not the base prior.
-    - `trust`: the method's γ, that of the student as it is now if the method is live; 1 where the
-      folder holds γ in its weights (frozen-weight), None where a method has none (gem).
-    - `tail_mass`: what the target puts outside the stored support, where only its sum is known.
-    - `entropy`: the student's, over the whole vocabulary: does it grow too sure of itself?
+    - `trust`: the method's γ, at the present student if the method is live; 1 where the folder
+      holds γ in its weights (frozen-weight), None where a method has none (gem).
+    - `tail_mass`: the target's mass outside the stored support, where only its sum is known.
+    - `entropy`: of the student over the whole vocabulary; a fall shows overconfidence.
     """
 
     tokens: int
@@ -44,7 +44,7 @@ class Evaluation:
 def evaluate(
     student: Student, batches: Iterable[Batch], accelerator: Accelerator, objective: Objective
 ) -> Evaluation:
-    """Evaluate on the batches of all processes; every one of them calls it with its own."""
+    """Evaluate on the batches of all processes; every process calls it with its own."""
     was_training = student.training
     student.eval()
     read = partial(_sums, objective=objective)
@@ -54,7 +54,7 @@ def evaluate(
             found = student.measure(batch.to(accelerator.device), read, objective.reads_examples)
         sums = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
     student.train(was_training)
-    let_go(student)
+    reshard(student)
     tokens, target_loss, nll, divergence, trust, tail_mass, entropy = _of_all(sums, accelerator)
     residual_is_base = objective.residual == "base"
     return Evaluation(
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def _sums(logits_nV: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
-    """What the means are taken of, summed over some positions, [7]."""
+    """The sums over some positions that the means are computed from, [7]."""
     logits_nV = at_least_float32(logits_nV)
     followed, _ = objective.followed(logits_nV, targets)
     nothing = logits_nV.new_zeros(())
@@ -88,8 +88,10 @@ def _sums(logits_nV: Tensor, targets: SparseTargets, objective: Objective) -> Te
 
 
 def _in_step(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch]:
-    """The batches, then empty ones until every process is through: sharded weights are gathered by
-    all processes together."""
+    """The batches, then empty ones until every process is done.
+
+    Sharded weights are gathered by all processes together.
+    """
     own = iter(batches)
     while True:
         batch = next(own, None)

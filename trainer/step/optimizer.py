@@ -15,7 +15,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a model's trained weights; weight decay on matrices alone.
 
-    Raises UserError for one that comes from a library which is not installed.
+    Raises UserError if its library is not installed.
     """
     groups = parameter_groups(model, weight_decay)
     match name:
@@ -31,9 +31,8 @@ def make_optimizer(
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trained weights in two groups: the matrices, which decay, and all others.
 
-    Others are biases, the scales of norms, and embeddings: the row of a token that no example has
-    is without a gradient, and decay alone would wear it away. Tied to the head, they are embeddings
-    still.
+    Others are biases, the scales of norms, and embeddings, also when tied to the head: the row of a
+    token that does not occur gets no gradient, and decay alone would shrink it.
     """
     embeddings = {
         parameter
@@ -52,7 +51,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def _bitsandbytes(name: OptimizerName) -> Any:
-    """The library's optimizers, AdamW with its moments in 8 bits among them."""
+    """The optimizers of bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         raise UserError(f"--optimizer {name} needs bitsandbytes: pip install 'qpipe[8bit]'")
     from bitsandbytes import optim  # pyright: ignore[reportMissingImports]
@@ -61,10 +60,10 @@ def _bitsandbytes(name: OptimizerName) -> Any:
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """The share of the full learning rate at a step, counted from 0.
+    """The learning rate at a step, counted from 0, as a share of the full one.
 
-    It climbs in even parts through the warm-up and reaches 1 at step `warmup_steps`; from there
-    "cosine" and "linear" fall to 0, which they would reach at step `steps`.
+    It rises linearly during the warm-up and reaches 1 at step `warmup_steps`; from there "cosine"
+    and "linear" fall towards 0, reached at step `steps`, one after the last.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

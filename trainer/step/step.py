@@ -1,10 +1,11 @@
 """One optimizer step, on one process or many.
 
-It follows the gradient of
+It takes the gradient of
 
     (sum of weight·loss over all supervised tokens of the step) / (their number)
 
-over all micro-batches and processes, so the same samples give the same step however they are cut.
+over all micro-batches and processes, so the same samples give the same step, whatever the
+micro-batches and the number of processes.
 """
 
 import math
@@ -23,10 +24,10 @@ from ..data.batch import Batch
 from ..loss.objective import Objective
 from ..models.student import Student
 from ..settings import TrainSettings
-from .distributed import shard, whole
+from .distributed import gathered, shard
 from .optimizer import make_optimizer
 
-NOT_FINITE = "not-finite.json"  # in the run's folder: what went wrong there
+NOT_FINITE = "not-finite.json"  # in the run's folder: the step and the examples of the error
 _MOST_NAMED = 5
 
 
@@ -34,8 +35,8 @@ _MOST_NAMED = 5
 class StepResult:
     """Loss per token in nats, norm of the gradient before clipping, supervised tokens.
 
-    `error_bound` is the mean, over the tokens, of how far a truncated teacher may have moved the
-    gradient with respect to the logits (the sum of absolute differences); None where it cannot.
+    `error_bound` is the mean over the tokens of the bound ‖ĝ − g‖₁ by which a truncated teacher
+    may change the gradient with respect to the logits; None where it does not change.
     """
 
     loss: float
@@ -45,7 +46,7 @@ class StepResult:
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient that is no number, and the examples that it comes from."""
+    """A loss or a gradient that is not finite, and the examples that it comes from."""
 
     def __init__(self, step: int, loss: float, examples: list[str]) -> None:
         what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
@@ -97,8 +98,8 @@ class Stepper:
         loss = float(self._sum(sums.sum())) / int(tokens)
         parameters = self.model.parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        assert norm is not None  # only DeepSpeed keeps it to itself
-        grad_norm = float(whole(norm))
+        assert norm is not None  # only DeepSpeed does not return it
+        grad_norm = float(gathered(norm))
         # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
         may_overflow = self.accelerator.scaler is not None
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
@@ -122,7 +123,7 @@ class Stepper:
                 batch = batch.to(self.accelerator.device)
                 with self.accelerator.autocast():
                     loss_sum, error_bounds = self.model(batch, self.objective)
-                # the mean that is taken of the processes' gradients must become their sum
+                # the gradients are averaged over the processes; their sum is wanted
                 self.accelerator.backward(loss_sum * (self.accelerator.num_processes / tokens))
             sums.append(loss_sum.detach())
             if error_bounds is not None:
@@ -137,7 +138,7 @@ class Stepper:
 
 @contextmanager
 def room_for(what: str, way_out: str) -> Iterator[None]:
-    """Turns a lack of the device's memory into a UserError that says what to give."""
+    """Turns an out-of-memory error of the device into a UserError that names the way out."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -145,7 +146,7 @@ def room_for(what: str, way_out: str) -> Iterator[None]:
 
 
 def _at_fault(batches: Sequence[Batch], sums: Tensor) -> list[str]:
-    """The examples of the micro-batches whose loss is not finite; of all where none stands out."""
+    """The examples of the micro-batches whose loss is not finite; all examples if there is none."""
     own = [
         batch for batch, is_finite in zip(batches, sums.isfinite(), strict=True) if not is_finite
     ]

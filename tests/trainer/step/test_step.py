@@ -185,7 +185,7 @@ def dense_cross_entropy(model: torch.nn.Module, examples: list[TargetExample]) -
     ("place", "words"),
     [
         ("accelerate.Accelerator.prepare", "the model: .*: give --lora-rank"),
-        ("qpipe.trainer.step.step.Stepper._backward", "step 1: .*: give fewer --forward-tokens"),
+        ("accelerate.Accelerator.backward", "step 1: .*: give fewer --forward-tokens"),
         ("torch.optim.AdamW.step", "the optimizer: .*: give --optimizer adamw-8bit"),
         (
             "qpipe.trainer.models.student.Student.measure",
