@@ -14,12 +14,12 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
         return tuple(float(word) for word in text.split(",")) if text else ()
     except ValueError as error:
         raise click.BadParameter(
-            f"{text} is no list of numbers: give one a folder, as in 3,1", ctx, parameter
+            f"{text} is not a list of numbers: give one a folder, as in 3,1", ctx, parameter
         ) from error
 
 
 @click.command(cls=Command)
-@options_of(TrainSettings, mixture_weights={"multiple": False, "callback": _weights})
+@options_of(TrainSettings, mixture_weights={"multiple": False, "type": str, "callback": _weights})
 @config_option
 def train(**options: Any) -> None:
     """Train a model on targets, without the prior.

@@ -60,7 +60,7 @@ def test_a_folder_with_something_else_is_refused(settings: TrainSettings) -> Non
     assert [path.name for path in settings.out.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("stage", ["loop.save_model", "loop.finish", "run.Stepper"])
+@pytest.mark.parametrize("stage", ["save_model", "finish", "Stepper"])
 def test_a_run_interrupted_before_a_checkpoint_starts_over(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_run_interrupted_before_a_checkpoint_starts_over(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"qpipe.trainer.{stage}", killed)
+        patch.setattr(f"qpipe.trainer.run.train.{stage}", killed)
         with pytest.raises(Killed):
             train(settings)
     assert not (settings.out / "qpipe.json").exists()
