@@ -1,32 +1,30 @@
-"""What a folder says of itself: the plan it is made by, and the manifest that seals it.
+"""The plan of a folder under work, and the manifest that seals it.
 
 A folder under work holds `plan.json`; a sealed one holds `manifest.json` in its place and is never
 changed again. Both carry the stage's identity, whose hash is the fingerprint.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..errors import UserError, one_line, shown
+import msgspec
+from msgspec import Meta
+
+from ..errors import UserError, quoted, shown
+from ..format.packing import Precision
+from ..format.records import Count, Reject
 from ..format.schema import FORMAT_VERSION, STAGES, Schema, format_version_of
 from ..storage.files import read_bytes
 from ..storage.json_files import (
+    Number,
     json_bytes,
     parse_json,
     read_json,
+    refuse_misfits,
     sha256_of_json,
     write_json,
     write_readable,
-)
-from .plausible import (
-    check_counts,
-    check_entry,
-    check_frequent_ids,
-    check_identity,
-    check_kinds,
-    check_maps,
 )
 
 MANIFEST = "manifest.json"
@@ -38,8 +36,7 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.arrow"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What determines a folder's content: the same identity, the same content.
 
     `settings` holds only what changes the stored content; `inputs` names each input and its
@@ -55,11 +52,10 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the identity."""
-        return sha256_of_json(asdict(self))
+        return sha256_of_json(self)
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
+class ShardEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A committed shard, as its sidecar and the manifest describe it.
 
     `sums` holds what the stage adds up over its rows (probability masses, nats, counts), so that
@@ -68,23 +64,22 @@ class ShardEntry:
 
     file: str
     fingerprint: str
-    rows: int
-    tokens: int
-    positions: int
-    entries: int
-    bytes: int
-    sha256: str
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
+    rows: Count
+    tokens: Count
+    positions: Count
+    entries: Count
+    bytes: Count
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    rejects: list[Reject] = []
+    sums: dict[str, Number] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The seal of a folder.
 
     `parents` holds the identities of the folders that this one was made from, so the chain back to
     the demonstrations stays readable where those folders are not at hand. `provenance` names what
-    made it and leaves the content as it is: model, revision, package versions. `totals` adds up the
+    made it and does not affect the content: model, revision, package versions. `totals` adds up the
     shards: read, rejected, rows, tokens, positions, entries, bytes, and the stage's own sums.
     `frequent_ids` are the first ranks of a packed folder's ids (`packing.Packing`).
     """
@@ -99,12 +94,12 @@ class Manifest:
 
     @property
     def kept_mass(self) -> float:
-        """The mean probability that the stored entries hold."""
+        """The mean probability of the stored entries, summed over a position."""
         return 1 - self.totals["sums"]["tail_mass"] / self.totals["positions"]
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of the shards for each supervised position."""
+        """Bytes of the shards per supervised position."""
         return self.totals["bytes"] / self.totals["positions"]
 
     @property
@@ -112,24 +107,57 @@ class Manifest:
         """The settings of the stage that made the folder."""
         return self.identity.settings
 
+    @property
+    def as_parent(self) -> dict[str, Any]:
+        """The entry of this folder in the `parents` of one that is made from it."""
+        return {"identity": msgspec.to_builtins(self.identity), "parents": self.parents}
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a folder under work is to become.
 
-    `shards` and `demonstrations` are how many there will be, where that is known before the end;
-    they only tell how far the work has come.
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The identity of a folder under work.
+
+    `shards` and `demonstrations` are their expected numbers, where known; they serve only to show
+    progress.
     """
 
     identity: Identity
-    shards: int | None = None
-    demonstrations: int | None = None
+    shards: Count | None = None
+    demonstrations: Count | None = None
+
+
+class _Settings(msgspec.Struct):
+    """The settings that readers of a sealed folder use; a stage may have others."""
+
+    vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
+    tokenizer_hash: str
+    top_k: Count = 0
+    max_length: Count = 0
+    method: str = ""
+    form: str = ""
+    parameters: dict[str, Number | str] = {}
+    residual: str = ""
+    tail_shape: Literal["student", "uniform"] = "student"
+    top_p: Number | None = None
+    max_support: Count | None = None
+    precision: Precision | None = None
+    temperature: Number = 1.0
+    teacher_temperature: Number = 1.0
+
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "score": ("vocab_size", "tokenizer_hash", "top_k"),
+    "build-targets": (
+        *("vocab_size", "tokenizer_hash", "method", "form", "parameters"),
+        *("residual", "tail_shape", "top_p"),
+    ),
+    "mix": ("vocab_size", "tokenizer_hash", "residual", "tail_shape", "weights"),
+}
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write `plan.json`."""
     counts = {"shards": plan.shards, "demonstrations": plan.demonstrations}
-    write_json(folder / PLAN, asdict(plan.identity) | {"counts": counts})
+    write_json(folder / PLAN, msgspec.structs.asdict(plan.identity) | {"counts": counts})
 
 
 def read_plan(folder: Path) -> Plan:
@@ -138,11 +166,17 @@ def read_plan(folder: Path) -> Plan:
     value = read_json(path)
     counts = value.pop("counts", {}) if isinstance(value, dict) else {}
     identity = parse_identity(path, value)
-    try:
-        check_counts(counts)
-        return Plan(identity, **counts)
-    except (TypeError, ValueError) as error:
-        raise _damaged(path, f"not a plan ({one_line(error)})") from error
+    with refuse_misfits(path, "plan", _way_out(path)):
+        return msgspec.convert(msgspec.convert(counts, dict) | {"identity": identity}, Plan)
+
+
+def parse_identity(path: Path, value: Any) -> Identity:
+    """The identity of any stage in a JSON value."""
+    _refuse_other_version(path, value)
+    with refuse_misfits(path, "plan", _way_out(path)):
+        identity = msgspec.convert(value, Identity)
+        _ = identity.fingerprint  # settings that are nested too deeply cannot be hashed
+    return identity
 
 
 def identity_schema(schema: Schema) -> dict[str, str]:
@@ -175,35 +209,33 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Seal a folder: write its manifest, with a hash over all that it says.
+    """Seal a folder: write its manifest, with a hash of all its values.
 
     Raises UserError where it would be too large to be read.
     """
-    value = asdict(manifest) | {"frequent_ids": " ".join(map(str, manifest.frequent_ids))}
-    write_readable(folder / MANIFEST, json_bytes(value | {"seal": sha256_of_json(value)}))
+    write_readable(folder / MANIFEST, _sealed_bytes(manifest))
+
+
+def _sealed_bytes(manifest: Manifest) -> bytes:
+    ids = " ".join(map(str, manifest.frequent_ids))
+    value = msgspec.structs.asdict(manifest) | {"frequent_ids": ids}
+    return json_bytes(value | {"seal": sha256_of_json(value)})
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:
-    """The manifest in a file's content, everything about it checked that needs no other file."""
+    """The manifest in a file's content. Checks all that can be checked without another file."""
     value = parse_json(path, content)
-    try:
-        said = {name: each for name, each in value.items() if name != "seal"}
-        identity = Identity(**said["identity"])
-        check_version(path, identity)
-        shards = [ShardEntry(**entry) for entry in said["shards"]]
-        ids = tuple(map(int, said["frequent_ids"].split()))
-        manifest = Manifest(**{**said, "identity": identity, "shards": shards, "frequent_ids": ids})
-        is_sealed = value.get("seal") == sha256_of_json(said) and json_bytes(value) == content
-        check_maps(parents=manifest.parents, provenance=manifest.provenance)
-        check_identity(identity)
-        check_frequent_ids(ids, identity.settings["vocab_size"])
-        if shards and identity.stage not in STAGES:
-            raise ValueError(f"a folder of {identity.stage} has no shards")
-        for index, entry in enumerate(shards):
-            check_entry(entry, shard_name(index), manifest.fingerprint)
-        fingerprint, totals = identity.fingerprint, totals_of(shards)
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"not a manifest ({one_line(error)})") from error
+    with refuse_misfits(path, "manifest", _way_out(path)):
+        value = msgspec.convert(value, dict[str, Any])
+        _refuse_other_version(path, value.get("identity"))
+        value.pop("seal", None)
+        value["frequent_ids"] = _parse_ids(value.get("frequent_ids"))
+        manifest = msgspec.convert(value, Manifest)
+        _check_settings(manifest)
+        for index, entry in enumerate(manifest.shards):
+            check_entry(entry, index, manifest.fingerprint)
+        fingerprint, totals = manifest.identity.fingerprint, totals_of(manifest.shards)
+        is_sealed = _sealed_bytes(manifest) == content
     if manifest.fingerprint != fingerprint:
         raise _damaged(path, "its fingerprint is not that of its settings")
     if manifest.totals != totals:
@@ -213,8 +245,47 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
     return manifest
 
 
+def _parse_ids(text: Any) -> list[int]:
+    """The ids of a manifest, which stores them as one text of few bytes."""
+    if not isinstance(text, str):
+        raise ValueError(f"frequent_ids is missing, or not a text: {shown(text)}")
+    return [int(each) for each in text.split()]
+
+
+def _check_settings(manifest: Manifest) -> None:
+    """Raises ValueError for settings with which the folder cannot be read."""
+    stage, settings = manifest.identity.stage, manifest.settings
+    if stage not in _REQUIRED:
+        raise ValueError(f"stage {shown(stage)} is not one of {', '.join(_REQUIRED)}")
+    required = _REQUIRED[stage]
+    if settings.get("precision") is not None:
+        required = (*required, "max_support")
+    for name in required:
+        if name not in settings:
+            raise ValueError(f"setting {name} is missing")
+    checked = msgspec.convert(settings, _Settings)
+    ids = manifest.frequent_ids
+    if len(set(ids)) < len(ids) or not all(0 <= each < checked.vocab_size for each in ids):
+        raise ValueError("frequent_ids holds an id twice, or one outside of the vocabulary")
+    if manifest.shards and stage not in STAGES:
+        raise ValueError(f"a folder of {stage} has no shards")
+
+
+def check_entry(entry: ShardEntry, index: int, fingerprint: str) -> None:
+    """Raises ValueError for a shard of another index or folder."""
+    name = shard_name(index)
+    if entry.file != name:
+        raise ValueError(f"{name}: file cannot be {quoted(entry.file)}")
+    if entry.fingerprint != fingerprint:
+        raise ValueError(f"{name}: fingerprint cannot be {quoted(entry.fingerprint)}")
+
+
 def _damaged(path: Path, why: str, what: str = "damaged") -> UserError:
-    return UserError(f"{path}: {what}, {why}: restore it, or make {path.parent} again")
+    return UserError(f"{path}: {what}, {why}: {_way_out(path)}")
+
+
+def _way_out(path: Path) -> str:
+    return f"restore it, or make {path.parent} again"
 
 
 def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
@@ -230,33 +301,22 @@ def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
     return totals
 
 
-def parse_identity(path: Path, value: Any) -> Identity:
-    """The identity of any stage in a JSON value."""
-    try:
-        identity = Identity(**value)
-        check_kinds(identity)
-        _ = identity.fingerprint  # what cannot be hashed is the identity of nothing
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"not a plan ({one_line(error)})") from error
-    check_version(path, identity)
-    return identity
-
-
-def check_version(path: Path, identity: Identity) -> None:
-    """Refuse a folder of another format version."""
-    stage, found = str(identity.stage), identity.format_version
-    readable = format_version_of(stage)
-    if type(found) is not int or found != readable:
-        raise UserError(
-            f"{path}: format version {shown(found)}, this qpipe reads {readable}: make it again "
-            f"with `qpipe {stage[:20]}`, or use the qpipe that made it"
-        )
+def _refuse_other_version(path: Path, identity: Any) -> None:
+    """Refuse a folder of another format version, whatever else it holds."""
+    match identity:
+        case {"stage": str(stage), "format_version": found}:
+            readable = format_version_of(stage)
+            if type(found) is not int or found != readable:
+                raise UserError(
+                    f"{path}: format version {shown(found)}, this qpipe reads {readable}: make it "
+                    f"again with `qpipe {stage[:20]}`, or use the qpipe that made it"
+                )
 
 
 def first_difference(wanted: Identity, found: Identity) -> str:
-    """The first field in which two identities differ, with both values, as words."""
-    left, right = _leaves(asdict(wanted)), _leaves(asdict(found))
-    # the order of ids follows from other settings: these say more
+    """The first field in which two identities differ, with both values, for a message."""
+    left, right = _leaves(msgspec.to_builtins(wanted)), _leaves(msgspec.to_builtins(found))
+    # the order of ids follows from other settings, which explain the difference better
     weight = {"stage": -1, "settings.support_order": 1}
     for name in sorted(left.keys() | right.keys(), key=lambda name: (weight.get(name, 0), name)):
         there, now = right.get(name, "absent"), left.get(name, "absent")

@@ -6,7 +6,7 @@ where the parts are: URLs, and local folders relative to the mixture, which is t
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,7 @@ def _job(out: Path, parts: dict[str, Part]) -> Job:
         out,
         schema_of("build-targets", first["vocab_size"]),
         identity,
-        parents={
-            name: {"identity": asdict(manifest.identity), "parents": manifest.parents}
-            for name, manifest in manifests.items()
-        },
+        parents={name: manifest.as_parent for name, manifest in manifests.items()},
         provenance={"parts": {name: _reference(part.folder, out) for name, part in parts.items()}},
     )
 

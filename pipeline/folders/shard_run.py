@@ -8,15 +8,16 @@ import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import msgspec
+
 from ..errors import UserError
-from ..format.records import Reject
 from ..format.schema import Schema
 from ..storage.files import TEMPORARY, write_bytes
 from ..storage.json_files import json_bytes, read_json
@@ -292,7 +293,7 @@ class ShardRun:
 
 def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
     """The content of the file of rejects."""
-    rejects = (asdict(Reject(**each)) for entry in shards for each in entry.rejects)
+    rejects = [msgspec.structs.asdict(each) for entry in shards for each in entry.rejects]
     return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rejects).encode()
 
 

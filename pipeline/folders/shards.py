@@ -2,22 +2,28 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import pyarrow as pa
 
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..format.arrow import encode
 from ..format.batches import FlatBatch, flatten
 from ..format.records import Example, Reject, ScoredExample, TargetExample
 from ..format.schema import Schema
 from ..storage.files import atomic_file, read_bytes, sha256_of_file
-from ..storage.json_files import json_bytes, parse_json, sha256_of_json, write_readable
+from ..storage.json_files import (
+    json_bytes,
+    parse_json,
+    refuse_misfits,
+    sha256_of_json,
+    write_readable,
+)
 from ..storage.remote import is_remote
-from .manifest import ShardEntry, shard_name
-from .plausible import check_entry
+from .manifest import ShardEntry, check_entry, shard_name
 
 BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
 
@@ -79,7 +85,7 @@ def commit_shard(
         entries=_total(content.batches, "entry"),
         bytes=hashing.size,
         sha256=hashing.digest.hexdigest(),
-        rejects=[asdict(reject) for reject in content.rejects],
+        rejects=content.rejects,
         sums=content.sums,
     )
     write_sidecar(folder, index, entry)
@@ -87,13 +93,13 @@ def commit_shard(
 
 
 def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
-    """Write what is known of a shard beside it, with a hash over all that it says."""
+    """Write the sidecar of a shard, with a hash of all its values."""
     write_readable(sidecar_path(folder, index), sidecar_bytes(entry))
 
 
 def sidecar_bytes(entry: ShardEntry) -> bytes:
     """A sidecar's content."""
-    value = asdict(entry)
+    value = msgspec.structs.asdict(entry)
     return json_bytes(value | {"seal": sha256_of_json(value)})
 
 
@@ -102,16 +108,12 @@ def read_sidecar(folder: Path, index: int) -> ShardEntry:
     path = sidecar_path(folder, index)
     content = read_bytes(path)
     value = parse_json(path, content)
-    try:
-        said = {name: each for name, each in value.items() if name != "seal"}
-        entry = ShardEntry(**said)
-        check_entry(entry, shard_name(index), entry.fingerprint)
-        is_sealed = sidecar_bytes(entry) == content
-    except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: damaged, not a sidecar ({one_line(error)}): remove it and run again"
-        ) from error
-    if not is_sealed:
+    with refuse_misfits(path, "sidecar", "remove it and run again"):
+        value = msgspec.convert(value, dict[str, Any])
+        value.pop("seal", None)
+        entry = msgspec.convert(value, ShardEntry)
+        check_entry(entry, index, entry.fingerprint)
+    if sidecar_bytes(entry) != content:
         raise UserError(
             f"{path}: damaged or changed, its seal is not that of its content: remove it and run "
             "again"

@@ -8,12 +8,15 @@ Ragged lists are flat: `counts[n]` entries belong to position n, in the order of
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]  # in JSON
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +63,9 @@ class TargetExample(Example):
     weights: Floats  # [N] the per-token factor of the loss (s in the table of methods)
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A demonstration that could not be used, and why."""
 
     source: str  # file or data set
-    line: int  # line (JSON lines) or row (everything else), from 1
+    line: Count  # line (JSON lines) or row (everything else), from 1
     reason: str

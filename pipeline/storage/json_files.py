@@ -4,13 +4,22 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..errors import UserError
+import msgspec
+
+from ..errors import UserError, one_line
 from .files import MOST_BYTES, read_bytes, write_bytes
 
 MOST_DENSE = 100_000  # values of a JSON file, however short they are
+_MOST = sys.float_info.max
+Number = (  # finite
+    Annotated[float, msgspec.Meta(ge=-_MOST, le=_MOST)]
+    | Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+)
 _HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")  # escaped
 
 
@@ -30,8 +39,15 @@ def write_readable(path: Path, content: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON file's content, the same bytes for the same value."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    """A JSON file's content, the same bytes for the same value; a struct is written as a dict."""
+    text = json.dumps(
+        value,
+        indent=1,
+        sort_keys=True,
+        ensure_ascii=False,
+        allow_nan=False,
+        default=msgspec.structs.asdict,
+    )
     return text.encode() + b"\n"
 
 
@@ -52,6 +68,15 @@ def parse_json(path: Path, content: bytes) -> Any:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
 
 
+@contextmanager
+def refuse_misfits(path: Path, what: str, way_out: str) -> Iterator[None]:
+    """Raises UserError, naming the field, where a value of the file is not one of a `what`."""
+    try:
+        yield
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not a {what} ({one_line(error)}): {way_out}") from error
+
+
 def _excess(content: bytes) -> str | None:
     """What is too much in the content of a JSON file."""
     size = len(content)
@@ -64,10 +89,16 @@ def _excess(content: bytes) -> str | None:
 
 def sha256_of_json(value: Any) -> str:
     """The hexadecimal SHA-256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        default=msgspec.structs.asdict,
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a number that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= _MOST

@@ -1,7 +1,7 @@
 """`qpipe build-targets`: score shards in, target shards out, one for one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -185,13 +185,9 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         folder_in(settings.out, settings.in_store, identity),
         schema,
         identity,
-        parents={name: _parent(manifest) for name, manifest in manifests.items()},
+        parents={name: manifest.as_parent for name, manifest in manifests.items()},
         provenance=_provenance(manifests),
     )
-
-
-def _parent(manifest: Manifest) -> dict[str, Any]:
-    return {"identity": asdict(manifest.identity), "parents": manifest.parents}
 
 
 def _provenance(folders: dict[str, Manifest]) -> dict[str, Any]:

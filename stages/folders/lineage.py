@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import Identity, Manifest
 
@@ -37,7 +39,7 @@ def generations(manifest: Manifest) -> Iterator[tuple[int, str]]:
     """
     try:
         yield from _generations(0, "", manifest.identity, manifest.parents)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, msgspec.ValidationError) as error:
         raise UserError(
             f"manifest {manifest.fingerprint[:12]}: damaged parents ({error})"
         ) from error
@@ -51,7 +53,7 @@ def _generations(
     for role, fingerprint in identity.inputs.items():
         if role in parents:
             parent = parents[role]
-            own = Identity(**parent["identity"])
+            own = msgspec.convert(parent["identity"], Identity)
             yield from _generations(depth + 1, role, own, parent["parents"])
         else:
             yield depth + 1, f"{role} {fingerprint[:12]}"

@@ -4,7 +4,7 @@ Rows are copied as they are stored. Shard i holds those of the source's shard i.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def _job(settings: SubsetSettings, source: Manifest, selection: RowSelection) ->
         schema=identity_schema(schema),
         format_version=source.identity.format_version,
     )
-    parents = {"source": {"identity": asdict(source.identity), "parents": source.parents}}
+    parents = {"source": source.as_parent}
     return Job(
         settings.out,
         schema.as_stored,

@@ -1,9 +1,10 @@
 """`qpipe verify`: whether a sealed folder holds what its manifest says, and nothing impossible."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ...pipeline.errors import UserError, one_line, quoted
 from ...pipeline.folders.manifest import (
@@ -30,7 +31,7 @@ def verify(folder: Path) -> Iterator[str]:
     """
     manifest = read_manifest(folder)
     yield from _of_manifest(folder, manifest)
-    yield from _of_chain(folder / MANIFEST, asdict(manifest.identity), manifest.parents)
+    yield from _of_chain(folder / MANIFEST, manifest.identity, manifest.parents)
     yield from _strays(folder, manifest)
     if manifest.identity.stage == MIX:
         yield from _of_parts(folder)
@@ -63,17 +64,17 @@ def _of_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{folder / MANIFEST}: its schema is not that of its settings"
 
 
-def _of_chain(where: Path, identity: dict[str, Any], parents: Any) -> Iterator[str]:
+def _of_chain(where: Path, identity: Identity, parents: Any) -> Iterator[str]:
     """The folders that this one was made from have the fingerprints that it was made with."""
     try:
-        inputs = dict(identity["inputs"])
-        if identity["stage"] == "build-targets" and inputs.keys() != dict(parents).keys():
+        if identity.stage == "build-targets" and identity.inputs.keys() != dict(parents).keys():
             yield f"{where}: parents: not those that inputs names"
         for name, parent in dict(parents).items():
-            if inputs.get(name) != Identity(**parent["identity"]).fingerprint:
+            own = msgspec.convert(parent["identity"], Identity)
+            if identity.inputs.get(name) != own.fingerprint:
                 yield f"{where}: parents, {quoted(name)}: its fingerprint is not the one in inputs"
-            yield from _of_chain(where, parent["identity"], parent["parents"])
-    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+            yield from _of_chain(where, own, parent["parents"])
+    except (TypeError, KeyError, ValueError, RecursionError, msgspec.ValidationError) as error:
         yield f"{where}: parents: not the identities of folders ({one_line(error)})"
 
 

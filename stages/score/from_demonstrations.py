@@ -47,7 +47,7 @@ def _refuse_rejects(job: Job) -> None:
         entries = in_order(there, sidecar_indices(folder))
     for entry in entries:
         if entry is not None and entry.rejects:
-            raise _unusable(Reject(**entry.rejects[0]))
+            raise _unusable(entry.rejects[0])
 
 
 def _stage(

@@ -4,7 +4,6 @@ Shard i covers shard i of that folder. Each position holds this model's top k an
 log-probabilities at the ids that the folder holds there: the two models share a support.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ class _ScoreFolder:
         return {"at": self.manifest.fingerprint}
 
     def parents(self) -> dict[str, Any]:
-        identity, parents = asdict(self.manifest.identity), self.manifest.parents
-        return {"at": {"identity": identity, "parents": parents}}
+        return {"at": self.manifest.as_parent}
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
         return _stage, (settings, job)

@@ -219,6 +219,6 @@ def refuse_nothing_scored(shards: Iterable[ShardEntry]) -> None:
         return
     first = next(reject for entry in shards for reject in entry.rejects)
     raise UserError(
-        f"none of the demonstrations could be used; the first: {first['source']}, line "
-        f"{first['line']}: {first['reason']}"
+        f"none of the demonstrations could be used; the first: {first.source}, line "
+        f"{first.line}: {first.reason}"
     )

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qpipe.pipeline.folders.manifest import Identity, read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.mixing import read_mix, write_mix
 from qpipe.pipeline.folders.sealed import read_scores, read_targets
 from qpipe.pipeline.storage.json_files import json_bytes, sha256_of_json
@@ -69,7 +69,7 @@ def resealed(value: Any) -> bytes:
     """A manifest's content with every fingerprint, total and seal that can be made to fit."""
     try:
         value.pop("seal", None)
-        value["fingerprint"] = Identity(**value["identity"]).fingerprint
+        value["fingerprint"] = sha256_of_json(value["identity"])
         for entry in value["shards"]:
             entry["fingerprint"] = value["fingerprint"]
         for name in ("rows", "tokens", "positions", "entries", "bytes"):

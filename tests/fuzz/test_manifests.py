@@ -3,7 +3,6 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.manifest import (
@@ -96,14 +95,8 @@ def content_of(stage: str, index: int) -> ShardContent:
     entry = manifest.shards[index]
     content = ShardContent(list(read_shard(whole(stage), manifest, entry)))
     content.add_sums(**entry.sums)
-    content.rejects = rejects_of(entry)
+    content.rejects = list(entry.rejects)
     return content
-
-
-def rejects_of(entry: Any) -> list[Any]:
-    from qpipe.pipeline.format.records import Reject
-
-    return [Reject(**each) for each in entry.rejects]
 
 
 @st.composite

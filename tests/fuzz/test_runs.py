@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec import to_builtins
 from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.commands.status_summary import print_status
 from qpipe.stages.folders.status import status_of
@@ -30,9 +31,9 @@ EVENTS: list[Any] = [
     ),
 ]
 VALUES: dict[str, Any] = {
-    RUN: {"identity": asdict(IDENTITY), "results": asdict(RESULT), "files": {}},
-    PROGRESS: {"identity": asdict(IDENTITY), "progress": {"step": 2, "samples": 16}},
-    "plan.json": asdict(IDENTITY) | {"counts": {}},
+    RUN: {"identity": to_builtins(IDENTITY), "results": asdict(RESULT), "files": {}},
+    PROGRESS: {"identity": to_builtins(IDENTITY), "progress": {"step": 2, "samples": 16}},
+    "plan.json": to_builtins(IDENTITY) | {"counts": {}},
 }
 
 

@@ -4,13 +4,14 @@ import hashlib
 import os
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.structs import replace
 from qpipe.pipeline.folders.manifest import (
     Identity,
     Manifest,

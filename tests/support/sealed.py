@@ -1,12 +1,12 @@
 """Small sealed folders made by hand, and hands that change them and make every hash fit again."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.structs import replace
 from qpipe.pipeline.folders.manifest import (
     Identity,
     Manifest,

@@ -145,7 +145,7 @@ class Checkpoints:
                 save(_state(self.stepper), checkpoint_id=folder)
             _save_random_state(folder / f"random-{accelerator.process_index}.pt")
             if accelerator.is_main_process:
-                record = {"identity": asdict(self.identity), "progress": asdict(progress)}
+                record = {"identity": self.identity, "progress": asdict(progress)}
                 write_json(folder / _PROGRESS, record)
         except (OSError, RuntimeError, UserError, CheckpointException) as failure:
             return failure  # a full disk comes as any of these

@@ -12,13 +12,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
-from ...pipeline.folders.plausible import check_maps
 from ...pipeline.folders.shard_run import refuse_other, tidy
 from ...pipeline.options import described
 from ...pipeline.storage.files import TEMPORARY, write_bytes
-from ...pipeline.storage.json_files import read_json, write_json
+from ...pipeline.storage.json_files import read_json, refuse_misfits, write_json
 from ..data.shares import shares_of
 from ..settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
@@ -28,6 +29,14 @@ LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 
 Log = Callable[..., None]  # takes the fields of an event
+
+
+class _Record(msgspec.Struct):
+    """The fields of `qpipe.json` that are read again."""
+
+    identity: dict[str, Any]
+    files: dict[str, int]
+    results: dict[str, Any]
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
@@ -67,12 +76,9 @@ def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
     """The identity and the record of a finished run. Raises UserError if it is damaged."""
     path = folder / RUN
     record = read_json(path)
-    try:
-        found = parse_identity(path, record["identity"])
-        check_maps(files=record["files"], results=record["results"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, no record of a run: remove {folder}") from error
-    return found, record
+    with refuse_misfits(path, "record of a run", f"remove {folder}"):
+        checked = msgspec.convert(record, _Record)
+    return parse_identity(path, checked.identity), record
 
 
 def settings_in(folder: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _record(
 ) -> dict[str, Any]:
     """The content of `qpipe.json`: the settings, what made the model, and the results."""
     return {
-        "identity": asdict(identity),
+        "identity": identity,
         "fingerprint": identity.fingerprint,
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "parents": {source.name: _chain(source.manifest) for source in sources},
@@ -160,8 +160,4 @@ def _record(
 
 def _chain(manifest: Manifest) -> dict[str, Any]:
     """What a folder was made from, back to the demonstrations."""
-    return {
-        "identity": asdict(manifest.identity),
-        "fingerprint": manifest.fingerprint,
-        "parents": manifest.parents,
-    }
+    return manifest.as_parent | {"fingerprint": manifest.fingerprint}

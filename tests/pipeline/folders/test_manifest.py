@@ -3,12 +3,12 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import (

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from qpipe.pipeline import decoder
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest, write_manifest

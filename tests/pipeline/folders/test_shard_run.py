@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict, replace
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Plan, ShardEntry, read_manifest, shard_name
@@ -515,7 +515,7 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
 def test_a_manifest_too_large_to_be_read_is_not_written(
     toy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpipe.pipeline.storage.files.MOST_BYTES", 2000)
+    monkeypatch.setattr("qpipe.pipeline.storage.json_files.MOST_BYTES", 2000)
     with pytest.raises(UserError, match=r"manifest.json: would have [\d,]+ bytes, more than is"):
         toy(folder).run()
     assert not (folder / "manifest.json").exists()

@@ -69,8 +69,7 @@ def test_filters_and_json(root: str) -> None:
 
 def test_what_others_sealed_cannot_end_it(tmp_path: Path) -> None:
     """Whole in every hash, and yet nothing that this package writes."""
-    from dataclasses import replace
-
+    from msgspec.structs import replace
     from qpipe.pipeline.folders.manifest import write_manifest
 
     folder = folder_of(tmp_path / "a", [targeted("x", [1, 2], [0.5], [{2: 0.5}])])

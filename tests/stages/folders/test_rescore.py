@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.pipeline.format.records import ScoredExample
@@ -175,8 +176,10 @@ def test_scores_whose_weights_nobody_knows_are_compared(
     """Those that a server made, and those of another tool."""
     manifest = module.read_manifest(scores, "score")
     own = {key: manifest.settings[key] for key in ("tokenizer_hash", "vocab_size")}
-    identity = replace(manifest.identity, settings=own | settings)
-    monkeypatch.setattr(module, "read_manifest", lambda *_: replace(manifest, identity=identity))
+    identity = structs.replace(manifest.identity, settings=own | settings)
+    monkeypatch.setattr(
+        module, "read_manifest", lambda *_: structs.replace(manifest, identity=identity)
+    )
     result = rescore(scores, str(tiny_model), examples=2)
     assert result.same_weights is None
     assert result.engine.startswith(engine)

@@ -7,12 +7,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 from qpipe.pipeline import decoder
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest
 from qpipe.pipeline.storage import remote

@@ -1,14 +1,15 @@
 """`qpipe verify` from the command line: sound folders pass, every kind of damage is named."""
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
@@ -139,7 +140,7 @@ def test_what_is_no_sealed_folder_is_refused_in_one_line(
     refused(verify, tmp_path / "gone", "gone: no such folder")
     refused(verify, tmp_path / "file", "file: is a file, not a folder")
     refused(verify, tmp_path / "empty", "it has no manifest.json")
-    identity = asdict(read_manifest(own).identity)
+    identity = read_manifest(own).identity
     (own / "manifest.json").unlink()
     write_json(own / "plan.json", identity)
     said = refused(verify, own, "not finished yet: run `qpipe build-targets`")
@@ -236,7 +237,7 @@ def test_a_wrong_value_is_named_with_shard_row_and_column(
 def test_rows_are_counted_over_the_record_batches_of_a_shard(
     verify: Verify, tmp_path: Path
 ) -> None:
-    examples = [replace(scored(3), id=f"e{number}") for number in range(70)]
+    examples = [dataclasses.replace(scored(3), id=f"e{number}") for number in range(70)]
     examples[66].token_weights[1] = -1
     folder = seal(tmp_path / "scores", "score", SCORES, [examples])
     refused(verify, folder, "row 66 ('e66'): column token_weights is no weight")
@@ -337,7 +338,7 @@ def test_a_folder_of_another_version_is_refused_with_the_way_out(
 
 
 def test_a_sidecar_without_a_seal_is_named(verify: Verify, own: Path) -> None:
-    write_json(own / "shard-00000.json", asdict(read_manifest(own).shards[0]))
+    write_json(own / "shard-00000.json", read_manifest(own).shards[0])
     refused(verify, own, "shard-00000.json: is not what the manifest says", "1 problem(s)")
 
 

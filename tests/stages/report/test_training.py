@@ -5,11 +5,11 @@ import builtins
 import json
 import re
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training_page import charts, read_runs, smoothed, thinned, training_head
 from qpipe.tests.support.made_up import folder_of, qpipe, targeted
@@ -18,7 +18,7 @@ from qpipe.tests.support.made_up import folder_of, qpipe, targeted
 def run_folder(folder: Path, events: list[dict[str, Any]], **settings: Any) -> Path:
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    identity = asdict(Identity("train", settings, inputs={}, schema={}))
+    identity = to_builtins(Identity("train", settings, inputs={}, schema={}))
     record = {"identity": identity, "files": {}, "results": {}}
     (folder / "qpipe.json").write_text(json.dumps(record))
     return folder
