@@ -19,7 +19,6 @@ from ..data.batch import Collator
 from ..data.loader import HeldOut, StepLoader
 from ..data.steps import Cadence, Samples
 from ..data.stream import TargetStream
-from ..loss.objective import settled_method
 from ..models.files import ModelFiles, find_model
 from ..models.packed_attention import can_pack
 from ..models.saving import save_adapter, save_model
@@ -47,9 +46,7 @@ def train(settings: TrainSettings) -> TrainResult:
     sources = find_sources(settings)
     base = find_model(settings.model, settings.revision)
     objective = settled(settings, sources, base)
-    first = sources[0]
-    method = settled_method(settings.method, first.folder, first.manifest)
-    settings = replace(settings, method=method)
+    settings = replace(settings, method=objective.choice.method.name)
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
