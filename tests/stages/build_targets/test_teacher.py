@@ -19,6 +19,7 @@ from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
+from qpipe.stages.build_targets import score_folder
 from qpipe.stages.build_targets import teacher as module
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
@@ -240,7 +241,7 @@ def test_pieces_of_any_size_are_joined_to_their_own(
 ) -> None:
     wanted = [as_bytes(example) for example in built(base, teacher)]
     for size in (1, 5):
-        monkeypatch.setattr(module, "PIECE_POSITIONS", size)
+        monkeypatch.setattr(score_folder, "PIECE_POSITIONS", size)
         again = folder_of(tmp_path / f"again-{size}", taught())
         assert [as_bytes(example) for example in built(base, again)] == wanted
 
