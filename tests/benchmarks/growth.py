@@ -170,7 +170,7 @@ def grow_top_k() -> None:
 def grow_length(model: Path) -> None:
     """Tokens a second, of examples of one length each, a quarter of it supervised."""
     import torch
-    from qpipe.trainer.data.batch import collate
+    from qpipe.trainer.data.batch import padded_batch
     from qpipe.trainer.loss.objective import Objective
     from qpipe.trainer.models.student import Student
 
@@ -184,7 +184,7 @@ def grow_length(model: Path) -> None:
         ids = [rng.integers(1, 40_000, length) for _ in range(LENGTH_TOKENS // length)]
         examples = [as_example(f"{i}", each) for i, each in enumerate(ids)]
         scoring = timed(lambda examples=examples: list(scorer.score(examples, 64)))
-        batches = [collate([as_target(each)]) for each in examples]
+        batches = [padded_batch([as_target(each)]) for each in examples]
 
         def train(batches: list[Any] = batches) -> None:
             for batch in batches:

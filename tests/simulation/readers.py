@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from qpipe.pipeline.folders import shards
+from qpipe.pipeline.folders import sealed
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.support.made_up import folder_of, targeted
@@ -123,7 +123,7 @@ def read_by_one(stream: TargetStream, ranks: int, of_each: int) -> Read:
 def counted() -> Iterator[Read]:
     """Count the record batches that are read within the block."""
     read = Read()
-    get = shards._get
+    get = sealed._get
 
     def counting(reader: Any, number: int) -> Any:
         batch = get(reader, number)
@@ -131,5 +131,5 @@ def counted() -> Iterator[Read]:
         read.rows += batch.num_rows
         return batch
 
-    with patch.object(shards, "_get", counting):
+    with patch.object(sealed, "_get", counting):
         yield read

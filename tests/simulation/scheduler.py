@@ -29,6 +29,7 @@ from qpipe.stages.execution import ray as ray_cluster
 from qpipe.tests.simulation.fake_ray import FakeRay
 from qpipe.tests.simulation.world import NEVER, Files, Process, World
 from qpipe.tests.support.made_up import VOCAB_SIZE, scored
+from tqdm import tqdm
 
 WATCHER = Watcher("score", "simulated")
 
@@ -240,5 +241,5 @@ def _virtual(world: World) -> Iterator[None]:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Nothing is shown within the block."""
-    with patch.object(progress, "progress_bar", lambda **_: progress.tqdm(disable=True)):
+    with patch.object(progress, "progress_bar", lambda **_: tqdm(disable=True)):
         yield

@@ -315,10 +315,10 @@ def test_a_head_that_does_something_else_is_not_recognised() -> None:
 def test_a_model_whose_head_is_not_recognised_trains_on_the_plain_path(
     model: Path, make_examples: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qpipe.trainer.data.batch import collate
+    from qpipe.trainer.data.batch import padded_batch
     from qpipe.trainer.models.files import find_model
 
-    batch = collate(make_examples(3))
+    batch = padded_batch(make_examples(3))
     objective = Objective(choose("sft+kl"), "student", "base")
     student = load_student(find_model(str(model)), gradient_checkpointing=False)
     assert student.head_form == HeadForm()
