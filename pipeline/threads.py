@@ -30,16 +30,17 @@ def in_order(
     workers = workers or len(os.sched_getaffinity(0))
     held = held or 2 * workers
     waiting: deque[Future[_Result]] = deque()
-    pool = ThreadPoolExecutor(workers, THREAD_NAME)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == held:
+    with ThreadPoolExecutor(workers, THREAD_NAME) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) == held:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except GeneratorExit:  # the caller takes no more; after an error, what is begun is finished
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 class Prefetch(Generic[_Item]):

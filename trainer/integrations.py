@@ -63,7 +63,7 @@ def target_objective(folder: str | Path, method: str | None = None) -> Objective
 
     The parts of a mixture agree in it.
     """
-    parts = [part.manifest.settings for part in parts_of(open_path(folder))]
+    parts = [part.folder.settings for part in parts_of(open_path(folder))]
     own = parts[0]["method"]
     if method not in (None, SFT, own):
         raise UserError(f"{folder}: holds {own} targets, not {method}")

@@ -15,8 +15,7 @@ from ..errors import UserError
 from ..format.arrow import decode
 from ..format.schema import Column, Schema
 from ..storage.remote import open_path
-from .manifest import read_manifest
-from .sealed import folder_schema
+from .sealed import open_sealed
 
 Columns = dict[str, list[Any]]
 
@@ -30,8 +29,7 @@ def decoder(folder: str | Path) -> Callable[[Mapping[str, Any]], Columns]:
     folder's are left out. Raises UserError where the folder is not sealed, and when called for rows
     that are not the folder's.
     """
-    manifest = read_manifest(open_path(folder))
-    return partial(_decoded, folder_schema(manifest), str(folder))
+    return partial(_decoded, open_sealed(open_path(folder)).schema, str(folder))
 
 
 def _decoded(schema: Schema, folder: str, rows: Mapping[str, Any]) -> Columns:

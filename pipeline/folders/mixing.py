@@ -16,7 +16,8 @@ from ..format.schema import schema_of
 from ..methods.table import choose
 from ..storage.locks import locked
 from ..storage.remote import is_remote, open_path
-from .manifest import MANIFEST, Identity, Manifest, read_manifest
+from .manifest import MANIFEST, Identity, read_manifest
+from .sealed import SealedFolder, open_sealed
 from .shard_run import Job, ShardRun, StageResult, open_folder
 
 MIX = "mix"
@@ -28,9 +29,8 @@ _SHARED = ("vocab_size", "tokenizer_hash", "residual", "tail_shape")
 class Part:
     """A target folder of a mixture, and its weight among the others."""
 
-    folder: Path
+    folder: SealedFolder
     weight: float
-    manifest: Manifest
 
 
 def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
@@ -46,7 +46,7 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
                 "mix its URL"
             )
     opened = {
-        f"part-{number}": Part(folder, weight, _targets(folder))
+        f"part-{number}": Part(_targets(folder), weight)
         for number, (folder, weight) in enumerate(parts, start=1)
     }
     _check(list(opened.values()))
@@ -58,21 +58,23 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
 
 def _job(out: Path, parts: dict[str, Part]) -> Job:
     """What the folder is to be; `parts` by their names among its inputs."""
-    manifests = {name: part.manifest for name, part in parts.items()}
-    first = parts["part-1"].manifest.settings
+    folders = {name: part.folder for name, part in parts.items()}
+    first = folders["part-1"].settings
     identity = Identity(
         stage=MIX,
         settings={name: first[name] for name in _SHARED}
         | {"weights": [float(part.weight) for part in parts.values()]},
-        inputs={name: manifest.fingerprint for name, manifest in manifests.items()},
+        inputs={name: folder.manifest.fingerprint for name, folder in folders.items()},
         schema={},
     )
     return Job(
         out,
         schema_of("build-targets", first["vocab_size"]),
         identity,
-        parents={name: manifest.as_parent for name, manifest in manifests.items()},
-        provenance={"parts": {name: _reference(part.folder, out) for name, part in parts.items()}},
+        parents={name: folder.manifest.as_parent for name, folder in folders.items()},
+        provenance={
+            "parts": {name: _reference(folder.path, out) for name, folder in folders.items()}
+        },
     )
 
 
@@ -83,28 +85,29 @@ def is_mix(folder: Path) -> bool:
 
 def parts_of(folder: Path) -> list[Part]:
     """The parts of a mixture, or a target folder itself as the only one."""
-    return read_mix(folder) if is_mix(folder) else [Part(folder, 1.0, _targets(folder))]
+    return read_mix(folder) if is_mix(folder) else [Part(_targets(folder), 1.0)]
 
 
 def read_mix(folder: Path) -> list[Part]:
-    """The parts of a mixture, each with its manifest.
+    """The parts of a mixture.
 
     Raises UserError where the folder is no sealed mixture, or a part is gone or another one now.
     """
-    return [_part(folder, *named) for named in _named(folder, read_manifest(folder, MIX))]
+    return [_part(folder, *named) for named in _named(open_sealed(folder, MIX))]
 
 
-def _named(folder: Path, manifest: Manifest) -> list[tuple[float, str, str]]:
+def _named(mixture: SealedFolder) -> list[tuple[float, str, str]]:
     """What a mixture says of its parts: their weights, references and fingerprints."""
+    manifest = mixture.manifest
     try:
-        weights = [float(weight) for weight in manifest.settings["weights"]]
+        weights = [float(weight) for weight in mixture.settings["weights"]]
         paths = [path for _, path in sorted(manifest.provenance["parts"].items(), key=_number)]
         inputs = [print_ for _, print_ in sorted(manifest.identity.inputs.items(), key=_number)]
         if not all(isinstance(path, str) for path in paths):
             raise TypeError("their places are no texts")
         return list(zip(weights, paths, inputs, strict=True))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: damaged, it names no parts ({error})") from error
+        raise UserError(f"{mixture.path}: damaged, it names no parts ({error})") from error
 
 
 def _part(folder: Path, weight: float, reference: str, fingerprint: str) -> Part:
@@ -117,14 +120,14 @@ def _part(folder: Path, weight: float, reference: str, fingerprint: str) -> Part
             f"{folder}: its part {str(place)[:300]} is not there: put it back, or mix again with "
             "another --out"
         )
-    part = Part(place, weight, _targets(place))
-    if part.manifest.fingerprint != fingerprint:
-        now = part.manifest.fingerprint
+    part = _targets(place)
+    now = part.manifest.fingerprint
+    if now != fingerprint:
         raise UserError(
             f"{folder}: its part {place} is another folder now, with fingerprint {now[:12]}… "
             f"and not {fingerprint[:12]}…: mix again with another --out"
         )
-    return part
+    return Part(part, weight)
 
 
 def _reference(part: Path, out: Path) -> str:
@@ -156,39 +159,40 @@ def _number(item: tuple[str, Any]) -> int:
     return int(item[0].removeprefix("part-"))
 
 
-def _targets(folder: Path) -> Manifest:
-    return read_manifest(folder, "build-targets")
+def _targets(folder: Path) -> SealedFolder:
+    return open_sealed(folder, "build-targets")
 
 
 def _check(parts: Sequence[Part]) -> None:
     if len(parts) < 2:
         raise UserError("a mixture needs two folders or more: give A=3 B=1")
-    first = parts[0]
+    first = parts[0].folder
     seen: dict[str, Path] = {}
     for part in parts:
+        folder = part.folder
         if not 0 < part.weight < float("inf"):
-            raise UserError(f"{part.folder}={part.weight:g}: give a weight above 0")
-        twin = seen.get(part.manifest.fingerprint)
+            raise UserError(f"{folder.path}={part.weight:g}: give a weight above 0")
+        twin = seen.get(folder.manifest.fingerprint)
         if twin is not None:
-            raise UserError(f"{part.folder}: is the same as {twin}: give it once, with more weight")
-        seen[part.manifest.fingerprint] = part.folder
-        for name, ours, theirs in _differences(first, part):
+            raise UserError(f"{folder.path}: is the same as {twin}: give it once, with more weight")
+        seen[folder.manifest.fingerprint] = folder.path
+        for name, ours, theirs in _differences(first, folder):
             raise UserError(
-                f"{part.folder}: cannot be mixed with {first.folder}: its {name.replace('_', ' ')} "
+                f"{folder.path}: cannot be mixed with {first.path}: its {name.replace('_', ' ')} "
                 f"is {theirs} and there {ours}: build targets that agree in it"
             )
 
 
-def _differences(one: Part, other: Part) -> list[tuple[str, Any, Any]]:
+def _differences(one: SealedFolder, other: SealedFolder) -> list[tuple[str, Any, Any]]:
     """What a training run must know one value of, and the folders have two."""
-    pairs = [(name, *(part.manifest.settings[name] for part in (one, other))) for name in _SHARED]
-    pairs.append(("live method", _live(one.manifest), _live(other.manifest)))
+    pairs = [(name, *(folder.settings[name] for folder in (one, other))) for name in _SHARED]
+    pairs.append(("live method", _live(one), _live(other)))
     return [each for each in pairs if each[1] != each[2]]
 
 
-def _live(manifest: Manifest) -> str:
+def _live(folder: SealedFolder) -> str:
     """The method, if what it minimises depends on the student; frozen targets need none."""
-    settings = manifest.settings
+    settings = folder.settings
     choice = choose(settings["method"], settings["form"], settings["parameters"])
     if not choice.reads_student:
         return "none"

@@ -88,7 +88,7 @@ def fetch(path: Path, local: Path) -> None:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def look_anew(path: Path) -> None:
+def forget_listing(path: Path) -> None:
     """Forget what a remote path's file system remembers, as the hub's does, of what lies there."""
     _store(path)[0].invalidate_cache()
 

@@ -17,7 +17,7 @@ from ..methods import rules
 from ..methods.definition import Choice
 from ..methods.rules import Signals
 from .distributions import (
-    Common,
+    SharedSupport,
     Supports,
     common_divergence,
     common_supports,
@@ -45,7 +45,7 @@ class Truncation:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ScoreModel:
     """How a score folder is read: its k and its vocabulary, and at which temperature."""
 
     top_k: int
@@ -58,9 +58,9 @@ class Evidence:
     """What is known of the base and the teacher at the positions of a batch."""
 
     scores: FlatBatch
-    base_model: Model
+    base_model: ScoreModel
     teacher_scores: FlatBatch | None = None
-    teacher_model: Model | None = None
+    teacher_model: ScoreModel | None = None
 
     @property
     def observed_ids(self) -> NDArray[np.int32]:
@@ -107,7 +107,7 @@ class Evidence:
         return self.teacher_and_bound[0]
 
     @cached_property
-    def common(self) -> Common:
+    def common(self) -> SharedSupport:
         """Base and teacher on the ids at which both are known."""
         return common_supports(self.base, self.teacher)
 
@@ -261,7 +261,7 @@ def _example_at(scores: FlatBatch, at_N: NDArray[np.bool_]) -> str:
     return scores.ids[int(np.searchsorted(ends, np.argmax(at_N), side="right"))]
 
 
-def _at_temperature(supports: Supports, model: Model) -> tuple[Supports, Floats]:
+def _at_temperature(supports: Supports, model: ScoreModel) -> tuple[Supports, Floats]:
     if model.temperature == 1:
         return supports, np.zeros(len(supports.counts))
     return tempered(supports, model.temperature, model.top_k, model.vocab_size)

@@ -20,10 +20,10 @@ from ..format.batches import FlatBatch
 from ..format.ragged import segment_sums
 from ..methods.definition import Choice
 from ..methods.rules import TOP_ENTROPY_SIZE
-from .build import Evidence, Floats, Model
+from .build import Evidence, Floats, ScoreModel
 from .distributions import (
     SMALLEST_TAIL,
-    Common,
+    SharedSupport,
     Supports,
     common_supports,
     contrasted,
@@ -48,7 +48,7 @@ class Ceiling:
     divergence: float  # mean KL(Q ‖ base) in nats, at least: tails count as one outcome
 
 
-def has_ceiling(choice: Choice, base: Model) -> bool:
+def has_ceiling(choice: Choice, base: ScoreModel) -> bool:
     """Whether the method's target at the start is a distribution, and known from the scores."""
     needed = {"top_entropy": min(TOP_ENTROPY_SIZE, base.vocab_size), "entropy": base.vocab_size}
     enough = all(base.top_k >= needed.get(name, 0) for name in choice.method.reads)
@@ -171,7 +171,7 @@ def _divergence_from_base(
 
 def _residual_and_base(
     evidence: Evidence, choice: Choice, residual: Supports
-) -> tuple[Supports, Common]:
+) -> tuple[Supports, SharedSupport]:
     """π̃ and the base on the same ids, the base being the first of the common."""
     if evidence.base_model.temperature == 1 and choice.needs_teacher:
         common = evidence.common

@@ -120,7 +120,7 @@ def normalised(supports: Supports) -> Supports:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Common:
+class SharedSupport:
     """Two distributions on the ids at which both are known; the rest of each in its tail."""
 
     counts: Ints  # [N]
@@ -141,12 +141,12 @@ class Common:
         return Supports(self.counts, self.ids, self.other_log_probs, self.other_tail_mass)
 
 
-def common_supports(one: Supports, other: Supports) -> Common:
+def common_supports(one: Supports, other: Supports) -> SharedSupport:
     """Two distributions on their common ids, in the order of the first."""
     place, other_place = _matches(one, other)
     is_kept = np.zeros(len(one.ids), np.int64)
     is_kept[place] = 1
-    return Common(
+    return SharedSupport(
         segment_sums(is_kept, one.counts),
         one.ids[place],
         one.log_probs[place],
@@ -156,7 +156,7 @@ def common_supports(one: Supports, other: Supports) -> Common:
     )
 
 
-def mixture(common: Common, eta: float) -> Supports:
+def mixture(common: SharedSupport, eta: float) -> Supports:
     """∝ p^(1−η)·q^η on the common support, its tail as one outcome, in the order of the common."""
     mixed_NS, mixed_tail_N = rules.geometric_mixture(
         padded(common.counts, common.log_probs, -np.inf),
@@ -169,7 +169,7 @@ def mixture(common: Common, eta: float) -> Supports:
     return Supports(common.counts, common.ids, log_probs, np.exp(mixed_tail_N))
 
 
-def contrasted(common: Common, alpha: float) -> Supports:
+def contrasted(common: SharedSupport, alpha: float) -> Supports:
     """∝ q/p where q ≥ alpha·max q, 0 elsewhere, in the order of the common; q is the second."""
     ratio_NS = rules.contrast(
         padded(common.counts, common.other_log_probs, -np.inf),
@@ -193,7 +193,7 @@ def most_probable_first(supports: Supports) -> Supports:
     )
 
 
-def common_divergence(common: Common) -> Floats:
+def common_divergence(common: SharedSupport) -> Floats:
     """KL(second ‖ first) at each position, [N], the tails as one outcome: a lower bound."""
     log_second, log_first = common.other_log_probs, common.log_probs
     inner = segment_sums(np.exp(log_second) * (log_second - log_first), common.counts)

@@ -87,7 +87,7 @@ def _usable(inputs: Inputs, all_forms: bool, left_out: LeftOut) -> list[Choice]:
         lacking = inputs.lacking(choice)
         if lacking is not None:
             left_out.add(choice, f"needs {lacking[0]}")
-        elif not has_ceiling(choice, inputs.scores.model):
+        elif not has_ceiling(choice, inputs.base_model):
             left_out.add(choice, "its target is not known")
         else:
             usable.append(choice)

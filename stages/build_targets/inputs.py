@@ -6,12 +6,12 @@ from itertools import chain
 from pathlib import Path
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import read_manifest
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.methods.definition import Choice
 from ...pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ...pipeline.progress import progress_bar
-from ...pipeline.targets.build import Evidence
-from .score_folder import ScoreFolder
+from ...pipeline.targets.build import Evidence, ScoreModel
+from .score_folder import pieces, score_model
 from .teacher import Teacher
 
 
@@ -19,25 +19,28 @@ from .teacher import Teacher
 class Inputs:
     """What build-targets reads."""
 
-    scores: ScoreFolder
-    teacher: "Teacher | None"
+    scores: SealedFolder
+    base_model: ScoreModel
+    teacher: Teacher | None = None
+    teacher_model: ScoreModel | None = None
 
     @property
     def shard_count(self) -> int:
         """Target shards match the base's score shards."""
-        return len(self.scores.manifest.shards)
+        return len(self.scores.shards)
 
     def evidence(self, index: int) -> Iterator[list[Evidence]]:
         """What is known at the positions of a shard, for each of its batches piece by piece."""
-        batches = self.scores.batches(index)
         if self.teacher is None:
-            for batch in batches:
-                yield [Evidence(piece, self.scores.model) for piece in self.scores.pieces(batch)]
+            for batch in self.scores.batches(index):
+                yield [Evidence(piece, self.base_model) for piece in pieces(self.scores, batch)]
             return
-        own = self.teacher.folder
-        for batch, teacher_batch in self.teacher.join(index, batches):
-            pieces = zip(self.scores.pieces(batch), own.pieces(teacher_batch), strict=True)
-            yield [Evidence(one, self.scores.model, other, own.model) for one, other in pieces]
+        for batch, own in self.teacher.batches(index):
+            ours, theirs = pieces(self.scores, batch), pieces(self.teacher.folder, own)
+            yield [
+                Evidence(one, self.base_model, other, self.teacher_model)
+                for one, other in zip(ours, theirs, strict=True)
+            ]
 
     def all_evidence(self, description: str) -> Iterator[Evidence]:
         """What is known at all positions, in order, under a progress bar."""
@@ -50,7 +53,7 @@ class Inputs:
 
     def lacking(self, choice: Choice) -> tuple[str, str] | None:
         """What a method needs that is not here, and the way to it; None where nothing lacks."""
-        folder, settings = self.scores.path, self.scores.manifest.settings
+        folder, settings = self.scores.path, self.scores.settings
         if choice.needs_teacher and self.teacher is None:
             return "a teacher", (
                 "score the demonstrations under another model of the same tokenizer with `qpipe "
@@ -80,10 +83,11 @@ def open_inputs(
     scores: Path, teacher: Path | None, temperature: float = 1.0, teacher_temperature: float = 1.0
 ) -> Inputs:
     """Open the folders. Raises UserError where they do not fit together."""
-    base = ScoreFolder(scores, read_manifest(scores, "score"), temperature)
+    base = open_sealed(scores, "score")
+    base_model = score_model(base, temperature)
     if base.manifest.totals["positions"] == 0:
         raise UserError(f"{scores}: has no supervised token: score other demonstrations")
     if teacher is None:
-        return Inputs(base, None)
-    other = ScoreFolder(teacher, read_manifest(teacher, "score"), teacher_temperature)
-    return Inputs(base, Teacher(base, other))
+        return Inputs(base, base_model)
+    other = open_sealed(teacher, "score")
+    return Inputs(base, base_model, Teacher(base, other), score_model(other, teacher_temperature))

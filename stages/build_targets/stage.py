@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Identity, Manifest, ShardEntry, identity_schema
+from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.folders.shard_run import Job, StageResult, folder_in
 from ...pipeline.folders.shards import ShardContent
 from ...pipeline.folders.tasks import PartResult
@@ -25,6 +26,7 @@ from ...pipeline.threads import in_order
 from ..execution.options import run_stage
 from ..execution.settings import Execution
 from .inputs import Inputs, open_inputs
+from .score_folder import frequent_ids
 from .settings import BuildSettings
 
 
@@ -153,10 +155,9 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
     folders = {"scores": inputs.scores}
     if inputs.teacher is not None:
         folders["teacher"] = inputs.teacher.folder
-    manifests = {name: folder.manifest for name, folder in folders.items()}
-    vocab_size = inputs.scores.model.vocab_size
+    vocab_size = inputs.base_model.vocab_size
     likely = folders.get("teacher", inputs.scores)
-    frequent_ids = likely.frequent_ids(_truncation(settings), vocab_size) if is_cut else ()
+    frequent = frequent_ids(likely, _truncation(settings), vocab_size) if is_cut else ()
     described = {
         "method": choice.method.name,
         "form": choice.form,
@@ -167,17 +168,17 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         "top_p": float(settings.top_p) if is_cut else None,
         "max_support": settings.max_support if is_cut else None,
         "precision": settings.precision if is_cut else "float32",
-        "support_order": sha256_of_json(frequent_ids),
+        "support_order": sha256_of_json(frequent),
         "temperature": settings.temperature,
         "teacher_temperature": settings.teacher_temperature,
         "vocab_size": vocab_size,
-        "tokenizer_hash": inputs.scores.manifest.settings["tokenizer_hash"],
+        "tokenizer_hash": inputs.scores.settings["tokenizer_hash"],
     }
-    schema = schema_of("build-targets", vocab_size, packing_of(described, frequent_ids))
+    schema = schema_of("build-targets", vocab_size, packing_of(described, frequent))
     identity = Identity(
         stage="build-targets",
         settings=described,
-        inputs={name: manifest.fingerprint for name, manifest in manifests.items()},
+        inputs={name: folder.manifest.fingerprint for name, folder in folders.items()},
         schema=identity_schema(schema),
         format_version=TARGETS_VERSION,
     )
@@ -185,15 +186,17 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         folder_in(settings.out, settings.in_store, identity),
         schema,
         identity,
-        parents={name: manifest.as_parent for name, manifest in manifests.items()},
-        provenance=_provenance(manifests),
+        parents={name: folder.manifest.as_parent for name, folder in folders.items()},
+        provenance=_provenance(folders),
     )
 
 
-def _provenance(folders: dict[str, Manifest]) -> dict[str, Any]:
-    own = folders["scores"].provenance | {"build_versions": package_versions("qpipe", "pyarrow")}
+def _provenance(folders: dict[str, SealedFolder]) -> dict[str, Any]:
+    own = folders["scores"].manifest.provenance | {
+        "build_versions": package_versions("qpipe", "pyarrow")
+    }
     teacher = folders.get("teacher")
-    return own if teacher is None else own | {"teacher": teacher.provenance}
+    return own if teacher is None else own | {"teacher": teacher.manifest.provenance}
 
 
 def _build(

@@ -1,110 +1,74 @@
-"""Joining a teacher's score folder to the base's, by example and position.
+"""A teacher's score folder joined to the base's, by example and position.
 
-A folder made by `qpipe score --at` has the base's examples in the base's shards: the two are read
-side by side. Any other is searched by the examples' ids, which takes some hundred bytes of memory
-an example, and is quick where its order is much like the base's.
+A folder made by `qpipe score --at` has the base's examples in the base's shards and is read in step
+with it. Any other is searched by example id (`Join`).
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
-from itertools import zip_longest
+from collections.abc import Iterator
+from itertools import chain, zip_longest
 
 import numpy as np
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.sealed import folder_schema
-from ...pipeline.format.batches import FlatBatch, flatten, split
-from ...pipeline.format.records import ScoredExample
-from .score_folder import ScoreFolder
+from ...pipeline.folders.join import Join
+from ...pipeline.folders.sealed import SealedFolder
+from ...pipeline.format.batches import FlatBatch
 
 
 class Teacher:
     """A second model's scores of the base's examples.
 
-    Raises UserError for another tokenizer, and where examples of the base are missing.
+    Raises UserError for another tokenizer, and where the folder lacks examples of the base.
     """
 
-    def __init__(self, base: ScoreFolder, folder: ScoreFolder) -> None:
+    def __init__(self, base: SealedFolder, folder: SealedFolder) -> None:
         self.base = base
         self.folder = folder
+        self._join = Join(base, folder)
         _refuse_other_tokenizer(base, folder)
-        pairs = zip_longest(base.ids(), folder.ids())
-        self.is_in_step = all(ids == own for ids, own in pairs)
+        self.is_in_step = all(map(self._join.is_in_step, base.shards))
         if not self.is_in_step:
             self._refuse_missing()
-        self._loaded_shard = -1
-        self._loaded: list[ScoredExample] = []
 
-    def join(
-        self, index: int, batches: Iterable[FlatBatch]
-    ) -> Iterator[tuple[FlatBatch, FlatBatch]]:
-        """The batches of the base's shard `index`, each with the teacher's scores of its rows."""
-        if self.is_in_step:
-            pairs = zip(batches, self.folder.batches(index), strict=True)
-        else:
-            pairs = ((batch, self._find(batch.ids)) for batch in batches)
-        for batch, own in pairs:
+    def batches(self, shard: int) -> Iterator[tuple[FlatBatch, FlatBatch]]:
+        """The batches of a shard of the base, each with the teacher's scores of its rows."""
+        for batch, own in self._pairs(shard):
             if not _same_tokens(batch, own):
                 raise self._other_tokens(batch, own)
             yield batch, own
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[int, int]]:
-        """The shard and row of each example."""
-        places: dict[str, tuple[int, int]] = {}
-        for shard, batches in enumerate(self.folder.ids()):
-            rows = [row_id for batch in batches for row_id in batch]
-            for row, row_id in enumerate(rows):
-                if places.setdefault(row_id, (shard, row)) != (shard, row):
-                    raise UserError(
-                        f"{self.folder.path}: example {row_id} stands there twice, and its order "
-                        f"is not that of {self.base.path}: score the teacher with "
-                        f"--at {self.base.path}"
-                    )
-        return places
-
-    def _find(self, ids: list[str]) -> FlatBatch:
-        schema = folder_schema(self.folder.manifest)
-        return flatten(schema, [self._row(*self._places[row_id]) for row_id in ids])
-
-    def _row(self, shard: int, row: int) -> ScoredExample:
-        if shard != self._loaded_shard:
-            schema = folder_schema(self.folder.manifest)
-            batches = self.folder.batches(shard)
-            self._loaded = [example for batch in batches for example in split(schema, batch)]
-            self._loaded_shard = shard
-        return self._loaded[row]
+    def _pairs(self, shard: int) -> Iterator[tuple[FlatBatch, FlatBatch]]:
+        return zip(self.base.batches(shard), self._join.batches(shard), strict=True)
 
     def _refuse_missing(self) -> None:
-        wanted = (row_id for shard in self.base.ids() for batch in shard for row_id in batch)
-        missing = [row_id for row_id in wanted if row_id not in self._places]
+        """Refuse a folder in which a search would not find each example once."""
+        repeated = self._join.repeated()
+        if repeated is not None:
+            raise UserError(
+                f"{self.folder.path}: example {repeated} stands there twice, and its order is not "
+                f"that of {self.base.path}: score the teacher with --at {self.base.path}"
+            )
+        missing = self._join.missing()
         if missing:
             raise UserError(
-                f"{self.folder.path}: lacks {len(missing):,} of the "
-                f"{self.base.manifest.totals['rows']:,} examples of {self.base.path}, the first is "
-                f"{missing[0]}: score the teacher with --at {self.base.path}"
+                f"{self.folder.path}: lacks {len(missing):,} of the {self.base.size:,} examples of "
+                f"{self.base.path}, the first is {missing[0]}: score the teacher with "
+                f"--at {self.base.path}"
             )
 
     def _other_tokens(self, batch: FlatBatch, own: FlatBatch) -> UserError:
-        """What to say of an example that is tokenised otherwise; counts all of them."""
-        differing = 0
-        for index in range(len(self.base.manifest.shards)):
-            batches = self.base.batches(index)
-            if self.is_in_step:
-                pairs = zip(batches, self.folder.batches(index), strict=True)
-            else:
-                pairs = ((each, self._find(each.ids)) for each in batches)
-            for each, other in pairs:
-                differing += len(_differing_rows(each, other))
+        """The error for an example with other tokens; counts all of them."""
+        pairs = chain.from_iterable(map(self._pairs, self.base.shards))
+        differing = sum(len(_differing_rows(*pair)) for pair in pairs)
         return UserError(
-            f"{self.folder.path}: {differing:,} of {self.base.manifest.totals['rows']:,} examples "
-            f"have other tokens than in {self.base.path}, the first: "
-            f"{_first_difference(batch, own)}: score the teacher with --at {self.base.path}"
+            f"{self.folder.path}: {differing:,} of {self.base.size:,} examples have other tokens "
+            f"than in {self.base.path}, the first: {_first_difference(batch, own)}: score the "
+            f"teacher with --at {self.base.path}"
         )
 
 
-def _refuse_other_tokenizer(base: ScoreFolder, folder: ScoreFolder) -> None:
-    ours, theirs = (each.manifest.settings["tokenizer_hash"] for each in (base, folder))
+def _refuse_other_tokenizer(base: SealedFolder, folder: SealedFolder) -> None:
+    ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
     if ours != theirs:
         raise UserError(
             f"{folder.path}: made with tokenizer {theirs[:12]}…, {base.path} with {ours[:12]}…: "

@@ -27,9 +27,9 @@ def mix(parts: tuple[str, ...], out: Path) -> None:
     total = sum(part.weight for part in made)
     click.echo(f"{out}{'  (was there already, nothing to do)' if result.was_done else ''}")
     for part in made:
-        totals = part.manifest.totals
+        totals = part.folder.manifest.totals
         click.echo(
-            f"  {part.weight / total:6.1%}  {part.folder}: {totals['rows']:,} demonstrations, "
+            f"  {part.weight / total:6.1%}  {part.folder.path}: {totals['rows']:,} demonstrations, "
             f"{totals['positions']:,} supervised tokens"
         )
 

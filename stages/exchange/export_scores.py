@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest, read_manifest
-from ...pipeline.folders.sealed import read_scores
+from ...pipeline.folders.manifest import Manifest
+from ...pipeline.folders.sealed import open_sealed
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import ScoredExample
 from ...pipeline.progress import progress_bar
@@ -53,28 +53,28 @@ def export_scores(settings: ExportSettings) -> Manifest:
 
     Raises UserError where the file is there already, or the folder holds what it has no place for.
     """
-    manifest = read_manifest(settings.scores, "score")
+    scores = open_sealed(settings.scores, "score")
+    totals = scores.manifest.totals
     if settings.out.exists():
         raise UserError(f"{settings.out}: is there already: give another --out, or remove it")
     if not (is_remote(settings.out) or settings.out.parent.is_dir()):
         raise UserError(f"{settings.out.parent}: no such folder")
-    if manifest.totals["sums"].get("weighted"):
+    if totals["sums"].get("weighted"):
         raise UserError(
             f"{settings.scores}: its demonstrations carry token weights, which the format has no "
             "place for: score them without"
         )
-    total = manifest.totals["rows"]
     with atomic_file(settings.out) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
         batch: list[dict[str, Any]] = []
-        with progress_bar(total=total, desc="export", unit="row") as progress:
-            for example in read_scores(settings.scores):
+        with progress_bar(total=totals["rows"], desc="export", unit="row") as progress:
+            for example in scores.records():
                 batch.append(_row(example, settings.mass))
                 progress.update()
                 if len(batch) == BATCH_ROWS:
                     writer.write_batch(_encoded(batch))
                     batch = []
         writer.write_batch(_encoded(batch))
-    return manifest
+    return scores.manifest
 
 
 def _row(example: ScoredExample, mass: Mass) -> dict[str, Any]:

@@ -8,13 +8,13 @@ was made of, also what their quantisation does.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest, read_manifest
-from ...pipeline.folders.sealed import folder_schema, read_shard
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.format.batches import split
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import ScoredExample
@@ -53,71 +53,68 @@ def rescore(
     `model` None is the one that the manifest names. Raises UserError where its weights are not
     those that the folder was scored with, or a model that is given has another vocabulary.
     """
-    manifest = read_manifest(folder, "score")
-    files = _reference(folder, manifest, model, revision)
-    same_weights = _has_same_weights(manifest, files)
+    scores = open_sealed(folder, "score")
+    files = _reference(scores, model, revision)
+    same_weights = _has_same_weights(scores, files)
     if model is None and same_weights is False:
         raise UserError(
-            f"{folder}: was scored with weights of hash {manifest.settings['weights_hash'][:12]}…, "
+            f"{folder}: was scored with weights of hash {scores.settings['weights_hash'][:12]}…, "
             f"model {files.name} has {files.weights_hash()[:12]}… now: give --model"
         )
-    total = manifest.totals["rows"]
+    total = scores.manifest.totals["rows"]
     chosen = np.random.default_rng(seed).choice(total, min(examples, total), replace=False)
     differences = _Differences()
     scorer = _Dense(files)
     with progress_bar(total=len(chosen), desc="rescore", unit="demo") as progress:
-        for example in _examples(folder, manifest, sorted(chosen.tolist())):
+        for example in examples_at(scores, sorted(chosen.tolist())):
             differences.add(example, scorer.log_probs(example))
             progress.update()
-    return differences.result(manifest, same_weights)
+    return differences.result(scores.settings, same_weights)
 
 
-def _reference(
-    folder: Path, manifest: Manifest, model: str | None, revision: str | None
-) -> ModelFiles:
+def _reference(folder: SealedFolder, model: str | None, revision: str | None) -> ModelFiles:
     """The model to compare with, whose tokens are those of the folder."""
-    name = model or manifest.provenance["model"]
+    made_by = folder.manifest.provenance
+    name = model or made_by["model"]
     if model is None:
-        revision = revision or manifest.provenance.get("revision")
+        revision = revision or made_by.get("revision")
     try:
         files = find_model(name, revision)
     except UserError as error:
         if model is not None:
             raise
         raise UserError(
-            f"{folder}: was scored with model {name}, which is not to be had by that name: "
+            f"{folder.path}: was scored with model {name}, which is not to be had by that name: "
             "give --model"
         ) from error
-    theirs, ours = manifest.settings["tokenizer_hash"], files.tokenizer_hash
+    theirs, ours = folder.settings["tokenizer_hash"], files.tokenizer_hash
     if theirs != ours:
         raise UserError(
-            f"{folder}: was scored with tokenizer hash {theirs}, model {files.name} has {ours}: "
-            "give --model the one that scored it, or that was quantised for it"
+            f"{folder.path}: was scored with tokenizer hash {theirs}, model {files.name} has "
+            f"{ours}: give --model the one that scored it, or that was quantised for it"
         )
-    if manifest.settings["vocab_size"] != files.vocab_size:
+    if folder.settings["vocab_size"] != files.vocab_size:
         raise UserError(
-            f"{folder}: was scored with a vocabulary of {manifest.settings['vocab_size']}, model "
-            f"{files.name} has {files.vocab_size}: give --model the one that scored it"
+            f"{folder.path}: was scored with a vocabulary of {folder.settings['vocab_size']}, "
+            f"model {files.name} has {files.vocab_size}: give --model the one that scored it"
         )
     return files
 
 
-def _has_same_weights(manifest: Manifest, files: ModelFiles) -> bool | None:
-    theirs = manifest.settings.get("weights_hash")
+def _has_same_weights(folder: SealedFolder, files: ModelFiles) -> bool | None:
+    theirs = folder.settings.get("weights_hash")
     return None if theirs is None else theirs == files.weights_hash()
 
 
-def _examples(folder: Path, manifest: Manifest, rows: Sequence[int]) -> Iterator[ScoredExample]:
+def examples_at(folder: SealedFolder, rows: Sequence[int]) -> Iterator[ScoredExample]:
     """The examples at these ascending rows; shards without any are not read."""
-    schema = folder_schema(manifest)
-    wanted = list(rows)
     first = 0
-    for entry in manifest.shards:
-        here = [row - first for row in wanted if first <= row < first + entry.rows]
+    for shard, entry in enumerate(folder.manifest.shards):
+        here = [row - first for row in rows if first <= row < first + entry.rows]
         first += entry.rows
         start = 0
-        for batch in read_shard(folder, manifest, entry) if here else ():
-            for row, example in enumerate(split(schema, batch), start):
+        for batch in folder.batches(shard) if here else ():
+            for row, example in enumerate(split(folder.schema, batch), start):
                 if row in here:
                     yield example
             start += len(batch.ids)
@@ -169,8 +166,8 @@ class _Differences:
         self.modes_changed += int((example.topk_ids[firsts_N] != log_probs_NV.argmax(axis=1)).sum())
         self.kl.append(bucket_kl(example, fresh_K))
 
-    def result(self, manifest: Manifest, same_weights: bool | None) -> Rescored:
-        settings = manifest.settings
+    def result(self, settings: dict[str, Any], same_weights: bool | None) -> Rescored:
+        """The differences; `settings` are the score folder's."""
         observed, ranks, kl = map(np.concatenate, (self.observed, self.ranks, self.kl))
         return Rescored(
             dtype=settings.get("dtype", "unknown"),

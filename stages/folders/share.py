@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
+from ...pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry
 from ...pipeline.folders.mixing import MIX
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import (
     HUB_FILE,
     REJECTS,
@@ -22,7 +23,7 @@ from ...pipeline.progress import progress_bar
 from ...pipeline.storage.cache import kept_copies, local_copy
 from ...pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
 from ...pipeline.storage.locks import locked
-from ...pipeline.storage.remote import fetch, is_remote, look_anew, nameless_file
+from ...pipeline.storage.remote import fetch, forget_listing, is_remote, nameless_file
 from .card import card
 from .hub import DATASETS, HubFolder
 
@@ -43,8 +44,9 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 
     Every shard is hashed at both ends. Raises UserError where the target holds something else.
     """
-    manifest = read_manifest(folder)
-    if manifest.identity.stage == MIX:
+    source = open_sealed(folder)
+    manifest = source.manifest
+    if source.stage == MIX:
         raise UserError(
             f"{folder}: a mixture names folders and holds none of their rows: share each of them, "
             "then `qpipe mix` their URLs"
@@ -55,7 +57,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
         MANIFEST: read_bytes(folder / MANIFEST),
     }
     if str(target).startswith(DATASETS):
-        return _share_to_hub(folder, target, manifest, beside)
+        return _share_to_hub(source, target, beside)
     with locked(target):
         found = open_folder(target, manifest.identity)
         if found is not None:
@@ -65,7 +67,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
         with progress_bar(total=total, desc="share", unit="B", unit_scale=True) as progress:
             for index, entry in enumerate(manifest.shards):
                 if committed_shard(target, index, entry.fingerprint) != entry:
-                    copy_shard(folder, target, index, entry)
+                    copy_shard(source, target, index)
                     copied += 1
                 progress.update(entry.bytes)
         refuse_incomplete(target, manifest.shards, "it was there: run the same command again")
@@ -75,10 +77,9 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     return Shared(manifest, copied)
 
 
-def _share_to_hub(
-    folder: Path, target: Path, manifest: Manifest, beside: dict[str, bytes]
-) -> Shared:
+def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) -> Shared:
     """As `share`, to the Hugging Face hub."""
+    manifest = source.manifest
     hub = HubFolder(str(target))
     if finished(target, manifest.identity) is not None:
         return _was_there(target, manifest, beside[MANIFEST])
@@ -88,13 +89,16 @@ def _share_to_hub(
             f"{target}: holds something else ({min(others)}): give a folder inside of it"
         )
     sidecars = {
-        sidecar_path(folder, index).name: sidecar_bytes(entry)
+        sidecar_path(target, index).name: sidecar_bytes(entry)
         for index, entry in enumerate(manifest.shards)
     }
-    with kept_copies(folder) as copy:
-        shards = {entry.file: _sound_shard(folder, entry, copy) for entry in manifest.shards}
+    with kept_copies(source.path) as copy:
+        shards = {
+            entry.file: _sound_shard(source, index, copy)
+            for index, entry in enumerate(manifest.shards)
+        }
         hub.put({**shards, **sidecars, **beside}, f"qpipe share {manifest.fingerprint[:12]}")
-    look_anew(target)
+    forget_listing(target)
     there = hub.hashes(list(shards))
     for entry in manifest.shards:
         # of files that it takes for small the hub tells none
@@ -110,19 +114,20 @@ def _was_there(target: Path, manifest: Manifest, content: bytes) -> Shared:
 
 
 def _sound_shard(
-    folder: Path, entry: ShardEntry, copy: Callable[[Path, str], Path] = local_copy
+    source: SealedFolder, index: int, copy: Callable[[Path, str], Path] = local_copy
 ) -> Path:
     """A local file of a shard's content, its hash compared."""
-    source = copy(folder / entry.file, entry.sha256)
-    if not source.exists() or sha256_of_file(source) != entry.sha256:
-        raise UserError(f"{folder / entry.file}: missing or damaged: restore it, or make it again")
-    return source
+    path, sha256 = source.shard_path(index), source.manifest.shards[index].sha256
+    local = copy(path, sha256)
+    if not local.exists() or sha256_of_file(local) != sha256:
+        raise UserError(f"{path}: missing or damaged: restore it, or make it again")
+    return local
 
 
-def copy_shard(folder: Path, target: Path, index: int, entry: ShardEntry) -> None:
+def copy_shard(source: SealedFolder, target: Path, index: int) -> None:
     """Copy a shard, check the copy's hash, and write its sidecar."""
-    source = _sound_shard(folder, entry)
-    with atomic_file(target / entry.file) as file, source.open("rb") as content:
+    entry, local = source.manifest.shards[index], _sound_shard(source, index)
+    with atomic_file(target / entry.file) as file, local.open("rb") as content:
         shutil.copyfileobj(content, file)
     _refuse_damaged(target, entry, sha256_there(target / entry.file))
     write_sidecar(target, index, entry)

@@ -13,14 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import (
-    Identity,
-    Manifest,
-    ShardEntry,
-    identity_schema,
-    read_manifest,
-)
-from ...pipeline.folders.sealed import folder_schema, shard_ids, stored_batches
+from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import Job, StageResult
 from ...pipeline.folders.shards import BATCH_ROWS, ShardContent
 from ...pipeline.folders.tasks import run_alone
@@ -72,17 +66,16 @@ class RowSelection:
 
 def subset(settings: SubsetSettings) -> StageResult:
     """Make the folder, or what is missing of it."""
-    manifest = read_manifest(settings.folder)
-    folder_schema(manifest)  # refuses a folder without rows
-    stage = manifest.identity.stage
-    conditions = {parse_condition(text, stage) for text in settings.where}
+    source = open_sealed(settings.folder)
+    _ = source.schema  # refuses a folder without rows
+    conditions = {parse_condition(text, source.stage) for text in settings.where}
     ids = None if settings.ids is None else _listed(settings.ids)
     if ids is not None and settings.ids is not None:
-        _refuse_missing(settings.folder, manifest, settings.ids, ids)
+        _refuse_missing(source, settings.ids, ids)
     selection = RowSelection(ids, tuple(sorted(conditions)))
-    job = _job(settings, manifest, selection)
-    stage = SubsetStage(settings.folder, manifest, selection, job)
-    return run_alone(stage, Watcher("subset", job.identity.fingerprint))
+    job = _job(settings.out, source, selection)
+    watcher = Watcher("subset", job.identity.fingerprint)
+    return run_alone(SubsetStage(source, selection, job), watcher)
 
 
 class SubsetStage:
@@ -90,12 +83,10 @@ class SubsetStage:
 
     gpus = 0
 
-    def __init__(self, folder: Path, source: Manifest, selection: RowSelection, job: Job) -> None:
-        self.folder = folder
+    def __init__(self, source: SealedFolder, selection: RowSelection, job: Job) -> None:
         self.source = source
         self.selection = selection
         self.job = job
-        self.schema = folder_schema(source)
 
     @property
     def shard_count(self) -> int | None:
@@ -103,35 +94,34 @@ class SubsetStage:
 
     @property
     def demonstrations(self) -> int | None:
-        """Those of the source: how many of them stay is known at the end."""
-        return self.source.totals["rows"]
+        """Those of the source: the number selected is known at the end."""
+        return self.source.size
 
     def start(self) -> None:
         """Nothing needs to be started."""
 
     def read(self, index: int) -> Iterator[tuple[pa.RecordBatch, FlatBatch]]:
         """The record batches of a shard, as stored and decoded, read as rows are selected."""
-        entry = self.source.shards[index]
-        for number, stored in enumerate(stored_batches(self.folder, self.source, entry)):
-            place = f"{self.folder / entry.file}, record batch {number}"
-            yield stored, decode(self.schema, stored, place)
+        path = self.source.shard_path(index)
+        for number, stored in enumerate(self.source.stored_batches(index)):
+            yield stored, decode(self.source.schema, stored, f"{path}, record batch {number}")
 
     def make(
         self, batches: Iterator[tuple[pa.RecordBatch, FlatBatch]], report: Report
     ) -> ShardContent:
         """Copy the selected rows of a shard."""
         content = ShardContent()
-        stage = self.source.identity.stage
+        source = self.source
         kept: list[pa.RecordBatch] = []
         for stored, batch in batches:
-            keeps = self.selection.keeps(stage, batch)
+            keeps = self.selection.keeps(source.stage, batch)
             kept.append(stored.filter(pa.array(keeps)))
             kept_N = np.repeat(keeps, batch.lengths["position"])
-            content.add_sums(**_sums(stage, batch, kept_N))
+            content.add_sums(**_sums(source.stage, batch, kept_N))
             report(len(keeps), int(kept_N.sum()))
-        table = pa.Table.from_batches(kept, self.schema.arrow).combine_chunks()
+        table = pa.Table.from_batches(kept, source.schema.arrow).combine_chunks()
         content.batches = [
-            decode(self.job.schema, batch, str(self.folder))
+            decode(self.job.schema, batch, str(source.path))
             for batch in table.to_batches(BATCH_ROWS)
         ]
         return content
@@ -140,28 +130,27 @@ class SubsetStage:
         """Raises UserError where no row was selected."""
         if not any(entry.rows for entry in shards):
             raise UserError(
-                f"{self.folder}: none of its {self.source.totals['rows']:,} rows is in the subset: "
-                "give another --ids or --where"
+                f"{self.source.path}: none of its {self.source.size:,} rows is in the subset: give "
+                "another --ids or --where"
             )
 
 
-def _job(settings: SubsetSettings, source: Manifest, selection: RowSelection) -> Job:
-    schema = folder_schema(source)
+def _job(out: Path, source: SealedFolder, selection: RowSelection) -> Job:
+    manifest = source.manifest
     identity = Identity(
-        stage=source.identity.stage,
+        stage=source.stage,
         settings=source.settings | {"subset": selection.described()},
-        inputs={"source": source.fingerprint},
-        schema=identity_schema(schema),
-        format_version=source.identity.format_version,
+        inputs={"source": manifest.fingerprint},
+        schema=identity_schema(source.schema),
+        format_version=manifest.identity.format_version,
     )
-    parents = {"source": source.as_parent}
     return Job(
-        settings.out,
-        schema.as_stored,
+        out,
+        source.schema.as_stored,
         identity,
-        parents,
-        source.provenance,
-        frequent_ids=source.frequent_ids,
+        {"source": source.manifest.as_parent},
+        manifest.provenance,
+        frequent_ids=manifest.frequent_ids,
     )
 
 
@@ -190,16 +179,11 @@ def _listed(path: Path) -> frozenset[str]:
     return ids
 
 
-def _refuse_missing(folder: Path, source: Manifest, path: Path, ids: Iterable[str]) -> None:
-    there = {
-        row_id
-        for entry in source.shards
-        for batch in shard_ids(folder, source, entry)
-        for row_id in batch
-    }
+def _refuse_missing(source: SealedFolder, path: Path, ids: Iterable[str]) -> None:
+    there = {row_id for shard in source.shards for batch in source.ids(shard) for row_id in batch}
     missing = sorted(set(ids) - there)
     if missing:
         raise UserError(
-            f"--ids {path}: {len(missing):,} of its ids are not in {folder}, the first is "
+            f"--ids {path}: {len(missing):,} of its ids are not in {source.path}, the first is "
             f"{missing[0]}: leave them out"
         )

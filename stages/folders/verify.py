@@ -10,13 +10,11 @@ from ...pipeline.errors import UserError, one_line, quoted
 from ...pipeline.folders.manifest import (
     MANIFEST,
     Identity,
-    Manifest,
     ShardEntry,
     identity_schema,
-    read_manifest,
 )
 from ...pipeline.folders.mixing import MIX, read_mix
-from ...pipeline.folders.sealed import folder_schema, read_shard
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import REJECTS, rejects_bytes
 from ...pipeline.folders.shards import sidecar_bytes, sidecar_path
 from ...pipeline.format.row_checks import violations
@@ -29,17 +27,18 @@ def verify(folder: Path) -> Iterator[str]:
 
     Raises UserError where there is no manifest that can be read.
     """
-    manifest = read_manifest(folder)
-    yield from _of_manifest(folder, manifest)
+    sealed = open_sealed(folder)
+    manifest = sealed.manifest
+    yield from _of_manifest(sealed)
     yield from _of_chain(folder / MANIFEST, manifest.identity, manifest.parents)
-    yield from _strays(folder, manifest)
-    if manifest.identity.stage == MIX:
+    yield from _strays(sealed)
+    if sealed.stage == MIX:
         yield from _of_parts(folder)
     total = manifest.totals["positions"]
     with progress_bar(total=total, desc="verify", unit="tok", unit_scale=True) as progress:
-        for index, entry in enumerate(manifest.shards):
-            yield from _of_sidecar(folder, index, entry)
-            yield from _of_shard(folder, manifest, entry)
+        for shard, entry in enumerate(manifest.shards):
+            yield from _of_sidecar(folder, shard, entry)
+            yield from _of_shard(sealed, shard)
             progress.update(entry.positions)
 
 
@@ -47,21 +46,19 @@ def _of_parts(folder: Path) -> Iterator[str]:
     """What is wrong with the folders that a mixture refers to."""
     try:
         for part in read_mix(folder):
-            yield from verify(part.folder)
+            yield from verify(part.folder.path)
     except UserError as error:
         yield str(error)
 
 
-def _of_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
-    rejects = folder / REJECTS
+def _of_manifest(folder: SealedFolder) -> Iterator[str]:
+    rejects, manifest = folder.path / REJECTS, folder.manifest
     if not rejects.exists():
         yield f"{rejects}: missing"
     elif not is_content(rejects, rejects_bytes(manifest.shards)):
         yield f"{rejects}: is not what the manifest says was rejected"
-    if manifest.identity.stage == MIX:
-        return
-    if manifest.identity.schema != identity_schema(folder_schema(manifest)):
-        yield f"{folder / MANIFEST}: its schema is not that of its settings"
+    if folder.stage != MIX and manifest.identity.schema != identity_schema(folder.schema):
+        yield f"{folder.path / MANIFEST}: its schema is not that of its settings"
 
 
 def _of_chain(where: Path, identity: Identity, parents: Any) -> Iterator[str]:
@@ -78,10 +75,10 @@ def _of_chain(where: Path, identity: Identity, parents: Any) -> Iterator[str]:
         yield f"{where}: parents: not the identities of folders ({one_line(error)})"
 
 
-def _strays(folder: Path, manifest: Manifest) -> Iterator[str]:
-    known = {entry.file for entry in manifest.shards}
-    known |= {sidecar_path(folder, index).name for index in range(len(manifest.shards))}
-    for path in sorted(folder.glob("shard-*")):
+def _strays(folder: SealedFolder) -> Iterator[str]:
+    known = {folder.shard_path(shard).name for shard in folder.shards}
+    known |= {sidecar_path(folder.path, shard).name for shard in folder.shards}
+    for path in sorted(folder.path.glob("shard-*")):
         if path.name not in known:
             yield f"{path}: the manifest does not name it"
 
@@ -94,20 +91,19 @@ def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
         yield f"{path}: is not what the manifest says of {entry.file}"
 
 
-def _of_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
+def _of_shard(folder: SealedFolder, shard: int) -> Iterator[str]:
     """What is wrong with a shard's bytes, then with its rows as far as they can be read."""
-    path = folder / entry.file
+    path, entry = folder.shard_path(shard), folder.manifest.shards[shard]
     if path.is_file():
         size = path.stat().st_size
         if size != entry.bytes:
             yield f"{path}: has {size:,} bytes, the manifest says {entry.bytes:,}"
         if sha256_of_file(path) != entry.sha256:
             yield f"{path}: its hash is not the manifest's"
-    stage, vocab_size = manifest.identity.stage, manifest.settings["vocab_size"]
     first = 0
     try:
-        for batch in read_shard(folder, manifest, entry, verify=False):
-            for each in violations(stage, batch, vocab_size):
+        for batch in folder.batches(shard, verify=False):
+            for each in violations(folder.stage, batch, folder.settings["vocab_size"]):
                 name = quoted(batch.ids[each.row])
                 yield f"{path}, row {first + each.row} ({name}): column {each.column} {each.what}"
             first += len(batch.ids)

@@ -5,7 +5,8 @@ A `Look` is one example with its measures and the distributions of every folder 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest, read_manifest
-from ...pipeline.folders.sealed import (
-    folder_schema,
-    read_rows,
-    read_scores,
-    read_targets,
-    shard_ids,
-)
+from ...pipeline.folders.join import Join
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.format.arrow import segment_sums
 from ...pipeline.format.batches import FlatBatch, flatten, split
 from ...pipeline.format.records import Example
+from ...pipeline.format.schema import STAGES
 from ...pipeline.targets.distributions import Supports, known_supports
 from . import measures
 from .measures import Floats
-
-BATCH = 64  # examples that are computed together
-Place = tuple[int, int, int]  # shard, record batch, row of it
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A sealed folder of scores or targets."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether it holds targets, not scores."""
-        return self.manifest.identity.stage == "build-targets"
-
-    @property
-    def role(self) -> str:
-        """What its distributions are called."""
-        return "target" if self.has_targets else "base"
-
-    @property
-    def size(self) -> int:
-        """Its examples."""
-        return self.manifest.totals["rows"]
-
-    def records(self) -> Iterator[Any]:
-        """Its examples, in order."""
-        return read_targets(self.path) if self.has_targets else read_scores(self.path)
-
-    def places(self) -> dict[str, Place]:
-        """Where its examples stand, by their ids."""
-        places: dict[str, Place] = {}
-        for shard, entry in enumerate(self.manifest.shards):
-            for number, ids in enumerate(shard_ids(self.path, self.manifest, entry)):
-                for row, example_id in enumerate(ids):
-                    places.setdefault(example_id, (shard, number, row))
-        return places
-
-    def at(self, place: Place) -> Any:
-        """One example; reads no more than its record batch."""
-        shard, number, row = place
-        wanted = [(number, np.array([row]))]
-        (batch,) = read_rows(self.path, self.manifest, shard, wanted)
-        (record,) = split(folder_schema(self.manifest), batch)
-        return record
-
-    def supports(self, batch: FlatBatch) -> Supports:
-        """The distributions of a batch."""
-        return measures.target_supports(batch) if self.has_targets else known_supports(batch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,29 +55,27 @@ class Skipped:
     differing: int = 0
 
 
-def open_sealed(path: Path) -> Folder:
-    """Open a folder of scores or targets. Raises UserError for anything else."""
-    manifest = read_manifest(path)
-    if manifest.identity.stage not in ("score", "build-targets"):
-        raise UserError(
-            f"{path}: made by `qpipe {manifest.identity.stage}`: give scores or targets"
-        )
-    return Folder(path, manifest)
+def open_examples(path: Path) -> SealedFolder:
+    """Open a folder of scores or targets. Raises UserError for any other folder."""
+    folder = open_sealed(path)
+    if folder.stage not in STAGES:
+        raise UserError(f"{path}: made by `qpipe {folder.stage}`: give scores or targets")
+    return folder
 
 
-def open_scores(path: Path) -> Folder:
-    """Open a folder of scores."""
-    return Folder(path, read_manifest(path, "score"))
+def role_of(folder: SealedFolder) -> str:
+    """What the distributions of a folder are called."""
+    return "target" if folder.has_targets else "base"
 
 
 class Companion:
-    """Another folder's records of the examples of a first one, found by id.
+    """Another folder with examples of a first one, joined by id.
 
-    Read side by side as long as both have the same order; else its ids are read once.
+    Raises UserError where the two folders have different tokenizers.
     """
 
-    def __init__(self, main: Folder, folder: Folder) -> None:
-        ours, theirs = (each.manifest.settings["tokenizer_hash"] for each in (main, folder))
+    def __init__(self, main: SealedFolder, folder: SealedFolder) -> None:
+        ours, theirs = (each.settings["tokenizer_hash"] for each in (main, folder))
         if ours != theirs:
             raise UserError(
                 f"{folder.path}: made with tokenizer {theirs[:12]}…, {main.path} with "
@@ -140,54 +83,45 @@ class Companion:
             )
         self.folder = folder
         self.skipped = Skipped()
-        self._stream: Iterator[Any] | None = folder.records()
-        self._places: dict[str, Place] = {}
+        self.records = Join(main, folder).records
 
-    def find(self, example: Example) -> Any | None:
-        """The record of an example, None where it is missing or has other tokens."""
-        found = self._found(example.id)
+    def has(self, example: Example, found: Example | None) -> bool:
+        """Whether the record found for an example has its tokens; counts it as skipped if not."""
         if found is None:
             self.skipped.missing += 1
-        elif not np.array_equal(found.input_ids, example.input_ids):
-            self.skipped.differing += 1
-            return None
-        return found
-
-    def _found(self, example_id: str) -> Any | None:
-        if self._stream is not None:
-            ahead = next(self._stream, None)
-            if ahead is not None and ahead.id == example_id:
-                return ahead
-            self._stream = None
-            self._places = self.folder.places()
-        place = self._places.get(example_id)
-        return None if place is None else self.folder.at(place)
+            return False
+        is_same = np.array_equal(found.input_ids, example.input_ids)
+        self.skipped.differing += not is_same
+        return is_same
 
 
-def looks(main: Folder, companions: Mapping[str, Companion]) -> Iterator[list[Look]]:
-    """The examples of a folder with all that is known of them, some at a time.
+def looks(main: SealedFolder, companions: Mapping[str, Companion]) -> Iterator[list[Look]]:
+    """The examples of a folder with all their measures, a record batch at a time.
 
-    `companions` are named by role: base, teacher, other. Examples that one of them lacks are left
-    out and counted there; positions that one lacks are left out.
+    `companions` are named by role: base, teacher, other. Examples that a companion lacks are left
+    out and counted in its `skipped`; positions that one lacks are left out.
     """
-    records = enumerate(main.records())
-    while group := list(islice(records, BATCH)):
-        joined = [(number, rows) for number, row in group if (rows := _joined(row, companions))]
-        if joined:
-            yield _looks(main, companions, joined)
+    numbers = count()
+    for shard in main.shards:
+        beside = (each.records(shard) for each in companions.values())
+        for batch, *others in zip(main.batches(shard), *beside, strict=True):
+            rows = zip(split(main.schema, batch), *others, strict=True)
+            joined = [
+                (number, kept)
+                for row, number in zip(rows, numbers, strict=False)
+                if (kept := _joined(row, companions))
+            ]
+            if joined:
+                yield _looks(main, companions, joined)
 
 
-def _joined(row: Example, companions: Mapping[str, Companion]) -> list[Example]:
-    """A record and its companions' on the positions that all have; [] where one is missing."""
-    rows: list[Example] = [row]
-    for companion in companions.values():
-        found = companion.find(row)
-        if found is None:
+def _joined(rows: Sequence[Any], companions: Mapping[str, Companion]) -> list[Example]:
+    """A record and its companions' on the positions that all have; [] where one lacks it."""
+    own, *others = rows
+    for companion, other in zip(companions.values(), others, strict=True):
+        if not companion.has(own, other):
             return []
-        rows.append(found)
-    common = rows[0].positions
-    for other in rows[1:]:
-        common = np.intersect1d(common, other.positions)
+    common = reduce(np.intersect1d, (row.positions for row in rows))
     return [_restricted(each, np.isin(each.positions, common)) for each in rows]
 
 
@@ -203,25 +137,29 @@ def _restricted(row: Any, kept_N: NDArray[np.bool_]) -> Any:
 
 
 def _looks(
-    main: Folder,
+    main: SealedFolder,
     companions: Mapping[str, Companion],
     joined: Sequence[tuple[int, list[Example]]],
 ) -> list[Look]:
-    roles = [main.role, *companions]
+    roles = [role_of(main), *companions]
     folders = [main, *(each.folder for each in companions.values())]
     batches = [
-        flatten(folder_schema(folder.manifest), [rows[place] for _, rows in joined])
+        flatten(folder.schema, [rows[place] for _, rows in joined])
         for place, folder in enumerate(folders)
     ]
     panels = {
-        role: folder.supports(batch)
+        role: _supports(folder, batch)
         for role, folder, batch in zip(roles, folders, batches, strict=True)
     }
     of_own = measures.of_targets if main.has_targets else measures.of_scores
-    values = of_own(batches[0], panels[main.role])
+    values = of_own(batches[0], panels[roles[0]])
     for role, batch in zip(roles[1:], batches[1:], strict=True):
-        values |= _compared(main.role, role, panels, batch)
+        values |= _compared(roles[0], role, panels, batch)
     return _cut(batches[0], [number for number, _ in joined], values, panels)
+
+
+def _supports(folder: SealedFolder, batch: FlatBatch) -> Supports:
+    return measures.target_supports(batch) if folder.has_targets else known_supports(batch)
 
 
 def _compared(

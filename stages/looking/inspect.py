@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.errors import UserError
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.progress import progress_bar
-from .examples import Companion, Folder, Look, looks, open_scores, open_sealed
+from .examples import Companion, Look, looks, open_examples
 from .measures import MEASURES
 from .overview import Overview, folder_json
 from .token_text import TokenText, token_text
@@ -40,7 +41,7 @@ class InspectSettings:
 class Inspection:
     """What was found."""
 
-    folder: Folder
+    folder: SealedFolder
     overview: Overview
     examples: list[Look]
     colour_by: str
@@ -52,7 +53,7 @@ class Inspection:
 def inspect(settings: InspectSettings) -> Inspection:
     """Read the folder once. Raises UserError for what it does not hold."""
     _check(settings)
-    main = open_sealed(settings.folder)
+    main = open_examples(settings.folder)
     companions = _companions(main, settings)
     text, note = token_text(main.manifest, settings.model)
     selection = _selection(settings, main)
@@ -163,7 +164,7 @@ class _Extremes:
         return [each for _, _, each in sorted(self.heap, key=lambda item: item[:2], reverse=True)]
 
 
-def _selection(settings: InspectSettings, main: Folder) -> _Chosen | _Extremes:
+def _selection(settings: InspectSettings, main: SealedFolder) -> _Chosen | _Extremes:
     if settings.ids:
         return _Chosen(settings.ids, (), main.path)
     sort = settings.sort
@@ -206,7 +207,7 @@ def _check(settings: InspectSettings) -> None:
         raise UserError("--against and --scores exclude each other: give one")
 
 
-def _check_measures(settings: InspectSettings, main: Folder, look: Look) -> None:
+def _check_measures(settings: InspectSettings, main: SealedFolder, look: Look) -> None:
     sort = None if settings.sort is None else settings.sort.partition("-")[2]
     for option, name in (("--sort", sort), ("--colour-by", settings.colour_by)):
         if name is not None and name not in look.values:
@@ -219,14 +220,14 @@ def _check_measures(settings: InspectSettings, main: Folder, look: Look) -> None
             raise UserError(f"{option} {name}: not known of {settings.folder}: {way}")
 
 
-def _companions(main: Folder, settings: InspectSettings) -> dict[str, Companion]:
+def _companions(main: SealedFolder, settings: InspectSettings) -> dict[str, Companion]:
     if settings.against is not None:
-        return {"other": Companion(main, open_sealed(settings.against))}
+        return {"other": Companion(main, open_examples(settings.against))}
     if settings.scores is None:
         return {}
     if not main.has_targets:
         raise UserError(f"--scores goes with targets, {main.path} holds scores: give --against")
-    return {"base": Companion(main, open_scores(settings.scores))}
+    return {"base": Companion(main, open_sealed(settings.scores, "score"))}
 
 
 def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
@@ -244,7 +245,7 @@ def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
     return lines
 
 
-def _colour_by(main: Folder, settings: InspectSettings, overview: Overview) -> str:
+def _colour_by(main: SealedFolder, settings: InspectSettings, overview: Overview) -> str:
     if settings.against is not None:
         return "tv"
     if not main.has_targets:

@@ -16,7 +16,7 @@ from ...pipeline.format.arrow import segment_sums
 from ...pipeline.format.batches import FlatBatch
 from ...pipeline.targets.distributions import (
     LOG_OF_ZERO,
-    Common,
+    SharedSupport,
     Supports,
     common_divergence,
     common_supports,
@@ -156,7 +156,7 @@ def divergence(one: Supports, other: Supports) -> Floats:
 
 def total_variation(one: Supports, other: Supports) -> Floats:
     """Half the sum of absolute differences, the tails as one outcome, [N]."""
-    common: Common = common_supports(one, other)
+    common: SharedSupport = common_supports(one, other)
     inner = np.abs(np.exp(common.log_probs) - np.exp(common.other_log_probs))
     tails = np.abs(common.tail_mass - common.other_tail_mass)
     return (segment_sums(inner, common.counts) + tails) / 2

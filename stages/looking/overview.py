@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .examples import Folder, Look
+from ...pipeline.folders.sealed import SealedFolder
+from .examples import Look
 from .measures import MEASURES, Floats
 
 STARTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # of supervised tokens
@@ -104,7 +105,7 @@ class Overview:
         }
 
 
-def folder_json(folder: Folder) -> dict[str, Any]:
+def folder_json(folder: SealedFolder) -> dict[str, Any]:
     """What a folder says of itself, as plain values."""
     manifest = folder.manifest
     totals, settings = manifest.totals, manifest.settings
@@ -112,7 +113,7 @@ def folder_json(folder: Folder) -> dict[str, Any]:
     has_tail = manifest.totals["positions"] > 0
     return {
         "path": str(folder.path),
-        "stage": manifest.identity.stage,
+        "stage": folder.stage,
         "fingerprint": manifest.fingerprint,
         "model": manifest.provenance.get("model"),
         "settings": {name: settings[name] for name in shown if settings.get(name) is not None},

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.progress import progress_bar
-from ..looking.examples import Companion, Folder, Look, looks, open_scores, open_sealed
+from ..looking.examples import Companion, Look, looks, open_examples, role_of
 from ..looking.measures import MEASURES
 from ..looking.overview import Overview, folder_json
 from ..looking.token_text import TokenText, escaped, one_line_of, token_text
@@ -102,7 +103,7 @@ class Vocabulary:
 
 def folder_page(settings: ReportSettings) -> Page:
     """Read the folder once and make its page."""
-    main = open_sealed(settings.folder)
+    main = open_examples(settings.folder)
     companions = _companions(main, settings)
     text, note = token_text(main.manifest, settings.model)
     order = np.random.default_rng(settings.seed).permutation(main.size)
@@ -133,12 +134,14 @@ def folder_page(settings: ReportSettings) -> Page:
     return _fitting(settings, facts, entries, vocabulary, order.tolist())
 
 
-def _companions(main: Folder, settings: ReportSettings) -> dict[str, Companion]:
+def _companions(main: SealedFolder, settings: ReportSettings) -> dict[str, Companion]:
     given: Mapping[str, Path | None] = {"base": settings.scores, "teacher": settings.teacher}
     if settings.scores is not None and not main.has_targets:
         raise UserError(f"--scores goes with targets, {main.path} holds scores: leave it out")
     return {
-        role: Companion(main, open_scores(path)) for role, path in given.items() if path is not None
+        role: Companion(main, open_sealed(path, "score"))
+        for role, path in given.items()
+        if path is not None
     }
 
 
@@ -170,10 +173,10 @@ def _stored(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _facts(
-    main: Folder, companions: Mapping[str, Companion], overview: Overview, notes: list[str]
+    main: SealedFolder, companions: Mapping[str, Companion], overview: Overview, notes: list[str]
 ) -> dict[str, Any]:
     """What the page says besides its demonstrations."""
-    roles = [main.role, *companions]
+    roles = [role_of(main), *companions]
     names = [name for name in MEASURES if name in overview.spreads]
     colours = [name for name in names if name in _COLUMNS or name == "gain"]
     constant = {

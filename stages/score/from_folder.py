@@ -4,12 +4,10 @@ Shard i covers shard i of that folder. Each position holds this model's top k an
 log-probabilities at the ids that the folder holds there: the two models share a support.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest, read_manifest
-from ...pipeline.folders.sealed import folder_schema, read_scores, read_shard
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import Job, StageResult
 from ...pipeline.folders.tasks import PartResult
 from ...pipeline.format.batches import split
@@ -33,57 +31,55 @@ def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
     """The stage of these settings; another process that knows of it gives its job."""
     at = settings.at
     assert at is not None
-    manifest = read_manifest(at, "score")
+    folder = open_sealed(at, "score")
     model = find_model(settings.model, settings.revision)
     if job is None:
-        _check_tokenizer(at, manifest, model)
-        _check_examples(at, manifest, model)
-    return ScoreStage(settings, _ScoreFolder(at, manifest, model), model, job)
+        _check_tokenizer(folder, model)
+        _check_examples(folder, model)
+    return ScoreStage(settings, _FolderExamples(folder, model), model, job)
 
 
-class _ScoreFolder:
+class _FolderExamples:
     """Examples as a score folder holds them, with the ids at each of their positions."""
 
     gathers = True
 
-    def __init__(self, folder: Path, manifest: Manifest, model: ModelFiles) -> None:
+    def __init__(self, folder: SealedFolder, model: ModelFiles) -> None:
         self.folder = folder
-        self.manifest = manifest
         self.vocab_size = model.vocab_size
         # `_check_examples` has seen to it that none is longer
-        longest = manifest.settings.get("max_length", model.max_length)  # none in what was imported
+        longest = folder.settings.get("max_length", model.max_length)  # none in what was imported
         self.max_length = min(longest, model.max_length)
 
     def settings(self) -> dict[str, Any]:
         """How rows were read, above all; not what scored them."""
         theirs = ("imported", "mass", "server_model")
-        own = self.manifest.settings.items()
+        own = self.folder.settings.items()
         return {name: value for name, value in own if name not in theirs}
 
     def inputs(self) -> dict[str, str]:
-        return {"at": self.manifest.fingerprint}
+        return {"at": self.folder.manifest.fingerprint}
 
     def parents(self) -> dict[str, Any]:
-        return {"at": self.manifest.as_parent}
+        return {"at": self.folder.manifest.as_parent}
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
         return _stage, (settings, job)
 
     @property
     def count(self) -> int | None:
-        return self.manifest.totals["rows"]
+        return self.folder.manifest.totals["rows"]
 
     @property
     def shard_count(self) -> int | None:
-        return len(self.manifest.shards)
+        return len(self.folder.shards)
 
     def read(self, index: int) -> Unscored | None:
         at: list[GivenIds] = []
         shard = Unscored(at=at)
-        schema = folder_schema(self.manifest)
-        for batch in read_shard(self.folder, self.manifest, self.manifest.shards[index]):
+        for batch in self.folder.batches(index):
             scored: ScoredExample
-            for scored in split(schema, batch):
+            for scored in split(self.folder.schema, batch):
                 given = GivenIds(scored.counts, scored.topk_ids)
                 shard.examples.append(Example(scored.id, scored.input_ids, scored.positions))
                 shard.token_weights.append(scored.token_weights)
@@ -92,35 +88,36 @@ class _ScoreFolder:
         return shard
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest, model: ModelFiles) -> None:
-    theirs, ours = manifest.settings["tokenizer_hash"], model.tokenizer_hash
+def _check_tokenizer(folder: SealedFolder, model: ModelFiles) -> None:
+    theirs, ours = folder.settings["tokenizer_hash"], model.tokenizer_hash
     if theirs != ours:
         raise UserError(
-            f"{folder}: made with tokenizer hash {theirs}, model {model.name} has {ours}: give a "
-            "model of the same tokenizer: the ids of another one mean other tokens"
+            f"{folder.path}: made with tokenizer hash {theirs}, model {model.name} has {ours}: "
+            "give a model of the same tokenizer: the ids of another one mean other tokens"
         )
 
 
-def _check_examples(folder: Path, manifest: Manifest, model: ModelFiles) -> None:
+def _check_examples(folder: SealedFolder, model: ModelFiles) -> None:
     """Refuse examples that are too long for the model, or hold tokens that it lacks.
 
     They are read for this only where the folder's own limits leave it open.
     """
     limit, vocab_size = model.max_length, model.vocab_size
-    settings = manifest.settings
+    settings = folder.settings
     if settings.get("max_length", limit + 1) <= limit and settings["vocab_size"] <= vocab_size:
         return
     longest, largest = 0, 0
-    for example in read_scores(folder):
+    for example in folder.records():
         longest = max(longest, len(example.input_ids))
         largest = max(largest, int(example.input_ids.max()))
     if longest > limit:
         raise UserError(
-            f"{folder}: its longest example has {longest} tokens, model {model.name} takes {limit}:"
-            f" score the demonstrations again with --max-length {limit}, or give another --model"
+            f"{folder.path}: its longest example has {longest} tokens, model {model.name} takes "
+            f"{limit}: score the demonstrations again with --max-length {limit}, or give "
+            "another --model"
         )
     if largest >= vocab_size:
         raise UserError(
-            f"{folder}: token {largest} stands in its examples, the vocabulary of model "
+            f"{folder.path}: token {largest} stands in its examples, the vocabulary of model "
             f"{model.name} ends before {vocab_size}: give another --model"
         )

@@ -19,8 +19,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import folder_schema
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.folders.shards import BATCH_ROWS, COMPRESSED
 from qpipe.pipeline.format.arrow import decode, encode
 from qpipe.pipeline.format.batches import FlatBatch, flatten
@@ -84,7 +83,7 @@ def _best(work: Callable[[], Made]) -> tuple[float, Made]:
 
 
 def _read(folder: Path) -> tuple[Schema, list[FlatBatch]]:
-    schema, examples = folder_schema(read_manifest(folder)), list(read_targets(folder))
+    schema, examples = open_sealed(folder).schema, list(read_targets(folder))
     starts = range(0, len(examples), BATCH_ROWS)
     return schema, [flatten(schema, examples[start : start + BATCH_ROWS]) for start in starts]
 

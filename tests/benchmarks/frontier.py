@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import folder_schema, read_shard
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.folders.shards import ShardContent, commit_shard
 from qpipe.pipeline.format.batches import FlatBatch, cut
 from qpipe.pipeline.format.packing import Packing, Precision
@@ -59,9 +58,10 @@ class Whole:
 
 def main(scores: Path) -> None:
     """Print the table."""
-    manifest = read_manifest(scores, "score")
-    batches = [batch for entry in manifest.shards for batch in read_shard(scores, manifest, entry)]
-    batches = [cut(folder_schema(manifest), batch, SAMPLE)[0] for batch in batches[:2]]
+    folder = open_sealed(scores, "score")
+    manifest = folder.manifest
+    batches = [batch for shard in folder.shards for batch in folder.batches(shard)]
+    batches = [cut(folder.schema, batch, SAMPLE)[0] for batch in batches[:2]]
     whole = [_whole(batch, manifest.settings["vocab_size"]) for batch in batches]
     positions = manifest.totals["positions"]
     heads = (
@@ -109,10 +109,11 @@ def _measured(
     positions: int,
 ) -> tuple[str, ...]:
     """Entries, bytes, kept mass, KL and gradient errors of a folder."""
-    manifest = read_manifest(out)
+    folder = open_sealed(out)
+    manifest = folder.manifest
     size = sum(path.stat().st_size for path in out.iterdir())
-    whole_batches = [b for entry in manifest.shards for b in read_shard(out, manifest, entry)]
-    read = [cut(folder_schema(manifest), b, SAMPLE)[0] for b in whole_batches[: len(batches)]]
+    whole_batches = [batch for shard in folder.shards for batch in folder.batches(shard)]
+    read = [cut(folder.schema, b, SAMPLE)[0] for b in whole_batches[: len(batches)]]
     seen = sum(len(batch["positions"]) for batch in read)
     divergence, errors = 0.0, []
     for scores, batch, known in zip(batches, read, whole, strict=True):

@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import Example, TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.settings import BuildSettings
@@ -121,8 +122,7 @@ def stages(model: Path, folder: Path, count: int) -> list[float]:
     streams: list[Any] = []
 
     def opening() -> None:
-        manifest = read_manifest(folder / "targets")
-        streams.append(open_streams(folder / "targets", manifest, 0.0)[0])
+        streams.append(open_streams(open_sealed(folder / "targets"), 0.0)[0])
 
     opened = timed(opening)
     epoch = timed(lambda: sum(1 for _ in streams[0].samples(0, range(count))))

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.manifest import Identity, identity_schema
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
@@ -51,9 +52,9 @@ def main(folder: Path) -> None:
     make_targets(folder / "targets")
     one_core()
     start = perf_counter()
-    manifest = read_manifest(folder / "targets")
-    positions = manifest.totals["positions"]
-    stream, _ = open_streams(folder / "targets", manifest, 0.0)
+    targets = open_sealed(folder / "targets")
+    positions = targets.manifest.totals["positions"]
+    stream, _ = open_streams(targets, 0.0)
     opening = perf_counter() - start
     print(f"{positions:,} positions, one of {os.cpu_count()} cores, load {os.getloadavg()}")
     print(f"opened and verified at {positions / opening:,.0f} positions/s")

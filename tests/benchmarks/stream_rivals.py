@@ -21,7 +21,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
 from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
@@ -38,9 +38,9 @@ _FILE_ROWS = 512  # of a parquet file: as a shard has
 def main(folder: Path) -> None:
     """Make the rows, then measure."""
     make_targets(folder / "targets")
-    manifest = read_manifest(folder / "targets")
-    positions = manifest.totals["positions"]
-    stream, _ = open_streams(folder / "targets", manifest, 0.0)
+    targets = open_sealed(folder / "targets")
+    positions = targets.manifest.totals["positions"]
+    stream, _ = open_streams(targets, 0.0)
     make_parquet(folder / "targets", folder / "parquet")
     one_core()
     ways: dict[str, Callable[[], int]] = {

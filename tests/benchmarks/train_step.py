@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.methods import choose
 from qpipe.stages.commands.tables import print_table
 from qpipe.tests.benchmarks.figures import faster, publish
@@ -65,7 +65,7 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
 
 def both_forms(targets: Path, size: int) -> tuple[list[Batch], list[Batch]]:
     """The same steps' demonstrations, padded and packed."""
-    stream, _ = open_streams(targets, read_manifest(targets, "build-targets"), eval_fraction=0)
+    stream, _ = open_streams(open_sealed(targets, "build-targets"), eval_fraction=0)
     examples = list(islice(stream.in_order(), size * STEPS))
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [padded_batch(part) for part in parts], [packed_batch(part) for part in parts]

@@ -18,7 +18,7 @@ from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices, choose
-from qpipe.pipeline.targets.build import Evidence, Model, Truncation, flat_targets, targets_of
+from qpipe.pipeline.targets.build import Evidence, ScoreModel, Truncation, flat_targets, targets_of
 from qpipe.pipeline.targets.ceiling import ceiling_sums
 from qpipe.stages.engines.base import scored
 
@@ -75,7 +75,7 @@ def _example(tokens: Sequence[int], positions: NDArray[np.int32]) -> Any:
 
 
 @st.composite
-def score_batches(draw: Draw) -> tuple[FlatBatch, FlatBatch, Model]:
+def score_batches(draw: Draw) -> tuple[FlatBatch, FlatBatch, ScoreModel]:
     """Scores of a base and of a teacher of the same examples."""
     V = draw(st.integers(2, LARGEST_V))
     top_k = draw(st.integers(1, V))
@@ -86,7 +86,7 @@ def score_batches(draw: Draw) -> tuple[FlatBatch, FlatBatch, Model]:
         flatten(schema, [draw(scored_examples(V, top_k, tokens)) for tokens in texts])
         for _ in range(2)
     ]
-    return batches[0], batches[1], Model(top_k, V, draw(temperatures))
+    return batches[0], batches[1], ScoreModel(top_k, V, draw(temperatures))
 
 
 temperatures = st.sampled_from([1.0, 1.0, 0.05, 0.5, 2.0, 20.0])
@@ -105,7 +105,7 @@ def through_a_shard(stage: str, batch: FlatBatch, V: int, packing: Packing | Non
 
 
 @fuzz(60, drawn=score_batches())
-def test_scores_keep_every_bit(drawn: tuple[FlatBatch, FlatBatch, Model]) -> None:
+def test_scores_keep_every_bit(drawn: tuple[FlatBatch, FlatBatch, ScoreModel]) -> None:
     batch, _, model = drawn
     assert problems("score", batch, model.vocab_size) == []
     read = through_a_shard("score", batch, model.vocab_size, None)
@@ -136,7 +136,7 @@ def settled(draw: Draw) -> Choice:
     precision=st.sampled_from(PRECISIONS),
 )
 def test_targets_of_any_scores(
-    drawn: tuple[FlatBatch, FlatBatch, Model],
+    drawn: tuple[FlatBatch, FlatBatch, ScoreModel],
     choice: Choice,
     top_p: float,
     max_support: int,

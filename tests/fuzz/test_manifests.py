@@ -12,7 +12,7 @@ from qpipe.pipeline.folders.manifest import (
     read_manifest,
     write_manifest,
 )
-from qpipe.pipeline.folders.sealed import folder_schema, read_shard
+from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, sidecar_path
 from qpipe.stages.folders.status import status_of
@@ -61,7 +61,7 @@ def unfinished(folder: Path) -> Job:
     manifest = read_manifest(folder)
     job = Job(
         folder,
-        folder_schema(manifest),
+        SealedFolder(folder, manifest).schema,
         manifest.identity,
         manifest.parents,
         manifest.provenance,
@@ -91,9 +91,8 @@ def resume(job: Job, stage: str) -> bytes:
 
 def content_of(stage: str, index: int) -> ShardContent:
     """A shard's content, as the stage would make it again."""
-    manifest = read_manifest(whole(stage))
-    entry = manifest.shards[index]
-    content = ShardContent(list(read_shard(whole(stage), manifest, entry)))
+    entry = read_manifest(whole(stage)).shards[index]
+    content = ShardContent(list(open_sealed(whole(stage)).batches(index)))
     content.add_sums(**entry.sums)
     content.rejects = list(entry.rejects)
     return content

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.threads import Prefetch
 from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
@@ -51,7 +51,7 @@ def ids_of(name: str, eval_fraction: float = 0.0) -> list[str]:
 
 @cache
 def stream(name: str, eval_fraction: float = 0.0) -> TargetStream:
-    return open_streams(folder(name), read_manifest(folder(name)), eval_fraction)[0]
+    return open_streams(open_sealed(folder(name)), eval_fraction)[0]
 
 
 @st.composite

@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.decoder import decoder
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import read_scores, read_targets, shard_ids
+from qpipe.pipeline.folders.sealed import open_sealed, read_scores, read_targets
 from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.stages.folders.verify import verify
@@ -102,8 +101,8 @@ def read_everywhere(folder: Path, stage: str) -> None:
     """Every reader of a folder's shards."""
     problems = made_or_refused(lambda: list(verify(folder)))
     rows = made_or_refused(lambda: list(READERS[stage](folder)))
-    manifest = read_manifest(folder)
-    ids = made_or_refused(lambda: [shard_ids(folder, manifest, each) for each in manifest.shards])
+    sealed = open_sealed(folder)
+    ids = made_or_refused(lambda: list(map(sealed.ids, sealed.shards)))
     if rows is not None:
         assert ids is not None
         assert [each for shard in ids for batch in shard for each in batch] == [r.id for r in rows]
@@ -117,7 +116,7 @@ def read_everywhere(folder: Path, stage: str) -> None:
 
 
 def streamed(folder: Path) -> None:
-    stream, _ = open_streams(folder, read_manifest(folder), 0.0)
+    stream, _ = open_streams(open_sealed(folder), 0.0)
     assert sorted(stream.lengths(0, range(len(stream)))) == sorted(
         len(example.input_ids) for example in stream.samples(0, range(len(stream)))
     )

@@ -14,7 +14,6 @@ import pyarrow as pa
 from msgspec.structs import replace
 from qpipe.pipeline.folders.manifest import (
     Identity,
-    Manifest,
     ShardEntry,
     identity_schema,
     read_manifest,
@@ -22,6 +21,7 @@ from qpipe.pipeline.folders.manifest import (
     totals_of,
     write_manifest,
 )
+from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
@@ -53,7 +53,7 @@ def measure(root: Path, batches: int = 32, entries: int = 5000, rows: int = 10**
     """Measure all of them; the folders are made under `root`."""
     pa.set_cpu_count(1)
     folder = _made_up_targets(root / "opened", batches)
-    opened = _seconds(lambda: open_streams(folder, read_manifest(folder), 0.0))
+    opened = _seconds(lambda: open_streams(open_sealed(folder), 0.0))
     outlined = _outlined(rows)
     manifest, read_seconds, memory = _manifest(root / "many", folder, entries)
     content = os.urandom(2**24)
@@ -97,7 +97,7 @@ def _outlined(rows: int) -> TargetStream:
         places=np.tile(np.arange(BATCH_ROWS, dtype=np.int32), blocks),
         tokens=400 * ones,
     )
-    return TargetStream(Path(), Manifest(None, "", {}, {}, {}, []), outline)  # type: ignore
+    return TargetStream(SealedFolder(Path(), None), outline)  # type: ignore
 
 
 def _opening_bytes(rows: int) -> float:

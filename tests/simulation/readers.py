@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 from qpipe.pipeline.folders import sealed
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.support.made_up import folder_of, targeted
 from qpipe.trainer.data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples
@@ -54,7 +54,7 @@ def make_folder(folder: Path, rows: int, per_shard: int = 64) -> TargetStream:
         ids = rng.integers(1, 300, int(rng.integers(3, 13))).tolist()
         examples.append(targeted(f"{folder.name}-{row}", ids, [0.5], [{ids[-1]: 0.9}]))
     folder_of(folder, examples, shards=rows // per_shard)
-    return open_streams(folder, read_manifest(folder), 0.0)[0]
+    return open_streams(open_sealed(folder), 0.0)[0]
 
 
 def read_epoch(
@@ -123,7 +123,7 @@ def read_by_one(stream: TargetStream, ranks: int, of_each: int) -> Read:
 def counted() -> Iterator[Read]:
     """Count the record batches that are read within the block."""
     read = Read()
-    get = sealed._get
+    get = sealed.read_batch
 
     def counting(reader: Any, number: int) -> Any:
         batch = get(reader, number)
@@ -131,5 +131,5 @@ def counted() -> Iterator[Read]:
         read.rows += batch.num_rows
         return batch
 
-    with patch.object(sealed, "_get", counting):
+    with patch.object(sealed, "read_batch", counting):
         yield read

@@ -34,10 +34,10 @@ class TargetDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         parts = parts_of(open_path(folder))
-        opened = [open_streams(part.folder, part.manifest, 0.0, verify=verify) for part in parts]
+        opened = [open_streams(part.folder, 0.0, verify=verify) for part in parts]
         for part, (stream, _) in zip(parts, opened, strict=True):
             if not len(stream):
-                raise UserError(f"{part.folder}: has no supervised token to train on")
+                raise UserError(f"{part.folder.path}: has no supervised token to train on")
         self._mixture = mix([stream for stream, _ in opened], [part.weight for part in parts])
         self._cached: OrderedDict[tuple[int, int], list[TargetExample]] = OrderedDict()
 

@@ -20,13 +20,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...pipeline.folders.manifest import Manifest
-from ...pipeline.folders.sealed import folder_schema, read_rows, read_shard
+from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.format.batches import FlatBatch, split
 from ...pipeline.format.records import Ints, TargetExample
 
@@ -72,8 +70,7 @@ class Epoch:
 class TargetStream:
     """Some of the examples of a target folder."""
 
-    folder: Path
-    manifest: Manifest
+    folder: SealedFolder
     outline: Outline
 
     def __len__(self) -> int:
@@ -121,19 +118,19 @@ class TargetStream:
 
     def _read_ascending(self, rows: Rows) -> Iterator[TargetExample]:
         """The examples at ascending rows, a block at a time, each shard opened once."""
-        outline, schema = self.outline, folder_schema(self.manifest)
+        outline, schema = self.outline, self.folder.schema
         block_of_row = np.searchsorted(outline.starts, rows, side="right") - 1
         blocks, firsts = np.unique(block_of_row, return_index=True)
         # not strict: no rows at all still split into one part
         parts = zip(blocks, np.split(outline.places[rows], firsts[1:]), strict=False)
         for shard, of_shard in groupby(parts, lambda part: int(outline.shards[part[0]])):
             wanted = ((int(outline.numbers[block]), places) for block, places in of_shard)
-            for batch in read_rows(self.folder, self.manifest, shard, wanted):
+            for batch in self.folder.rows(shard, wanted):
                 yield from split(schema, batch)
 
 
 def open_streams(
-    folder: Path, manifest: Manifest, eval_fraction: float, *, verify: bool = True
+    folder: SealedFolder, eval_fraction: float, *, verify: bool = True
 ) -> tuple[TargetStream, TargetStream]:
     """The examples to train on and those held out; examples without supervision are in neither.
 
@@ -141,8 +138,8 @@ def open_streams(
     """
     train_blocks: list[_Block] = []
     eval_blocks: list[_Block] = []
-    for shard, entry in enumerate(manifest.shards):
-        for number, batch in enumerate(read_shard(folder, manifest, entry, verify=verify)):
+    for shard in folder.shards:
+        for number, batch in enumerate(folder.batches(shard, verify=verify)):
             held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
             has_positions = batch.lengths["position"] > 0
             for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):
@@ -150,8 +147,8 @@ def open_streams(
                 if len(places):
                     blocks.append(_block(shard, number, batch, places))
     return (
-        TargetStream(folder, manifest, _outline(train_blocks)),
-        TargetStream(folder, manifest, _outline(eval_blocks)),
+        TargetStream(folder, _outline(train_blocks)),
+        TargetStream(folder, _outline(eval_blocks)),
     )
 
 

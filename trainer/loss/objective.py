@@ -8,14 +8,13 @@ N supervised positions, V vocabulary, S entries of the widest support.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest
+from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.methods import rules
 from ...pipeline.methods.definition import Choice
 from ...pipeline.methods.rules import Signals
@@ -184,13 +183,13 @@ def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTarge
 SFT = "sft"
 
 
-def settled_method(asked: str | None, folder: Path, manifest: Manifest) -> str:
+def settled_method(asked: str | None, folder: SealedFolder) -> str:
     """The method to train by: the folder's own, or sft, for which any folder will do."""
-    own = manifest.settings["method"]
+    own = folder.settings["method"]
     method = asked or own
     if method not in (SFT, own):
         raise UserError(
-            f"{folder}: holds {own} targets: build targets for {method} first, with "
+            f"{folder.path}: holds {own} targets: build targets for {method} first, with "
             f"`qpipe build-targets --method {method}` (only --method {SFT} trains on any folder)"
         )
     return method

@@ -1,12 +1,11 @@
 """The target folders of a run: one, or several that are mixed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import Manifest, read_manifest
 from ...pipeline.folders.mixing import is_mix, read_mix
+from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ..data.mixture import mix
 from ..data.steps import Samples
 from ..data.stream import TargetStream, open_streams
@@ -15,25 +14,16 @@ from ..models.files import ModelFiles
 from ..settings import TrainSettings
 
 
-def check_fit(folder: Path, manifest: Manifest, base: ModelFiles) -> None:
+def check_fit(folder: SealedFolder, base: ModelFiles) -> None:
     """Refuse targets made for another tokenizer or vocabulary."""
     for name, ours in (("tokenizer_hash", base.tokenizer_hash), ("vocab_size", base.vocab_size)):
-        theirs = manifest.settings[name]
+        theirs = folder.settings[name]
         if theirs != ours:
             raise UserError(
-                f"{folder}: made with {name.replace('_', ' ')} {theirs}, model "
+                f"{folder.path}: made with {name.replace('_', ' ')} {theirs}, model "
                 f"{base.name} has {ours}: train the model that was scored, or score again with "
                 f"--model {base.origin}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A sealed target folder."""
-
-    name: str  # among the inputs of the run: targets, targets-2, ...
-    folder: Path
-    manifest: Manifest
 
 
 def unfolded(settings: TrainSettings) -> TrainSettings:
@@ -49,37 +39,39 @@ def unfolded(settings: TrainSettings) -> TrainSettings:
     parts = read_mix(folder)
     return replace(
         settings,
-        targets=tuple(part.folder for part in parts),
+        targets=tuple(part.folder.path for part in parts),
         mixture_weights=tuple(part.weight for part in parts),
     )
 
 
-def find_sources(settings: TrainSettings) -> list[Source]:
-    """The folders that the settings name. Raises UserError where one is not sealed."""
-    manifests = [read_manifest(folder, "build-targets") for folder in settings.folders]
-    return [
-        Source(f"targets-{number}" if number > 1 else "targets", folder, manifest)
-        for number, (folder, manifest) in enumerate(
-            zip(settings.folders, manifests, strict=True), start=1
-        )
-    ]
+def open_folders(settings: TrainSettings) -> dict[str, SealedFolder]:
+    """The target folders by their names among the inputs of the run: targets, targets-2, ...
+
+    Raises UserError where one is not sealed.
+    """
+    return {
+        f"targets-{number}" if number > 1 else "targets": open_sealed(path, "build-targets")
+        for number, path in enumerate(settings.folders, start=1)
+    }
 
 
-def settled(settings: TrainSettings, sources: Sequence[Source], base: ModelFiles) -> Objective:
+def settled(
+    settings: TrainSettings, folders: Sequence[SealedFolder], base: ModelFiles
+) -> Objective:
     """What is minimised on all of the folders.
 
     Raises UserError where one does not fit the model, the asked method or the other folders.
     """
-    for source in sources:
-        check_fit(source.folder, source.manifest, base)
-    objectives = [_objective(settings, source) for source in sources]
-    for source, objective in zip(sources, objectives, strict=True):
-        _refuse_other(sources[0], objectives[0], source, objective)
+    for folder in folders:
+        check_fit(folder, base)
+    objectives = [_objective(settings, folder) for folder in folders]
+    for folder, objective in zip(folders, objectives, strict=True):
+        _refuse_other(folders[0], objectives[0], folder, objective)
     return replace(objectives[0], tokens_alone=any(each.tokens_alone for each in objectives))
 
 
-def open_sources(
-    settings: TrainSettings, sources: Sequence[Source]
+def open_samples(
+    settings: TrainSettings, folders: Sequence[SealedFolder]
 ) -> tuple[Samples, list[TargetStream]]:
     """The samples to train on, and the examples of each folder that are held out.
 
@@ -87,30 +79,30 @@ def open_sources(
     where that is asked for.
     """
     opened = [
-        open_streams(s.folder, s.manifest, settings.eval_fraction, verify=settings.verify)
-        for s in sources
+        open_streams(folder, settings.eval_fraction, verify=settings.verify) for folder in folders
     ]
     train_streams, eval_streams = (list(streams) for streams in zip(*opened, strict=True))
-    for source, (train_stream, eval_stream) in zip(sources, opened, strict=True):
-        _refuse_empty(settings, source, len(train_stream), len(eval_stream))
+    for folder, (train_stream, eval_stream) in zip(folders, opened, strict=True):
+        _refuse_empty(settings, folder, len(train_stream), len(eval_stream))
     if settings.eval_fraction > 0 and not any(map(len, eval_streams)):
         total = sum(map(len, train_streams))
-        words = ", ".join(str(source.folder) for source in sources)
+        words = ", ".join(str(folder.path) for folder in folders)
         raise UserError(
             f"--eval-fraction {settings.eval_fraction} holds out none of the {total} examples of "
             f"{words}: give more, or 0"
         )
-    if len(sources) == 1:
+    if len(folders) == 1:
         return train_streams[0], eval_streams
     return mix(train_streams, settings.mixture_weights), eval_streams
 
 
-def _objective(settings: TrainSettings, source: Source) -> Objective:
-    method = settled_method(settings.method, source.folder, source.manifest)
-    return objective_of(source.manifest.settings, method)
+def _objective(settings: TrainSettings, folder: SealedFolder) -> Objective:
+    return objective_of(folder.settings, settled_method(settings.method, folder))
 
 
-def _refuse_other(first: Source, ours: Objective, source: Source, theirs: Objective) -> None:
+def _refuse_other(
+    first: SealedFolder, ours: Objective, folder: SealedFolder, theirs: Objective
+) -> None:
     """Frozen folders may differ in method: what the trainer does with them is the same."""
     for name, here, there in (
         ("live method", _live(ours), _live(theirs)),
@@ -119,7 +111,7 @@ def _refuse_other(first: Source, ours: Objective, source: Source, theirs: Object
     ):
         if here != there:
             raise UserError(
-                f"{source.folder}: cannot be mixed with {first.folder}: its {name} is {there} and "
+                f"{folder.path}: cannot be mixed with {first.path}: its {name} is {there} and "
                 f"there {here}: build targets that agree in it"
             )
 
@@ -132,11 +124,11 @@ def _live(objective: Objective) -> str:
     return f"{choice.method.name}{parameters}"
 
 
-def _refuse_empty(settings: TrainSettings, source: Source, kept: int, held_out: int) -> None:
+def _refuse_empty(settings: TrainSettings, folder: SealedFolder, kept: int, held_out: int) -> None:
     if kept + held_out == 0:
-        raise UserError(f"{source.folder}: has no supervised token to train on")
+        raise UserError(f"{folder.path}: has no supervised token to train on")
     if kept == 0:
         raise UserError(
             f"--eval-fraction {settings.eval_fraction} holds out all of the {held_out} examples of "
-            f"{source.folder}: give less"
+            f"{folder.path}: give less"
         )

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ...pipeline.folders.manifest import Identity, Manifest
+from ...pipeline.folders.manifest import Identity
 from ...pipeline.folders.provenance import package_versions
+from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.folders.shard_run import open_folder
 from ...pipeline.signals import notes_termination
 from ...pipeline.storage.locks import locked
@@ -31,7 +32,7 @@ from .evaluator import Evaluator
 from .folder import finish, finished_run, remove_checkpoints, run_identity
 from .loop import Run
 from .result import TrainResult, result_from
-from .target_folders import Source, find_sources, open_sources, settled, unfolded
+from .target_folders import open_folders, open_samples, settled, unfolded
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -43,16 +44,17 @@ def train(settings: TrainSettings) -> TrainResult:
     or the loss is not finite.
     """
     settings = unfolded(settings)
-    sources = find_sources(settings)
+    inputs = open_folders(settings)
+    folders = list(inputs.values())
     base = find_model(settings.model, settings.revision)
-    objective = settled(settings, sources, base)
+    objective = settled(settings, folders, base)
     settings = replace(settings, method=objective.choice.method.name)
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
     identity = run_identity(
         settings,
-        inputs={source.name: source.manifest.fingerprint for source in sources}
+        inputs={name: folder.manifest.fingerprint for name, folder in inputs.items()}
         | {"model": base.weights_hash()},
         precision=precision_of(accelerator),
         **({"tokens_alone": True} if objective.tokens_alone else {}),
@@ -60,7 +62,7 @@ def train(settings: TrainSettings) -> TrainResult:
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(settings.out, record["results"])
-    samples, eval_streams = open_sources(settings, sources)
+    samples, eval_streams = open_samples(settings, folders)
     with locked(settings.out) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             _make_ready(settings, identity, accelerator.is_main_process)
@@ -78,7 +80,7 @@ def train(settings: TrainSettings) -> TrainResult:
             save = save_adapter if settings.keep_adapter else save_model
             save(student, base, settings.out, accelerator.is_main_process)
             if accelerator.is_main_process:
-                finish(settings.out, _record(settings, sources, identity, accelerator, result))
+                finish(settings.out, _record(settings, inputs, identity, accelerator, result))
             accelerator.wait_for_everyone()
     return result
 
@@ -135,7 +137,7 @@ def _run(
 
 def _record(
     settings: TrainSettings,
-    sources: Sequence[Source],
+    inputs: Mapping[str, SealedFolder],
     identity: Identity,
     accelerator: Accelerator,
     result: TrainResult,
@@ -145,7 +147,10 @@ def _record(
         "identity": identity,
         "fingerprint": identity.fingerprint,
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
-        "parents": {source.name: _chain(source.manifest) for source in sources},
+        "parents": {
+            name: folder.manifest.as_parent | {"fingerprint": folder.manifest.fingerprint}
+            for name, folder in inputs.items()
+        },
         "provenance": {
             "device": str(accelerator.device),
             "processes": accelerator.num_processes,
@@ -153,8 +158,3 @@ def _record(
         },
         "results": asdict(result),
     }
-
-
-def _chain(manifest: Manifest) -> dict[str, Any]:
-    """What a folder was made from, back to the demonstrations."""
-    return manifest.as_parent | {"fingerprint": manifest.fingerprint}

@@ -17,7 +17,7 @@ from qpipe.pipeline.folders.manifest import (
     identity_schema,
     read_manifest,
 )
-from qpipe.pipeline.folders.sealed import folder_schema
+from qpipe.pipeline.folders.sealed import SealedFolder
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.json_files import json_bytes, parse_json, sha256_of_json
 
@@ -54,7 +54,7 @@ def test_the_manifest_describes_the_folder(sealed: Path, toy: Any) -> None:
     assert [entry.file for entry in manifest.shards] == [f"shard-0000{i}.arrow" for i in range(3)]
     assert [entry.rows for entry in manifest.shards] == [2, 1, 2]
     assert {entry.fingerprint for entry in manifest.shards} == {manifest.fingerprint}
-    assert folder_schema(manifest) == schema_of("score", 100)
+    assert SealedFolder(sealed, manifest).schema == schema_of("score", 100)
 
 
 def test_an_identity_has_one_fingerprint_whatever_the_order_of_its_names() -> None:

@@ -31,9 +31,9 @@ def parts(targets: Path, tmp_path: Path) -> tuple[Path, Path]:
 def test_a_mixture_names_its_parts(parts: tuple[Path, Path], tmp_path: Path) -> None:
     result = write_mix(tmp_path / "mixed", [(parts[0], 3), (parts[1], 1.5)])
     found = read_mix(tmp_path / "mixed")
-    assert [part.folder.resolve() for part in found] == [part.resolve() for part in parts]
+    assert [part.folder.path.resolve() for part in found] == [part.resolve() for part in parts]
     assert [part.weight for part in found] == [3, 1.5]
-    assert [part.manifest for part in found] == [read_manifest(part) for part in parts]
+    assert [part.folder.manifest for part in found] == [read_manifest(part) for part in parts]
     assert list(verify(tmp_path / "mixed")) == []
     assert write_mix(tmp_path / "mixed", [(parts[0], 3), (parts[1], 1.5)]).was_done
     assert not list((tmp_path / "mixed").glob("*.arrow"))
@@ -49,7 +49,7 @@ def test_ten_parts_and_more_stay_in_their_order(targets: Path, tmp_path: Path) -
         subset(SubsetSettings(targets, tmp_path / f"p{number}", ids))
     wanted = [(tmp_path / f"p{number}", number + 1.0) for number in range(11)]
     write_mix(tmp_path / "mixed", wanted)
-    found = [(part.folder.name, part.weight) for part in read_mix(tmp_path / "mixed")]
+    found = [(part.folder.path.name, part.weight) for part in read_mix(tmp_path / "mixed")]
     assert found == [(folder.name, weight) for folder, weight in wanted]
 
 
@@ -59,7 +59,7 @@ def test_parts_move_with_the_mixture(parts: tuple[Path, Path], tmp_path: Path) -
     for name in ("long", "short", "mixed"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     found = read_mix(tmp_path / "elsewhere" / "mixed")
-    assert found[0].folder.resolve() == (tmp_path / "elsewhere" / "long").resolve()
+    assert found[0].folder.path.resolve() == (tmp_path / "elsewhere" / "long").resolve()
 
 
 def test_a_part_that_changed_or_went_is_refused(parts: tuple[Path, Path], tmp_path: Path) -> None:

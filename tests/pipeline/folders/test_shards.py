@@ -16,8 +16,7 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import read_shard
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.folders.shards import (
     BATCH_ROWS,
     ShardContent,
@@ -251,13 +250,10 @@ def test_a_shard_of_rejects_alone_is_read_as_no_batches(tmp_path: Path, toy: Any
             return []
 
     stage = AllRejected(tmp_path / "scores")
-    manifest = stage.run().manifest
+    stage.run()
 
-    assert [list(read_shard(stage.folder, manifest, entry)) for entry in manifest.shards] == [
-        [],
-        [],
-        [],
-    ]
+    folder = open_sealed(stage.folder)
+    assert [list(folder.batches(shard)) for shard in folder.shards] == [[], [], []]
     assert list(read_scores(stage.folder)) == []
 
 
@@ -303,22 +299,20 @@ READ_WITH_BYTES_FLIPPED = """
 import sys
 from pathlib import Path
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import read_shard
+from qpipe.pipeline.folders.sealed import open_sealed
 
-folder = Path(sys.argv[1])
-manifest = read_manifest(folder)
-entry = manifest.shards[0]
-whole = (folder / entry.file).read_bytes()
+folder = open_sealed(Path(sys.argv[1]))
+path = folder.shard_path(0)
+whole = path.read_bytes()
 refused = 0
 for place in range(0, len(whole), 5):
     damaged = bytearray(whole)
     damaged[place] ^= 0xFF
-    (folder / entry.file).write_bytes(damaged)
+    path.write_bytes(damaged)
     try:
-        list(read_shard(folder, manifest, entry, verify=False))
+        list(folder.batches(0, verify=False))
     except UserError as error:
-        assert entry.file in str(error), error
+        assert path.name in str(error), error
         refused += 1
 print(refused)
 """
@@ -335,12 +329,12 @@ def test_a_flipped_byte_is_no_crash_where_the_hash_is_not_compared(sealed: Path)
 def test_a_truncated_shard_is_a_clear_error_also_when_the_hash_is_not_compared(
     sealed: Path,
 ) -> None:
-    manifest = read_manifest(sealed)
+    folder = open_sealed(sealed)
     path = sealed / "shard-00000.arrow"
     path.write_bytes(path.read_bytes()[:-20])
 
     with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged"):
-        list(read_shard(sealed, manifest, manifest.shards[0], verify=False))
+        list(folder.batches(0, verify=False))
 
 
 def test_a_missing_shard_is_refused_with_the_file_named(sealed: Path) -> None:
@@ -356,10 +350,10 @@ def test_a_shard_of_another_stage_under_the_same_name_is_refused(
     other = schema_of("build-targets", 100)
     record = make_record(other, np.random.default_rng(0), "a", 3, 2, 99)
     commit_shard(sealed, 0, other, "print", ShardContent(batches_of(other, [record])))
-    manifest = read_manifest(sealed)
+    folder = open_sealed(sealed)
 
     with pytest.raises(UserError, match=r"shard-00000\.arrow: its columns"):
-        list(read_shard(sealed, manifest, manifest.shards[0], verify=False))
+        list(folder.batches(0, verify=False))
 
 
 def test_scores_are_not_read_as_targets(sealed: Path) -> None:

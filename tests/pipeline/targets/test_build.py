@@ -16,7 +16,7 @@ from qpipe.pipeline.methods.table import choices, choose
 from qpipe.pipeline.targets.build import (
     SMALLEST_PROB,
     Evidence,
-    Model,
+    ScoreModel,
     Targets,
     Truncation,
     flat_targets,
@@ -126,9 +126,9 @@ def evidence_of(
     other = [each.scored(each.teacher, top_k, (), dtype) for each in demonstrations]
     return Evidence(
         flatten(schema_of("score", base_size), own),
-        Model(top_k, base_size, temperature),
+        ScoreModel(top_k, base_size, temperature),
         flatten(schema_of("score", teacher_size), other),
-        Model(top_k, teacher_size, teacher_temperature),
+        ScoreModel(top_k, teacher_size, teacher_temperature),
     )
 
 
@@ -656,7 +656,7 @@ def test_no_examples_and_no_positions_make_empty_targets(choice: Choice) -> None
     schema = schema_of("score", VOCAB_SIZE)
     for examples in ([], [empty.scored([], 5)]):
         batch = flatten(schema, examples)
-        model = Model(5, VOCAB_SIZE)
+        model = ScoreModel(5, VOCAB_SIZE)
         made = stored(Evidence(batch, model, batch, model), choice)
 
         assert len(made) == len(examples)

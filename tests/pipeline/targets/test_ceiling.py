@@ -14,7 +14,7 @@ from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
-from qpipe.pipeline.targets.build import Evidence, Model, Truncation, stored_residual
+from qpipe.pipeline.targets.build import Evidence, ScoreModel, Truncation, stored_residual
 from qpipe.pipeline.targets.ceiling import (
     Ceiling,
     ceiling_advice,
@@ -136,7 +136,7 @@ def evidence_of(
         for model in ("base", "teacher")
     )
     k = min(top_k, size)
-    base, teacher = Model(k, size, temperature), Model(k, size, teacher_temperature)
+    base, teacher = ScoreModel(k, size, temperature), ScoreModel(k, size, teacher_temperature)
     return Evidence(own, base, other, teacher)
 
 
@@ -491,24 +491,24 @@ def test_a_base_that_is_certain_of_another_token_has_a_finite_ceiling(
 def test_gem_has_no_ceiling() -> None:
     gem = choose("gem", "live")
 
-    assert not has_ceiling(gem, Model(20, 30))
+    assert not has_ceiling(gem, ScoreModel(20, 30))
     assert sums_of(evidence_of(DEMONSTRATIONS), gem) == {}
     assert ceilings({}) == ceilings({"trust": 1.0}) == []
-    assert all(has_ceiling(choice, Model(30, 30)) for choice in CHOICES)
+    assert all(has_ceiling(choice, ScoreModel(30, 30)) for choice in CHOICES)
 
 
 def test_a_target_that_follows_20_tokens_is_not_known_from_fewer() -> None:
     eaft = choose("eaft", "live")
 
-    assert not has_ceiling(eaft, Model(19, 30))
-    assert has_ceiling(eaft, Model(5, 5))
-    assert has_ceiling(choose("dft", "live"), Model(1, 30))
+    assert not has_ceiling(eaft, ScoreModel(19, 30))
+    assert has_ceiling(eaft, ScoreModel(5, 5))
+    assert has_ceiling(choose("dft", "live"), ScoreModel(1, 30))
 
 
 def test_a_target_that_follows_the_whole_entropy_is_not_known_from_a_part() -> None:
     """Taken from what is stored, the tail as one token, it can be half of what it is."""
-    assert not has_ceiling(choose("idft", "live"), Model(29, 30))
-    assert has_ceiling(choose("idft", "live"), Model(30, 30))
+    assert not has_ceiling(choose("idft", "live"), ScoreModel(29, 30))
+    assert has_ceiling(choose("idft", "live"), ScoreModel(30, 30))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.sealed import SealedFolder
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import FlatBatch, flatten
@@ -23,7 +24,6 @@ from qpipe.pipeline.methods.table import METHODS, choices
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
 from qpipe.stages.build_targets.compare_methods import Comparison, compare_methods
 from qpipe.stages.build_targets.inputs import open_inputs
-from qpipe.stages.build_targets.score_folder import ScoreFolder
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.tests.support.made_up import qpipe, run_qpipe
@@ -341,17 +341,17 @@ class Reader:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[weakref.ref[NDArray[Any]]] = []
         self.most_alive = 0
-        batches = ScoreFolder.batches
+        batches = SealedFolder.batches
 
-        def counted(of: ScoreFolder, index: int) -> Iterator[FlatBatch]:
-            for batch in batches(of, index):
+        def counted(of: SealedFolder, shard: int, *, verify: bool = True) -> Iterator[FlatBatch]:
+            for batch in batches(of, shard, verify=verify):
                 if of.path == folder:
                     self.read.append(weakref.ref(owner(batch["topk_log_probs"])))
                     alive = sum(each() is not None for each in self.read)
                     self.most_alive = max(self.most_alive, alive)
                 yield batch
 
-        monkeypatch.setattr(ScoreFolder, "batches", counted)
+        monkeypatch.setattr(SealedFolder, "batches", counted)
 
 
 def test_scores_are_streamed(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

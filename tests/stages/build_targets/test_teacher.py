@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.sealed import SealedFolder
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import score_folder
-from qpipe.stages.build_targets import teacher as module
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
@@ -161,7 +161,7 @@ def test_folders_in_step_are_read_side_by_side(
 ) -> None:
     joined = join_of(base, teacher)
     assert joined.is_in_step
-    monkeypatch.setattr(Teacher, "_find", None)  # nothing is searched
+    monkeypatch.setattr(SealedFolder, "rows", None)  # nothing is searched
 
     read = built(base, teacher)
 
@@ -222,18 +222,21 @@ def test_a_teacher_in_the_order_of_the_base_is_read_once(
 ) -> None:
     base = folder_of(tmp_path / "base", base_examples(), 3)
     other = folder_of(tmp_path / "other", taught(), 2)
-    read: list[int] = []
-    batches = module.ScoreFolder.batches
+    opened: list[int] = []
+    read: list[str] = []
+    rows = SealedFolder.rows
 
-    def counted(self: module.ScoreFolder, index: int) -> Any:
-        if self.path == other:
-            read.append(index)
-        return batches(self, index)
+    def counted(self: SealedFolder, shard: int, wanted: Any) -> Any:
+        opened.append(shard)
+        for batch in rows(self, shard, wanted):
+            read.extend(batch.ids)
+            yield batch
 
-    monkeypatch.setattr(module.ScoreFolder, "batches", counted)
+    monkeypatch.setattr(SealedFolder, "rows", counted)
     build(base, other)
 
-    assert read == [0, 1, 2, 3]
+    assert opened == [0, 1, 1, 2, 3]  # shard 1 has rows of two shards of the base
+    assert read == [f"chats:{number}" for number in NUMBERS]
 
 
 def test_pieces_of_any_size_are_joined_to_their_own(

@@ -11,6 +11,7 @@ import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.stages.folders.verify import verify
 from qpipe.trainer.data.stream import open_streams
 
@@ -44,7 +45,7 @@ def read(folder: Path) -> str:
 
 def stream(folder: Path) -> str:
     """As the trainer reads them."""
-    samples, _ = open_streams(folder, read_manifest(folder, "build-targets"), 0.0)
+    samples, _ = open_streams(open_sealed(folder, "build-targets"), 0.0)
     return digest(samples.samples(0, range(2 * ROWS)))
 
 

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import shard_ids
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.folders.verify import verify
 
@@ -42,7 +41,7 @@ READ = """
 import sys
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import read_scores, read_shard, read_targets
+from qpipe.pipeline.folders.sealed import open_sealed, read_scores, read_targets
 from qpipe.stages.folders.verify import verify
 
 before = peak()
@@ -398,9 +397,8 @@ def test_columns_of_other_types_are_refused(own: Path, name: str, other: pa.Data
 
 def test_ids_are_not_read_of_a_shard_without_them(own: Path) -> None:
     rewrite(own, 0, lambda columns: columns.pop("id"))
-    manifest = read_manifest(own)
     with pytest.raises(UserError, match="its columns are not those of this format"):
-        shard_ids(own, manifest, manifest.shards[0])
+        open_sealed(own).ids(0)
 
 
 def test_dictionaries_are_refused_before_they_are_read(own: Path) -> None:
@@ -510,15 +508,12 @@ import sys
 import numpy as np
 from pathlib import Path
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.pipeline.folders.sealed import read_shard, shard_ids
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.row_checks import violations
 
-folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-manifest = read_manifest(folder)
-stage = manifest.identity.stage
-entry = manifest.shards[-1]
-path = folder / entry.file
+folder, count, seed = open_sealed(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+shard = folder.shards[-1]
+path = folder.shard_path(shard)
 whole = path.read_bytes()
 rng = np.random.default_rng(seed)
 before = peak()
@@ -542,16 +537,16 @@ for number in range(count):
             place = int(rng.integers(len(data) - size))
             data[place : place + size] = data[source : source + size]
     path.write_bytes(data.tobytes())
-    for reader in (read_shard, None):
+    for reads_ids_alone in (False, True):
         try:
-            if reader is None:
-                shard_ids(folder, manifest, entry)
+            if reads_ids_alone:
+                folder.ids(shard)
             else:
-                for batch in read_shard(folder, manifest, entry, verify=False):
-                    list(violations(stage, batch, manifest.settings["vocab_size"]))
+                for batch in folder.batches(shard, verify=False):
+                    list(violations(folder.stage, batch, folder.settings["vocab_size"]))
             read += 1
         except UserError as error:
-            assert entry.file in str(error) and len(str(error)) < 700, error
+            assert path.name in str(error) and len(str(error)) < 700, error
             refused += 1
 path.write_bytes(whole)
 print(refused)

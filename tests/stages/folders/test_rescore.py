@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec import structs
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.sealed import read_scores
+from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed, read_scores
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages.cli import cli
 from qpipe.stages.folders import rescore as module
@@ -82,7 +82,7 @@ def test_the_largest_differences_are_those_that_were_put_in(
             topk_ids=ids,
         )  # fmt: skip
 
-    examples = module._examples
+    examples = module.examples_at
     monkeypatch.setattr(
         module, "_examples", lambda *given: (changed(one) for one in examples(*given))
     )
@@ -113,10 +113,10 @@ def test_kl_is_that_of_the_distributions() -> None:
 
 
 def test_examples_are_drawn_from_all_shards(scores: Path) -> None:
-    manifest = module.read_manifest(scores, "score")
+    folder = open_sealed(scores, "score")
     everything = [one.id for one in read_scores(scores)]
     for rows in ([0], [5, 6], [19], [2, 7, 18], list(range(20))):
-        found = [one.id for one in module._examples(scores, manifest, rows)]
+        found = [one.id for one in module.examples_at(folder, rows)]
         assert found == [everything[row] for row in rows]
 
 
@@ -174,12 +174,12 @@ def test_scores_whose_weights_nobody_knows_are_compared(
     engine: str,
 ) -> None:
     """Those that a server made, and those of another tool."""
-    manifest = module.read_manifest(scores, "score")
+    folder = open_sealed(scores, "score")
+    manifest = folder.manifest
     own = {key: manifest.settings[key] for key in ("tokenizer_hash", "vocab_size")}
     identity = structs.replace(manifest.identity, settings=own | settings)
-    monkeypatch.setattr(
-        module, "read_manifest", lambda *_: structs.replace(manifest, identity=identity)
-    )
+    changed = SealedFolder(folder.path, structs.replace(manifest, identity=identity))
+    monkeypatch.setattr(module, "open_sealed", lambda *_: changed)
     result = rescore(scores, str(tiny_model), examples=2)
     assert result.same_weights is None
     assert result.engine.startswith(engine)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.folders.shards import write_sidecar
 from qpipe.pipeline.format.packing import PRECISIONS
 from qpipe.pipeline.methods import choose
@@ -355,13 +356,12 @@ def test_readers_compare_hashes_unless_they_are_told_not_to(own: Path) -> None:
     assert data[6:8] == b"\0\0"
     data[7] = 1
     path.write_bytes(data)
-    manifest = read_manifest(own)
     with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
         list(read_targets(own))
     with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
-        open_streams(own, manifest, 0.0)
+        open_streams(open_sealed(own), 0.0)
     assert [each.id for each in read_targets(own, verify=False)] == wanted
-    stream, _ = open_streams(own, manifest, 0.0, verify=False)
+    stream, _ = open_streams(open_sealed(own), 0.0, verify=False)
     assert len(stream) == 8
 
 

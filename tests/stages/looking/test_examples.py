@@ -1,15 +1,12 @@
 """Folders side by side, joined by id and position."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.batches import FlatBatch
-from qpipe.stages.looking import examples as looking
-from qpipe.stages.looking.examples import Companion, Skipped, looks, open_scores, open_sealed
+from qpipe.pipeline.folders.sealed import open_sealed
+from qpipe.stages.looking.examples import Companion, looks, open_examples
 from qpipe.stages.looking.overview import Overview
 from qpipe.tests.support.made_up import folder_of, scored, targeted
 
@@ -26,8 +23,8 @@ def score(name: str, ids: list[int] = IDS):
 
 
 def joined(main: Path, other: Path) -> tuple[list, Companion]:
-    folder = open_sealed(main)
-    companion = Companion(folder, open_scores(other))
+    folder = open_examples(main)
+    companion = Companion(folder, open_sealed(other, "score"))
     return [look for group in looks(folder, {"base": companion}) for look in group], companion
 
 
@@ -72,7 +69,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_an_overview_adds_up_tokens_not_examples(tmp_path: Path) -> None:
     rows = [target("a", 0.0), targeted("b", [0, 7], [0.5], [{7: 1.0}])]
-    folder = open_sealed(folder_of(tmp_path / "t", rows))
+    folder = open_examples(folder_of(tmp_path / "t", rows))
     overview = Overview()
     for group in looks(folder, {}):
         for look in group:  # one by one, as batches would
@@ -86,27 +83,3 @@ def test_an_overview_adds_up_tokens_not_examples(tmp_path: Path) -> None:
     assert sum(said["measures"]["trust"]["histogram"]) == 3
     assert said["measures"]["trust"]["lowest"] == 0
     assert said["measures"]["trust"]["highest"] == 1
-
-
-def test_a_companion_in_another_order_is_read_row_by_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [targeted(f"row {n}", [1, 2, n], [0.5], [{n: 0.5, 9: 0.25}]) for n in range(3, 90)]
-    main = open_sealed(folder_of(tmp_path / "main", rows, shards=3))
-    other = open_sealed(folder_of(tmp_path / "other", rows[::-1], shards=2))
-    companion = Companion(main, other)
-    decoded: list[int] = []
-    rows_of = looking.read_rows
-
-    def read_rows(*arguments: Any) -> Iterator[FlatBatch]:
-        for batch in rows_of(*arguments):
-            decoded.append(len(batch.ids))
-            yield batch
-
-    monkeypatch.setattr(looking, "read_rows", read_rows)
-    for record in main.records():
-        found = companion.find(record)
-        assert found is not None
-        assert (found.id, found.support_ids.tolist()) == (record.id, record.support_ids.tolist())
-    assert sum(decoded) == len(rows)
-    assert companion.skipped == Skipped()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.mixture import Mixture, mix, turns_of
 from qpipe.trainer.data.shares import shares_of
@@ -28,7 +28,7 @@ def mixture(
         make_targets([renamed(each, name) for each in make_examples(count, seed)], name)
         for name, count, seed in (("a", 40, 1), ("b", 7, 2))
     ]
-    streams = [open_streams(folder, read_manifest(folder), 0.0)[0] for folder in folders]
+    streams = [open_streams(open_sealed(folder), 0.0)[0] for folder in folders]
     return mix(streams, [0.75, 0.25])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.steps import (
     Step,
@@ -109,7 +109,7 @@ def stream(
 ) -> TargetStream:
     """110 examples in 22 record batches: two windows."""
     folder = make_targets(make_examples(110))
-    return open_streams(folder, read_manifest(folder), 0.0)[0]
+    return open_streams(open_sealed(folder), 0.0)[0]
 
 
 def steps(stream: TargetStream, start: int, stop: int) -> Iterator[Step]:

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import Manifest, read_manifest
+from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.trainer.data import stream as stream_module
 from qpipe.trainer.data.stream import (
     WINDOW_BLOCKS,
     Outline,
@@ -35,7 +34,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=3 * WINDOW_BLOCKS)
 
 
 def open_folder(folder: Path, eval_fraction: float = 0.0) -> tuple[TargetStream, TargetStream]:
-    return open_streams(folder, read_manifest(folder), eval_fraction)
+    return open_streams(open_sealed(folder), eval_fraction)
 
 
 def epoch_ids(stream: TargetStream, epochs: int = 1, seed: int = 0) -> list[str]:
@@ -48,7 +47,7 @@ def outlined(sizes: list[int]) -> TargetStream:
     rows = np.arange(sum(sizes), dtype=np.int32)
     starts = np.cumsum([0, *sizes])
     outline = Outline(shards, np.arange(len(sizes), dtype=np.int32), starts, rows, rows)
-    return TargetStream(Path(), Manifest(None, "", {}, {}, {}, []), outline)  # type: ignore
+    return TargetStream(SealedFolder(Path(), None), outline)  # type: ignore
 
 
 def living_examples() -> int:
@@ -59,18 +58,18 @@ def living_examples() -> int:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """What is read while the test runs: shard, record batch and how many of its rows."""
     read: list[tuple[int, int, int]] = []
-    read_rows = stream_module.read_rows
+    rows_of = SealedFolder.rows
 
     def noting(
-        folder: Path, manifest: Manifest, shard: int, wanted: Iterable[tuple[int, NDArray[Any]]]
+        self: SealedFolder, shard: int, wanted: Iterable[tuple[int, NDArray[Any]]]
     ) -> Iterator[FlatBatch]:
         wanted = list(wanted)
-        batches = read_rows(folder, manifest, shard, wanted)
+        batches = rows_of(self, shard, wanted)
         for (number, _), batch in zip(wanted, batches, strict=True):
             read.append((shard, number, len(batch.ids)))
             yield batch
 
-    monkeypatch.setattr(stream_module, "read_rows", noting)
+    monkeypatch.setattr(SealedFolder, "rows", noting)
     return read
 
 
