@@ -84,7 +84,7 @@ def test_the_largest_differences_are_those_that_were_put_in(
 
     examples = module.examples_at
     monkeypatch.setattr(
-        module, "_examples", lambda *given: (changed(one) for one in examples(*given))
+        module, "examples_at", lambda *given: (changed(one) for one in examples(*given))
     )
     result = rescore(scores, str(tiny_model), examples=3, seed=5)
     assert result.observed == pytest.approx(0.25, abs=1e-4)
