@@ -38,7 +38,7 @@ class _InOrder(click.Group):
     is_eager=True,
     expose_value=False,
     callback=print_version,
-    help="Show the version, with the engine's and torch's.",
+    help="Show the versions of qpipe, its engines and torch, and exit.",
 )
 def cli() -> None:
     """Offline soft targets for supervised fine-tuning.
@@ -48,16 +48,16 @@ def cli() -> None:
     qpipe build-targets  scores/        -> targets/   sparse target distributions
     qpipe train          targets/       -> run/       a fine-tuned model
 
-    Each command takes a folder and makes a folder. Run again after a crash, they go on where they
-    stopped (train at its last checkpoint); run again when done, they do nothing. `qpipe status DIR`
-    tells from any terminal how far a folder is.
+    Each command reads a folder and writes a folder. After a crash, run the same command again
+    to resume (train resumes from its latest checkpoint). A finished command does nothing.
+    `qpipe status DIR` shows the progress of a folder from any terminal.
 
     \b
     Exit status
-      0    done
-      2    something to be put right, told in one line
-      130  stopped by Ctrl-C: the shard or steps under work are given up
-      143  stopped by SIGTERM: so is the shard, while train first writes a checkpoint
+      0    success
+      2    user error, explained in one line
+      130  stopped by Ctrl-C; the current shard, or steps since the last checkpoint, are lost
+      143  stopped by SIGTERM; the same, but train writes a checkpoint first
     """
 
 

@@ -65,7 +65,7 @@ class TrainSettings:
 
     targets: Path | tuple[Path, ...] = field(
         metadata=about(
-            "Folder made by `qpipe build-targets`. Several are mixed: each step takes of all.",
+            "Target folder made by `qpipe build-targets`. Several folders are mixed at every step.",
             metavar="DIR",
             in_identity=False,  # known by its content instead, as are the model and its revision
         )
@@ -74,112 +74,133 @@ class TrainSettings:
         default=(),
         kw_only=True,
         metadata=about(
-            "Shares of the samples, one a folder, as in 3,1.  [default: the folders' sizes]",
+            "Sampling weight of each folder, for example 3,1.  [default: the sizes of the folders]",
             metavar="W,W,…",
         ),
     )
     model: str = field(
         metadata=about(
-            "Model to train, the scored one as a rule: a folder or a name.", in_identity=False
+            "Model to train, usually the scored one: a local folder or a name on the Hub.",
+            in_identity=False,
         )
     )
-    out: Path = field(metadata=about("Folder to make: the trained model.", in_identity=False))
+    out: Path = field(metadata=about("Output folder for the trained model.", in_identity=False))
     method: str | None = option(
         None,
-        "Train on the observed tokens alone, on any folder.  [default: the folder's method]",
+        "Set to sft to train on the observed tokens alone, with any target folder.  "
+        "[default: the method of the folder]",
         metavar="sft",
     )
-    epochs: float = option(1.0, "Passes over the targets.", range=_POSITIVE)
-    max_steps: int | None = option(None, "Stop after this many optimizer steps.", range=_COUNT)
-    learning_rate: float = option(1e-5, "Highest learning rate.", range=_POSITIVE)
-    schedule: Schedule = option("cosine", "How the learning rate falls after the warm-up.")
-    warmup_ratio: float = option(0.03, "Share of the steps that warm up.", range=Range(0, 1))
+    epochs: float = option(1.0, "Number of passes over the targets.", range=_POSITIVE)
+    max_steps: int | None = option(None, "Maximum number of optimizer steps.", range=_COUNT)
+    learning_rate: float = option(1e-5, "Peak learning rate.", range=_POSITIVE)
+    schedule: Schedule = option("cosine", "Learning rate schedule after the warm-up.")
+    warmup_ratio: float = option(
+        0.03, "Fraction of the steps used for the warm-up.", range=Range(0, 1)
+    )
     batch_size: int = option(
-        8, "Demonstrations in an optimizer step, over all processes.", range=_COUNT
+        8, "Demonstrations per optimizer step, over all processes.", range=_COUNT
     )
     step_tokens: int | None = option(
         None,
-        "Instead: as many demonstrations as have so many tokens.",
+        "Tokens per optimizer step; replaces --batch-size.",
         metavar="TOKENS",
         range=_COUNT,
     )
     forward_tokens: int = option(
         8192,
-        "Most tokens of a forward pass, padding included; the gradient stays the same.",
+        "Maximum number of tokens per forward pass, padding included. It does not change "
+        "the gradient.",
         range=_COUNT,
         in_identity=False,
     )
     pack: bool = option(
         True,
-        "Put demonstrations end to end in a forward pass, a beginning that all share once; or "
-        "pad them, as happens to a model that would mix them.",
+        "Pack demonstrations into one sequence and compute a prefix that they share once."
+        " With --no-pack, and for models that would mix them, demonstrations are padded.",
         in_identity=False,
     )
     optimizer: OptimizerName = option(
         "adamw",
-        "8-bit ones, for less memory, are those of bitsandbytes: pip install 'qpipe[8bit]'.",
+        "Optimizer. The 8-bit variants need less memory, and bitsandbytes: pip install "
+        "'qpipe[8bit]'.",
     )
     weight_decay: float = option(
-        0.0, "On matrices only: not on biases, norms and embeddings.", range=Range(0, below=True)
+        0.0,
+        "Weight decay of matrices. Biases, norms and embeddings are not decayed.",
+        range=Range(0, below=True),
     )
-    max_grad_norm: float = option(1.0, "Clip gradients to this norm.", range=Range(0, above=True))
+    max_grad_norm: float = option(
+        1.0, "Maximum norm of the gradient, which is clipped to it.", range=Range(0, above=True)
+    )
     precision: Precision = option(
         "auto",
-        "Of the forward pass; the weights stay float32. auto is bfloat16 on GPUs that have it.",
+        "Precision of the forward pass; weights stay in float32. auto is bfloat16 on GPUs"
+        " that support it.",
     )
     lora_rank: int | None = option(
         None,
-        "Train LoRA adapters of this rank, merged when saved.  [default: all weights learn]",
+        "Rank of LoRA adapters, which are merged into the model when it is saved.  "
+        "[default: train all weights]",
         range=Range(1, 1024),
     )
-    keep_adapter: bool = option(False, "Save the adapter by itself, for peft: not merged.")
+    keep_adapter: bool = option(
+        False, "Save the LoRA adapter in peft's format instead of merging it."
+    )
     fsdp: bool = option(
         False,
-        "Under torchrun: spread weights, gradients and moments over the processes.",
+        "Shard weights, gradients and optimizer states over the processes of torchrun.",
         in_identity=False,
     )
     gradient_checkpointing: bool = option(
-        False, "Less memory, about a third slower.", in_identity=False
+        False,
+        "Recompute activations in the backward pass: less memory, about a third slower.",
+        in_identity=False,
     )
     eval_fraction: float = option(
-        0.0, "Share of the demonstrations held out.", range=Range(0, 1, below=True)
+        0.0,
+        "Fraction of the demonstrations held out for evaluation.",
+        range=Range(0, 1, below=True),
     )
     eval_every: int | None = option(
         None,
-        "Evaluate this often, besides before and after.",
+        "Steps between evaluations, in addition to those before and after training.",
         metavar="STEPS",
         range=_COUNT,
         in_identity=False,
     )
     eval_command: str | None = option(
         None,
-        "Run this before, after and every --eval-every steps, as in 'python my_eval.py "
-        "{checkpoint}': {checkpoint} becomes a model folder, removed afterwards. The numbers "
-        "of the JSON object on its last line of output are logged. Where it fails, a warning "
-        "is. The other processes wait for it.",
+        "Command to run at each evaluation, for example 'python my_eval.py {checkpoint}'."
+        " {checkpoint} is replaced by a temporary model folder. The numbers of the JSON "
+        "object on the last line of output are logged. If the command fails, a warning is"
+        " logged. Other processes wait for it.",
         metavar="COMMAND",
         in_identity=False,
     )
     track: tuple[TrackerName, ...] = option(
         (),
-        "Show what log.jsonl gets there too: pip install 'qpipe[tensorboard]' or 'qpipe[wandb]'.",
+        "Also log to TensorBoard or Weights & Biases: pip install 'qpipe[tensorboard]' or"
+        " 'qpipe[wandb]'.",
         in_identity=False,
     )
     save_every: int | None = option(
-        500, "Write a checkpoint this often.", metavar="STEPS", range=_COUNT, in_identity=False
+        500, "Steps between checkpoints.", metavar="STEPS", range=_COUNT, in_identity=False
     )
     keep_checkpoints: int = option(
-        2, "Checkpoints that stay, the latest.", range=_COUNT, in_identity=False
+        2, "Number of latest checkpoints to keep.", range=_COUNT, in_identity=False
     )
     resume: Resume = option(
-        "auto", "Go on from the latest checkpoint in --out, or start over.", in_identity=False
+        "auto", "Resume from the latest checkpoint in --out, or start over.", in_identity=False
     )
-    seed: int = option(0, "Of the sample order and of dropout.", range=Range(0, 2**32 - 1))
+    seed: int = option(
+        0, "Seed for the order of samples and for dropout.", range=Range(0, 2**32 - 1)
+    )
     verify: bool = option(
-        True, "Compare the hash of every shard before training.", in_identity=False
+        True, "Verify the hash of every shard before training.", in_identity=False
     )
     revision: str | None = option(
-        None, "Branch, tag or commit of a model on the hub.", in_identity=False
+        None, "Branch, tag or commit of a model on the Hub.", in_identity=False
     )
 
     @property

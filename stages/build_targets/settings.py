@@ -21,30 +21,31 @@ class BuildSettings:
     `in_store`, `out` is a store, and the folder's name there is its fingerprint's.
     """
 
-    scores: Path = field(metadata=about("Folder made by `qpipe score`."))
+    scores: Path = field(metadata=about("Score folder made by `qpipe score`."))
     out: Path
     choice: "Choice"
     teacher: Path | None = option(
         None,
-        "Scores of the same examples under another model: `qpipe score --at`.",
+        "Scores of the same examples under a teacher model, made by `qpipe score --at`.",
         metavar="DIR",
     )
     in_store: bool = False
-    temperature: float = option(1.0, "That the base prior is read at.")
-    teacher_temperature: float = option(1.0, "That the teacher is read at.")
+    temperature: float = option(1.0, "Temperature applied to the base distribution.")
+    teacher_temperature: float = option(1.0, "Temperature applied to the teacher distribution.")
     top_p: float = option(
         0.99,
-        "Probability that the stored support holds at least, where top-k reaches it.",
+        "Minimum probability of the stored support, as far as the top k of the scores reach.",
         range=Range(0, 1, above=True),
     )
     max_support: int = option(
         64,
-        "Most entries of that support; the observed token is kept besides.",
+        "Maximum number of entries of the support, not counting the observed token.",
         range=Range(1),
     )
     precision: Literal["uint8", "float16", "float32"] = option(
         "uint8",
-        "Of the stored log-probabilities; in uint8 none above 1e-6 is off by more than 16 %.",
+        "Precision of the stored log-probabilities. With uint8, probabilities above 1e-6 "
+        "are off by at most 16 %.",
     )
 
     def __post_init__(self) -> None:

@@ -23,20 +23,20 @@ from .options import (
 @click.option(
     "--method",
     default=None,
-    help="Target method; `qpipe methods` lists them.  [default: sft+kl, with --teacher kd]",
+    help="Target method; `qpipe methods` lists them.  [default: sft+kl, or kd with --teacher]",
 )
 @click.option(
     "--form",
     default=None,
     metavar="live|frozen-target|frozen-weight",
-    help="Form of a method that has several.  [default: its first]",
+    help="Form of the method.  [default: its first form]",
 )
 @click.option(
     "--param",
     "params",
     multiple=True,
     metavar="NAME=VALUE...",
-    help="Parameters of the method, as in lam=0.2.",
+    help="Parameters of the method, for example lam=0.2.",
 )
 @options_of(BuildSettings, without=("scores",))
 @execution_options
@@ -47,11 +47,11 @@ def build_targets(
     form: str | None,
     **options: Any,
 ) -> None:
-    """Turn scores into sparse target distributions.
+    """Build sparse target distributions from scores.
 
-    Needs only a score folder: no model, no GPU. The target at each supervised token is
-    Q = γ·(observed token) + (1-γ)·residual; the method says what γ and the residual are. What the
-    targets can teach at best is printed, with a warning where that is not much.
+    Needs a score folder, but no model and no GPU. The target at each supervised position is Q =
+    γ·(observed token) + (1-γ)·residual, where the method defines γ and the residual. Also
+    prints the best result that the targets allow, with a warning if it is low.
 
     \b
     qpipe build-targets --scores scores/ --out targets/ --method gift --param beta=5

@@ -14,11 +14,11 @@ _LINES = {
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="The findings as one JSON value.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Tell what is installed, what the commands would run on, and what they lack.
+    """Show installed packages, the devices in use, and missing requirements.
 
-    Changes nothing, and exits with status 0 whatever it finds.
+    Changes nothing. The exit status is always 0.
     """
     from .diagnosis import diagnose
     from .doctor_summary import print_diagnosis
@@ -33,7 +33,7 @@ def doctor(as_json: bool) -> None:
 @click.command()
 @click.argument("shell", type=click.Choice(list(_LINES)))
 def completion(shell: str) -> None:
-    """Print the line that turns on completion of qpipe in a shell's start-up file.
+    """Print the line for a shell's start-up file that enables completion.
 
     \b
     qpipe completion bash >> ~/.bashrc

@@ -11,14 +11,16 @@ from .options import FOLDER, Command, config_option, options_of
 @click.command(cls=Command)
 @click.argument("scores", type=FOLDER)
 @options_of(BuildSettings, only=("teacher", "temperature", "teacher_temperature"))
-@click.option("--all-forms", is_flag=True, help="Every form of each method, not its first alone.")
+@click.option(
+    "--all-forms", is_flag=True, help="Compare every form of each method instead of its first form."
+)
 @config_option
 def compare_methods(all_forms: bool, **options: Any) -> None:
-    """Compare what the targets of every method can teach at best.
+    """Compare the best results that the targets of each method allow.
 
-    Reads a score folder, with a teacher's where given, and writes nothing. For each method
-    with its default parameters: what a model that learnt its targets perfectly would still pay, and
-    how much of the demonstrations it would write itself.
+    Reads a score folder, and a teacher's if given, and writes nothing. For each method with its
+    default parameters, shows the NLL of a model that fits its targets exactly, and the share of
+    the demonstrations that this model reproduces.
 
     \b
     qpipe compare-methods scores/ --teacher teacher/
@@ -33,9 +35,9 @@ def compare_methods(all_forms: bool, **options: Any) -> None:
 def methods() -> None:
     """List the target methods.
 
-    For each: its trust γ and residual π̃ of the target γ·(observed token) + (1-γ)·π̃, its scale s of
-    the loss, its parameters, its forms, what the targets hold, and the paper. p is the student, b
-    the base prior, q the teacher; y the observed token.
+    For each method, shows the trust γ and residual π̃ of its target γ·(observed token) +
+    (1-γ)·π̃, the scale s of its loss, its parameters and forms, what its targets store, and the
+    paper. p is the student, b the base, q the teacher, and y the observed token.
     """
     from .methods_summary import print_methods
 

@@ -9,13 +9,13 @@ from .options import FOLDER, Command
 
 @click.command(cls=Command)
 @click.argument("parts", metavar="DIR=WEIGHT...", nargs=-1, required=True)
-@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+@click.option("--out", required=True, type=FOLDER, help="Output folder.")
 def mix(parts: tuple[str, ...], out: Path) -> None:
-    """Mix folders of targets by weights, without copying them.
+    """Mix target folders by weight, without copying them.
 
-    The folder names its parts, paths or URLs, their fingerprints and their shares of the samples;
-    it is refused where one of them has changed or is gone. Parts must be targets for the same
-    tokenizer and vocabulary that a training run can follow together.
+    The new folder stores the path or URL, the fingerprint and the sampling share of each part.
+    Reading it fails if a part has changed or is missing. All parts must have the same tokenizer
+    and vocabulary, and targets that one training run can use.
 
     \b
     qpipe mix code/=3 chat/=1 --out mixed/

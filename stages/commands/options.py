@@ -215,8 +215,8 @@ def config_option(command: Any) -> Any:
         is_eager=True,
         expose_value=False,
         callback=_read_config,
-        help="YAML file of options (`top-k: 64`), or of one section a command (`score: {…}`). "
-        "The command line wins.",
+        help="YAML file of options (`top-k: 64`), or of one section per command (`score: "
+        "{…}`). Options on the command line take precedence.",
     )(command)
 
 
@@ -241,10 +241,10 @@ def out_options(command: Any) -> Any:
         type=FOLDER,
         default=None,
         metavar="ROOT",
-        help="Instead: a folder of many such folders, each named by its fingerprint; what is there "
-        "already is not made again.",
+        help="Root of a store; replaces --out. The folder is named by its fingerprint there, "
+        "and an existing one is reused.",
     )(command)
-    return click.option("--out", type=FOLDER, default=None, help="Folder to make.")(command)
+    return click.option("--out", type=FOLDER, default=None, help="Output folder.")(command)
 
 
 def take_place(options: dict[str, Any]) -> None:
@@ -254,16 +254,6 @@ def take_place(options: dict[str, Any]) -> None:
         raise click.UsageError("give --out DIR, or --store ROOT")
     options["in_store"] = store is not None
     options["out"] = options["out"] if store is None else store
-
-
-def model_option(command: Any) -> Any:
-    return click.option(
-        "--model",
-        "--tokenizer",
-        default=None,
-        metavar="DIR",
-        help="Whose tokenizer gives the text.  [default: the model that the folder names]",
-    )(command)
 
 
 def one_of(*values: str) -> click.Choice:

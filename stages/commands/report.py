@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from .options import FILE_TO_WRITE, FOLDER, Command, Number, config_option, model_option
+from ..report.settings import ReportSettings
+from .options import FILE_TO_WRITE, FOLDER, Command, config_option, options_of, take
 
 
 @click.command(cls=Command)
@@ -15,53 +16,23 @@ from .options import FILE_TO_WRITE, FOLDER, Command, Number, config_option, mode
     type=FILE_TO_WRITE,
     default=None,
     metavar="FILE",
-    help="HTML file to write: needed, unless --png is given.",
+    help="HTML file to write. Required unless --png is given.",
 )
-@click.option(
-    "--scores",
-    type=FOLDER,
-    default=None,
-    metavar="DIR",
-    help="The base's scores beside targets: shows the base, and what the target adds.",
-)
-@click.option(
-    "--teacher", type=FOLDER, default=None, metavar="DIR", help="A teacher's scores beside them."
-)
-@model_option
-@click.option(
-    "--examples",
-    type=click.IntRange(1),
-    default=5000,
-    help="Most demonstrations on the page; of more, a sample.",
-)
-@click.option(
-    "--alternatives",
-    type=click.IntRange(0, 8),
-    default=5,
-    metavar="K",
-    help="Likeliest tokens of each distribution that the page knows at a position.",
-)
-@click.option(
-    "--max-megabytes",
-    type=Number(0.1),
-    default=25.0,
-    help="Of the file; where they do not fit, fewer demonstrations are shown.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sample.")
+@options_of(ReportSettings)
 @click.option(
     "--png",
     type=FILE_TO_WRITE,
     default=None,
     metavar="FILE",
-    help="Of training runs: the curves as a picture, for papers.",
+    help="Image file to write with the curves of training runs.",
 )
 @config_option
 def report(folders: tuple[Path, ...], **options: Any) -> None:
-    """Make a page of what a folder holds: targets, scores, or training runs.
+    """Write an HTML page about targets, scores or training runs.
 
-    One HTML file that loads nothing: open it in any browser, send it, keep it. Of targets or scores
-    it shows the summary and the demonstrations, token by token; of one or several runs of `qpipe
-    train`, their curves together.
+    The page is one file that loads nothing else. For targets or scores, it shows the summary
+    and the demonstrations, token by token. For one or more runs of `qpipe train`, it shows
+    their curves.
 
     \b
     qpipe report targets/ --scores scores/ --out targets.html
@@ -69,4 +40,5 @@ def report(folders: tuple[Path, ...], **options: Any) -> None:
     """
     from ..report.make import make_report
 
-    make_report(folders, **options)
+    out, png = options.pop("out"), options.pop("png")
+    make_report(folders, take(ReportSettings, options, folder=folders[0]), out, png)

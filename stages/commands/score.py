@@ -32,43 +32,46 @@ _FIRST = ("model", "demonstrations", "at")
 @click.option(
     "--plan",
     is_flag=True,
-    help="Only read the demonstrations, and tell what scoring and training would take: tokens, GPU "
-    "hours, memory, disk. Fetches no weights and writes nothing.",
+    help="Read the demonstrations and estimate the cost of scoring and training: tokens, "
+    "GPU hours, memory, disk. Downloads no weights and writes nothing.",
 )
 @click.option(
     "--gpu-memory",
     type=Number(min=0, min_open=True),
     default=None,
     metavar="GIB",
-    help="With --plan: what vLLM would take of a GPU of this size.",
+    help="Memory of a GPU. Estimates what vLLM would use of it (with --plan).",
 )
 @click.option(
     "--gpu-tflops",
     type=Number(min=0, min_open=True),
     default=None,
     metavar="N",
-    help="With --plan: a GPU's peak, of which 40 % are reckoned with.  [default: 989, an H100's]",
+    help="Peak TFLOP/s of a GPU, of which 40 % are assumed to be reached (with --plan).  "
+    "[default: 989, an H100]",
 )
 @click.option(
     "--gpu-speed",
     type=Number(min=0, min_open=True),
     default=None,
     metavar="N",
-    help="With --plan, instead: supervised tokens a second that a GPU scores, as you measured it.",
+    help="Measured number of supervised tokens per second on a GPU; replaces --gpu-tflops "
+    "(with --plan).",
 )
 @options_of(ServerSettings)
 @execution_options
 @config_option
 @click.pass_context
 def score(ctx: click.Context, plan: bool, **options: Any) -> None:
-    """Score demonstrations under a base model's prior.
+    """Score demonstrations under a base model.
 
-    Needs a model and demonstrations. For every supervised token it stores the token's
-    log-probability and rank, the top-k ids and log-probabilities, and the mass outside them. A row
-    that cannot be used goes to rejects.jsonl with its file, line and reason.
+    For every supervised position, stores the log-probability and rank of the observed token,
+    the top-k ids and log-probabilities, and the tail mass. Rows that cannot be used are written
+    to rejects.jsonl with file, line and reason.
 
-    With --at, a second model scores the very examples of a score folder, at its ids too, so that
-    the two can be joined. How rows are read is then that folder's, and no option here.
+    With --at, a second model scores the examples of an existing score folder, also at the ids
+    stored there, so that the two folders can be joined. Options that control how rows are read
+    do not apply.
 
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/

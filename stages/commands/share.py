@@ -12,13 +12,18 @@ from .options import FOLDER, Command, one_of
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("target", metavar="URL", type=FOLDER)
-@click.option("--license", "license_id", default=None, help="Licence named in the card, as in mit.")
-@click.option("--title", default=None, help="Title of the card.  [default: the folder's name]")
+@click.option(
+    "--license",
+    "license_id",
+    default=None,
+    help="License identifier for the card, for example mit.",
+)
+@click.option("--title", default=None, help="Title of the card.  [default: the name of the folder]")
 def share(folder: Path, target: Path, license_id: str | None, title: str | None) -> None:
-    """Copy a finished folder to another place, as a data set with a card.
+    """Copy a finished folder to a path or URL, as a dataset with a card.
 
-    URL is any path or fsspec URL (s3://, gs://, hf://datasets/…, file://). Every shard is hashed at
-    both ends, and the manifest comes last; run again, it copies what is missing.
+    URL is a path or an fsspec URL (s3://, gs://, hf://datasets/…, file://). Shards are verified
+    by their hashes, and the manifest is copied last. Run again to copy what is missing.
 
     \b
     qpipe share targets/ s3://bucket/targets
@@ -41,12 +46,14 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     "--stage",
     type=one_of("score", "build-targets", "mix"),
     default=None,
-    help="Only folders of this stage.",
+    help="Show only folders of this stage.",
 )
-@click.option("--contains", default=None, metavar="TEXT", help="Only lines that hold this text.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON line for each folder.")
+@click.option(
+    "--contains", default=None, metavar="TEXT", help="Show only lines that contain this text."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per folder.")
 def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
-    """List the folders under a path or URL, one line each."""
+    """List the folders under a path or URL, one per line."""
     from ..folders.listing import Listed, catalogue
     from .tables import print_table
 
@@ -79,7 +86,7 @@ def list_folders(root: Path, stage: str | None, contains: str | None, as_json: b
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=FOLDER)
 def lineage(folder: Path) -> None:
-    """Show what a folder was made of, back to the demonstrations."""
+    """Show the inputs of a folder, back to the demonstrations."""
     from ...pipeline.folders.manifest import read_manifest
     from ..folders.lineage import generations
 

@@ -11,12 +11,12 @@ from .options import FOLDER
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(folder: Path, as_json: bool) -> None:
-    """Tell how far a folder is, also while it is worked in.
+    """Show the progress of a folder, also while a command writes it.
 
-    For the folders of score, build-targets and train, from any terminal that sees them. Reads
-    what is there and holds nobody up.
+    Works for the folders of score, build-targets and train, from any terminal that can read
+    them. Only reads, and does not block the command.
 
     \b
     qpipe status scores/

@@ -4,31 +4,19 @@ from typing import Any
 
 import click
 
-from .options import FILE, FOLDER, Command, config_option
+from ..folders.settings import SubsetSettings
+from .options import FILE, FOLDER, Command, config_option, options_of
 
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
-@click.option(
-    "--ids",
-    type=FILE,
-    default=None,
-    metavar="FILE",
-    help="Take the demonstrations of these ids, one a line.",
-)
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="CONDITION...",
-    help="Take those of which this holds, as in 'mean_nll < 2.5'; of several, all of them.",
-)
+@options_of(SubsetSettings, ids={"type": FILE})
 @config_option
 def subset(**options: Any) -> None:
-    """Take some demonstrations of a folder of scores or targets, as a folder of the same kind.
+    """Select demonstrations of a score or target folder into a new folder.
 
-    A condition compares a statistic of a demonstration with a number, by < <= > >= == or !=. A mean
-    is one over its supervised tokens; no condition on it holds where there are none.
+    A condition compares a statistic of a demonstration with a number, with < <= > >= == or !=.
+    Means are over supervised tokens; a condition on a mean is false if there are none.
 
     \b
     scores   tokens supervised_tokens mean_nll mean_tail_mass mean_weight
@@ -37,7 +25,7 @@ def subset(**options: Any) -> None:
     \b
     qpipe subset scores/ --out easy/ --where 'mean_nll < 2.5' 'tokens <= 1024'
     """
-    from ..folders.subset import SubsetSettings, subset
+    from ..folders.subset import subset
     from .folder_summary import print_subset
 
     print_subset(options["out"], subset(SubsetSettings(**options)))

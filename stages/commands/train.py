@@ -22,11 +22,11 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
 @options_of(TrainSettings, mixture_weights={"multiple": False, "type": str, "callback": _weights})
 @config_option
 def train(**options: Any) -> None:
-    """Train a model on targets, without the prior.
+    """Train a model on targets; no base model is needed.
 
-    Needs a target folder and a model with the tokenizer that was scored. Runs on the CPU, on one
-    GPU, or on several under torchrun. --out becomes a Hugging Face model folder, with log.jsonl and
-    qpipe.json beside the weights.
+    Needs a target folder and a model with the tokenizer of the scores. Runs on a CPU, on one
+    GPU, or on several under torchrun. --out becomes a Hugging Face model folder with log.jsonl
+    and qpipe.json beside the weights.
 
     \b
     qpipe train --targets targets/ --model Qwen/Qwen3-0.6B --out run/ --eval-fraction 0.05

@@ -17,16 +17,16 @@ _MOST_SHOWN = 20
     type=click.IntRange(min=1),
     default=None,
     metavar="N",
-    help="Besides, score N random examples of a score folder again, with transformers in float32.",
+    help="Also score N random examples of a score folder again, with transformers in float32.",
 )
 @click.option(
     "--model",
     default=None,
-    help="With --rescore: that scored them, where the name in the manifest will not do, or one of "
-    "the same tokens to compare with: what theirs was quantised from.",
+    help="Reference model for --rescore. Defaults to the model named in the manifest; may "
+    "be another with the same tokenizer, for example the unquantized original.",
 )
-@click.option("--revision", default=None, help="Branch, tag or commit of a model on the hub.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the choice of examples.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed for the choice of examples.")
 @log_json_option("Append what --rescore finds to this file, as one JSON line.")
 @config_option
 def verify(
@@ -37,14 +37,16 @@ def verify(
     seed: int,
     log_json: Path | None,
 ) -> None:
-    """Check a folder of scores or targets, every byte and every value.
+    """Verify every byte and every value of a score or target folder.
 
-    Compares the hash of every file with the manifest, reads every row, and checks columns, counts,
-    ids, probabilities, masses and positions, and the fingerprints back to the demonstrations. Names
-    the shard, row and column of what is wrong; exit status 2 if anything is.
+    Compares the hash of every file with the manifest, reads every row, and checks columns,
+    counts, ids, probabilities, masses and positions, and the fingerprints back to the
+    demonstrations. Prints shard, row and column of each problem; the exit status is 2 if there
+    are any.
 
-    With --rescore, random examples are scored again with transformers in float32, and the largest
-    differences and the KL are printed: what bfloat16 or a quantised engine costs.
+    With --rescore, scores random examples again with transformers in float32 and prints the
+    largest differences and the KL divergence, which show the cost of bfloat16 or of a quantized
+    engine.
 
     \b
     qpipe verify targets/

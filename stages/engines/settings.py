@@ -20,23 +20,23 @@ class ServerSettings:
 
     url: str | None = option(
         None,
-        "A vLLM server, started with --max-logprobs -1, as in http://host:8000. VLLM_API_KEY in "
-        "the environment is sent along.",
+        "URL of a vLLM server started with --max-logprobs -1, for example "
+        "http://host:8000. The API key is read from VLLM_API_KEY.",
         metavar="URL",
         names=("--server-url",),
     )
     model: str | None = option(
         None,
-        "What the model is called there.  [default: the only one that it serves]",
+        "Name of the model on the server.  [default: the only model served]",
         metavar="NAME",
         names=("--server-model",),
     )
     concurrency: int = option(
-        32, "Requests under way at a time.", range=_COUNT, names=("--server-requests",)
+        32, "Maximum number of concurrent requests.", range=_COUNT, names=("--server-requests",)
     )
     timeout: float = option(
         600.0,
-        "How long an answer may take; a late or failed request is tried again.",
+        "Time limit for a response. Requests that time out or fail are retried.",
         range=Range(0, above=True),
         metavar="SECONDS",
         names=("--server-timeout",),
@@ -64,23 +64,26 @@ class EngineSettings:
 
     engine: EngineName = option(
         "auto",
-        "What runs the model; auto is vLLM where it is installed. A server needs --server-url, "
-        "and of --model the tokenizer and configuration alone.",
+        "Engine that runs the model. auto is vLLM if it is installed, else transformers. "
+        "server needs --server-url and reads only the tokenizer and configuration of "
+        "--model.",
     )
     dtype: Literal["auto", Dtype] = option(
-        "auto", "Number format; auto is the model's own on a GPU and float32 without."
+        "auto",
+        "Floating-point format of the model. auto is the model's own on a GPU and float32"
+        " on a CPU.",
     )
-    top_k: int = option(64, "Entries kept of each distribution.", range=_COUNT)
+    top_k: int = option(64, "Entries stored per position.", range=_COUNT)
     tensor_parallel_size: int = option(
-        1, "GPUs that share each layer of the model (vLLM).", range=_COUNT
+        1, "Number of GPUs that share each layer of the model (vLLM).", range=_COUNT
     )
     pipeline_parallel_size: int = option(
-        1, "Groups of such GPUs that share the layers out (vLLM).", range=_COUNT
+        1, "Number of groups of GPUs that the layers are divided among (vLLM).", range=_COUNT
     )
     gpu_memory_utilization: float = option(
         0.8,
-        "Share of the GPU's memory that vLLM plans with, at most: prompt log-probabilities come "
-        "on top of it.",
+        "Maximum fraction of GPU memory that vLLM reserves. Prompt log-probabilities need"
+        " additional memory.",
         range=Range(0, 1, above=True),
     )
     max_length: int = 4096  # tokens of the longest example

@@ -5,8 +5,6 @@ token, `target_token_ids`, `target_logprobs` and `target_mask`: row r holds thos
 the last one and those of a prompt nothing but padding.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,8 @@ from ...pipeline.format.records import ScoredExample
 from ...pipeline.progress import progress_bar
 from ...pipeline.storage.files import atomic_file
 from ...pipeline.storage.remote import is_remote
-from .topk_rows import IGNORED, Mass
+from .settings import ExportSettings, Mass
+from .topk_rows import IGNORED
 
 BATCH_ROWS = 64
 PADDING = -1e9  # the log-probability of no entry
@@ -37,15 +36,6 @@ _SCHEMA = pa.schema(
         "target_mask": pa.list_(pa.list_(pa.int8())),
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ExportSettings:
-    """The options of `qpipe export`; `mass` says what a position's probabilities add up to."""
-
-    scores: Path
-    out: Path
-    mass: Mass = "top-k"
 
 
 def export_scores(settings: ExportSettings) -> Manifest:

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...pipeline.errors import UserError, one_line, reason, require, require_utf8
+from ...pipeline.errors import UserError, one_line, reason, require_utf8
 from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import Job, StageResult
@@ -36,29 +36,13 @@ from ...pipeline.storage.files import sha256_of_file
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.demonstration import UnusableError
 from ..score.stage import refuse_nothing_scored, score_sums
-from .topk_rows import IGNORED, ImportRules, Ints, Mass, TopK, TopKRow, scored, without_padding
+from .settings import Format, ImportSettings, Mass
+from .topk_rows import IGNORED, ImportRules, Ints, TopK, TopKRow, scored, without_padding
 
-Format = Literal["axolotl", "distillkit"]
 SHARD_ROWS = 512
 READ_ROWS = 16  # at once: a row may have a hundred thousand entries
 _OPTIONAL = ("id", "labels", "attention_mask", "target_mask")
 MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model"}
-
-
-@dataclass(frozen=True, slots=True)
-class ImportSettings:
-    """The options of `qpipe import`."""
-
-    file: Path
-    format: Format
-    model: str
-    out: Path
-    revision: str | None = None
-    mass: Mass | None = None  # None: as files of the format are
-    top_k: int | None = None  # None: as many entries as the first position has
-
-    def __post_init__(self) -> None:
-        require(self.top_k is None or self.top_k >= 1, "--top-k", self.top_k, "1 or more")
 
 
 def import_scores(settings: ImportSettings) -> StageResult:

@@ -5,7 +5,7 @@ supervised positions.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import ScoredExample
 from ...pipeline.format.row_checks import MASS_TOLERANCE
 from ..demonstrations.demonstration import UnusableError
+from .settings import Mass
 
-Mass = Literal["model", "top-k"]
 IGNORED = -100  # the label of a token that does not count
 PADDING = -1e8  # a log-probability below stands for no entry
 

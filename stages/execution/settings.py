@@ -19,39 +19,39 @@ class Execution:
 
     executor: Literal["local", "ray"] = option(
         "local",
-        "Where it runs: in this process, or on Ray, which makes shards on several workers and "
-        "gives those of one that dies to another.",
+        "Run in this process, or on Ray with several workers. Ray reassigns the shards of"
+        " a worker that fails.",
     )
     workers: int | None = option(
         None,
-        "Workers on Ray, an engine each.  [default: one for each GPU, or group of GPUs that share "
-        "the model; without GPUs one a machine]",
+        "Number of Ray workers, each with its own engine.  [default: one per GPU, or per "
+        "group of GPUs that share the model; without GPUs one per machine]",
         range=Range(1),
         metavar="N",
         names=("--workers", "--num-engines"),
     )
     ray_address: str | None = option(
         None,
-        "A Ray cluster that is there; its machines must share --out.  [default: one on this "
-        "machine, for this command]",
+        "Address of an existing Ray cluster whose machines share --out.  [default: a "
+        "local cluster for this command]",
         metavar="auto|HOST:PORT",
     )
     rank: int | None = option(
         None,
-        "This task's number, from 0, of --world-size: it makes shards R, R+W, R+2W, … and the last "
-        "task to finish seals the folder.  [default: a Slurm array task's, or RANK]",
+        "Index of this task, starting at 0. It makes shards R, R+W, R+2W, …; the last "
+        "task to finish seals the folder.  [default: from the Slurm array, or RANK]",
         metavar="R",
     )
     world_size: int | None = option(
         None,
-        "Tasks that share the work, on one machine or many. The shards are the same whatever their "
-        "number.  [default: the Slurm array's, or WORLD_SIZE; 1 without]",
+        "Number of tasks that share the work, on one or more machines. The shards do not "
+        "depend on it.  [default: from the Slurm array, or WORLD_SIZE; else 1]",
         metavar="W",
     )
     log_json: Path | None = option(
         None,
-        "Append JSON lines to this file as it runs: `start`, a `shard` for each that is committed, "
-        "and `done`, or `part` where other tasks still have shards to make.",
+        "Append events to this file as JSON lines: `start`, `shard` for each committed "
+        "shard, and `done`, or `part` if other tasks still have shards to make.",
         metavar="FILE",
     )
 

@@ -24,20 +24,7 @@ from ...pipeline.format.batches import FlatBatch
 from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import sha256_of_json
 from .conditions import Condition, parse_condition
-
-
-@dataclass(frozen=True, slots=True)
-class SubsetSettings:
-    """The options of `qpipe subset`: a row stays if its id is listed and every condition holds."""
-
-    folder: Path
-    out: Path
-    ids: Path | None = None  # a file, an id a line; None: all
-    where: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.ids is None and not self.where:
-            raise UserError("nothing says which rows: give --ids FILE, or --where 'NAME < NUMBER'")
+from .settings import SubsetSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,26 +15,11 @@ from ...pipeline.progress import progress_bar
 from .examples import Companion, Look, looks, open_examples
 from .measures import MEASURES
 from .overview import Overview, folder_json
+from .settings import InspectSettings
 from .token_text import TokenText, token_text
 
 SHOWN = 3  # examples, where no number is given
 _HIGHEST = ("highest", "largest")
-
-
-@dataclass(frozen=True, slots=True)
-class InspectSettings:
-    """What to look at; `sort` is a word such as lowest-trust, by the mean over an example."""
-
-    folder: Path
-    against: Path | None = None
-    scores: Path | None = None
-    ids: tuple[str, ...] = ()
-    random: int | None = None
-    seed: int = 0
-    sort: str | None = None
-    examples: int | None = None
-    colour_by: str | None = None
-    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from ..looking.measures import MEASURES
 from ..looking.overview import Overview, folder_json
 from ..looking.token_text import TokenText, escaped, one_line_of, token_text
 from .pack import Alternatives, alternatives, compressed, packed, quantised
+from .settings import ReportSettings
 
 CHUNK = 16  # demonstrations that are unpacked together
 MEGABYTE = 10**6
@@ -38,20 +39,6 @@ _COLUMNS = {
     "base-rank": "rank",
     "kl": "nats",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ReportSettings:
-    """What to put on a page; `max_megabytes` is of the file."""
-
-    folder: Path
-    scores: Path | None = None
-    teacher: Path | None = None
-    model: str | None = None
-    examples: int = 5000
-    alternatives: int = 5
-    max_megabytes: float = 25
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,25 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ...pipeline.errors import UserError
-from .folder_page import MEGABYTE, ReportSettings, folder_page
+from .folder_page import MEGABYTE, folder_page
 from .page import page_html, write_page
+from .settings import ReportSettings
 from .training_page import is_run, read_runs, training_head
 
 
 def make_report(
-    folders: Sequence[Path], out: Path | None, png: Path | None, **options: Any
+    folders: Sequence[Path], settings: ReportSettings, out: Path | None, png: Path | None
 ) -> None:
-    """Write the page, and the picture, of some folders. Raises UserError where they mix."""
+    """Write the page, and the picture, of some folders; `settings` are for the first.
+
+    Raises UserError where folders of different kinds are given.
+    """
     if out is None and png is None:
         raise UserError("give --out, the HTML file to write, as in --out report.html")
     are_runs = [is_run(folder) for folder in folders]
     if all(are_runs):
-        _report_runs(folders, out, png, options)
+        _report_runs(folders, settings, out, png)
     elif any(are_runs) or len(folders) > 1:
         for folder in folders:
             if not folder.exists():
@@ -33,7 +36,7 @@ def make_report(
         raise UserError(f"--png {png}: is of training runs alone, {folders[0]} is none")
     else:
         assert out is not None
-        _report_folder(out, ReportSettings(folder=folders[0], **options))
+        _report_folder(out, settings)
 
 
 def _report_folder(out: Path, settings: ReportSettings) -> None:
@@ -48,11 +51,11 @@ def _report_folder(out: Path, settings: ReportSettings) -> None:
 
 
 def _report_runs(
-    folders: Sequence[Path], out: Path | None, png: Path | None, options: dict[str, Any]
+    folders: Sequence[Path], settings: ReportSettings, out: Path | None, png: Path | None
 ) -> None:
     for name in ("scores", "teacher", "model"):
-        if options[name] is not None:
-            raise UserError(f"--{name} {options[name]}: training runs have none: leave it out")
+        if (value := getattr(settings, name)) is not None:
+            raise UserError(f"--{name} {value}: training runs have none: leave it out")
     runs = read_runs(folders)
     if out is not None:
         blobs = {"head": training_head(runs)}

@@ -15,20 +15,21 @@ class RowSettings:
 
     demonstrations: tuple[str, ...] = option(
         (),
-        "JSON lines (also .gz, .zst), parquet, Arrow, or a Hugging Face data set name or folder.",
+        "Files of JSON lines (also .gz, .zst), parquet or Arrow, or the name or folder of"
+        " a Hugging Face dataset.",
         metavar="FILE...",
     )
     max_length: int | None = option(
         None,
-        "Longest demonstration.  [default: the model's limit, at most 4096]",
+        "Maximum number of tokens of a demonstration.  [default: the model's limit, at most 4096]",
         range=Range(2),
         metavar="TOKENS",
     )
     too_long: Literal["reject", "cut"] = option(
-        "reject", "What happens to a longer one; either is counted."
+        "reject", "Reject longer demonstrations, or cut them. Both are counted."
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"] = option(
-        "auto", "What a row looks like; auto recognises it row by row."
+        "auto", "Format of a row. auto detects it row by row."
     )
     template: str = option(
         "tokenizer",
@@ -37,15 +38,15 @@ class RowSettings:
     )
     date: str | None = option(
         None,
-        "What a template that writes today's date takes it for.  [default: today, or the day that "
-        "the folder was begun with; with --store there is none]",
+        "Date for a template that writes the current date.  [default: today, or the date "
+        "that a resumed folder was started with; required with --store]",
         metavar="YYYY-MM-DD",
     )
     supervise: Literal["assistant", "last", "all"] = option(
-        "assistant", "Which tokens count: every assistant turn, the last one, or all tokens."
+        "assistant", "Supervised tokens: every assistant turn, the last one, or all tokens."
     )
-    strict: bool = option(False, "Stop at the first unusable row.")
-    shard_size: int = option(512, "Demonstrations in a shard.", range=Range(1, 10**6))
+    strict: bool = option(False, "Stop at the first row that cannot be used.")
+    shard_size: int = option(512, "Demonstrations per shard.", range=Range(1, 10**6))
 
     def __post_init__(self) -> None:
         check(self)
@@ -62,15 +63,16 @@ class ScoreSettings:
     With `in_store`, `out` is a store: the folder's name there is its fingerprint's.
     """
 
-    model: str = field(metadata=about("Base model: a folder, or a name on the hub."))
+    model: str = field(metadata=about("Base model: a local folder or a name on the Hub."))
     out: Path
     in_store: bool = False
-    revision: str | None = option(None, "Branch, tag or commit of a model on the hub.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     rows: RowSettings = RowSettings()
     at: Path | None = option(
         None,
-        "Instead of demonstrations: the examples of this score folder, made with the same "
-        "tokenizer; also stores this model's log-probabilities at the ids it holds.",
+        "Score the examples of this score folder instead of demonstrations. The model "
+        "must have the same tokenizer; its log-probabilities are also stored at the ids "
+        "in that folder.",
         metavar="DIR",
     )
     engine: EngineSettings = EngineSettings()

@@ -124,13 +124,14 @@ def _spread(gaps: list[float]) -> str:
 def main(demonstrations: int, folder: Path) -> None:
     """Make the folders and the page, open it, print a table."""
     from qpipe.stages.report.make import make_report
+    from qpipe.stages.report.settings import ReportSettings
 
     scores, targets = make_folders(folder, demonstrations)
     out = folder / "report.html"
     options = {"scores": scores, "teacher": None, "model": str(folder / "model"), "seed": 0}
     options |= {"examples": demonstrations, "alternatives": 5, "max_megabytes": 25.0}
     start = time.perf_counter()
-    make_report([targets], out, None, **options)
+    make_report([targets], ReportSettings(targets, **options), out, None)
     made = time.perf_counter() - start
     rows = [
         ("demonstrations", f"{demonstrations:,}"),

@@ -17,7 +17,8 @@ from qpipe.stages.folders.lineage import generations
 from qpipe.stages.folders.listing import catalogue
 from qpipe.stages.folders.status import status_of
 from qpipe.stages.folders.verify import verify
-from qpipe.stages.looking.inspect import InspectSettings, inspect
+from qpipe.stages.looking.inspect import inspect
+from qpipe.stages.looking.settings import InspectSettings
 from qpipe.tests.support.sealed import SCORES, build, scored, seal
 
 from .inputs import folder_until_exit, made_or_refused

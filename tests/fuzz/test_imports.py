@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from qpipe.pipeline.folders.sealed import read_scores
 from qpipe.stages.exchange import import_scores as importing
-from qpipe.stages.exchange.import_scores import Format, ImportSettings, import_scores
-from qpipe.stages.exchange.topk_rows import IGNORED, Mass
+from qpipe.stages.exchange.import_scores import import_scores
+from qpipe.stages.exchange.settings import Format, ImportSettings, Mass
+from qpipe.stages.exchange.topk_rows import IGNORED
 from qpipe.stages.folders.verify import verify
 from qpipe.tests.support.sealed import TOP_K, VOCAB, scored
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import pytest
+from qpipe.pipeline.errors import UserError
 from qpipe.stages.cli import cli
 
 
@@ -53,9 +54,6 @@ def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
     [
         (("score", *SCORE, "--plan", "--gpu-memory", "nan"), "nan is not a finite number"),
         (("score", *SCORE, "--plan", "--gpu-speed", "inf"), "inf is not a finite number"),
-        (("report", "t", "--max-megabytes", "nan"), "nan is not a finite number"),
-        (("report", "t", "--seed", "-1"), "-1 is not in the range"),
-        (("inspect", "t", "--seed", "-1"), "-1 is not in the range"),
         (("verify", "t", "--seed", "-1"), "-1 is not in the range"),
         (("list", "root", "--stage", "targets"), "'targets' is not one of 'score'"),
     ],
@@ -63,6 +61,22 @@ def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
 def test_values_out_of_range(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(click.BadParameter, match=message):
         parsed(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("report", "t", "--max-megabytes", "nan"), "nan is out of range: give 0.1 or more"),
+        (("report", "t", "--alternatives", "9"), "9 is out of range: give 0 to 8"),
+        (("report", "t", "--seed", "-1"), "-1 is out of range: give 0 or more"),
+        (("inspect", "t", "--seed", "-1"), "-1 is out of range: give 0 or more"),
+        (("inspect", "t", "-n", "-1"), "-n -1 is out of range: give 0 or more"),
+        (("inspect", "t", "--random", "0"), "--random 0 is out of range: give 1 or more"),
+    ],
+)
+def test_settings_out_of_range(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cli.main(list(words), standalone_mode=False)
 
 
 def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
 from qpipe.stages.exchange import import_scores as module
-from qpipe.stages.exchange.export_scores import ExportSettings, export_scores
-from qpipe.stages.exchange.import_scores import ImportSettings, ImportStage, import_scores
+from qpipe.stages.exchange.export_scores import export_scores
+from qpipe.stages.exchange.import_scores import ImportStage, import_scores
+from qpipe.stages.exchange.settings import ExportSettings, ImportSettings
 from qpipe.stages.folders.verify import verify
 from qpipe.stages.score.from_folder import score_at
 from qpipe.tests.support.settings import score_settings

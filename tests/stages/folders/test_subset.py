@@ -15,7 +15,8 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
-from qpipe.stages.folders.subset import SubsetSettings, subset
+from qpipe.stages.folders.settings import SubsetSettings
+from qpipe.stages.folders.subset import subset
 from qpipe.stages.folders.verify import verify
 
 from ...support.sealed import SCORES, scored, seal
