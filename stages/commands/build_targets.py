@@ -1,4 +1,4 @@
-"""The words of `qpipe build-targets`."""
+"""`qpipe build-targets`: options, call, output."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The words of `qpipe import` and `qpipe export`."""
+"""`qpipe import` and `qpipe export`: options, call, output."""
 
 from typing import Any
 

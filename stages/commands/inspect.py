@@ -1,4 +1,4 @@
-"""The words of `qpipe inspect`."""
+"""`qpipe inspect`: options, call, output."""
 
 import json
 from pathlib import Path

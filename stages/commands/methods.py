@@ -1,4 +1,4 @@
-"""The words of `qpipe methods` and `qpipe compare-methods`."""
+"""`qpipe methods` and `qpipe compare-methods`: options, call, output."""
 
 from typing import Any
 
@@ -39,6 +39,13 @@ def methods() -> None:
     (1-γ)·π̃, the scale s of its loss, its parameters and forms, what its targets store, and the
     paper. p is the student, b the base, q the teacher, and y the observed token.
     """
-    from .methods_summary import print_methods
+    from ...pipeline.methods.words import table
 
-    print_methods()
+    for row in table():
+        residual, scale = row["residual"], row["scale"]
+        click.echo(f"{row['name']}  ({row['source']})")
+        target = f"γ = {row['trust']}" + (f"   π̃ {residual}" if residual != "-" else "")
+        click.echo(f"    {target}" + (f"   s = {scale}" if scale != "1" else ""))
+        for name in ("parameters", "forms", "needs"):
+            if row[name] != "-":
+                click.echo(f"    {name}: {row[name]}")

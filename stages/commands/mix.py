@@ -1,4 +1,4 @@
-"""The words of `qpipe mix`."""
+"""`qpipe mix`: options, call, output."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The words of `qpipe report`."""
+"""`qpipe report`: options, call, output."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The words of `qpipe share`, `qpipe list` and `qpipe lineage`."""
+"""`qpipe share`, `qpipe list` and `qpipe lineage`: options, call, output."""
 
 import json
 from dataclasses import asdict

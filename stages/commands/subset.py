@@ -1,4 +1,4 @@
-"""The words of `qpipe subset`."""
+"""`qpipe subset`: options, call, output."""
 
 from typing import Any
 

@@ -1,11 +1,16 @@
-"""The words of `qpipe verify`."""
+"""`qpipe verify`: options, call, output."""
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .options import FOLDER, Command, config_option, log_json_option
+from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..folders.rescore import Rescored
 
 _MOST_SHOWN = 20
 
@@ -67,7 +72,6 @@ def verify(
     if rescore is not None:
         from ...pipeline.progress import log_event
         from ..folders.rescore import rescore as score_again
-        from .rescore_summary import print_rescored
 
         result = score_again(folder, model, revision, rescore, seed)
         print_rescored(result)
@@ -86,3 +90,30 @@ def _check(folder: Path) -> None:
             click.echo(problem, err=True)
     if found:
         raise UserError(f"{folder}: {found} problem(s): restore it, or make it again")
+
+
+def print_rescored(result: "Rescored") -> None:
+    """How far a folder's scores are from transformers in float32."""
+    weights = {True: "", False: ", of other weights", None: ", of weights not compared"}
+    print_table(
+        [
+            (
+                "scored again",
+                f"{result.examples:,} demonstrations, {result.positions:,} supervised "
+                f"tokens: {result.engine} in {result.dtype} against transformers in "
+                f"float32{weights[result.same_weights]}",
+            ),
+            (
+                "observed token",
+                f"log-probability off by {result.observed:.2g} nats at most, "
+                f"{result.observed_mean:.2g} on average",
+            ),
+            ("top k", f"log-probability off by {result.entries:.2g} nats at most"),
+            (
+                "rank",
+                f"{result.ranks_changed:,} changed, by {result.rank:,} at most; "
+                f"{result.modes_changed:,} most probable tokens are others",
+            ),
+            ("KL", f"{result.kl_mean:.2g} nats on average, {result.kl_max:.2g} at most"),
+        ]
+    )

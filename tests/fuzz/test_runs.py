@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 from msgspec import to_builtins
 from qpipe.pipeline.folders.manifest import Identity
-from qpipe.stages.commands.status_summary import print_status
+from qpipe.stages.commands.status import print_status
 from qpipe.stages.folders.status import status_of
 from qpipe.stages.report.training_page import read_runs, training_head
 from qpipe.trainer.run.checkpoint import CHECKPOINTS, latest_checkpoint

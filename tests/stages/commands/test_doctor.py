@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 from qpipe import __version__
-from qpipe.stages.commands.diagnosis import Device, Part, uses
+from qpipe.stages.commands.doctor import Device, Part, uses
 
 
 def qpipe(*words: str, **environment: str) -> str:
@@ -24,7 +24,7 @@ def test_the_version_names_torch_and_the_engine_without_importing_them() -> None
     assert f"torch {version('torch')}" in line
     assert "vllm " in line
     code = (
-        "import sys; from qpipe.stages.commands.diagnosis import version_line; version_line('1')\n"
+        "import sys; from qpipe.stages.commands.doctor import version_line; version_line('1')\n"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

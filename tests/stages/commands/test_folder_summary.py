@@ -22,7 +22,7 @@ from qpipe.pipeline.targets.ceiling import Ceiling
 from qpipe.stages.build_targets.compare_methods import Comparison
 from qpipe.stages.commands.ceiling_summary import print_comparison
 from qpipe.stages.commands.folder_summary import print_scores
-from qpipe.stages.commands.methods_summary import print_methods
+from qpipe.stages.commands.methods import methods
 from qpipe.stages.commands.tables import print_table
 from qpipe.tests.support.made_up import run_qpipe
 
@@ -378,7 +378,7 @@ def test_methods_are_printed_whole() -> None:
 def test_every_method_is_printed_with_all_that_it_has(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_methods()
+    methods.main([], standalone_mode=False)
     method, lines = METHODS[name], methods_of(capsys.readouterr().out)[name]
 
     head, formula, *rest = lines
