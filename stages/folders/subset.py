@@ -3,7 +3,10 @@
 Rows are copied as they are stored. Shard i holds those of the source's shard i.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,74 @@ from ...pipeline.folders.tasks import run_alone
 from ...pipeline.folders.watch import Report, Watcher
 from ...pipeline.format.arrow import decode
 from ...pipeline.format.batches import FlatBatch
+from ...pipeline.format.ragged import segment_sums
 from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import sha256_of_json
-from .conditions import Condition, parse_condition
 from .settings import SubsetSettings
+
+OPERATORS: dict[str, Callable[[NDArray, float], NDArray]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_COMMON = {
+    "tokens": lambda batch: batch.lengths["token"],
+    "supervised_tokens": lambda batch: batch.lengths["position"],
+    "mean_tail_mass": lambda batch: _means(batch, "tail_mass"),
+}
+_OF_STAGE: dict[str, dict[str, Callable[[FlatBatch], NDArray]]] = {
+    "score": _COMMON
+    | {
+        "mean_nll": lambda batch: -_means(batch, "observed_log_probs"),
+        "mean_weight": lambda batch: _means(batch, "token_weights"),
+    },
+    "build-targets": _COMMON
+    | {
+        "mean_trust": lambda batch: _means(batch, "trust"),
+        "mean_weight": lambda batch: _means(batch, "weights"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Condition:
+    """A statistic of a row, compared with a number; false of a mean over no positions."""
+
+    name: str
+    operator: str
+    number: float
+
+    def holds(self, stage: str, batch: FlatBatch) -> NDArray[np.bool_]:
+        """Where it holds, [R]."""
+        values = _OF_STAGE[stage][self.name](batch).astype(np.float64)
+        return OPERATORS[self.operator](values, self.number) & ~np.isnan(values)
+
+
+def parse_condition(text: str, stage: str) -> Condition:
+    """The condition in a text, as in `mean_nll < 2.5`.
+
+    Raises UserError for another text, and for a statistic that folders of the stage have not.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|[=!]=)\s*(\S+)\s*", text)
+    try:
+        number = float(match[3]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not math.isfinite(number):
+        raise UserError(
+            f"--where {text!r} is no condition: give a statistic, one of {' '.join(OPERATORS)} and "
+            "a number, as in 'mean_nll < 2.5'"
+        )
+    known = _OF_STAGE[stage]
+    if match[1] not in known:
+        raise UserError(
+            f"--where {text!r}: a folder made by `qpipe {stage}` has no {match[1]}: give one of "
+            f"{', '.join(known)}"
+        )
+    return Condition(match[1], match[2], number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +241,10 @@ def _refuse_missing(source: SealedFolder, path: Path, ids: Iterable[str]) -> Non
             f"--ids {path}: {len(missing):,} of its ids are not in {source.path}, the first is "
             f"{missing[0]}: leave them out"
         )
+
+
+def _means(batch: FlatBatch, name: str) -> NDArray[np.float64]:
+    counts = batch.lengths["position"]
+    sums = segment_sums(batch[name].astype(np.float64), counts)
+    with np.errstate(invalid="ignore"):
+        return sums / counts

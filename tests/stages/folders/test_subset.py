@@ -150,7 +150,7 @@ def test_ids_that_are_not_there_are_named(scores: Path, tmp_path: Path) -> None:
 
 def test_a_row_without_supervised_tokens_has_no_mean() -> None:
     from qpipe.pipeline.format.batches import FlatBatch
-    from qpipe.stages.folders.conditions import parse_condition
+    from qpipe.stages.folders.subset import parse_condition
 
     arrays = {"trust": np.array([0.5, 0.7], np.float32)}
     lengths = {"position": np.array([0, 2]), "token": np.array([3, 5])}
