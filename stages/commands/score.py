@@ -245,7 +245,10 @@ def _hours(hours: float) -> str:
 
 def plan_event(plan: "ScorePlan") -> dict[str, Any]:
     """A plan as a JSON value."""
+    from msgspec import to_builtins
+
     work = asdict(plan.workload)
+    work["first_reject"] = to_builtins(plan.workload.first_reject)
     work["lengths"] = {str(share): n for share, n in plan.workload.lengths.quantiles().items()}
     event = {"event": "plan", "stage": "score", **asdict(plan), "workload": work}
     event["memory"] |= {"peak": plan.memory.peak, "fits": plan.memory.fits}
