@@ -4,7 +4,7 @@ Its settings hold, part by part, the weights; its inputs the parts' fingerprints
 where the parts are: URLs, and local folders relative to the mixture, which is then local too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from os.path import relpath
@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError, shown
 from ..format.schema import schema_of
+from ..methods.definition import Choice
 from ..methods.table import choose
 from ..storage.locks import locked
 from ..storage.remote import is_remote, open_path
@@ -176,24 +177,32 @@ def _check(parts: Sequence[Part]) -> None:
         if twin is not None:
             raise UserError(f"{folder.path}: is the same as {twin}: give it once, with more weight")
         seen[folder.manifest.fingerprint] = folder.path
-        for name, ours, theirs in _differences(first, folder):
+        refuse_to_mix(first.path, _traits(first), folder.path, _traits(folder))
+
+
+def refuse_to_mix(
+    first: Path, ours: Mapping[str, object], other: Path, theirs: Mapping[str, object]
+) -> None:
+    """Raises UserError where two target folders differ in a trait that one run needs the same of.
+
+    Frozen folders may differ in method, because the trainer treats them alike.
+    """
+    for name, here in ours.items():
+        if theirs[name] != here:
             raise UserError(
-                f"{folder.path}: cannot be mixed with {first.path}: its {name.replace('_', ' ')} "
-                f"is {theirs} and there {ours}: build targets that agree in it"
+                f"{other}: cannot be mixed with {first}: its {name.replace('_', ' ')} is "
+                f"{theirs[name]} and there {here}: build targets that agree in it"
             )
 
 
-def _differences(one: SealedFolder, other: SealedFolder) -> list[tuple[str, Any, Any]]:
-    """What a training run must know one value of, and the folders have two."""
-    pairs = [(name, *(folder.settings[name] for folder in (one, other))) for name in _SHARED]
-    pairs.append(("live method", _live(one), _live(other)))
-    return [each for each in pairs if each[1] != each[2]]
-
-
-def _live(folder: SealedFolder) -> str:
-    """The method, if what it minimises depends on the student; frozen targets need none."""
-    settings = folder.settings
-    choice = choose(settings["method"], settings["form"], settings["parameters"])
+def live_method(choice: Choice) -> str:
+    """The method with its parameters if it reads the student's logits in training, else "none"."""
     if not choice.reads_student:
         return "none"
     return ", ".join([choice.method.name, *(f"{k}={v}" for k, v in choice.parameters.items())])
+
+
+def _traits(folder: SealedFolder) -> Mapping[str, object]:
+    settings = folder.settings
+    choice = choose(settings["method"], settings["form"], settings["parameters"])
+    return {name: settings[name] for name in _SHARED} | {"live method": live_method(choice)}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.mixing import is_mix, read_mix
+from ...pipeline.folders.mixing import is_mix, live_method, read_mix, refuse_to_mix
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ..data.mixture import mix
 from ..data.steps import Samples
@@ -26,7 +26,7 @@ def check_fit(folder: SealedFolder, base: ModelFiles) -> None:
             )
 
 
-def unfolded(settings: TrainSettings) -> TrainSettings:
+def expand_mixture(settings: TrainSettings) -> TrainSettings:
     """The settings with the parts and weights of a mixture in place of its folder."""
     (folder, *others) = settings.folders
     if others or not is_mix(folder):
@@ -55,7 +55,7 @@ def open_folders(settings: TrainSettings) -> dict[str, SealedFolder]:
     }
 
 
-def settled(
+def check_and_resolve(
     settings: TrainSettings, folders: Sequence[SealedFolder], base: ModelFiles
 ) -> Objective:
     """What is minimised on all of the folders.
@@ -66,7 +66,7 @@ def settled(
         check_fit(folder, base)
     objectives = [_objective(settings, folder) for folder in folders]
     for folder, objective in zip(folders, objectives, strict=True):
-        _refuse_other(folders[0], objectives[0], folder, objective)
+        refuse_to_mix(folders[0].path, _traits(objectives[0]), folder.path, _traits(objective))
     return replace(objectives[0], tokens_alone=any(each.tokens_alone for each in objectives))
 
 
@@ -100,28 +100,12 @@ def _objective(settings: TrainSettings, folder: SealedFolder) -> Objective:
     return objective_of(folder.settings, settled_method(settings.method, folder))
 
 
-def _refuse_other(
-    first: SealedFolder, ours: Objective, folder: SealedFolder, theirs: Objective
-) -> None:
-    """Frozen folders may differ in method: what the trainer does with them is the same."""
-    for name, here, there in (
-        ("live method", _live(ours), _live(theirs)),
-        ("residual", ours.residual, theirs.residual),
-        ("tail shape", ours.tail_shape, theirs.tail_shape),
-    ):
-        if here != there:
-            raise UserError(
-                f"{folder.path}: cannot be mixed with {first.path}: its {name} is {there} and "
-                f"there {here}: build targets that agree in it"
-            )
-
-
-def _live(objective: Objective) -> str:
-    choice = objective.choice
-    if not choice.reads_student:
-        return "none"
-    parameters = "".join(f", {name}={value}" for name, value in choice.parameters.items())
-    return f"{choice.method.name}{parameters}"
+def _traits(objective: Objective) -> dict[str, object]:
+    return {
+        "live method": live_method(objective.choice),
+        "residual": objective.residual,
+        "tail shape": objective.tail_shape,
+    }
 
 
 def _refuse_empty(settings: TrainSettings, folder: SealedFolder, kept: int, held_out: int) -> None:

@@ -32,7 +32,7 @@ from .evaluator import Evaluator
 from .folder import finish, finished_run, remove_checkpoints, run_identity
 from .loop import Run
 from .result import TrainResult, result_from
-from .target_folders import open_folders, open_samples, settled, unfolded
+from .target_folders import check_and_resolve, expand_mixture, open_folders, open_samples
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -43,11 +43,11 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss is not finite.
     """
-    settings = unfolded(settings)
+    settings = expand_mixture(settings)
     inputs = open_folders(settings)
     folders = list(inputs.values())
     base = find_model(settings.model, settings.revision)
-    objective = settled(settings, folders, base)
+    objective = check_and_resolve(settings, folders, base)
     settings = replace(settings, method=objective.choice.method.name)
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None

@@ -12,7 +12,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.mixing import write_mix
 from qpipe.stages.commands.train import train as command
 from qpipe.trainer.models.files import find_model
-from qpipe.trainer.run.target_folders import open_folders, settled
+from qpipe.trainer.run.target_folders import check_and_resolve, open_folders
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.step import Stepper, StepResult
@@ -195,4 +195,6 @@ def test_the_weights_of_a_mixture_do_not_depend_on_which_folder_comes_first(
         ("sft", folders[1], True),
     ):
         asked = replace(settings, targets=targets, method=method)
-        assert settled(asked, list(open_folders(asked).values()), base).tokens_alone == is_so
+        assert (
+            check_and_resolve(asked, list(open_folders(asked).values()), base).tokens_alone == is_so
+        )
