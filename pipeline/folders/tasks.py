@@ -5,7 +5,7 @@ shard of it, in this process or, sent there as a pickle, in another. (On a Ray c
 `stages/execution/ray.py`, as this floor of the house does not know ray.)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -112,14 +112,19 @@ class PartResult:
 
 
 def run_alone(stage: Stage, watcher: Watcher) -> StageResult:
-    """Make what is missing of a folder in this process, and seal it."""
+    """Make the missing shards of a folder in this process, and seal it."""
+    return run_locked(stage, lambda run: _make_missing(stage, ALL, run, watcher))
+
+
+def run_locked(stage: Stage, make_missing: Callable[[ShardRun], None]) -> StageResult:
+    """Lock a folder, have its missing shards made, and seal it."""
     folder = stage.job.folder
     with locked(folder):
         done = open_folder(folder, plan_of(stage))
         if done is not None:
             return StageResult(done, was_done=True)
         run = ShardRun(stage.job)
-        _make_missing(stage, ALL, run, watcher)
+        make_missing(run)
         stage.check(list(run.committed.values()))
         return run.seal()
 

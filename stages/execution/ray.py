@@ -1,7 +1,16 @@
-"""A stage on Ray: workers with an engine each, which take shard after shard as they get done.
+"""Runs a stage on Ray: actors with one engine each, to which shards are assigned one by one.
 
-A worker commits its shards itself, so the output folder must be one that all machines share. The
-shard of a worker that dies is made by another one.
+Workers commit their shards themselves, so all machines must share the output folder. If a worker
+fails, its shards are assigned to the other workers, and another worker is started.
+
+Ray's own `max_restarts` and `max_task_retries` are not used, because they cannot give this:
+
+- `max_restarts` counts over an actor's life. With 2, the third failure of a worker in a run of
+  weeks is final, even if each failure was in another shard; the next shard then fails with it.
+- With -1, an actor whose start ends its process is started again without an end or an error.
+- A retried task waits for its own actor to load its engine again, even if other workers are idle.
+- The caller does not learn of failures that were retried, so it can neither count them for each
+  shard nor continue without a machine on which workers cannot start.
 """
 
 import os
@@ -23,50 +32,46 @@ from typing import Any
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.folders.manifest import PLAN, ShardEntry
-from ...pipeline.folders.shard_run import ShardRun, StageResult, open_folder
+from ...pipeline.folders.shard_run import ShardRun, StageResult
 from ...pipeline.folders.shards import commit_shard
-from ...pipeline.folders.tasks import Stage, plan_of
+from ...pipeline.folders.tasks import Stage, run_locked
 from ...pipeline.folders.watch import Watch, Watcher
 from ...pipeline.signals import ends_in_order
-from ...pipeline.storage.locks import locked
 from ..quiet import quiet_libraries
 
-_TRIES = 3  # workers that a shard may end, or that may die one after the other as they start
-_AT_A_TIME = 2  # shards that a worker has
+_TRIES = 3  # failures allowed for one shard, and in a row for workers that start
+_SHARDS_PER_WORKER = 2
 _CONNECT_SECONDS = 10.0
-_STORE_BYTES = 100 * 2**20  # for objects in transit, of which there are only small ones
+_STORE_BYTES = 100 * 2**20  # of the object store: only small objects are sent
 
 
 def run_on_ray(
     stage: Stage, workers: int | None, address: str | None, watcher: Watcher
 ) -> StageResult:
-    """Make what is missing of a folder on Ray workers, and seal it.
+    """Make the missing shards of a folder on Ray workers, and seal it.
 
-    Raises UserError where Ray is not installed or not to be reached, where it has no room for the
-    workers, where one shard has ended three of them, and where none is left that could start.
+    Raises UserError if Ray is not installed, cannot be reached, or lacks the resources for the
+    workers, if workers fail three times with the same shard, and if all of them fail to start.
     """
     if find_spec("ray") is None:
         raise UserError("--executor ray: Ray is not installed: pip install 'qpipe[ray]'")
-    folder = stage.job.folder
-    with locked(folder):
-        done = open_folder(folder, plan_of(stage))
-        if done is not None:
-            return StageResult(done, was_done=True)
-        run = ShardRun(stage.job)
+
+    def make_missing(run: ShardRun) -> None:
         shards = stage.shard_count
-        if shards is None or len(run.committed) < shards:
-            with connected(address) as ray:
-                room = _room(ray, stage, workers)
-                with watcher.watch(run.committed.values(), stage.demonstrations, shards) as watch:
-                    _HandOut(ray, stage, run, room, watch).make_missing(shards)
-        stage.check(list(run.committed.values()))
-        return run.seal()
+        if shards is not None and len(run.committed) == shards:
+            return
+        with connected(address) as ray:
+            room = _room(ray, stage, workers)
+            with watcher.watch(run.committed.values(), stage.demonstrations, shards) as watch:
+                _Dispatcher(ray, stage, run, room, watch).make_missing(shards)
+
+    return run_locked(stage, make_missing)
 
 
 class _Worker:
-    """Makes shards in a process of its own, as a Ray actor.
+    """A Ray actor that makes shards.
 
-    Two at a time: while one is made, the other is read or written.
+    It has two shards at a time: while one is made, the other is read or written.
     """
 
     def __init__(self, stage: bytes, folder: str) -> None:
@@ -76,27 +81,28 @@ class _Worker:
         self.reading, self.making = Lock(), Lock()
 
     def start(self) -> None:
-        """Rebuild the stage from its settings, and start what it needs."""
+        """Unpickle the stage, and start its engine."""
         machine = os.uname().nodename
         if not Path(self.folder).is_dir():
             raise UserError(
-                f"{self.folder}: the folder that the command runs in is not there on {machine}: "
-                "the machines of a cluster must share it"
+                f"{self.folder}: the working directory of the command does not exist on {machine}: "
+                "run the command in a directory that all machines of the cluster share"
             )
         os.chdir(self.folder)
         self.stage: Stage = pickle.loads(self.pickled)
         out = self.stage.job.folder
         if not (out / PLAN).exists():
             raise UserError(
-                f"{out}: not there on {machine}: --out must be a folder that all machines of the "
+                f"{out}: does not exist on {machine}: give an --out that all machines of the "
                 "cluster share"
             )
         self.stage.start()
 
     def make(self, index: int) -> tuple[ShardEntry, float] | None:
-        """Make and commit a shard: its sidecar, and how many seconds it took; None behind the last.
+        """Make and commit a shard; returns its sidecar and the seconds its making took.
 
-        Threads of Ray's call it, `_AT_A_TIME` of them.
+        Returns None if `index` is past the last shard. Ray calls this on `_SHARDS_PER_WORKER`
+        threads.
         """
         job = self.stage.job
         with self.reading:
@@ -105,18 +111,18 @@ class _Worker:
             return None
         with self.making:
             start = perf_counter()
-            content = self.stage.make(read, _unseen)
+            content = self.stage.make(read, _no_report)
         entry = commit_shard(job.folder, index, job.schema, job.identity.fingerprint, content)
         return entry, perf_counter() - start
 
 
-def _unseen(demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None:
-    """The driver counts whole shards."""
+def _no_report(demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None:
+    """Progress within a shard is not reported: the driver counts whole shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """How many workers there are, and what each takes."""
+    """The number of workers, and the resources of each."""
 
     workers: int
     cpus: int
@@ -124,15 +130,15 @@ class _Room:
 
 
 @dataclass(slots=True, eq=False)
-class _Hired:
-    """A worker, and how many shards it has: None while it starts."""
+class _WorkerState:
+    """A worker, and the number of shards assigned to it; None while it starts."""
 
     actor: Any
     shards: int | None = None
 
 
-class _HandOut:
-    """Gives workers the lowest shards that nobody has, until none is left."""
+class _Dispatcher:
+    """Assigns shards to workers, the lowest unassigned one first, until all are made."""
 
     def __init__(self, ray: Any, stage: Stage, run: ShardRun, room: _Room, watch: Watch) -> None:
         self.ray = ray
@@ -143,58 +149,58 @@ class _HandOut:
         self.actor = ray.remote(_Worker).options(
             num_cpus=room.cpus,
             num_gpus=room.gpus,
-            max_concurrency=_AT_A_TIME,
+            max_concurrency=_SHARDS_PER_WORKER,
             scheduling_strategy="SPREAD",
         )
-        self.workers: list[_Hired] = []
-        self.tasks: dict[Any, tuple[_Hired, int | None]] = {}  # and the shard, or None: it starts
-        self.returned: list[int] = []  # shards of dead workers, a heap
-        self.fresh: Iterator[int] = iter(())
-        self.left = 0.0  # shards that nobody has, infinite where only reading tells
-        self.deaths: Counter[int | None] = Counter()  # by shard; None: in starting, in a row
-        self.last_words = Exception()  # of a worker that died
+        self.workers: list[_WorkerState] = []
+        self.tasks: dict[Any, tuple[_WorkerState, int | None]] = {}  # the shard; None: start
+        self.returned: list[int] = []  # shards of failed workers, a heap
+        self.untried: Iterator[int] = iter(())
+        self.unassigned = 0.0  # number of shards; infinite until the last shard is known
+        self.failures: Counter[int | None] = Counter()  # by shard; None: of starts, in a row
+        self.last_error = Exception()  # of a failed worker
 
     def make_missing(self, shards: int | None) -> None:
-        """Make what is missing of so many shards; of all up to the last, where None."""
+        """Make the missing ones of `shards` shards; None: of all until a worker finds the end."""
         indices = count() if shards is None else range(shards)
-        self.fresh = (index for index in indices if index not in self.run.committed)
-        self.left = inf if shards is None else shards - len(self.run.committed)
-        for _ in range(int(min(self.room.workers, self.left))):
+        self.untried = (index for index in indices if index not in self.run.committed)
+        self.unassigned = inf if shards is None else shards - len(self.run.committed)
+        for _ in range(int(min(self.room.workers, self.unassigned))):
             self._start_worker()
         began = None
         while not self._is_done():
             (task,), _ = self.ray.wait(list(self.tasks), num_returns=1)
             worker, index = self.tasks.pop(task)
-            if self._took_result(task, index):
+            if self._take_result(task, index):
                 if began is None:
                     began = perf_counter()
                     self.watch.begin()
                 worker.shards = 0 if worker.shards is None else worker.shards - 1
             else:
-                self._bury(worker, index)
+                self._replace_worker(worker, index)
             self._assign()
         self.run.seconds = perf_counter() - began if began else 0.0
 
     def _is_done(self) -> bool:
-        """Whether a worker has found nothing to make, and no shard is under way."""
+        """Whether no shard is being made, and a worker is idle."""
         under_way = any(index is not None for _, index in self.tasks.values())
         return not under_way and any(worker.shards == 0 for worker in self.workers)
 
-    def _took_result(self, task: Any, index: int | None) -> bool:
-        """Take note of what a worker has done; False if it has died."""
+    def _take_result(self, task: Any, index: int | None) -> bool:
+        """Record the result of a finished task; returns False if its worker has failed."""
         try:
             result = self.ray.get(task)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
             raise
-        except self.ray.exceptions.RayError as error:  # dead, its machine gone, killed for memory
-            self._note_death(index, error)
+        except self.ray.exceptions.RayError as error:  # the process ended, or its machine
+            self._note_failure(index, error)
             return False
         if index is None:
-            self.deaths[None] = 0
+            self.failures[None] = 0
         elif result is None:
-            self.left, self.fresh = len(self.returned), iter(())  # behind the last shard
+            self.unassigned, self.untried = len(self.returned), iter(())  # past the last shard
         else:
             entry, seconds = result
             self.run.add(index, entry)
@@ -202,62 +208,64 @@ class _HandOut:
             self.watch.committed(index, entry, seconds)
         return True
 
-    def _note_death(self, index: int | None, error: Exception) -> None:
-        self.deaths[index] += 1
-        self.last_words = error
+    def _note_failure(self, index: int | None, error: Exception) -> None:
+        self.failures[index] += 1
+        self.last_error = error
         if index is not None:
-            if self.deaths[index] == _TRIES:
-                raise _too_many_deaths(_TRIES, f"making shard {index}", error)
-            self.left += 1
+            if self.failures[index] == _TRIES:
+                raise _too_many_failures(_TRIES, f"making shard {index}", error)
+            self.unassigned += 1
             heappush(self.returned, index)
 
-    def _bury(self, worker: _Hired, index: int | None) -> None:
-        """Start another worker in place of one that has died, which loses all its shards.
+    def _replace_worker(self, worker: _WorkerState, index: int | None) -> None:
+        """Start another worker in place of a failed one.
 
-        Not where several have died as they start: the others then go on without, as a machine that
-        ends all of its own ends no other's.
+        If `_TRIES` starts in a row have failed, the run continues with the other workers instead:
+        workers on one broken machine must not use up the attempts of the rest.
         """
         if worker not in self.workers:
             return
         self.workers.remove(worker)
-        if index is not None or self.deaths[None] < _TRIES:
+        if index is not None or self.failures[None] < _TRIES:
             self._start_worker()
         elif self.workers:
-            left = len(self.workers)
-            print(f"Ray workers die while starting: {left} others go on", file=sys.stderr)
+            print(
+                f"Ray workers fail to start: the run continues with {len(self.workers)} others",
+                file=sys.stderr,
+            )
         else:
-            raise _too_many_deaths(self.deaths[None], "starting", self.last_words)
+            raise _too_many_failures(self.failures[None], "starting", self.last_error)
 
     def _start_worker(self) -> None:
-        worker = _Hired(self.actor.remote(*self.arguments))
+        worker = _WorkerState(self.actor.remote(*self.arguments))
         self.workers.append(worker)
         self.tasks[worker.actor.start.remote()] = worker, None
 
     def _assign(self) -> None:
-        """Hand out shards, a second one only where enough are left for those that have none."""
-        while ready := [each for each in self.workers if each.shards in range(_AT_A_TIME)]:
+        """Assign shards; a second one only to workers that leave one for each starting worker."""
+        while ready := [each for each in self.workers if each.shards in range(_SHARDS_PER_WORKER)]:
             worker = min(ready, key=lambda each: each.shards or 0)
             starting = sum(each.shards is None for each in self.workers)
-            if self.left <= (starting if worker.shards else 0):
+            if self.unassigned <= (starting if worker.shards else 0):
                 return
-            index = heappop(self.returned) if self.returned else next(self.fresh)
-            self.left -= 1
+            index = heappop(self.returned) if self.returned else next(self.untried)
+            self.unassigned -= 1
             worker.shards = (worker.shards or 0) + 1
             self.tasks[worker.actor.make.remote(index)] = worker, index
 
 
-def _too_many_deaths(deaths: int, what: str, error: Exception) -> UserError:
+def _too_many_failures(failures: int, what: str, error: Exception) -> UserError:
     return UserError(
-        f"{deaths} Ray workers died while {what}, of memory as a rule: {one_line(error)}: finished "
-        "shards are kept: run again with fewer --workers, a smaller --gpu-memory-utilization or "
-        "--max-length"
+        f"{failures} Ray workers failed while {what}, most likely out of memory: "
+        f"{one_line(error)}: finished shards are kept: run again with fewer --workers, a smaller "
+        "--gpu-memory-utilization or --max-length"
     )
 
 
 def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
-    """How many workers there are to be. Raises UserError where Ray has no room for them."""
+    """The workers to start. Raises UserError if Ray lacks the resources for them."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    machines = [each for each in alive if each.get("CPU", 0) >= 1]  # a head may work for nobody
+    machines = [each for each in alive if each.get("CPU", 0) >= 1]  # a head node may have none
     wanted = [each for each in alive if each.get("GPU")] if stage.gpus else []
     if not machines or (wanted and not any(each in machines for each in wanted)):
         raise UserError(
@@ -284,9 +292,9 @@ def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster or with one of its own, which ends with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would phone home
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of it
+    """Ray, connected to a cluster, or with a local cluster that is stopped after the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # default: sends usage data
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # default: prints a warning
     import ray
 
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -295,10 +303,10 @@ def connected(address: str | None) -> Iterator[Any]:
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
-            # or what an engine has started would outlive its worker, with its GPU's memory
+            # otherwise an engine's child processes would outlive its worker and keep GPU memory
             "_system_config": {
                 "kill_child_processes_on_worker_exit_with_raylet_subreaper": True,
-                "worker_niceness": 0,  # the work is what this machine is for
+                "worker_niceness": 0,  # default: workers run at low priority
             },
         }
     else:
@@ -310,17 +318,17 @@ def connected(address: str | None) -> Iterator[Any]:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             where = "on this machine" if address is None else f"at --ray-address {address}"
             raise _unreachable(where, error) from error
-        with ends_in_order():  # again: ray.init has put a handler of its own
+        with ends_in_order():  # again: ray.init installs its own signal handler
             yield ray
     finally:
         ray.shutdown()
 
 
 def _check_address(address: str) -> None:
-    """Refuse HOST:PORT where nobody listens; Ray itself would try for minutes."""
+    """Raise UserError if HOST:PORT refuses connections; Ray itself would retry for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not (colon and port.isdecimal()):
-        return  # "auto", or Ray will say what is wrong
+        return  # "auto", or left to Ray's own check
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

@@ -185,9 +185,9 @@ def test_a_shard_that_ends_every_worker_ends_the_run(
                 killed.add(pid)
         time.sleep(0.005)
     line = refused(process)
-    # one that was committed as its worker died counts as not made, and is made again; a worker has
+    # a shard committed as its worker ended counts as not made, and is made again; a worker has
     # two at a time, and its end counts against both
-    assert re.search("3 Ray workers died while making shard [123]", line)
+    assert re.search("3 Ray workers failed while making shard [123]", line)
     assert "finished shards are kept" in line
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.arrow")}
     assert len(kept) >= 2
