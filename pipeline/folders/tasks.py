@@ -65,7 +65,7 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class TaskShare:
     """What one of several tasks makes: the shards `rank`, `rank` + `world_size`, and so on.
 
     The row plan is the same whatever the number of tasks, which may differ from run to run.
@@ -95,15 +95,15 @@ class Share:
         return range(self.rank, shard_count, self.world_size)
 
 
-ALL = Share(0, 1)
+ALL = TaskShare(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class PartResult:
+class TaskResult:
     """What one of several tasks has done for a folder that others still work for."""
 
     folder: Path
-    share: Share
+    share: TaskShare
     made: int  # shards, by this run
     there: int  # shards, whoever made them
     shards: int  # that the folder will have
@@ -129,7 +129,7 @@ def run_locked(stage: Stage, make_missing: Callable[[ShardRun], None]) -> StageR
         return run.seal()
 
 
-def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | PartResult:
+def run_task(stage: Stage, share: TaskShare, watcher: Watcher) -> StageResult | TaskResult:
     """Make what is missing of one task's share; a task that finds all there seals the folder."""
     folder = stage.job.folder
     with lock_of(folder) as lock:
@@ -146,7 +146,7 @@ def run_share(stage: Stage, share: Share, watcher: Watcher) -> StageResult | Par
         assert shards is not None, "a task reads to the end"
         there = len(sidecar_indices(folder))
         if there < shards or not run.find_all(shards):
-            return PartResult(folder, share, run.made, there, shards, run.positions, run.seconds)
+            return TaskResult(folder, share, run.made, there, shards, run.positions, run.seconds)
         if (folder / MANIFEST).exists():
             if lock.alone():  # whoever sealed it was not
                 tidy(folder)
@@ -161,7 +161,7 @@ def plan_of(stage: Stage) -> Plan:
 
 
 def _make_missing(
-    stage: Stage, share: Share, run: ShardRun, watcher: Watcher, claim: Claim | None = None
+    stage: Stage, share: TaskShare, run: ShardRun, watcher: Watcher, claim: Claim | None = None
 ) -> None:
     """Make shards one after another, the next one being read and the last one written meanwhile."""
     shards, demonstrations = stage.shard_count, stage.demonstrations

@@ -20,7 +20,9 @@ def unusable(path: object, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be used: {one_line(error)}{hint}")
 
 
-def _told(method: Callable[..., Any], *passed_on: type[Exception]) -> Callable[..., Any]:
+def _with_user_errors(
+    method: Callable[..., Any], *passed_on: type[Exception]
+) -> Callable[..., Any]:
     """A method whose errors are UserErrors, but for those that its callers know of."""
 
     @wraps(method)
@@ -42,18 +44,18 @@ class RemotePath(ProxyUPath):
 
     __slots__ = ()
 
-    exists = _told(ProxyUPath.exists)
-    is_dir = _told(ProxyUPath.is_dir)
-    is_file = _told(ProxyUPath.is_file)
-    glob = _told(ProxyUPath.glob)
-    stat = _told(ProxyUPath.stat, FileNotFoundError)
-    mkdir = _told(ProxyUPath.mkdir)
-    unlink = _told(ProxyUPath.unlink, FileNotFoundError)
+    exists = _with_user_errors(ProxyUPath.exists)
+    is_dir = _with_user_errors(ProxyUPath.is_dir)
+    is_file = _with_user_errors(ProxyUPath.is_file)
+    glob = _with_user_errors(ProxyUPath.glob)
+    stat = _with_user_errors(ProxyUPath.stat, FileNotFoundError)
+    mkdir = _with_user_errors(ProxyUPath.mkdir)
+    unlink = _with_user_errors(ProxyUPath.unlink, FileNotFoundError)
 
     # in one request, or an object that another process replaces between two could not be read
-    read_bytes = _told(lambda self: self.fs.cat_file(self.path), FileNotFoundError)
+    read_bytes = _with_user_errors(lambda self: self.fs.cat_file(self.path), FileNotFoundError)
 
-    @_told
+    @_with_user_errors
     def iterdir(self) -> Iterator[Any]:
         """What lies in a folder; nothing where there is none, as buckets have no empty ones."""
         if not self.exists():

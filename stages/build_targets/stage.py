@@ -12,7 +12,7 @@ from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.folders.shard_run import Job, StageResult, folder_in
 from ...pipeline.folders.shards import ShardContent
-from ...pipeline.folders.tasks import PartResult
+from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.folders.watch import Report
 from ...pipeline.format.batches import FlatBatch, join
 from ...pipeline.format.schema import TARGETS_VERSION, packing_of, schema_of
@@ -32,7 +32,7 @@ from .settings import BuildSettings
 
 def build_targets(
     settings: BuildSettings, execution: Execution | None = None
-) -> StageResult | PartResult:
+) -> StageResult | TaskResult:
     """Make the target folder, or what is missing of it."""
     inputs = _open_inputs(settings)
     inputs.check(settings.choice)

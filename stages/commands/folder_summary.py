@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.folders.shard_run import REJECTS, StageResult, folder_in
-from ...pipeline.folders.tasks import PartResult
+from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.progress import log_event
 from ...pipeline.targets.ceiling import ceilings
 from ..folders.lineage import described
@@ -13,9 +13,9 @@ from .ceiling_summary import print_ceiling
 from .tables import print_table
 
 
-def report(out: Path, in_store: bool, result: StageResult | PartResult, log: Path | None) -> None:
+def report(out: Path, in_store: bool, result: StageResult | TaskResult, log: Path | None) -> None:
     """Say what a run did; append the same to a file of JSON lines, where one is asked for."""
-    if isinstance(result, PartResult):
+    if isinstance(result, TaskResult):
         print_part(result)
     else:
         identity = result.manifest.identity
@@ -76,7 +76,7 @@ def print_subset(folder: Path, result: StageResult) -> None:
     )
 
 
-def print_part(result: PartResult) -> None:
+def print_part(result: TaskResult) -> None:
     """What one of several tasks did for a folder that is not finished."""
     rows = [
         ("folder", f"{result.folder}  (not finished: the last task to finish seals it)"),
@@ -118,9 +118,9 @@ def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:
     return rows
 
 
-def _log_end(log: Path | None, result: StageResult | PartResult) -> None:
+def _log_end(log: Path | None, result: StageResult | TaskResult) -> None:
     own = {"positions": result.positions, "seconds": result.seconds}
-    if isinstance(result, PartResult):
+    if isinstance(result, TaskResult):
         counts = {"made": result.made, "there": result.there, "shards": result.shards}
         share = {"rank": result.share.rank, "world_size": result.share.world_size}
         log_event(log, "part", **own, **counts, **share)

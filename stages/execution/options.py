@@ -9,21 +9,21 @@ from collections.abc import Mapping
 
 from ...pipeline.errors import UserError
 from ...pipeline.folders.shard_run import StageResult, finished
-from ...pipeline.folders.tasks import PartResult, Share, Stage, run_alone, run_share
+from ...pipeline.folders.tasks import Stage, TaskResult, TaskShare, run_alone, run_task
 from ...pipeline.folders.watch import Watcher
 from .settings import Execution
 
 
-def task_of(execution: Execution) -> Share | None:
+def task_of(execution: Execution) -> TaskShare | None:
     """The share of this task; None for a command that works alone."""
     if execution.rank is not None and execution.world_size is not None:
-        share = Share(execution.rank, execution.world_size)
+        share = TaskShare(execution.rank, execution.world_size)
     else:
         share = share_of(os.environ)
     return None if share is None or share.world_size == 1 else share
 
 
-def share_of(environment: Mapping[str, str]) -> Share | None:
+def share_of(environment: Mapping[str, str]) -> TaskShare | None:
     """The share of a Slurm array's task, or of a process with RANK and WORLD_SIZE.
 
     Raises UserError where the tasks of an array have no ranks.
@@ -38,13 +38,13 @@ def share_of(environment: Mapping[str, str]) -> Share | None:
                 f"SLURM_ARRAY_TASK_ID {task} is not one of {tasks} in a row from {first}: give "
                 "--rank and --world-size"
             )
-        return Share(rank, tasks)
+        return TaskShare(rank, tasks)
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Share(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
+        return TaskShare(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
     return None
 
 
-def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult | PartResult:
+def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult | TaskResult:
     """Make what is missing of a stage's folder, where the options say."""
     execution = execution or Execution(rank=0, world_size=1)
     identity = stage.job.identity
@@ -63,7 +63,7 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     print(
         f"{share}: makes shards {share.rank}, {share.rank + share.world_size}, …", file=sys.stderr
     )
-    return run_share(stage, share, watcher)
+    return run_task(stage, share, watcher)
 
 
 def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:

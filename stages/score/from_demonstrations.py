@@ -10,7 +10,7 @@ from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import MANIFEST, read_manifest
 from ...pipeline.folders.shard_run import Job, StageResult, sidecar_indices
 from ...pipeline.folders.shards import committed_shard
-from ...pipeline.folders.tasks import PartResult
+from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.format.records import Reject
 from ...pipeline.storage.json_files import sha256_of_json
 from ...pipeline.threads import in_order
@@ -28,7 +28,7 @@ from .stage import ScoreStage, Unscored
 DEFAULT_MAX_LENGTH = 4096
 
 
-def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | PartResult:
+def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | TaskResult:
     """Make the score folder of demonstrations, or what is missing of it."""
     stage = _stage(settings)
     if settings.rows.strict:

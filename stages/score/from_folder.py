@@ -9,7 +9,7 @@ from typing import Any
 from ...pipeline.errors import UserError
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import Job, StageResult
-from ...pipeline.folders.tasks import PartResult
+from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.format.batches import split
 from ...pipeline.format.records import Example, ScoredExample
 from ...trainer.models.files import ModelFiles, find_model
@@ -22,7 +22,7 @@ from .stage import ScoreStage, Unscored
 
 def score_at(
     settings: ScoreSettings, execution: Execution | None = None
-) -> StageResult | PartResult:
+) -> StageResult | TaskResult:
     """Make the score folder of another one's examples, or what is missing of it."""
     return run_stage(_stage(settings), execution)
 

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 from urllib.parse import parse_qs, urlsplit
 
-from qpipe.pipeline.folders.tasks import Share, run_share
+from qpipe.pipeline.folders.tasks import TaskShare, run_task
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.simulation.scheduler import WATCHER, TinyStage, without_bars
 
@@ -21,14 +21,14 @@ def array_requests(name: str, shards: int, tasks: int) -> tuple[Counter[str], Co
     with without_bars():
         with counted() as fresh:
             for rank in range(tasks):
-                run_share(TinyStage(folder, shards), Share(rank, tasks), WATCHER)
+                run_task(TinyStage(folder, shards), TaskShare(rank, tasks), WATCHER)
         (folder / "manifest.json").unlink()
         (folder / f"shard-{shards - 1:05d}.json").unlink()
         plan = TinyStage(folder, shards)
-        late = Share((shards - 1) % tasks, tasks)
+        late = TaskShare((shards - 1) % tasks, tasks)
         _open_again(plan)
         with counted() as again:
-            run_share(plan, late, WATCHER)
+            run_task(plan, late, WATCHER)
     return fresh, again
 
 

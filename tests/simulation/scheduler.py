@@ -1,6 +1,6 @@
 """A stage's shards made by a thousand workers that are slow, die, come back, or never do.
 
-The stage makes a tiny shard and takes virtual seconds for it. All else is real: `run_share` on real
+The stage makes a tiny shard and takes virtual seconds for it. All else is real: `run_task` on real
 files with real locks and claims, and `run_on_ray`, whose workers are those of `fake_ray`.
 """
 
@@ -20,7 +20,7 @@ from qpipe.pipeline.folders import watch as progress
 from qpipe.pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from qpipe.pipeline.folders.shard_run import Job, StageResult
 from qpipe.pipeline.folders.shards import ShardContent
-from qpipe.pipeline.folders.tasks import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.folders.tasks import TaskResult, TaskShare, run_alone, run_task
 from qpipe.pipeline.folders.watch import Report, Watcher
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
@@ -149,8 +149,8 @@ def run_array(folder: Path, trouble: Trouble, rate: float = NEVER, delay: float 
         slowness = slownesses[rank % trouble.workers]
         process = Process(start + life, operation, slowness)
         processes.append(process)
-        share = Share(rank, world_size)
-        world.spawn(process, start, lambda: run_share(stage, share, WATCHER), again)
+        share = TaskShare(rank, world_size)
+        world.spawn(process, start, lambda: run_task(stage, share, WATCHER), again)
 
     slownesses = trouble.slownesses()
     lost = set(rng.choice(trouble.workers, trouble.never_back, replace=False).tolist())
@@ -169,7 +169,7 @@ def run_array(folder: Path, trouble: Trouble, rate: float = NEVER, delay: float 
             submit(rank, size, world.now, True)
         world.run()
     results = [process.result for process in processes]
-    assert all(isinstance(each, StageResult | PartResult | None) for each in results)
+    assert all(isinstance(each, StageResult | TaskResult | None) for each in results)
     return Outcome(
         seconds=min(
             p.ended for p in processes if isinstance(p.result, StageResult) and not p.is_dead

@@ -16,7 +16,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders import shard_run as runner
 from qpipe.pipeline.folders.manifest import ShardEntry, read_manifest, read_plan
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult
-from qpipe.pipeline.folders.tasks import PartResult, Share, run_alone, run_share
+from qpipe.pipeline.folders.tasks import TaskResult, TaskShare, run_alone, run_task
 from qpipe.pipeline.folders.watch import Speed, Watcher
 from qpipe.pipeline.storage.locks import claimed, locked
 
@@ -138,10 +138,10 @@ def test_tasks_share_the_shards_and_the_last_seals(
     for rank in list(range(world_size))[::order]:
         there = len(made)
         stage = ToyStage(toy, folder, known)
-        result = run_share(stage, Share(rank, world_size), WATCHER)
+        result = run_task(stage, TaskShare(rank, world_size), WATCHER)
         assert stage.toy.calls == list(range(rank, 3, world_size))
         made += stage.toy.calls
-        if isinstance(result, PartResult):
+        if isinstance(result, TaskResult):
             assert (result.made, result.there, result.shards) == (len(made) - there, len(made), 3)
         else:
             assert len(made) == 3
@@ -152,9 +152,9 @@ def test_tasks_share_the_shards_and_the_last_seals(
 def test_the_number_of_tasks_may_change_and_a_plain_run_finishes_their_work(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
-    run_share(ToyStage(toy, folder), Share(2, 5), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(2, 5), WATCHER)
     second = ToyStage(toy, folder)
-    run_share(second, Share(0, 2), WATCHER)
+    run_task(second, TaskShare(0, 2), WATCHER)
     last = ToyStage(toy, folder)
     run_alone(last, WATCHER)
 
@@ -167,12 +167,12 @@ def test_the_last_task_hashes_no_shard_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Or one task would read the whole folder, while the others' GPUs are gone."""
-    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(0, 2), WATCHER)
     hashed: list[str] = []
     monkeypatch.setattr(
         "qpipe.pipeline.folders.shards.sha256_of_file", lambda path: hashed.append(path)
     )
-    result = run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+    result = run_task(ToyStage(toy, folder), TaskShare(1, 2), WATCHER)
 
     assert isinstance(result, StageResult)
     assert hashed == []
@@ -180,34 +180,34 @@ def test_the_last_task_hashes_no_shard_of_the_others(
 
 
 def test_the_last_task_does_not_seal_over_a_shard_that_was_cut_off(toy: Any, folder: Path) -> None:
-    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(0, 2), WATCHER)
     (folder / "shard-00002.arrow").write_bytes(b"ARROW1")
-    result = run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+    result = run_task(ToyStage(toy, folder), TaskShare(1, 2), WATCHER)
 
-    assert isinstance(result, PartResult)
+    assert isinstance(result, TaskResult)
     assert not (folder / "manifest.json").exists()
 
 
 def test_the_last_task_tidies_what_a_killed_one_left(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
-    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(0, 2), WATCHER)
     (folder / ".shard-00001.arrow.0a1b.tmp").write_bytes(b"half a shard")
-    run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(1, 2), WATCHER)
 
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 
 def test_a_task_without_shards_to_make_starts_no_engine(toy: Any, folder: Path) -> None:
     stage = ToyStage(toy, folder)
-    result = run_share(stage, Share(4, 5), WATCHER)
+    result = run_task(stage, TaskShare(4, 5), WATCHER)
 
-    assert isinstance(result, PartResult)
+    assert isinstance(result, TaskResult)
     assert (stage.started, result.made, result.there) == (0, 0, 0)
 
 
 def test_the_plan_says_how_much_there_will_be(toy: Any, folder: Path) -> None:
-    run_share(ToyStage(toy, folder), Share(0, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(0, 2), WATCHER)
     plan = read_plan(folder)
     assert (plan.shards, plan.demonstrations) == (3, 6)
     assert plan.identity == toy(folder).job.identity
@@ -249,7 +249,7 @@ def test_a_plain_command_and_a_task_exclude_each_other(
         another_process(HOLD.format("LOCK_EX"), folder),
         pytest.raises(UserError, match="another qpipe works in it"),
     ):
-        run_share(stage, Share(0, 2), WATCHER)
+        run_task(stage, TaskShare(0, 2), WATCHER)
     assert stage.toy.calls == []
 
 
@@ -260,9 +260,9 @@ def test_tasks_work_side_by_side_and_a_claimed_shard_is_left_to_its_maker(
     with another_process(HOLD.format("LOCK_SH"), folder), another_process(CLAIM, folder):
         stage = ToyStage(toy, folder)
         # as if every shard were this task's: one of another array size claims shard 1
-        result = run_share(stage, Share(0, 1), WATCHER)
+        result = run_task(stage, TaskShare(0, 1), WATCHER)
     assert stage.toy.calls == [0, 2]
-    assert isinstance(result, PartResult)
+    assert isinstance(result, TaskResult)
     assert (result.there, result.shards) == (2, 3)
     run_alone(ToyStage(toy, folder), WATCHER)
     assert folder_bytes(folder) == folder_bytes(undisturbed)
@@ -273,18 +273,18 @@ def test_tasks_of_other_settings_are_refused_even_before_there_is_a_shard(
 ) -> None:
     folder.mkdir()
     with another_process(HOLD.format("LOCK_SH"), folder):
-        run_share(ToyStage(toy, folder), Share(4, 5), WATCHER)  # has none to make
+        run_task(ToyStage(toy, folder), TaskShare(4, 5), WATCHER)  # has none to make
         with pytest.raises(UserError, match="top_k is 5 there and 7 now"):
-            run_share(ToyStage(toy, folder, settings={"top_k": 7}), Share(0, 5), WATCHER)
+            run_task(ToyStage(toy, folder, settings={"top_k": 7}), TaskShare(0, 5), WATCHER)
 
 
 def test_a_shard_committed_meanwhile_is_not_made_again(toy: Any, folder: Path) -> None:
     other = ToyStage(toy, folder)
     stage = ToyStage(toy, folder)
-    stage.start = lambda: run_share(other, Share(0, 1), WATCHER)  # between looking and making
+    stage.start = lambda: run_task(other, TaskShare(0, 1), WATCHER)  # between looking and making
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fcntl.flock", lambda *_: None)  # as on a file system without locks
-        run_share(stage, Share(0, 1), WATCHER)
+        run_task(stage, TaskShare(0, 1), WATCHER)
     assert (other.toy.calls, stage.toy.calls) == ([0, 1, 2], [])
 
 
@@ -293,8 +293,8 @@ def test_sealing_twice_at_a_time_gives_the_same_folder(
 ) -> None:
     """The second finds its temporary file gone: the first has tidied it away."""
     first, second = ToyStage(toy, folder), ToyStage(toy, folder)
-    run_share(first, Share(0, 2), WATCHER)
-    run_share(ToyStage(toy, folder, fail_at=None), Share(1, 2), WATCHER)
+    run_task(first, TaskShare(0, 2), WATCHER)
+    run_task(ToyStage(toy, folder, fail_at=None), TaskShare(1, 2), WATCHER)
     wanted = read_manifest(folder)
     (folder / "manifest.json").unlink()
     run = ShardRun(second.job)
@@ -330,14 +330,14 @@ def test_file_systems_without_locks_hold_nobody_off(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     for rank in range(2):
-        run_share(ToyStage(toy, folder), Share(rank, 2), WATCHER)
+        run_task(ToyStage(toy, folder), TaskShare(rank, 2), WATCHER)
     assert (folder / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_rank_outside_its_world_is_refused(rank: int, world_size: int) -> None:
     with pytest.raises(UserError, match=r"--(rank|world-size) -?\d is out of range"):
-        Share(rank, world_size)
+        TaskShare(rank, world_size)
 
 
 def test_the_speed_is_that_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_a_task_that_comes_behind_the_seal_tidies(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
     """Whoever sealed was not alone, and left what a killed task had left."""
-    run_share(ToyStage(toy, folder), Share(1, 2), WATCHER)
+    run_task(ToyStage(toy, folder), TaskShare(1, 2), WATCHER)
     (folder / ".shard-00001.arrow.0a1b.tmp").write_bytes(b"half a shard")
     find, job = ShardRun.find, ToyStage(toy, folder).job
 
@@ -370,7 +370,7 @@ def test_a_task_that_comes_behind_the_seal_tidies(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardRun, "find", find_and_seal)
-        assert isinstance(run_share(ToyStage(toy, folder), Share(0, 2), WATCHER), StageResult)
+        assert isinstance(run_task(ToyStage(toy, folder), TaskShare(0, 2), WATCHER), StageResult)
     assert folder_bytes(folder) == folder_bytes(undisturbed)
 
 

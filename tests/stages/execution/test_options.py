@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.tasks import Share
+from qpipe.pipeline.folders.tasks import TaskShare
 from qpipe.stages.execution.options import share_of, task_of
 from qpipe.stages.execution.settings import Execution
 
@@ -19,19 +19,19 @@ def array(task: int, tasks: int, first: int = 0, step: int = 1) -> dict[str, str
     [
         ({}, None),
         ({"RANK": "3"}, None),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Share(3, 4)),
-        (array(0, 8), Share(0, 8)),
-        (array(7, 8), Share(7, 8)),
-        (array(1, 8, first=1), Share(0, 8)),
-        (array(8, 8, first=1), Share(7, 8)),
-        (array(6, 4, step=2), Share(3, 4)),
-        (array(5, 3, first=1, step=2), Share(2, 3)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, TaskShare(3, 4)),
+        (array(0, 8), TaskShare(0, 8)),
+        (array(7, 8), TaskShare(7, 8)),
+        (array(1, 8, first=1), TaskShare(0, 8)),
+        (array(8, 8, first=1), TaskShare(7, 8)),
+        (array(6, 4, step=2), TaskShare(3, 4)),
+        (array(5, 3, first=1, step=2), TaskShare(2, 3)),
         # the array's, not that of the launcher inside
-        (array(2, 4) | {"RANK": "0", "WORLD_SIZE": "1"}, Share(2, 4)),
+        (array(2, 4) | {"RANK": "0", "WORLD_SIZE": "1"}, TaskShare(2, 4)),
     ],
 )
 def test_the_environment_tells_the_share(
-    environment: dict[str, str], expected: Share | None
+    environment: dict[str, str], expected: TaskShare | None
 ) -> None:
     assert share_of(environment) == expected
 
@@ -54,8 +54,8 @@ def test_an_environment_without_ranks_is_refused(environment: dict[str, str], wo
 def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert task_of(Execution()) == Share(1, 4)
-    assert task_of(Execution(rank=2, world_size=3)) == Share(2, 3)
+    assert task_of(Execution()) == TaskShare(1, 4)
+    assert task_of(Execution(rank=2, world_size=3)) == TaskShare(2, 3)
     assert task_of(Execution(rank=0, world_size=1)) is None
 
 
