@@ -1,7 +1,7 @@
-"""`qpipe share` to the Hugging Face hub: one commit, so that a folder appears there as a whole.
+"""Uploading to the Hugging Face hub in one commit, so that a folder appears there as a whole.
 
-The hub keeps what is uploaded by its hash, so an interrupted upload goes on where it stopped, and
-it tells the hash of what it has.
+The hub stores files by their hash, which it compares as it receives them: nothing is hashed again
+here, and an interrupted upload continues where it stopped.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 DATASETS = "hf://datasets/"
-_PATHS_AT_ONCE = 500  # of a request: the hub refuses 1,000
 
 
 class HubFolder:
@@ -64,22 +63,6 @@ class HubFolder:
             raise UserError(
                 f"{self.url}: cannot be written: {one_line(error)}: run the same command again"
             ) from error
-
-    def hashes(self, names: list[str]) -> dict[str, str]:
-        """The SHA-256 of files, as the hub found it."""
-        paths = [self._path(name) for name in names]
-        try:
-            found = [
-                info
-                for start in range(0, len(paths), _PATHS_AT_ONCE)
-                for info in self.api.get_paths_info(
-                    paths=paths[start : start + _PATHS_AT_ONCE], **self.where
-                )
-            ]
-        except Exception as error:
-            raise UserError(f"{self.url}: cannot be read: {one_line(error)}") from error
-        large = ((info.path, getattr(info, "lfs", None)) for info in found)
-        return {path.rpartition("/")[2]: lfs.sha256 for path, lfs in large if lfs}
 
     def _path(self, name: str) -> str:
         return f"{self.inner.strip('/')}/{name}".strip("/")

@@ -42,7 +42,8 @@ class Shared:
 def share(folder: Path, target: Path, license_id: str | None, title: str | None) -> Shared:
     """Copy a sealed folder, or what is missing of it, the manifest last.
 
-    Every shard is hashed at both ends. Raises UserError where the target holds something else.
+    Every shard is hashed before it is copied and, unless the hub does so itself, again at the
+    target. Raises UserError where the target holds something else.
     """
     source = open_sealed(folder)
     manifest = source.manifest
@@ -99,11 +100,6 @@ def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) 
         }
         hub.put({**shards, **sidecars, **beside}, f"qpipe share {manifest.fingerprint[:12]}")
     forget_listing(target)
-    there = hub.hashes(list(shards))
-    for entry in manifest.shards:
-        # of files that it takes for small the hub tells none
-        found = there.get(entry.file) or sha256_there(target / entry.file)
-        _refuse_damaged(target, entry, found)
     return Shared(manifest, len(shards))
 
 
@@ -129,13 +125,9 @@ def copy_shard(source: SealedFolder, target: Path, index: int) -> None:
     entry, local = source.manifest.shards[index], _sound_shard(source, index)
     with atomic_file(target / entry.file) as file, local.open("rb") as content:
         shutil.copyfileobj(content, file)
-    _refuse_damaged(target, entry, sha256_there(target / entry.file))
-    write_sidecar(target, index, entry)
-
-
-def _refuse_damaged(target: Path, entry: ShardEntry, found: str) -> None:
-    if found != entry.sha256:
+    if sha256_there(target / entry.file) != entry.sha256:
         raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
+    write_sidecar(target, index, entry)
 
 
 def sha256_there(path: Path) -> str:

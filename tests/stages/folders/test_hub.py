@@ -7,10 +7,8 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from qpipe.stages.folders.hub import HubFolder
 from qpipe.tests.support.hub import hub_server
 from qpipe.tests.support.made_up import folder_of, targeted
 
@@ -94,32 +92,9 @@ def test_what_was_uploaded_is_not_uploaded_again(run: Run, made: Path, address: 
     assert [line.split()[0] for line in log(address, "busy")][-2:] == ["create", "commit"]
 
 
-def test_what_arrives_damaged_is_noticed(run: Run, made: Path) -> None:
-    (said,) = run(f"!share|{made}|hf://datasets/me/broken")
-    assert said.endswith("broken/shard-00000.arrow: arrived damaged: run the same command again")
-
-
 def test_another_folders_place_is_refused(run: Run, made: Path, tmp_path: Path) -> None:
     other = folder_of(tmp_path / "other", [targeted("a", [1, 2], [0.5], [{2: 0.5}])])
     url = "hf://datasets/me/taken"
     _, apart, inside = run(f"share|{made}|{url}", f"!share|{other}|{url}", f"!share|{other}|{url}/")
     assert apart == inside
     assert "already holds" in apart or "made another time" in apart
-
-
-def test_the_hashes_of_many_shards_are_asked_for_in_parts() -> None:
-    """The hub refuses a thousand names in one request."""
-    asked: list[int] = []
-
-    def get_paths_info(paths: list[str], **_: object) -> list[SimpleNamespace]:
-        asked.append(len(paths))
-        return [SimpleNamespace(path=each, lfs=SimpleNamespace(sha256=each[-9:])) for each in paths]
-
-    hub = object.__new__(HubFolder)
-    hub.url, hub.where, hub.inner = "hf://datasets/me/many", {}, "inner"
-    hub.api = SimpleNamespace(get_paths_info=get_paths_info)  # pyright: ignore
-    names = [f"shard-{number:05d}.arrow" for number in range(1201)]
-    found = hub.hashes(names)
-    assert asked == [500, 500, 201]
-    assert list(found) == names
-    assert found["shard-01200.arrow"] == "200.arrow"
