@@ -1,4 +1,4 @@
-"""From a file to conversations.
+"""Reads files and data sets into demonstrations.
 
 `sources` opens the files and data sets that a user names, `readers/` reads their rows, `formats`
 recognises the form of a row and converts it, and `demonstration` is the result. This room does not

@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 class UnusableError(Exception):
-    """A demonstration that cannot be used; the message says why."""
+    """Raised for a demonstration that cannot be used; the message is the reason."""
 
 
 class WeightedSpan(NamedTuple):
@@ -21,22 +21,22 @@ class WeightedSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TurnWeights:
-    """What an assistant's message says of the weights of its tokens: spans, or a list, or neither.
+    """The token weights given with an assistant message: by spans, by a list, or one for all.
 
-    `tokens` are the weights of the tokens of the content, or of the whole turn, one by one.
+    `tokens` holds one weight for each token of the content, or of the whole turn.
     """
 
-    weight: float  # of every token that is in none of the spans, or not in the list
-    spans: tuple[WeightedSpan, ...] | None = None  # ascending, none overlaps another
+    weight: float  # of each token outside the spans, or not in the list
+    spans: tuple[WeightedSpan, ...] | None = None  # ascending, without overlaps
     tokens: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A conversation, as its row in the source gave it."""
+    """A conversation as read from one row of a source."""
 
     id: str
-    messages: Messages  # each with "role" and "content", and what else a template may want
+    messages: Messages  # each with "role" and "content", and other fields that a template may use
     tools: list[Row] | None
     source: str
     line: int  # line (JSON lines) or row (everything else), from 1

@@ -1,6 +1,6 @@
-"""From a row to a conversation: the forms that rows come in, and what makes one unusable.
+"""Converts a row of a source into a demonstration: the known formats, and the checks.
 
-A row that cannot be used becomes a Reject, and the reading goes on.
+A row that cannot be used becomes a Reject; reading continues with the next row.
 """
 
 import json
@@ -14,22 +14,22 @@ from .demonstration import Demonstration, Messages, Row, UnusableError
 from .message_weights import WEIGHT_KEYS, take_weights
 from .sources import Source, rows_from
 
-_FIELDS_NAMED = 12  # of a row that cannot be used
+_FIELDS_NAMED = 12  # in the message about a row of no known format
 
 
 def read_demonstrations(
     sources: Sequence[Source], format: str = "auto", start: int = 0
 ) -> Iterator[Demonstration | Reject]:
-    """The demonstrations of all sources, from row `start` of them all on.
+    """Yield the demonstrations of all sources, starting at row `start` of their concatenation.
 
-    `format` is one of FORMATS, or "auto" to recognise that of each row by its fields.
+    `format` is one of FORMATS, or "auto" to recognise the format of each row by its fields.
     """
     for source, line, raw in rows_from(sources, start):
         yield parse_row(source, line, raw, format)
 
 
 def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
-    """Raises UserError when a source has no usable demonstration; reads until it meets one."""
+    """Raise UserError for a source without a usable demonstration; read up to the first one."""
     for source in sources:
         first: Reject | None = None
         for row in read_demonstrations([source], format):
@@ -46,7 +46,7 @@ def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
 
 
 def parse_row(source: Source, line: int, raw: Any, format: str) -> Demonstration | Reject:
-    """What a row of a source holds; `format` is one of FORMATS, or "auto" to recognise it."""
+    """Parse a row of a source; `format` is one of FORMATS, or "auto" to recognise it."""
     try:
         row = _parse(raw) if isinstance(raw, bytes) else raw
         if not isinstance(row, dict):
@@ -136,7 +136,7 @@ def _checked_message(name: str, message: Any) -> Row:
 
 
 def _check_characters(demonstration: Demonstration) -> None:
-    """Half a surrogate pair, which JSON can spell, is no character: tokenizers fail on it."""
+    """Raise UnusableError for half a surrogate pair, which JSON allows and tokenizers fail on."""
     parts = [demonstration.id, demonstration.messages, demonstration.tools]
     try:
         json.dumps(parts, ensure_ascii=False, default=str).encode("utf-8")
@@ -224,7 +224,7 @@ def _weights_in(fields: Row) -> Row:
 
 
 def _refuse_weights_beside(row: Row, key: str) -> None:
-    """A row of whole messages does not say whose its weights are; none is lost in silence."""
+    """Raise UnusableError for weights outside the messages, as their message is unknown."""
     for name in _weights_in(row):
         raise UnusableError(
             f"{name} stands beside {key}: put it into the assistant's message that it belongs to"
@@ -246,7 +246,7 @@ def _string(row: Row, key: str) -> str:
 
 
 class Format(NamedTuple):
-    """A way to write down a conversation: how it is recognised, and how it is read."""
+    """One format of a row: how it is recognised, and how it is converted."""
 
     fits: Callable[[Row], bool]
     convert: Callable[[Row], Messages]

@@ -1,4 +1,4 @@
-"""The weights that a message carries: one number, spans of characters, or a list of tokens."""
+"""Parses the token weights of a message: one number, spans of characters, or a list of tokens."""
 
 from itertools import pairwise
 from reprlib import repr as shown
@@ -7,11 +7,11 @@ from typing import Any
 from .demonstration import Messages, Row, TurnWeights, UnusableError, WeightedSpan
 
 WEIGHT_KEYS = ("weight", "spans", "token_weights")  # of an assistant's message
-MAX_WEIGHT = 1e30  # so that 32 bits hold it also times the scale of any method
+MAX_WEIGHT = 1e30  # so that its product with the scale of any method fits into float32
 
 
 def take_weights(messages: Messages) -> tuple[TurnWeights | None, ...]:
-    """The weights of each message, taken out of it: no template knows of them."""
+    """Remove the weights from each message, as templates do not know them, and return them."""
     weights = tuple(_turn_weights(f"messages[{i}]", message) for i, message in enumerate(messages))
     return weights if any(weights) else ()
 
@@ -31,7 +31,7 @@ def _turn_weights(name: str, message: Row) -> TurnWeights | None:
         spans=None if spans is None else _spans(f"{name}.spans", spans, len(message["content"])),
         tokens=None if tokens is None else _weights(f"{name}.token_weights", tokens),
     )
-    return None if given == TurnWeights(1.0) else given  # what holds for every token anyway
+    return None if given == TurnWeights(1.0) else given  # the default of every token
 
 
 def _weights(name: str, value: Any) -> tuple[float, ...]:
@@ -77,7 +77,7 @@ def _weighted_span(name: str, value: Any, length: int) -> WeightedSpan:
 
 
 def _span_parts(name: str, value: Any) -> tuple[Any, Any, Any]:
-    """Start, end and weight of a span as it was written, each None where it is absent."""
+    """Start, end and weight of a span as given; each is None if absent."""
     if isinstance(value, list) and len(value) in (2, 3):
         start, end, *weight = value
         return start, end, weight[0] if weight else None
@@ -89,6 +89,6 @@ def _span_parts(name: str, value: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_index(value: Any) -> bool:
-    """A whole number; columns hold all numbers of a list as floats when one of them is."""
+    """Whether a value is a whole number; a column with one float holds all numbers as floats."""
     is_whole = isinstance(value, float) and value.is_integer()
     return is_whole or (isinstance(value, int) and not isinstance(value, bool))

@@ -1,11 +1,11 @@
-"""Where demonstrations come from: files and data sets, read row by row in the order given.
+"""Opens the sources of demonstrations, files and data sets, and reads their rows in order.
 
 A source is a file (JSON lines or a JSON array, also compressed with gzip or zstd; Parquet; Arrow),
-which a URL of fsspec may name too, or a data set of the `datasets` library: a folder, or a name on
+also at an fsspec URL, or a data set of the `datasets` library: a folder, or a name on
 the Hugging Face hub, written `NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split
-is "train" where none is named; a folder takes both too). A path that exists always wins over a
-name. A file behind a URL is fetched whole. Only a JSON array is held in memory as a whole. A source
-that cannot be read any further is a UserError.
+defaults to "train"; a folder takes both too). An existing path takes precedence over a name on the
+hub. A file at a URL is fetched as a whole. Only a JSON array is held in memory as a whole. Errors
+while reading are raised as UserError.
 """
 
 import re
@@ -26,22 +26,22 @@ from .readers.text import suffixes
 
 @dataclass(frozen=True)
 class Source:
-    """Where demonstrations come from. `name` is unique among the sources and no path."""
+    """A file or data set of demonstrations. `name` is unique among the sources and not a path."""
 
     name: str
     origin: str  # as the user gave it, for messages
     reader: Reader
-    known: "Facts | None" = None  # where another process has found them
-    opened: Version = None  # what the file was when it was opened
+    known: "Facts | None" = None  # given if another process has computed them
+    opened: Version = None  # version of the file when it was opened
 
     @property
     def finds_rows(self) -> bool:
-        """Whether a row is read without those before it."""
+        """Whether a row can be read without reading the rows before it."""
         return self.reader.finds_rows
 
     @cached_property
     def facts(self) -> "Facts":
-        """What is known of the whole source; for a file, it is read for this."""
+        """Fingerprint and row count of the whole source; a file is read once to compute them."""
         if self.known is not None:
             return self.known
         with reading(self.origin):
@@ -50,21 +50,21 @@ class Source:
     def fingerprint(self) -> str:
         """A sha256 of the content, independent of its path and, for text, of its compression.
 
-        For a data set on the hub: of its name, configuration, split and revision.
+        For a data set on the hub, the hash covers its name, configuration, split and revision.
         """
         return self.facts.fingerprint
 
     def count(self) -> int | None:
-        """The number of rows; None where nothing but reading them all would tell."""
+        """The number of rows; None if it is known only after reading them all."""
         return self.facts.rows
 
     def rows(self, start: int = 0) -> Lines:
-        """Rows from `start` on, each with its line. Raises UserError where it is damaged."""
+        """Yield rows from `start` on, each with its line. Raises UserError for a damaged source."""
         with reading(self.origin):
             yield from self.reader.rows(start)
 
     def refuse_changed(self) -> None:
-        """Raises UserError where the file is no longer what was opened, and so fingerprinted."""
+        """Raise UserError if the file has changed since it was opened and fingerprinted."""
         if self.reader.version() != self.opened:
             raise UserError(
                 f"demonstrations {self.origin}: changed while they were read: run the same command "
@@ -73,32 +73,32 @@ class Source:
 
 
 class Facts(NamedTuple):
-    """A source's fingerprint, and its number of rows where that is known."""
+    """The fingerprint of a source, and its number of rows if known."""
 
     fingerprint: str
     rows: int | None
 
 
 def open_sources(names: Sequence[str]) -> list[Source]:
-    """The sources of these names, in their order.
+    """Open the sources of these names, in their order.
 
-    Raises UserError for one that is missing, of an unknown kind, unreadable or empty.
+    Raises UserError for a source that is missing, of an unknown kind, unreadable or empty.
     """
     sources: list[Source] = []
     for name in names:
         source = _open(name)
         if next(source.rows(), None) is None:
-            raise UserError(f"demonstrations {name}: empty, there is no row in it")
+            raise UserError(f"demonstrations {name}: empty, it has no rows")
         taken = {earlier.name for earlier in sources}
         sources.append(replace(source, name=_unique(source.name, taken)))
     return sources
 
 
 def rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, int, Any]]:
-    """Every row of all sources from row `start` on: its source, its line, what it holds."""
+    """Yield (source, line, content) of every row of all sources from row `start` on."""
     for source in sources:
         count = source.count() if start else 0
-        if count is None:  # only reading tells where such a source ends
+        if count is None:  # the end of such a source is found by reading it
             for line, raw in source.rows():
                 if start:
                     start -= 1
@@ -112,29 +112,29 @@ def rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, i
 
 
 class RowReader:
-    """Rows of all sources by their numbers, from 0: cheap as long as these ascend.
+    """Random access to the rows of all sources by number, cheap if the numbers ascend.
 
-    What lies between is passed over without being parsed, or not read at all where a source's
-    format allows that.
+    Rows in between are skipped without being parsed or, if the format allows it, without being
+    read.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
         self._rows: Iterator[tuple[Source, int, Any]] | None = None
-        self._next = 0  # the row that comes next, of those open
+        self._next = 0  # number of the next row of the open iterator
         self._end: int | None = None
 
     @property
     def count(self) -> int | None:
-        """The number of rows; None where only reading tells, and has not yet come to the end."""
+        """The number of rows; None if it is known only at the end, which has not been reached."""
         counts = [source.count() for source in self.sources]
         known = [number for number in counts if number is not None]
         return sum(known) if len(known) == len(counts) else self._end
 
     def read(self, start: int, stop: int) -> list[tuple[Source, int, Any]]:
-        """Rows `start` to `stop` - 1, fewer at the end: source, line, and what each holds.
+        """Return (source, line, content) of rows `start` to `stop` - 1; fewer at the end.
 
-        Raises UserError where a file has changed since it was opened.
+        Raises UserError if a file has changed since it was opened.
         """
         behind = start < self._next
         ahead = start > self._next and all(source.finds_rows for source in self.sources)

@@ -1,4 +1,4 @@
-"""From a conversation to tokens: which are supervised, and with what weight.
+"""Turns conversations into tokens and marks which are supervised, and with what weight.
 
 `encoder` renders a conversation with a chat template and tokenises it, `turns` finds the assistant
 turns in the rendered text, `template` loads templates, `token_weights` maps the weights of a

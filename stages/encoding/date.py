@@ -1,4 +1,4 @@
-"""The day that a chat template writes into the prompt, one and the same in all of a folder."""
+"""The date that a chat template writes into the prompt: one for a whole folder."""
 
 from datetime import date
 from pathlib import Path
@@ -10,10 +10,10 @@ from .encoder import CLOCK
 
 
 def template_date(template: str | None, given: str | None, folder: Path | None) -> date | None:
-    """What a template takes for today; None where it does not ask.
+    """The date passed to a template as today; None if the template does not ask for it.
 
-    Where none is given, the day that the folder was begun with: what goes on after midnight, or on
-    another machine, makes the same bytes. Raises UserError where one is given for nothing.
+    Without `given` it is the date the folder was started with, so that a run resumed after midnight
+    or on another machine writes the same bytes. Raises UserError for a date that is not used.
     """
     if CLOCK not in (template or ""):
         if given is not None:
@@ -26,15 +26,15 @@ def template_date(template: str | None, given: str | None, folder: Path | None) 
 
 
 def parse_day(text: str) -> date:
-    """A day as `--date` gives it."""
+    """Parse a date as given with `--date`."""
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise UserError(f"--date {text}: no day: give one as in 2026-11-25") from error
+        raise UserError(f"--date {text}: not a date: give one as in 2026-11-25") from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The settings of what a folder holds, sealed or begun."""
+    """The settings of a folder from its manifest or its plan; empty for a new folder."""
     if (folder / MANIFEST).exists():
         return read_manifest(folder).settings
     return read_plan(folder).identity.settings if (folder / PLAN).exists() else {}

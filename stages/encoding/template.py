@@ -1,4 +1,4 @@
-"""Loading a chat template and checking its syntax."""
+"""Loads a chat template and checks its syntax."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """The chat template that `option` asks for: "tokenizer" (its own), "none", or a Jinja file.
+    """The chat template for `option`: "tokenizer" (its own), "none", or a Jinja file.
 
-    Raises UserError when there is none, or when it is not a template.
+    Raises UserError if it is missing or is not a template.
     """
     if option == "none":
         return None
@@ -54,7 +54,7 @@ def _check_syntax(path: Path, template: str, tokenizer: "PreTrainedTokenizerFast
         raise UserError(
             f"template {path}, line {error.lineno}: not a Jinja template: {one_line(error)}"
         ) from error
-    except Exception:  # it compiles; a lonely question may still not be to its liking
+    except Exception:  # it compiles, but may refuse a conversation of one question
         return
 
 

@@ -1,7 +1,7 @@
-"""From weights of characters and turns to weights of tokens: exactly, or not at all.
+"""Maps the weights of turns and of character spans to tokens, exactly or not at all.
 
-Spans are placed by characters. White space does not tell where a token lies, since tokenizers glue
-it to the words beside it, unless the token is nothing else. T tokens in a demonstration.
+A token belongs to the span that holds its characters. White space does not count, since tokenizers
+attach it to neighbouring words, unless the token is white space only. T tokens in a demonstration.
 """
 
 from bisect import bisect_right
@@ -20,7 +20,7 @@ Offsets = NDArray[np.int64]  # [T, 2] the characters of each token
 
 
 class Kept(NamedTuple):
-    """What the text shows of a content: its characters `start` to `end`, from `at` on."""
+    """The part of a content that the text shows: characters `start` to `end`, at `at` in it."""
 
     start: int
     end: int
@@ -28,24 +28,24 @@ class Kept(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """From a place in the content to the same in the text."""
+        """Offset from a place in the content to the same place in the text."""
         return self.at - self.start
 
 
 class Turn(NamedTuple):
-    """An assistant turn, and where it lies in the text."""
+    """An assistant turn and its place in the text."""
 
-    name: str  # as errors call it
+    name: str  # as used in error messages
     content: str
     given: TurnWeights | None
-    place: Span | None  # all that the model writes; None where the template leaves the turn out
-    kept: Kept | None  # None where that is not known, or not asked for
+    place: Span | None  # the characters that the model writes; None if the template omits the turn
+    kept: Kept | None  # None if unknown, or not needed
 
 
 def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
-    """The weight of each token, [T]: 1 where nothing is said of it.
+    """The weight of each token, [T]; 1 if none is given.
 
-    Raises UnusableError where a weight has no token of its own.
+    Raises UnusableError for a weight that cannot be assigned to tokens of its own.
     """
     weights = np.ones(len(offsets), dtype=np.float32)
     taken = np.zeros(len(offsets), dtype=np.bool_)
@@ -68,7 +68,7 @@ def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
 
 
 def overlapping(offsets: Offsets, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with a span, [T]. A token of no characters shares none."""
+    """Which tokens share a character with a span, [T]; a token without characters does not."""
     starts, ends = offsets.T
     shares = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
@@ -77,10 +77,11 @@ def overlapping(offsets: Offsets, spans: Sequence[Span]) -> NDArray[np.bool_]:
 
 
 def find_kept(content: str, text: str, first: int, last: int) -> Kept | None:
-    """What of `content` the text shows, which differs at `first` to `last` with another content.
+    """The part of `content` that the text shows; None if that is not certain.
 
-    None where that is not certain. Templates trim a content, or drop a part of it. What they drop
-    and then write again, such as the "<think>" of an answer, is part of the content nevertheless.
+    `first` to `last` are the characters that change with the content. Templates trim a content or
+    drop a part of it. What they drop and write again, such as the "<think>" of an answer, is still
+    part of the content.
     """
     if not content:
         return Kept(0, 0, first)
@@ -88,7 +89,7 @@ def find_kept(content: str, text: str, first: int, last: int) -> Kept | None:
 
 
 def _whole(content: str, text: str, first: int, last: int) -> Kept | None:
-    """The content, but for the white space around it, where it stands about the difference once."""
+    """The content, except for white space around it, if it occurs once near the difference."""
     core = content.strip()
     shown = text[first:last]
     first_word = first + len(shown) - len(shown.lstrip())
@@ -99,7 +100,7 @@ def _whole(content: str, text: str, first: int, last: int) -> Kept | None:
         return None
     start = content.find(core)
     end, shift = start + len(core), at - start
-    # The white space around it that stands there too: it differs with the content, so it is its.
+    # White space around it that changes with the content belongs to the content.
     while start > 0 and first < start + shift and content[start - 1] == text[start + shift - 1]:
         start -= 1
     while end < len(content) and end + shift < last and content[end] == text[end + shift]:
@@ -108,7 +109,7 @@ def _whole(content: str, text: str, first: int, last: int) -> Kept | None:
 
 
 def _part(content: str, text: str, first: int, last: int) -> Kept | None:
-    """A part of the content that it holds once."""
+    """A part of the content, if it occurs in the content once."""
     shown = text[first:last]
     start = content.find(shown)
     if not shown.strip() or start < 0 or content.find(shown, start + 1) >= 0:
@@ -117,14 +118,14 @@ def _part(content: str, text: str, first: int, last: int) -> Kept | None:
 
 
 def _check_nothing_lost(turn: Turn) -> None:
-    """A turn that is left out has no token to give a weight to."""
+    """Raise UnusableError for token weights of a turn that the template omits."""
     if turn.given is not None and (turn.given.spans or turn.given.tokens):
         key = "spans" if turn.given.spans else "token_weights"
         raise UnusableError(f"the template leaves {turn.name} out, and its {key} with it")
 
 
 def _turn_weights(turn: Turn, tokens: Indices, offsets: Offsets, text: str) -> Floats:
-    """The weights of the tokens of a turn, one for each of `tokens`."""
+    """The weight of each of a turn's `tokens`."""
     given = turn.given
     if given is not None and given.spans:
         return _span_weights(turn, given.spans, given.weight, offsets[tokens], text)
@@ -136,7 +137,7 @@ def _turn_weights(turn: Turn, tokens: Indices, offsets: Offsets, text: str) -> F
 def _listed_weights(
     turn: Turn, listed: Sequence[float], otherwise: float, offsets: Offsets
 ) -> Floats:
-    """Weights that are given one by one: for the tokens of the content, or of the turn."""
+    """Weights given as a list: for the tokens of the content, or of the turn."""
     weights = np.full(len(offsets), otherwise, dtype=np.float32)
     counts = f"its turn has {len(offsets)} tokens"
     if len(listed) == len(offsets):
@@ -159,7 +160,7 @@ def _listed_weights(
 def _span_weights(
     turn: Turn, spans: Sequence[WeightedSpan], otherwise: float, offsets: Offsets, text: str
 ) -> Floats:
-    """Weights that are given by the characters of the content."""
+    """Weights given by character spans of the content."""
     if turn.kept is None:
         raise UnusableError(
             f"the template rewrites {turn.name}.content, so the place of its spans is not known: "
@@ -190,7 +191,7 @@ def _span_weights(
 
 
 def _shown_part(turn: Turn, kept: Kept, span: WeightedSpan) -> Span:
-    """A span without the white space that the template drops; nothing else of it may be dropped."""
+    """A span without white space that the template drops; dropping anything else is an error."""
     start, end = max(span.start, kept.start), min(span.end, kept.end)
     before, after = (span.start, min(span.end, start)), (max(span.start, end), span.end)
     for low, high in (before, after):
@@ -203,7 +204,10 @@ def _shown_part(turn: Turn, kept: Kept, span: WeightedSpan) -> Span:
 
 
 def _first_holder(spans: Sequence[Span], characters: Sequence[int]) -> tuple[int, int]:
-    """The first span that holds any of these ascending characters, and how many; else (-1, 0)."""
+    """Index of the first span holding any of these ascending characters, and their number.
+
+    (-1, 0) if there is none.
+    """
     for index in range(bisect_right(spans, characters[0], key=lambda span: span[1]), len(spans)):
         start, end = spans[index]
         if start > characters[-1]:

@@ -1,25 +1,27 @@
-"""Where the assistant turns lie in a rendered conversation."""
+"""Locates the assistant turns in a rendered conversation.
+
+Templates rewrite turns (Qwen3 drops earlier reasoning, Llama 3 trims), so neither a search for the
+content nor renderings of ever longer prefixes locate a turn. Instead a turn is rendered once more
+with a stand-in for its content, a character that occurs nowhere else: what differs between the two
+renderings is the turn. A conversation of one turn is rendered three times in all, one of n turns at
+least 3n times; a turn with weights by character or by token once more.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from ..demonstrations.demonstration import Demonstration, Messages, TurnWeights, UnusableError
 from .token_weights import Kept, Span, Turn, find_kept
-
-if TYPE_CHECKING:
-    pass
-
 
 Render = Callable[..., str]
 
 
 @dataclass(frozen=True)
 class TemplatedChat:
-    """A conversation under a template, and where its turns lie in the rendered text."""
+    """A conversation rendered with a chat template."""
 
     render: Render
     messages: Messages
@@ -31,11 +33,11 @@ class TemplatedChat:
 
     @cached_property
     def stand_in(self) -> str:
-        """A character that the text does not hold, for private use unless it holds all of those."""
+        """A character that is not in the text, from the private use area unless all of that is."""
         return next(char for char in map(chr, range(0xE000, 0x110000)) if char not in self.text)
 
     def places(self, turns: Sequence[int]) -> dict[int, Span]:
-        """The characters that the model writes at each of these turns that the text shows."""
+        """The character range that the model writes for each of these turns that the text shows."""
         places: dict[int, Span] = {}
         earliest = 0
         for turn in turns:
@@ -46,7 +48,7 @@ class TemplatedChat:
         return places
 
     def kept(self, turn: int) -> Kept | None:
-        """What the text shows of the content of a turn; the rest of the turn stays as it is."""
+        """The part of a turn's content that the text shows."""
         message = self.messages[turn]
         other = {**message, "content": self.stand_in}
         try:
@@ -60,20 +62,20 @@ class TemplatedChat:
     def _span(self, turn: int, earliest: int) -> Span | None:
         varied = self.render([*self._until(turn), *self.messages[turn + 1 :]])
         if self.stand_in not in varied:
-            return None  # the template leaves this turn out
+            return None  # the template omits this turn
         first, last = _difference(self.text, varied)
         start = self._generation_start(turn, earliest, first, last)
         return start, self._generation_end(turn, last, varied)
 
     def _until(self, turn: int) -> Messages:
-        """The conversation until a turn, and the stand-in in its place."""
+        """The conversation up to a turn, with the stand-in as that turn."""
         return [*self.messages[:turn], {"role": "assistant", "content": self.stand_in}]
 
     def _generation_start(self, turn: int, earliest: int, first: int, last: int) -> int:
-        """The end of the generation prompt before a turn; `first` where none can be made out.
+        """The end of the generation prompt before a turn; `first` if it cannot be determined.
 
-        What the template itself puts between the two, such as Qwen3's "<think>\\n", is the model's
-        to write.
+        What the template itself inserts after it, such as Qwen3's "<think>\\n", counts as part of
+        the turn.
         """
         before = self.messages[:turn]
         try:
@@ -88,17 +90,17 @@ class TemplatedChat:
             return first
         if is_prefix:
             return len(prompt)
-        # The history is rewritten, but the message before the turn stands there as it is. With as
-        # many characters before it as that has, a quotation of the prompt is not taken for it.
+        # The history is rewritten, but the message before the turn is not. Searching for the prompt
+        # together with as many characters before it excludes a quotation of the prompt.
         words = str(before[-1].get("content", "")).strip()
         mark = prompt[max(0, len(history) - len(words)) :]
         found = self.text.rfind(mark, earliest, first)
         return found + len(mark) if found >= 0 else first
 
     def _generation_end(self, turn: int, last: int, varied: str) -> int:
-        """`last`, or the end of what closes the turn, where something does.
+        """The end of the text that closes the turn; `last` if nothing does.
 
-        What follows also when the conversation stops here is no header of the next turn.
+        Text that also follows when the conversation stops here is not the header of the next turn.
         """
         is_final = turn == len(self.messages) - 1
         stopped = varied if is_final else self.render(self._until(turn))
@@ -108,9 +110,9 @@ class TemplatedChat:
         return last + match.end() if match is not None and ends_so else last
 
     def _called_span(self, turn: int) -> Span | None:
-        """The span of a turn that calls tools, where its prefixes are rendered as in the whole.
+        """The span of a turn with tool calls, if its prefixes are rendered as in the whole.
 
-        Templates that check the order of calls and results refuse a stand-in without calls.
+        Templates that check the order of calls and results reject a stand-in without calls.
         """
         if not self.messages[turn].get("tool_calls"):
             return None
@@ -126,7 +128,7 @@ class TemplatedChat:
 
 @dataclass(frozen=True)
 class JoinedChat:
-    """The contents of a conversation one after another, an `end` token after each answer."""
+    """The concatenated contents of a conversation, with an `end` token after each answer."""
 
     messages: Messages
     end: str
@@ -147,11 +149,11 @@ class JoinedChat:
         return list(accumulate(map(len, self.parts), initial=0))
 
     def places(self, turns: Sequence[int]) -> dict[int, Span]:
-        """The characters that the model writes at each of these turns."""
+        """The character range that the model writes for each of these turns."""
         return {turn: (self.starts[turn], self.starts[turn + 1]) for turn in turns}
 
     def kept(self, turn: int) -> Kept:
-        """Where the content of a turn lies: all of it."""
+        """The place of a turn's content, which is shown in full."""
         return Kept(0, len(self.messages[turn]["content"]), self.starts[turn])
 
 
@@ -173,13 +175,13 @@ def _needs_content(given: TurnWeights | None) -> bool:
 
 
 def _difference(text: str, varied: str) -> Span:
-    """The characters of `text` outside what it begins and ends with like `varied`."""
+    """The character range of `text` outside its common prefix and suffix with `varied`."""
     first = _common_prefix(text, varied)
     return first, len(text) - _common_prefix(text[first:][::-1], varied[first:][::-1])
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """How many characters two texts have in common at their starts, by bisection."""
+    """Length of the common prefix of two texts, by bisection."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,10 +1,10 @@
-"""vLLM's prompt log-probabilities as arrays, without a Python object for each of them.
+"""vLLM's prompt log-probabilities as arrays, without a Python object for each value.
 
-The engine hands its front end tensors, which `LogprobsProcessor` of a request turns into Python
-numbers, 66 for each token at k = 64. That step is the public interface's last and its slowest.
-`keep_tensors` takes it out of one request's processor: the tensors stay as they came. Where a
-version of vLLM is built otherwise (`keeps_tensors` tells), its flat lists are turned into arrays:
-the same numbers, some microseconds a token later.
+The engine passes tensors to its front end, where `LogprobsProcessor` converts them into Python
+numbers, 66 for each token at k = 64. That last step of the public interface is the slowest.
+`keep_tensors` removes it from the processor of one request, which then keeps the tensors. For a
+version of vLLM with other internals (`keeps_tensors`), its flat lists are converted into arrays:
+the same numbers, some microseconds per token slower.
 
 R rows, one for each token but the first; c = k + 1 columns: the observed token, then the top k.
 """
@@ -29,7 +29,7 @@ class PromptArrays:
 
 
 def keeps_tensors() -> bool:
-    """Whether the installed vLLM is built as `keep_tensors` needs it."""
+    """Whether the installed vLLM has the internals that `keep_tensors` needs."""
     try:
         from vllm.v1.engine.logprobs import LogprobsProcessor
         from vllm.v1.engine.output_processor import RequestState
@@ -50,10 +50,10 @@ def keeps_tensors() -> bool:
 
 
 def keep_tensors(engine: Any, request_id: str) -> None:
-    """Let a request that the engine has just taken give the tensors themselves.
+    """Make a request that was just added return the engine's tensors.
 
-    `request_id` is what `add_request` answered. The output's `prompt_logprobs` is then a list of
-    the engine's tensors, one entry for each time that it handed some over.
+    `request_id` is the result of `add_request`. The output's `prompt_logprobs` is then a list of
+    the tensors of each engine step.
     """
     processor = engine.output_processor.request_states[request_id].logprobs_processor
     processor.prompt_logprobs = []
@@ -61,7 +61,7 @@ def keep_tensors(engine: Any, request_id: str) -> None:
 
 
 def prompt_arrays(prompt_logprobs: Any) -> PromptArrays:
-    """The arrays in an output's `prompt_logprobs`, kept tensors or vLLM's flat lists."""
+    """Convert an output's `prompt_logprobs`, kept tensors or vLLM's flat lists, to arrays."""
     if isinstance(prompt_logprobs, list):
         ids, log_probs, ranks = (
             np.concatenate([tensors[column].numpy() for tensors in prompt_logprobs])

@@ -1,4 +1,4 @@
-"""Starting and stopping a vLLM engine that has room for prompt log-probabilities."""
+"""Starts and stops a vLLM engine with room for prompt log-probabilities."""
 
 import logging
 import os
@@ -10,47 +10,47 @@ from ...pipeline.errors import UserError, one_line
 from ...trainer.models.files import ModelFiles
 from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
 from .settings import EngineSettings
-from .vllm_memory import EngineMemory, Rows, fit_cpu, fit_gpu
+from .vllm_memory import EngineMemory, RowCost, fit_cpu, fit_gpu
 
-WINDOW_TOKENS = 16384  # in the engine at a time, so that memory stays flat
+WINDOW_TOKENS = 16384  # in the engine at a time, which bounds memory
 _CPU_KV_CACHE = 2  # GiB
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
-_NO_MORE = "initialization failed"  # all that is heard of an engine in a process of its own
+_NO_MORE = "initialization failed"  # the only message about an engine in another process
 
 
 class EngineDiedError(Exception):
-    """The engine is gone, of memory as far as can be told: a smaller one may live."""
+    """Raised when the engine ended, probably out of memory: smaller steps may help."""
 
 
 def plan_memory(
     model: ModelFiles, settings: EngineSettings, gpu_memory: int | None = None
 ) -> EngineMemory:
-    """How the engine is to be configured.
+    """Choose the engine's configuration.
 
-    `gpu_memory` is what a GPU has, in bytes; None is what is found on this machine, which may have
-    no GPU.
+    `gpu_memory` is the memory of a GPU in bytes; None is that of this machine, which may have no
+    GPU.
     """
     import torch
 
     on_cpu = gpu_memory is None and not torch.cuda.is_available()
     value_bytes, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
-    rows = Rows(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu=on_cpu)
+    row = RowCost(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu=on_cpu)
     weights = weight_bytes(model, settings.dtype) // settings.gpus
     if on_cpu:
         kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _CPU_KV_CACHE) * 2**30
-        return fit_cpu(_available_memory(), weights, kv_cache, rows, settings.max_length)
+        return fit_cpu(_available_memory(), weights, kv_cache, row, settings.max_length)
     kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
     total = gpu_memory or _gpu_memory()
     share = settings.gpu_memory_utilization
-    return fit_gpu(total, share, weights, kv_cache, rows, settings.max_length)
+    return fit_gpu(total, share, weights, kv_cache, row, settings.max_length)
 
 
 def start_engine(
     model: ModelFiles, settings: EngineSettings, scheduled_tokens: int, utilization: float
 ) -> Any:
-    """A running `vllm.LLM` that reads the weights that `model` names.
+    """Start a `vllm.LLM` with the weights of `model`.
 
-    Raises EngineDiedError where memory ran out, UserError where it cannot start otherwise.
+    Raises EngineDiedError if memory ran out, UserError if it cannot start for another reason.
     """
     _prepare_environment(settings.max_length, model.max_length)
     try:
@@ -67,8 +67,8 @@ def start_engine(
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=utilization,
-            enable_prefix_caching=False,  # these requests could not read it
-            enforce_eager=True,  # only prefill runs here
+            enable_prefix_caching=False,  # requests with prompt log-probabilities cannot read it
+            enforce_eager=True,  # only prefill is run
             use_tqdm_on_load=sys.stderr.isatty(),
             seed=0,
         )
@@ -83,9 +83,9 @@ def start_engine(
 
 
 def stop_engine(llm: Any) -> None:
-    """End an engine, also one that has died, and give its memory back.
+    """Stop an engine, also one that failed, and free its memory.
 
-    What still refers to `llm` or to its engine keeps the weights of one in this process.
+    Any reference to `llm` or its engine keeps the weights of an engine in this process.
     """
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -94,7 +94,7 @@ def stop_engine(llm: Any) -> None:
 
 
 def takes_ids(engine: Any) -> bool:
-    """Whether an engine scores ids that a request names: what vLLM itself asks of one."""
+    """Whether an engine can score given ids, by vLLM's own condition."""
     from vllm import SamplingParams
 
     return hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(
@@ -103,24 +103,24 @@ def takes_ids(engine: Any) -> bool:
 
 
 def starts_late(engine: Any) -> bool:
-    """Whether an engine leaves out the top k of the tokens before `prompt_logprob_start`.
+    """Whether an engine skips the top k of tokens before `prompt_logprob_start`.
 
-    vLLM's own word: 0.33 takes that parameter with given ids alone, older ones have none.
+    By vLLM's own check: 0.33 takes the parameter only with given ids, older versions lack it.
     """
     from vllm import SamplingParams
 
     try:
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=1, prompt_logprob_start=1)
         sampling.verify(engine.vllm_config.model_config, None, None, None)
-    except Exception:  # each version has its own kinds
+    except Exception:  # of another kind in each version
         return False
     return True
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether an engine's error means that memory ran out, or may mean it.
+    """Whether an engine's error means, or may mean, that memory ran out.
 
-    Where the engine runs in a process of its own, its death is all that is seen.
+    Of an engine in another process only its end is visible.
     """
     import torch
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -131,7 +131,7 @@ def is_memory(error: BaseException) -> bool:
 
 
 def says_no_more(said: str) -> bool:
-    """Whether an engine that did not start leaves open why: of memory, or of anything else."""
+    """Whether the error of an engine that did not start leaves the cause open."""
     return _NO_MORE in said.lower() and not _names_memory(said)
 
 
@@ -146,7 +146,7 @@ def _gpu_memory() -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that this process may still take."""
+    """Bytes of memory that this process may still allocate."""
     import resource
 
     import psutil
@@ -159,29 +159,29 @@ def _available_memory() -> int:
     try:
         most = int((group / "memory.max").read_text())
         limits.append(most - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such group, or no limit in it
+    except (OSError, ValueError):  # no control group, or no limit
         pass
     return max(0, min(limits))
 
 
 def _prepare_environment(max_length: int, model_limit: int) -> None:
-    """vLLM's settings that only the environment takes; what the user set stays."""
+    """Set options of vLLM that exist only as environment variables, unless the user set them."""
     import torch
 
     defaults = {}
     if max_length + 1 > model_limit:
-        # the free position is never computed, so the model's own limit holds
+        # the free position is never computed, so the model's own limit still holds
         defaults["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     if torch.cuda.is_available():
-        # to have asked for a GPU is enough for CUDA to fail in a forked process
+        # CUDA fails in a forked process once its parent has initialised it
         defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     else:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(_CPU_KV_CACHE),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker process would bind to one core
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a worker process would bind to one core
         }
-        # the first request would compile for half a minute, for nothing
+        # the first request would spend half a minute compiling
         torch._dynamo.config.disable = True
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses triton
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # about triton
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -1,8 +1,8 @@
-"""`qpipe export`: a score folder as a file that another tool trains on.
+"""`qpipe export`: writes a score folder as a file that another tool trains on.
 
 "axolotl": parquet with `input_ids`, `attention_mask`, `labels` and one row of entries for each
-token, `target_token_ids`, `target_logprobs` and `target_mask`: row r holds those of token r + 1,
-the last one and those of a prompt nothing but padding.
+token, `target_token_ids`, `target_logprobs` and `target_mask`: row r holds the entries of token
+r + 1; the last row and those of a prompt hold padding.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from .settings import ExportSettings, Mass
 from .topk_rows import IGNORED
 
 BATCH_ROWS = 64
-PADDING = -1e9  # the log-probability of no entry
+PADDING = -1e9  # the log-probability of padding
 _ROWS = pa.list_(pa.list_(pa.int32()))
 _SCHEMA = pa.schema(
     {
@@ -39,9 +39,9 @@ _SCHEMA = pa.schema(
 
 
 def export_scores(settings: ExportSettings) -> Manifest:
-    """Write the file, whole or not at all; the manifest of the folder.
+    """Write the file atomically and return the folder's manifest.
 
-    Raises UserError where the file is there already, or the folder holds what it has no place for.
+    Raises UserError if the file exists, or the format has no place for what the folder holds.
     """
     scores = open_sealed(settings.scores, "score")
     totals = scores.manifest.totals

@@ -1,13 +1,13 @@
-"""`qpipe import`: files of log-probabilities that other tools made, as a score folder.
+"""`qpipe import`: makes a score folder of a file of log-probabilities from another tool.
 
-Rows stand in parquet: `input_ids`, ids and log-probabilities as lists of lists, `labels` and
-`attention_mask` if any. Two layouts are known:
+The file is parquet with `input_ids`, ids and log-probabilities as lists of lists and, optionally,
+`labels` and `attention_mask`. Two layouts are known:
 
 - "axolotl": `target_token_ids`, `target_logprobs`, `target_mask`, and `labels`. The entries of row
-  r are those of token r + 1; of token r in files of older versions, told from `target_mask`, which
-  is the labels' own mask in the same place.
-- "distillkit": one column of lists of ids, one of lists of log-probabilities, whatever their names.
-  The entries of row r are those of token r + 1. Its compressed form has neither.
+  r are those of token r + 1; of token r in files of older versions, in which
+  `target_mask` equals the mask of the labels.
+- "distillkit": one column of lists of ids, one of lists of log-probabilities, under any names.
+  The entries of row r are those of token r + 1. Its compressed form is refused.
 """
 
 from collections import deque
@@ -53,7 +53,7 @@ def import_scores(settings: ImportSettings) -> StageResult:
 
 @dataclass(slots=True)
 class _Rows:
-    """The rows of a shard that can be used, and those that cannot."""
+    """The rows of a shard: examples and rejects."""
 
     examples: list[ScoredExample] = field(default_factory=list)
     content: ShardContent = field(default_factory=ShardContent)  # rejects and sums
@@ -110,7 +110,7 @@ class ImportStage:
         shard.examples.append(example)
 
     def make(self, shard: _Rows, report: Report) -> ShardContent:
-        """Lay the examples of a shard out as batches."""
+        """Flatten the examples of a shard into batches."""
         examples, content = shard.examples, shard.content
         content.batches = batches_of(self.job.schema, examples)
         content.add_sums(**score_sums(examples))
@@ -119,7 +119,7 @@ class ImportStage:
         return content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raises UserError where no row of the file could be used."""
+        """Raise UserError if no row of the file could be used."""
         refuse_nothing_scored(shards)
 
 
@@ -149,7 +149,7 @@ def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules) -> Job
 
 
 class _Table:
-    """A parquet file of one of the formats."""
+    """A parquet file in one of the formats."""
 
     def __init__(self, path: Path, format: Format) -> None:
         self.path = path
@@ -165,23 +165,23 @@ class _Table:
         self.ids, self.log_probs = self._columns()
         self._check_kinds()
         if self.count == 0:
-            raise UserError(f"{path}: empty, there is no row in it")
+            raise UserError(f"{path}: empty, it has no rows")
 
     def first_width(self) -> int:
-        """The entries of the first position that has any."""
+        """The number of entries of the first position that has any."""
         for batch in self._batches([self.log_probs]):
             for each in batch.column(0):
                 try:
                     counts, log_probs = _nested(each, np.float64)
                 except UnusableError:
-                    continue  # the row is rejected, with its reason, when it is its turn
+                    continue  # the row is rejected, with the reason, when it is read
                 real = without_padding(TopK(counts, np.zeros(len(log_probs), int), log_probs))
                 if real.counts.any():
                     return int(real.counts[real.counts > 0][0])
-        raise UserError(f"{self.path}: column {self.log_probs} holds nothing")
+        raise UserError(f"{self.path}: column {self.log_probs} is empty")
 
     def rows(self) -> Iterator[TopKRow | Reject]:
-        """Every row, as far as it is one."""
+        """Yield every row, or a reject for a row that cannot be parsed."""
         wanted = {*_OPTIONAL, "input_ids", self.ids, self.log_probs}
         names = [name for name in self.file.schema_arrow.names if name in wanted]
         line = 0
@@ -194,7 +194,7 @@ class _Table:
                 except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
                     yield Reject(self.path.name, line, reason(error))
         if line != self.count:
-            raise UserError(f"{self.path}: damaged: it tells of {self.count:,} rows, has {line:,}")
+            raise UserError(f"{self.path}: damaged: holds {line:,} of {self.count:,} rows")
 
     def _row(self, line: int, values: dict[str, Any]) -> TopKRow:
         ids = _nested(values[self.ids], np.int64)
@@ -215,13 +215,13 @@ class _Table:
         return TopKRow(name, self.path.name, line, tokens, labels, shift, TopK(*ids, log_probs[1]))
 
     def _columns(self) -> tuple[str, str]:
-        """The columns of ids and of log-probabilities."""
+        """The names of the columns of ids and of log-probabilities."""
         schema = self.file.schema_arrow
         if self.format == "axolotl":
             needed = ("input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask")
             missing = [name for name in needed if name not in schema.names]
             if missing:
-                raise UserError(f"{self.path}: no column {missing[0]}: it is no file of axolotl's")
+                raise UserError(f"{self.path}: no column {missing[0]}: not a file of axolotl")
             return "target_token_ids", "target_logprobs"
         nested = [field for field in schema if _is_list(field.type) and _is_list(_inner(field))]
         kinds = [_inner(field).value_type for field in nested]
@@ -241,7 +241,7 @@ class _Table:
         return ids[0], logs[0]
 
     def _check_kinds(self) -> None:
-        """Refuse columns that hold something else than lists of numbers."""
+        """Raise UserError for columns of other types than lists of numbers."""
         wanted = dict.fromkeys(("input_ids", "labels", "attention_mask"), "lists of whole numbers")
         wanted |= dict.fromkeys(("target_mask", self.ids), "lists of lists of whole numbers")
         wanted[self.log_probs] = "lists of lists of numbers"
@@ -253,7 +253,7 @@ class _Table:
                     f"{self.path}: column {column.name} holds {kind}, not {wanted[column.name]}"
                 )
             if schema.names.count(column.name) > 1:
-                raise UserError(f"{self.path}: column {column.name} stands there more than once")
+                raise UserError(f"{self.path}: column {column.name} occurs more than once")
 
     def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         try:
@@ -269,7 +269,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _kind(kind: pa.DataType) -> str:
-    """What a column of a type holds, in words."""
+    """A description of a column's type."""
     if _is_list(kind):
         return f"lists of {_kind(kind.value_type)}"
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
@@ -289,7 +289,7 @@ def _flat(value: Any, name: str) -> Ints:
 
 
 def _nested(value: Any, dtype: type) -> tuple[Ints, Any]:
-    """A list of lists: how long each is, and all of them end to end."""
+    """A list of lists: the length of each, and their concatenation."""
     lists = value.values if value.is_valid else None
     if lists is None or lists.null_count:
         raise UnusableError("a list of entries is missing")
@@ -301,7 +301,7 @@ def _nested(value: Any, dtype: type) -> tuple[Ints, Any]:
 
 
 def _length(mask_T: Ints, tokens: int) -> int:
-    """The tokens before the padding."""
+    """The number of tokens before the padding."""
     length = int((mask_T == 1).sum())
     if len(mask_T) != tokens or not (mask_T[:length] == 1).all() or mask_T[length:].any():
         raise UnusableError("attention_mask: not ones up to the padding on the right")
@@ -309,7 +309,7 @@ def _length(mask_T: Ints, tokens: int) -> int:
 
 
 def _shift(mask: tuple[Ints, Ints], labels_T: Ints) -> int:
-    """Whether the entries of row r are those of token r + 1 or of token r."""
+    """1 if the entries of row r are those of token r + 1, 0 if they are those of token r."""
     counts_R, flat = mask
     starts = (np.cumsum(counts_R) - counts_R)[counts_R > 0]
     rows_R = np.zeros(len(counts_R), bool)

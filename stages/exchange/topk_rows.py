@@ -1,4 +1,4 @@
-"""Rows of other tools' files of log-probabilities: tokens, and a model's top k behind each of them.
+"""Converts rows of tokens and top-k log-probabilities into scored examples.
 
 T tokens of a row, R rows of entries (R is T or T - 1), K entries of all of them end to end, N
 supervised positions.
@@ -25,20 +25,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TopK:
-    """The entries behind each token, end to end."""
+    """The entries of all rows, concatenated."""
 
     counts: Ints  # [R]
     ids: Ints  # [K]
     log_probs: Floats  # [K]
 
     def at(self, rows_N: Ints) -> "TopK":
-        """The entries of some rows, in ascending order of the rows."""
+        """The entries of some rows, given in ascending order."""
         taken = np.zeros(len(self.counts), bool)
         taken[rows_N] = True
         return self.where(np.repeat(taken, self.counts), self.counts[rows_N])
 
     def where(self, keep_K: NDArray[np.bool_], counts: Ints) -> "TopK":
-        """Some of the entries, so many in each row."""
+        """Some of the entries, `counts` of them in each row."""
         return TopK(counts, self.ids[keep_K], self.log_probs[keep_K])
 
     @property
@@ -49,24 +49,24 @@ class TopK:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TopKRow:
-    """A row of such a file, as it stands there."""
+    """A row of a file of log-probabilities, parsed but not checked."""
 
     id: str
     source: str
     line: int
     input_ids: Ints  # [T]
-    labels: Ints | None  # [T]; None: every token counts
+    labels: Ints | None  # [T]; None: every token is supervised
     shift: int  # the entries of row r are those of the token at r + shift
     entries: TopK
 
 
 @dataclass(frozen=True, slots=True)
 class ImportRules:
-    """How the rows of a file are read.
+    """How the rows of a file are interpreted.
 
-    `top_k` is how many entries of a position are its most probable ones for certain. `mass` says
-    what the probabilities of a position add up to: what the model gives its entries, so that the
-    rest is the tail, or 1.
+    The first `top_k` entries of a position are its most probable tokens. `mass` is "model" if the
+    probabilities are the model's own, so that the rest of 1 is the tail mass, or "top-k" if they
+    are normalised to add up to 1.
     """
 
     top_k: int
@@ -76,10 +76,10 @@ class ImportRules:
 
 
 def scored(row: TopKRow, rules: ImportRules) -> tuple[ScoredExample, int]:
-    """The row as scores, and how many supervised positions are left out of it.
+    """The row as a scored example, and the number of supervised positions left out of it.
 
-    Left out is a position whose observed token is not among the entries: its log-probability is not
-    in the file. Raises UnusableError for what is no such row, and where no position is left.
+    A position is left out if its observed token is not among the entries, as its log-probability is
+    not in the file. Raises UnusableError for an invalid row, and if no position is left.
     """
     tokens = row.input_ids
     if not 2 <= len(tokens) <= rules.max_length:
@@ -100,7 +100,7 @@ def scored(row: TopKRow, rules: ImportRules) -> tuple[ScoredExample, int]:
 
 
 def without_padding(entries: TopK) -> TopK:
-    """The entries without those that fill up their rows."""
+    """The entries without padding."""
     is_real = ~(entries.log_probs < PADDING)
     return entries.where(is_real, segment_sums(is_real.astype(np.int64), entries.counts))
 

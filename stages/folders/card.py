@@ -1,4 +1,4 @@
-"""The card of a shared folder: what it is, what made it, how it is opened."""
+"""The data set card of a shared folder: what it is, what made it, how to open it."""
 
 import html
 import re
@@ -12,11 +12,11 @@ from .lineage import described, generations
 
 
 def card(manifest: Manifest, title: str, license_id: str | None) -> str:
-    """A `README.md` with the front matter that the Hugging Face hub reads."""
+    """The text of a `README.md` with the front matter that the Hugging Face hub reads."""
     front = {
         "license": license_id or "other",
         "tags": ["qpipe", "soft-targets", "distillation"],
-        # or `datasets` would take the sidecars for the data
+        # otherwise `datasets` would read the sidecars as data
         "configs": [{"config_name": "default", "data_files": "shard-*.arrow"}],
     }
     header = yaml.safe_dump(front, sort_keys=False).strip()
@@ -25,7 +25,7 @@ def card(manifest: Manifest, title: str, license_id: str | None) -> str:
 
 
 def plain(words: str) -> str:
-    """Words of others on one line of Markdown that show as they are, whatever they hold."""
+    """Untrusted text, escaped so that Markdown shows it unchanged on one line."""
     escaped = re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", " ".join(words.split()))
     return html.escape(escaped, quote=False)
 

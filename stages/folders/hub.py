@@ -17,9 +17,9 @@ DATASETS = "hf://datasets/"
 
 
 class HubFolder:
-    """A folder of a data set's repository; a private one is made where it is missing.
+    """A folder in a data set repository, which is created as a private one if it is missing.
 
-    Raises UserError for a URL that names no repository, and where the hub refuses.
+    Raises UserError for a URL without a repository, and if the hub refuses.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,7 +42,7 @@ class HubFolder:
         api = HfApi()
         try:
             api.create_repo(self.where["repo_id"], repo_type="dataset", private=True, exist_ok=True)
-        except Exception as error:  # the hub and the network each have their own
+        except Exception as error:  # of the hub or of the network
             raise UserError(
                 f"{self.url}: the repository cannot be made: {one_line(error)}: log in with "
                 "`hf auth login`, or make it on the hub"
@@ -50,7 +50,7 @@ class HubFolder:
         return api
 
     def put(self, files: Mapping[str, Path | bytes], message: str) -> None:
-        """Add files, local ones or contents, all in one commit."""
+        """Add files, given as local paths or as contents, in one commit."""
         from huggingface_hub import CommitOperationAdd
 
         additions = [

@@ -1,4 +1,4 @@
-"""What a folder was made of: the chain back to the demonstrations."""
+"""`qpipe lineage`: the chain of folders back to the demonstrations."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from ...pipeline.folders.manifest import Identity, Manifest
 
 
 def described(identity: Identity) -> str:
-    """A folder's making in a few words."""
+    """A short description of how a folder was made."""
     settings = identity.settings
     match identity.stage:
         case "build-targets":
@@ -33,9 +33,9 @@ def described(identity: Identity) -> str:
 
 
 def generations(manifest: Manifest) -> Iterator[tuple[int, str]]:
-    """The folder, what it was made from, and so on: how many steps back, and in words.
+    """The folder and its ancestors: number of steps back, and description of each.
 
-    Raises UserError where what the manifest says of that cannot be.
+    Raises UserError if the parents in the manifest are invalid.
     """
     try:
         yield from _generations(0, "", manifest.identity, manifest.parents)

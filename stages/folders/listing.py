@@ -1,4 +1,4 @@
-"""`qpipe list`: the folders under a root, one line each."""
+"""`qpipe list`: lists the folders under a root."""
 
 import time
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from .lineage import described
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One folder of a catalogue; numbers are None of one that is not finished.
+    """One folder of a catalogue; numbers are None if it is not finished.
 
-    Of a folder that cannot be read, `error` says why, and the rest is empty.
+    If the folder cannot be read, `error` is the reason, and the rest is empty.
     """
 
     folder: str
@@ -22,7 +22,7 @@ class Listed:
     is_sealed: bool
     fingerprint: str
     model: str | None
-    made: str  # method and parameters, or what was kept
+    made: str  # method and parameters, or the selection of a subset
     rows: int | None
     positions: int | None
     bytes_per_token: float | None
@@ -32,7 +32,7 @@ class Listed:
 
 
 def catalogue(root: Path) -> Iterator[Listed]:
-    """The folders of this package directly under a root, by name; others are left out."""
+    """The folders made by this package directly under a root, by name."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     for folder in sorted(root.iterdir(), key=lambda each: each.name):
@@ -43,7 +43,12 @@ def catalogue(root: Path) -> Iterator[Listed]:
                 yield _planned(folder)
         except (UserError, OSError) as error:
             yield _unreadable(folder, one_line(error))
-        except (TypeError, KeyError, AttributeError, ValueError) as error:  # sealed by others
+        except (
+            TypeError,
+            KeyError,
+            AttributeError,
+            ValueError,
+        ) as error:  # of another program
             yield _unreadable(folder, f"what it says cannot be ({error})")
 
 

@@ -1,8 +1,8 @@
-"""`qpipe verify --rescore`: how far a score folder is from transformers in float32.
+"""`qpipe verify --rescore`: compares a score folder with transformers in float32.
 
-Some examples are scored again, each alone, with every log-probability of the vocabulary in float32.
-What differs is what the engine and its number format cost; with the weights that a quantised model
-was made of, also what their quantisation does.
+Some examples are scored again, one at a time, over the whole vocabulary in float32. The difference
+is the error of the engine and its number format and, if the reference is the original of a
+quantised model, of the quantisation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,20 +24,20 @@ from ...trainer.models.files import ModelFiles, find_model, load_scoring_model
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """The differences between stored scores and fresh ones; log-probabilities in nats."""
+    """The differences between stored and fresh scores; log-probabilities in nats."""
 
     dtype: str
     engine: str
-    same_weights: bool | None  # None for a server's or an import's, which nobody knows
+    same_weights: bool | None  # None for a server or an import, whose weights are unknown
     examples: int
     positions: int
     observed: float  # largest difference of the observed token's log-probability
-    entries: float  # and of a stored entry's
+    entries: float  # of a stored entry's log-probability
     observed_mean: float  # mean absolute difference of the observed token's
-    ranks_changed: int  # observed tokens of another rank
+    ranks_changed: int  # observed tokens whose rank differs
     rank: int  # largest difference of a rank
-    modes_changed: int  # positions whose most probable token is another
-    kl_mean: float  # KL(fresh ‖ stored) on the stored ids and one bucket for the rest
+    modes_changed: int  # positions whose most probable token differs
+    kl_mean: float  # KL(fresh ‖ stored) over the stored ids, the rest as one outcome
     kl_max: float
 
 
@@ -50,8 +50,8 @@ def rescore(
 ) -> Rescored:
     """Score some examples of a folder again with transformers in float32.
 
-    `model` None is the one that the manifest names. Raises UserError where its weights are not
-    those that the folder was scored with, or a model that is given has another vocabulary.
+    `model` defaults to the model named in the manifest. Raises UserError if the weights of that one
+    have changed, or a given one has another tokenizer or vocabulary.
     """
     scores = open_sealed(folder, "score")
     files = _reference(scores, model, revision)
@@ -84,7 +84,7 @@ def _reference(folder: SealedFolder, model: str | None, revision: str | None) ->
         if model is not None:
             raise
         raise UserError(
-            f"{folder.path}: was scored with model {name}, which is not to be had by that name: "
+            f"{folder}: was scored with model {name}, which cannot be loaded by that name: "
             "give --model"
         ) from error
     theirs, ours = folder.settings["tokenizer_hash"], files.tokenizer_hash
@@ -121,7 +121,7 @@ def examples_at(folder: SealedFolder, rows: Sequence[int]) -> Iterator[ScoredExa
 
 
 class _Dense:
-    """A model in float32 that scores one example at a time over the whole vocabulary."""
+    """The reference model in float32, scoring one example at a time."""
 
     def __init__(self, files: ModelFiles) -> None:
         import torch
@@ -141,7 +141,7 @@ class _Dense:
 
 
 class _Differences:
-    """What is added up over examples."""
+    """Accumulates differences over examples."""
 
     def __init__(self) -> None:
         self.examples = 0
@@ -187,10 +187,10 @@ class _Differences:
 
 
 def bucket_kl(example: ScoredExample, fresh_K: NDArray[np.floating]) -> NDArray[np.float64]:
-    """KL(fresh ‖ stored) at each position [N], in nats, what is outside the entries as one outcome.
+    """KL(fresh ‖ stored) at each position [N], in nats, with all other tokens as one outcome.
 
-    `fresh_K` are the fresh log-probabilities at the stored entries. Below zero it says that the
-    stored probabilities add up to more than 1, which float32 rounds them to by some 1e-7.
+    `fresh_K` are the fresh log-probabilities at the stored entries. It is below zero if the stored
+    probabilities add up to more than 1, as by rounding to float32 (about 1e-7).
     """
     N = len(example.counts)
     fresh_K = fresh_K.astype(np.float64)

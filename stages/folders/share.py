@@ -1,4 +1,4 @@
-"""`qpipe share`: a sealed folder copied to another place, checked there, with a card beside it."""
+"""`qpipe share`: copies a sealed folder, checks the copy, and adds a data set card."""
 
 import shutil
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.manifest import MANIFEST, Manifest, ShardEntry
+from ...pipeline.folders.manifest import MANIFEST, Manifest
 from ...pipeline.folders.mixing import MIX
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import (
@@ -32,7 +32,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What a run of `qpipe share` did."""
+    """The result of `qpipe share`."""
 
     manifest: Manifest
     copied: int  # shards, by this run
@@ -40,10 +40,10 @@ class Shared:
 
 
 def share(folder: Path, target: Path, license_id: str | None, title: str | None) -> Shared:
-    """Copy a sealed folder, or what is missing of it, the manifest last.
+    """Copy a sealed folder, or its missing files, the manifest last.
 
     Every shard is hashed before it is copied and, unless the hub does so itself, again at the
-    target. Raises UserError where the target holds something else.
+    target. Raises UserError if the target holds anything else.
     """
     source = open_sealed(folder)
     manifest = source.manifest

@@ -1,4 +1,4 @@
-"""`qpipe status`: how far a folder is, read beside those who work in it, without a lock."""
+"""`qpipe status`: the progress of a folder, read without a lock while others work in it."""
 
 import time
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from ...pipeline.storage.json_files import is_number
 from ...pipeline.storage.locks import is_worked_in
 from ...trainer.run.folder import LOG, RUN, parse_event
 
-_RECENT = 300.0  # seconds before the last shard that the speed is taken over
+_RECENT = 300.0  # seconds before the last shard over which speed is averaged
 _LOG_TAIL = 2**16  # bytes, many times a line of a training log
 
 
 @dataclass(frozen=True, slots=True)
 class FolderStatus:
-    """How far a folder of shards is; None is what is not known.
+    """The progress of a folder of shards; None is unknown.
 
-    `is_worked_in` speaks of this machine, in a remote folder of all; others show in
-    `seconds_since_shard`.
+    `is_worked_in` covers processes on this machine and, for a remote folder, on all; work on other
+    machines shows in `seconds_since_shard`.
     """
 
     stage: str
@@ -45,13 +45,13 @@ class FolderStatus:
     positions: int
     bytes: int
     seconds_since_shard: float | None
-    positions_per_second: float | None  # over the last minutes of the work
+    positions_per_second: float | None  # over the last five minutes of work
     seconds_left: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainStatus:
-    """How far a training run is: what its log says last; None is what is not known."""
+    """The progress of a training run by the last step in its log; None is unknown."""
 
     stage: str
     is_done: bool
@@ -63,7 +63,7 @@ class TrainStatus:
 
 
 def status_of(folder: Path) -> FolderStatus | TrainStatus:
-    """How far a folder is. Raises UserError where it is none that a stage makes."""
+    """The progress of a folder. Raises UserError if no stage made it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / LOG).exists() or (folder / RUN).exists():
@@ -103,7 +103,7 @@ def _unfinished(folder: Path) -> FolderStatus:
     indices = sidecar_indices(folder)
     entries = [read_sidecar(folder, index) for index in indices]
     times = [sidecar_path(folder, index).stat().st_mtime for index in indices]
-    if not all(times):  # a store that keeps none
+    if not all(times):  # a store without modification times
         times = []
     totals = totals_of(entries)
     working = is_worked_in(folder)
@@ -135,7 +135,7 @@ def _unfinished(folder: Path) -> FolderStatus:
 def _recent(
     times: Sequence[float], entries: Sequence[ShardEntry]
 ) -> tuple[float, list[ShardEntry]] | None:
-    """The last minutes of work, and the shards made in them; None where two do not tell."""
+    """Seconds of recent work and the shards made in them; None if there are fewer than two."""
     if not times:
         return None
     first = min(each for each in times if each >= max(times) - _RECENT)

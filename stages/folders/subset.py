@@ -1,6 +1,6 @@
-"""`qpipe subset`: some rows of a folder, as a folder of the same stage.
+"""`qpipe subset`: copies selected rows of a folder into a folder of the same stage.
 
-Rows are copied as they are stored. Shard i holds those of the source's shard i.
+Rows are copied as stored. Shard i holds the selected rows of shard i of the source.
 """
 
 import math
@@ -96,13 +96,13 @@ def parse_condition(text: str, stage: str) -> Condition:
 
 @dataclass(frozen=True, slots=True)
 class RowSelection:
-    """Which rows of a folder stay."""
+    """Selects rows of a folder by id and by conditions."""
 
     ids: frozenset[str] | None
     conditions: tuple[Condition, ...]
 
     def keeps(self, stage: str, batch: FlatBatch) -> NDArray[np.bool_]:
-        """Which rows of a batch stay, [R]."""
+        """Which rows of a batch are kept, [R]."""
         kept = np.ones(len(batch.ids), bool)
         if self.ids is not None:
             kept = np.array([row_id in self.ids for row_id in batch.ids], bool)
@@ -111,7 +111,7 @@ class RowSelection:
         return kept
 
     def described(self) -> dict[str, Any]:
-        """The selection as settings: the same for the same rows, however it was written."""
+        """The selection as settings of the identity, independent of how it was written."""
         return {
             "ids": None if self.ids is None else sha256_of_json(sorted(self.ids)),
             "where": [[each.name, each.operator, each.number] for each in self.conditions],
@@ -181,7 +181,7 @@ class SubsetStage:
         return content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raises UserError where no row was selected."""
+        """Raise UserError if no row was selected."""
         if not any(entry.rows for entry in shards):
             raise UserError(
                 f"{self.source.path}: none of its {self.source.size:,} rows is in the subset: give "
@@ -209,7 +209,7 @@ def _job(out: Path, source: SealedFolder, selection: RowSelection) -> Job:
 
 
 def _sums(stage: str, batch: FlatBatch, kept_N: NDArray[np.bool_]) -> dict[str, float]:
-    """What a stage adds up over its positions, as far as the rows tell it."""
+    """The sums that the stage stores with a shard, recomputed from the kept positions."""
     sums = {"tail_mass": _sum(batch["tail_mass"][kept_N])}
     if stage == "score":
         weighted = (batch["token_weights"][kept_N] != 1).sum()
@@ -229,7 +229,7 @@ def _listed(path: Path) -> frozenset[str]:
         raise UserError(f"--ids {path}: not UTF-8: give a text file, an id a line") from error
     ids = frozenset(line.strip() for line in lines if line.strip())
     if not ids:
-        raise UserError(f"--ids {path}: no id in it: give one a line")
+        raise UserError(f"--ids {path}: empty: give one id a line")
     return ids
 
 

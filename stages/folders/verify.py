@@ -1,4 +1,4 @@
-"""`qpipe verify`: whether a sealed folder holds what its manifest says, and nothing impossible."""
+"""`qpipe verify`: checks a sealed folder against its manifest, and its rows for validity."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +23,9 @@ from ...pipeline.storage.files import is_content, sha256_of_file
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """What is wrong with a sealed folder, a line each; nothing where all is well.
+    """Yield the problems of a sealed folder, one line each.
 
-    Raises UserError where there is no manifest that can be read.
+    Raises UserError if there is no readable manifest.
     """
     sealed = open_sealed(folder)
     manifest = sealed.manifest
@@ -43,7 +43,7 @@ def verify(folder: Path) -> Iterator[str]:
 
 
 def _of_parts(folder: Path) -> Iterator[str]:
-    """What is wrong with the folders that a mixture refers to."""
+    """The problems of the folders that a mixture refers to."""
     try:
         for part in read_mix(folder):
             yield from verify(part.folder.path)

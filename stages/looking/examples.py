@@ -1,6 +1,6 @@
-"""Reading score and target folders to look at them, one or several joined by id and position.
+"""Reads examples of score and target folders, of several folders joined by id and position.
 
-A `Look` is one example with its measures and the distributions of every folder at hand.
+A `Look` is one example with its measures and the distributions of all folders.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from .measures import Floats
 class Look:
     """One example: N supervised positions, measures by name and distributions by role."""
 
-    number: int  # its place in the folder
+    number: int  # index in the folder
     id: str
     input_ids: NDArray[np.int32]  # [T]
     positions: NDArray[np.int32]  # [N]
@@ -42,14 +42,14 @@ class Look:
         return self.input_ids[self.positions]
 
     def mean(self, measure: str) -> float:
-        """The mean of a measure over the example's supervised tokens; 0 where it has none."""
+        """The mean of a measure over the example's supervised tokens; 0 without any."""
         values = self.values[measure]
         return float(values.mean()) if len(values) else 0.0
 
 
 @dataclass(slots=True)
 class Skipped:
-    """Examples that another folder has not, or has with other tokens."""
+    """Counts of examples missing from another folder, or there with other tokens."""
 
     missing: int = 0
     differing: int = 0
@@ -126,7 +126,7 @@ def _joined(rows: Sequence[Any], companions: Mapping[str, Companion]) -> list[Ex
 
 
 def _restricted(row: Any, kept_N: NDArray[np.bool_]) -> Any:
-    """A record on some of its positions."""
+    """A record restricted to some of its positions."""
     if kept_N.all():
         return row
     kept_K = np.repeat(kept_N, row.counts)
@@ -165,7 +165,7 @@ def _supports(folder: SealedFolder, batch: FlatBatch) -> Supports:
 def _compared(
     own_role: str, role: str, panels: dict[str, Supports], batch: FlatBatch
 ) -> dict[str, Floats]:
-    """What another folder adds to what is known of a batch."""
+    """The measures that another folder adds to a batch."""
     own, other = panels[own_role], panels[role]
     log_prob = measures.observed_log_prob(other, batch.observed_ids)
     values = {role: np.exp(log_prob)}
@@ -189,7 +189,7 @@ def _compared(
 def _cut(
     batch: FlatBatch, numbers: list[int], values: dict[str, Floats], panels: dict[str, Supports]
 ) -> list[Look]:
-    """The examples of a batch, one by one."""
+    """Split a batch into examples."""
     lengths_N, lengths_T = batch.lengths["position"], batch.lengths["token"]
     stops_N, stops_T = np.cumsum(lengths_N), np.cumsum(lengths_T)
     cut_panels = {role: _cut_supports(each, lengths_N) for role, each in panels.items()}
@@ -211,7 +211,7 @@ def _cut(
 
 
 def _cut_supports(supports: Supports, lengths_N: NDArray[np.int64]) -> list[Supports]:
-    """The supports of each row."""
+    """Split supports by row."""
     stops_N = np.cumsum(lengths_N)
     lengths_K = segment_sums(supports.counts, lengths_N)
     stops_K = np.cumsum(lengths_K)

@@ -1,4 +1,4 @@
-"""`qpipe inspect`: the summary of a folder, and some of its examples."""
+"""`qpipe inspect`: summarises a folder and selects some of its examples."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ from .overview import Overview, folder_json
 from .settings import InspectSettings
 from .token_text import TokenText, token_text
 
-SHOWN = 3  # examples, where no number is given
+SHOWN = 3  # examples, by default
 _HIGHEST = ("highest", "largest")
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found."""
+    """The result of `inspect`."""
 
     folder: SealedFolder
     overview: Overview
@@ -36,7 +36,7 @@ class Inspection:
 
 
 def inspect(settings: InspectSettings) -> Inspection:
-    """Read the folder once. Raises UserError for what it does not hold."""
+    """Read the folder once. Raises UserError for options that it cannot serve."""
     _check(settings)
     main = open_examples(settings.folder)
     companions = _companions(main, settings)
@@ -58,7 +58,7 @@ def inspect(settings: InspectSettings) -> Inspection:
 
 
 def inspection_json(found: Inspection, alternatives: int) -> dict[str, Any]:
-    """All of it as plain values."""
+    """The result as JSON values."""
     return {
         "folder": folder_json(found.folder),
         "notes": found.notes,
@@ -68,7 +68,7 @@ def inspection_json(found: Inspection, alternatives: int) -> dict[str, Any]:
 
 
 def look_json(look: Look, text: TokenText, alternatives: int) -> dict[str, Any]:
-    """An example as plain values: its tokens, and what is known of those that are supervised."""
+    """An example as JSON values: its tokens, and the measures of the supervised ones."""
     pieces = text.pieces(look.input_ids.tolist())
     others = dict(zip(look.positions.tolist(), alternatives_of(look, alternatives), strict=True))
     place_of = {position: place for place, position in enumerate(look.positions.tolist())}
@@ -135,7 +135,7 @@ class _Extremes:
         self.sign = 1 if end in _HIGHEST else -1
         self.most = most
         self.heap: list[tuple[float, int, Look]] = []
-        self.tie = count(0, -1)  # earlier ones win
+        self.tie = count(0, -1)  # earlier examples win
 
     def offer(self, group: Sequence[Look]) -> None:
         for each in group:
@@ -154,7 +154,7 @@ def _selection(settings: InspectSettings, main: SealedFolder) -> _Chosen | _Extr
         return _Chosen(settings.ids, (), main.path)
     sort = settings.sort
     if sort is None and settings.random is None and settings.against is not None:
-        sort = "highest-tv"  # two folders: where they differ most
+        sort = "highest-tv"  # of two folders: the examples that differ most
     if sort is not None:
         return _Extremes(sort, SHOWN if settings.examples is None else settings.examples)
     wanted = settings.random if settings.random is not None else settings.examples
@@ -238,4 +238,4 @@ def _colour_by(main: SealedFolder, settings: InspectSettings, overview: Overview
     trust = overview.spreads.get("trust")
     if trust is None or not trust.is_constant:
         return "trust"
-    return "target" if settings.scores is None else "base"  # one colour for all says nothing
+    return "target" if settings.scores is None else "base"  # a single colour for all is useless

@@ -1,4 +1,4 @@
-"""What can be said of each supervised token, in one place for `qpipe inspect` and `qpipe report`.
+"""The measures of a supervised token, for `qpipe inspect` and `qpipe report`.
 
 N positions, K entries of ragged supports. y is the observed token, b the base prior, q a teacher,
 Q = γ·δ_y + (1 − γ)·π̃ the target. "Own" is the folder's distribution: b for scores, Q for targets.
@@ -25,15 +25,14 @@ from ...pipeline.targets.distributions import (
 )
 
 Floats = NDArray[np.float64]
-Scale = Literal["share", "distance", "nats", "rank", "difference"]  # how a value becomes a colour
+Scale = Literal["share", "distance", "nats", "rank", "difference"]  # of the colours of values
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One number a supervised token, and the bins of its histogram: [edge, next edge).
+    """One number per supervised token, and the bins of its histogram: [edge, next edge).
 
-    The last bin holds all that is above, where `is_open`. `labels` are the bins' own names, for
-    bins that are not even.
+    If `is_open`, the last bin has no upper edge. `labels` name bins of unequal width.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Measure:
     is_open: bool = False
 
     def histogram(self, values_N: Floats) -> NDArray[np.int64]:
-        """How many values lie in each bin; those outside count in the outermost."""
+        """The number of values in each bin; values outside count in the outermost bins."""
         bins_N = np.searchsorted(self.edges, values_N + 1e-9, side="right") - 1
         return np.bincount(
             np.clip(bins_N, 0, len(self.edges) - 2), minlength=len(self.edges) - 1
@@ -80,7 +79,7 @@ MEASURES = {
     measure.name: measure
     for measure in (
         _share("trust", "Trust γ", "how far the target trusts the observed token"),
-        Measure(  # most methods' are up to about 1, those of demonstrations may be larger
+        Measure(  # at most about 1 for most methods; weights of demonstrations may be larger
             "weight", "Weight", "the factor of the token's loss", "share", _WEIGHTS, is_open=True
         ),
         _share("target", "Target Q(y)", "the target's probability of the observed token"),
@@ -120,37 +119,37 @@ MEASURES = {
 
 
 def target_supports(targets: FlatBatch) -> Supports:
-    """Q of a batch of targets, most probable first."""
+    """The targets Q of a batch, most probable entries first."""
     counts = targets["counts"].astype(np.int64)
     trust = targets["trust"].astype(np.float64)
     trust_K = np.repeat(trust, counts)
     is_observed = targets["support_ids"] == np.repeat(targets.observed_ids, counts)
     probs = (1 - trust_K) * targets["support_probs"] + np.where(is_observed, trust_K, 0.0)
     tail_mass = (1 - trust) * targets["tail_mass"]
-    log_probs = np.minimum(safe_log(probs, LOG_OF_ZERO), 0.0)  # rounding may exceed it
+    log_probs = np.minimum(safe_log(probs, LOG_OF_ZERO), 0.0)  # rounding may exceed 0
     return most_probable_first(Supports(counts, targets["support_ids"], log_probs, tail_mass))
 
 
 def observed_log_prob(supports: Supports, observed_ids: NDArray[np.int32]) -> Floats:
-    """log of the probability of the observed token, which every support holds, [N]."""
+    """The log-probability of the observed token, which every support holds, [N]."""
     is_observed = supports.ids == observed_ids[supports.position_of]
     return segment_sums(np.where(is_observed, supports.log_probs, 0.0), supports.counts)
 
 
 def entropy(supports: Supports) -> Floats:
-    """Nats at each position, the tail as one outcome, [N]."""
+    """The entropy in nats at each position, with the tail as one outcome, [N]."""
     inner = segment_sums(supports.probs * supports.log_probs, supports.counts)
     return np.maximum(-inner - supports.tail_mass * safe_log(supports.tail_mass, 0.0), 0.0)
 
 
 def observed_rank(supports: Supports, observed_ids: NDArray[np.int32]) -> Floats:
-    """1 where no stored entry is more probable than the observed token, [N]."""
+    """The rank of the observed token among the stored entries, [N]; 1 is the mode."""
     own_K = np.repeat(observed_log_prob(supports, observed_ids), supports.counts)
     return 1.0 + segment_sums((supports.log_probs > own_K).astype(np.int64), supports.counts)
 
 
 def divergence(one: Supports, other: Supports) -> Floats:
-    """KL(one ‖ other) on the ids that both know, the rest of each as one outcome, [N]."""
+    """KL(one ‖ other) in nats on the ids that both hold, the rest of each as one outcome, [N]."""
     return np.maximum(common_divergence(common_supports(other, one)), 0.0)
 
 
@@ -163,7 +162,7 @@ def total_variation(one: Supports, other: Supports) -> Floats:
 
 
 def of_targets(batch: FlatBatch, own: Supports) -> dict[str, Floats]:
-    """What a batch of targets says by itself, [N] each."""
+    """The measures of a batch of targets alone, [N] each."""
     log_prob = observed_log_prob(own, batch.observed_ids)
     return {
         "trust": batch["trust"].astype(np.float64),
@@ -178,7 +177,7 @@ def of_targets(batch: FlatBatch, own: Supports) -> dict[str, Floats]:
 
 
 def of_scores(batch: FlatBatch, own: Supports) -> dict[str, Floats]:
-    """What a batch of scores says by itself, [N] each."""
+    """The measures of a batch of scores alone, [N] each."""
     log_prob = np.minimum(batch["observed_log_probs"].astype(np.float64), 0.0)
     return {
         "base": np.exp(log_prob),

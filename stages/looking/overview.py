@@ -1,6 +1,6 @@
-"""The summary of a folder: means and histograms of its measures, the loss by position.
+"""Summarises a folder: means and histograms of its measures, and the loss by position.
 
-Added up over all supervised tokens, a batch at a time.
+Sums are over all supervised tokens, a batch at a time.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _BY_POSITION = ("nll", "base-nll")
 
 @dataclass(slots=True)
 class Spread:
-    """How one measure is spread."""
+    """Sum, extremes and histogram of one measure."""
 
     total: float = 0.0
     low: float = np.inf
@@ -33,7 +33,7 @@ class Spread:
         return self.high - self.low < 1e-6
 
     def add(self, name: str, values_N: Floats) -> None:
-        """Count some tokens."""
+        """Add the values of some tokens."""
         counted = MEASURES[name].histogram(values_N)
         self.bins = counted if not len(self.bins) else self.bins + counted
         if len(values_N):
@@ -46,7 +46,7 @@ class Spread:
 
 @dataclass(slots=True)
 class Overview:
-    """What is added up over the examples that were looked at."""
+    """Sums over examples."""
 
     examples: int = 0
     positions: int = 0
@@ -55,7 +55,7 @@ class Overview:
     places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(STARTS), np.int64))
 
     def add(self, group: Sequence[Look]) -> None:
-        """Count some examples."""
+        """Add some examples."""
         self.examples += len(group)
         self.positions += sum(len(look.positions) for look in group)
         place_N = np.concatenate([np.arange(len(look.positions)) for look in group])
@@ -73,7 +73,7 @@ class Overview:
         return self.spreads[name].total / max(self.positions, 1)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """The sums as JSON values."""
         filled = int(np.count_nonzero(self.places))
         return {
             "examples": self.examples,

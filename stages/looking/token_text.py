@@ -1,7 +1,7 @@
-"""The text of single tokens, fit to be shown: nothing in it can steer a terminal or a page.
+"""The text of single tokens, escaped so that it cannot control a terminal or a page.
 
-A token may hold a part of a character only. In a sequence the token in which a character begins
-shows it, and those that only go on with it show nothing; alone, such a token shows its bytes.
+A token may hold only a part of a character. In a sequence, the token in which a character begins
+shows it, and the tokens that continue it show nothing; alone, such a token shows its bytes.
 """
 
 import json
@@ -15,19 +15,27 @@ from ...pipeline.errors import UserError, one_line
 from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.provenance import tokenizer_hash
 
-_HARMLESS = "\n\t\u200c\u200d"  # line and column; joiners, which scripts need
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that print nothing or steer
+_HARMLESS = "\n\t\u200c\u200d"  # line feed and tab; joiners, which some scripts need
+_HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+}  # invisible and control characters
 
 
 class TokenText:
-    """The text of token ids; `bytes_of` gives a token's bytes, None for one that has none."""
+    """The text of token ids; `bytes_of` returns a token's bytes, or None if it has none."""
 
     def __init__(self, bytes_of: Callable[[int], bytes | None]) -> None:
         self._bytes_of = cache(bytes_of)
         self.alone = cache(self._alone)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token of a sequence shows; "" where it goes on with a character before it."""
+        """The text of each token of a sequence; "" if it continues a character."""
         pieces: list[str] = []
         start = 0
         while start < len(ids):
@@ -44,7 +52,7 @@ class TokenText:
         return b"".join(self._bytes_of(each) or b"" for each in ids[start:stop])
 
     def _run(self, ids: Sequence[int]) -> list[str]:
-        """The pieces of tokens that share characters, or of one token."""
+        """The texts of tokens that share characters, or of one token."""
         if len(ids) == 1:
             return [self.alone(ids[0])]
         contents = [self._bytes_of(each) or b"" for each in ids]
@@ -57,7 +65,7 @@ class TokenText:
         return pieces
 
     def _alone(self, token_id: int) -> str:
-        """What a token shows by itself."""
+        """The text of a token by itself."""
         content = self._bytes_of(token_id)
         if content is None:
             return f"⟨{token_id}⟩"
@@ -68,23 +76,23 @@ IDS_ONLY = TokenText(lambda token_id: None)
 
 
 def escaped(text: str) -> str:
-    """Text in which what steers a terminal, or hides, is written out, as in \\x1b."""
+    """Text with control and invisible characters escaped, as in \\x1b."""
     return "".join(map(_shown, text))
 
 
 def one_line_of(text: str) -> str:
-    """A piece of text on one line, ends of lines and tabs as signs."""
+    """Text on one line, with line feeds and tabs as visible signs."""
     return text.replace("\n", "↵").replace("\t", "⇥")
 
 
 def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
-    """The text of a folder's tokens, and a line to print where there are only ids.
+    """The text of a folder's tokens, and a line to print if only ids can be shown.
 
-    `model` is a folder or a name on the hub; None takes the name that the folder knows. Raises
-    UserError for a given one that cannot be read or has another tokenizer.
+    `model` is a folder or a name on the hub; None is the name in the manifest. Raises UserError for
+    a given model that cannot be read or has another tokenizer.
     """
     name: str = manifest.provenance.get("model") or ""
-    if model is None and "/" not in name:  # a folder's own name, not one on the hub
+    if model is None and "/" not in name:  # the name of a folder, not one on the hub
         known = f" (the folder of {name})" if name else ""
         return IDS_ONLY, f"Tokens are shown as ids: --model DIR{known} shows their text."
     try:
@@ -107,7 +115,7 @@ def of_tokenizer(tokenizer: Any) -> TokenText:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     is_byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
     special = tokenizer.added_tokens_decoder.items()
-    # others go through the decoder as any token: runs of spaces, as Gemma has them
+    # other added tokens, such as runs of spaces (Gemma), are decoded as any token
     added = {number: str(token) for number, token in special if token.special or is_byte_level}
     size = len(tokenizer)
 
@@ -129,8 +137,8 @@ def _load(model: str) -> Any:
         raise UserError(f"--model {model}: no such folder: give that of the model that was scored")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # damaged files fail in as many ways as there are libraries
-        raise UserError(f"--model {model}: no tokenizer to be had: {one_line(error)}") from error
+    except Exception as error:  # libraries raise many kinds for damaged files
+        raise UserError(f"--model {model}: has no usable tokenizer: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"--model {model}: has no fast tokenizer: save one in it (tokenizer.json), or leave "
@@ -140,7 +148,7 @@ def _load(model: str) -> Any:
 
 
 def _is_cut(content: bytes) -> bool:
-    """Whether it ends within a character."""
+    """Whether the bytes end within a character."""
     for back in range(1, min(4, len(content)) + 1):
         byte = content[-back]
         if byte >= 0xC0:
@@ -153,7 +161,7 @@ def _is_cut(content: bytes) -> bool:
 @cache
 def _shown(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of no character
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not part of a character
         return f"⟨{code - 0xDC00:02X}⟩"
     if character in _HARMLESS or unicodedata.category(character) not in _HIDDEN:
         return character
@@ -164,7 +172,7 @@ def _shown(character: str) -> str:
 
 @cache
 def _byte_of_letter() -> dict[str, int]:
-    """The letters that byte-level tokenizers write bytes as (Radford et al., 2019)."""
+    """The byte for each letter of byte-level tokenizers (Radford et al., 2019)."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in own]
     letters = {chr(byte): byte for byte in own}

@@ -1,4 +1,5 @@
 """`qpipe report`: one self-contained HTML page of targets, of scores, or of training runs.
 
-`data` and `training` make what a page shows, `page` puts it together with the files beside it.
+`make` chooses the page; `folder_page` and `training_page` compute its data, `pack` encodes it, and
+`page` assembles the HTML file. Begin with `make`.
 """

@@ -1,7 +1,7 @@
-"""What the page of a folder shows: its summary, and its demonstrations in chunks.
+"""The data of a folder's page: its summary, and its demonstrations in chunks.
 
-The page takes a sample where there are more demonstrations than asked for or than fit; the summary
-is always of all of them.
+The page holds a sample if there are more demonstrations than requested or than fit; the summary
+always covers all of them.
 """
 
 import json
@@ -24,9 +24,9 @@ from ..looking.token_text import TokenText, escaped, one_line_of, token_text
 from .pack import Alternatives, alternatives, compressed, packed, quantised
 from .settings import ReportSettings
 
-CHUNK = 16  # demonstrations that are unpacked together
+CHUNK = 16  # demonstrations unpacked together
 MEGABYTE = 10**6
-# what a token may be coloured by, and how its values are stored
+# measures that tokens can be coloured by, and how their values are stored
 _COLUMNS = {
     "trust": "share",
     "weight": "share",
@@ -43,7 +43,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The content of a page: plain values, and chunks of text that hold the rest."""
+    """The content of a page: JSON values, and chunks of text with the demonstrations."""
 
     title: str
     head: str
@@ -53,7 +53,7 @@ class Page:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One demonstration, quantised; tokens are numbers of the `Vocabulary`."""
+    """One demonstration, quantised; tokens are indices into the `Vocabulary`."""
 
     look_id: str
     number: int
@@ -67,20 +67,20 @@ class Entry:
 
 @dataclass(slots=True)
 class Vocabulary:
-    """The tokens that a page shows, each with its text; numbered as they come."""
+    """The tokens on a page, each with its text, numbered in order of appearance."""
 
     numbers: dict[tuple[int, str], int] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)
 
     def add(self, ids: Sequence[int], pieces: Sequence[str]) -> NDArray[np.int64]:
-        """The numbers of some tokens."""
+        """Add tokens and return their indices."""
         keys = zip(ids, pieces, strict=True)
         found = [self.numbers.setdefault(key, len(self.numbers)) for key in keys]
         self.uses.update(found)
         return np.array(found, np.int64)
 
     def by_use(self) -> tuple[list[tuple[int, str]], NDArray[np.int64]]:
-        """The tokens, most used first, and the place of each number among them."""
+        """The tokens, most used first, and the position of each index in that order."""
         order = [number for number, _ in self.uses.most_common()]
         places = np.zeros(len(order), np.int64)
         places[order] = np.arange(len(order))
@@ -190,7 +190,7 @@ def _facts(
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, Any]:
-    """A folder's words with nothing in them that hides."""
+    """Texts from a manifest, with control and invisible characters escaped."""
     return facts | {
         name: escaped(facts[name]) for name in ("path", "model") if facts[name] is not None
     }
@@ -203,7 +203,7 @@ def _fitting(
     vocabulary: Vocabulary,
     order: Sequence[int],
 ) -> Page:
-    """The page with as many demonstrations as its file may hold, drawn at random."""
+    """The page with as many random demonstrations as fit into its file."""
     limit = settings.max_megabytes * MEGABYTE
     drawn_at = {number: place for place, number in enumerate(order)}
     kept, notes = entries, list(facts["notes"])
@@ -244,7 +244,7 @@ def _head(facts: dict[str, Any], entries: Sequence[Entry]) -> str:
 
 
 def json_text(value: Any) -> str:
-    """A plain value as compressed JSON."""
+    """A value as compressed JSON."""
     return compressed(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
@@ -254,7 +254,7 @@ def _chunks(
     places: NDArray[np.int64],
     facts: dict[str, Any],
 ) -> list[str]:
-    """The vocabulary, then `CHUNK` demonstrations at a time."""
+    """Chunks: the vocabulary first, then `CHUNK` demonstrations each."""
     texts = json_text({"ids": [each for each, _ in tokens], "texts": [text for _, text in tokens]})
     groups = (entries[start : start + CHUNK] for start in range(0, len(entries), CHUNK))
     return [texts, *(_chunk(group, places, facts) for group in groups)]

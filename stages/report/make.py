@@ -1,4 +1,4 @@
-"""Which page a folder gets, and writing it."""
+"""Chooses the page for the given folders and writes it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,7 @@ from .training_page import is_run, read_runs, training_head
 def make_report(
     folders: Sequence[Path], settings: ReportSettings, out: Path | None, png: Path | None
 ) -> None:
-    """Write the page, and the picture, of some folders; `settings` are for the first.
-
-    Raises UserError where folders of different kinds are given.
-    """
+    """Write the page, and the picture, of some folders. Raises UserError for mixed kinds."""
     if out is None and png is None:
         raise UserError("give --out, the HTML file to write, as in --out report.html")
     are_runs = [is_run(folder) for folder in folders]

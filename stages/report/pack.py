@@ -1,4 +1,4 @@
-"""Examples as compact columns of bytes, for a page to unpack.
+"""Encodes examples as compact columns of bytes, which the page decodes.
 
 A column is a quantised array: `share` and `nats` and counts as uint16, probabilities of
 alternatives as uint8. A chunk holds the columns of a few examples end to end, each column one byte
@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 from ...pipeline.targets.distributions import Supports
 from ..looking.measures import Floats
 
-SMALLEST_SHOWN = 0.002  # alternatives below are left out, but for the observed token
-MOST_ROWS = 8  # alternatives at a position, under all distributions together
+SMALLEST_SHOWN = 0.002  # alternatives below are left out, except for the observed token
+MOST_ROWS = 8  # alternatives at a position, of all distributions together
 
-# what one unit of the stored number is: log-probabilities and shares to 0.001, nats to 0.01
+# units of the stored numbers: log-probabilities and shares to 0.001, nats to 0.01
 _PER_UNIT = {"log-prob": 1000, "share": 1000, "nats": 100, "rank": 1}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternatives:
-    """The likeliest tokens of some distributions at N positions, R in all, likeliest first."""
+    """The most probable tokens of some distributions at N positions, R in all, in order."""
 
     counts: NDArray[np.uint8]  # [N]
     ids: NDArray[np.int32]  # [R]
-    probs: dict[str, NDArray[np.uint8]]  # [R] by role: (255·√p), 0 where it is not known
+    probs: dict[str, NDArray[np.uint8]]  # [R] by role: (255·√p), 0 if unknown
 
 
 def quantised(kind: str, values: Floats) -> NDArray[np.uint16]:
-    """Values as whole numbers of units; what is beyond counts as the largest."""
+    """Values as whole numbers of units, clipped to the largest."""
     units = np.rint(np.nan_to_num(values, posinf=1e9) * _PER_UNIT[kind])
     return np.clip(units, 0, 2**16 - 1).astype(np.uint16)
 
@@ -42,7 +42,7 @@ def quantised(kind: str, values: Floats) -> NDArray[np.uint16]:
 def alternatives(
     panels: dict[str, Supports], observed_ids: NDArray[np.int32], most: int
 ) -> Alternatives:
-    """The observed token, and the `most` likeliest of each distribution, under all of them."""
+    """The observed token and the `most` most probable tokens of each distribution."""
     size = len(observed_ids)
     own_keys = np.arange(size) << 32 | observed_ids
     keys = {
@@ -56,7 +56,7 @@ def alternatives(
     first = next(iter(probs.values()))
     highest = np.max(list(probs.values()), axis=0)
     is_other = ~np.isin(kept, own_keys)
-    # where there are too many, the least likely go, never the observed token
+    # if there are too many, the least probable are dropped, but not the observed token
     order = np.lexsort((-highest, is_other, kept >> 32))
     rank = _places(kept[order] >> 32, size)
     shown = order[rank < MOST_ROWS]
@@ -69,7 +69,7 @@ def alternatives(
 
 
 def packed(columns: Sequence[NDArray[Any]]) -> str:
-    """Columns of bytes, words or long words as base64 text; each led by its length."""
+    """Columns of 1, 2 or 4-byte integers as base64 text, each prefixed with its length."""
     parts = []
     for column in columns:
         planes = column.view(np.uint8).reshape(len(column), column.itemsize).T
@@ -78,12 +78,12 @@ def packed(columns: Sequence[NDArray[Any]]) -> str:
 
 
 def compressed(content: bytes) -> str:
-    """Bytes deflated, as base64 text."""
+    """Deflated bytes as base64 text."""
     return base64.b64encode(zlib.compress(content, 9)).decode()
 
 
 def _looked_up(keys: NDArray[np.int64], probs: Floats, wanted: NDArray[np.int64]) -> Floats:
-    """The probabilities at some keys, 0 where there are none."""
+    """The probabilities at some keys; 0 for missing ones."""
     if not len(keys):
         return np.zeros(len(wanted))
     order = np.argsort(keys)
@@ -93,6 +93,6 @@ def _looked_up(keys: NDArray[np.int64], probs: Floats, wanted: NDArray[np.int64]
 
 
 def _places(positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The place of each entry at its position, entries in the order of the positions."""
+    """The index of each entry within its position."""
     counts = np.bincount(positions, minlength=size)
     return np.arange(len(positions)) - np.repeat(np.cumsum(counts) - counts, counts)

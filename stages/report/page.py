@@ -1,7 +1,7 @@
-"""Putting a page together: one HTML file with its style, its scripts and its data inside.
+"""Assembles a page: one HTML file with its style, scripts and data.
 
-Data stands in the page as base64 alone, so nothing in it can end an element. The page may load
-nothing, and run no script but its own: its Content-Security-Policy names their hashes.
+Data is embedded as base64, so it cannot close an element. The Content-Security-Policy of the page
+forbids loading anything and allows its own scripts only, by their hashes.
 """
 
 import base64
@@ -17,7 +17,7 @@ _BLOB = '<script type="application/octet-stream" id="{name}">{content}</script>\
 
 
 def page_html(title: str, scripts: Sequence[str], blobs: dict[str, str]) -> str:
-    """The page; `scripts` are files beside this one, `blobs` base64 text by element id."""
+    """The HTML of a page; `scripts` are files in this folder, `blobs` base64 text by element id."""
     style = asset("page.css")
     script = "\n".join(asset(name) for name in ("page.js", *scripts))
     filled = {
@@ -32,19 +32,19 @@ def page_html(title: str, scripts: Sequence[str], blobs: dict[str, str]) -> str:
             _BLOB.format(name=name, content=content) for name, content in blobs.items()
         ),
     }
-    parts = asset("page.html").split("@@")  # text and names by turns
+    parts = asset("page.html").split("@@")  # text and names alternate
     return "".join(filled[part] if place % 2 else part for place, part in enumerate(parts))
 
 
 def write_page(path: Path, text: str) -> int:
-    """Write the page, whole or not at all; its size in bytes."""
+    """Write the page atomically and return its size in bytes."""
     content = text.encode()
     write_bytes(path, content)
     return len(content)
 
 
 def asset(name: str) -> str:
-    """The text of a file beside this one."""
+    """The text of a file in this folder."""
     return (files(__name__.rpartition(".")[0]) / name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The curves of training runs as a picture, for papers."""
+"""Draws the curves of training runs as a picture, for papers."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ _COLUMNS = 2
 
 
 def write_picture(path: Path, runs: Sequence[TrainingRun]) -> None:
-    """Write a PNG at 200 dots an inch, whole or not at all.
+    """Write a PNG at 200 dots per inch, atomically.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What the page of training runs shows: their curves, from log.jsonl, and what they differ in."""
+"""The data of the page of training runs: curves from log.jsonl, and differing settings."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
 from ..looking.token_text import escaped
 from .folder_page import json_text
 
-MOST_POINTS = 1000  # of a curve; more are averaged
+MOST_POINTS = 1000  # of a curve; more points are averaged
 _OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")
 _EVALUATIONS = ("evaluation", "eval_command")
 _NO_CURVE = {"step", "tokens", "time"}
@@ -34,28 +34,28 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A run's log: its curves by event and field, steps and values, and its settings."""
+    """A training run: its settings, and its curves (steps and values) by event and field."""
 
     name: str
     path: Path
     settings: dict[str, Any]
     curves: dict[tuple[str, str], Points]
-    tokens: int  # supervised ones, of the steps that are logged
+    tokens: int  # supervised, over the logged steps
     is_finished: bool
 
     @property
     def steps(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is one of `qpipe train`."""
+    """Whether a folder was made by `qpipe train`."""
     return (folder / LOG).exists() or (folder / RUN).exists()
 
 
 def read_runs(folders: Sequence[Path]) -> list[TrainingRun]:
-    """The runs in these folders, finished or not, each with a name of its own."""
+    """The runs in these folders, finished or not, with unique names."""
     names = [folder.resolve().name for folder in folders]
     return [
         _read_run(folder, name if names.count(name) == 1 else str(folder))
@@ -96,7 +96,7 @@ def _is_wanted(event: str, field: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves of one kind: run, whether single values are noisy, points."""
+    """Curves of one kind: of each run, the points and whether they are noisy."""
 
     title: str
     unit: str
@@ -104,7 +104,7 @@ class Chart:
 
 
 def charts(runs: Sequence[TrainingRun]) -> list[Chart]:
-    """The charts of some runs together: first losses, then whatever else they log."""
+    """The charts of some runs: losses first, then all other logged values."""
     keys = list(dict.fromkeys(key for run in runs for key in run.curves))
     loss = [("step", "loss"), ("evaluation", "target_loss")]
     rest = [key for key in keys if key not in loss]
@@ -124,14 +124,14 @@ def charts(runs: Sequence[TrainingRun]) -> list[Chart]:
 
 
 def _chart(event: str, field: str, curves: list[tuple[int, bool, Points]]) -> Chart:
-    if event == "eval_command":  # a name that the user's command gives
+    if event == "eval_command":  # a name from the user's command
         return Chart(escaped(field), "", curves)
     title = _TITLES.get(field) or f"Held-out {field.replace('_', ' ')}"
     return Chart(title, _UNITS.get(field, ""), curves)
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """A curve of at most so many points, each the mean of its neighbours."""
+    """A curve of at most `most` points, each the mean of neighbouring ones."""
     width = math.ceil(len(points) / most)
     if width <= 1:
         return points
@@ -140,7 +140,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """A running mean over a thirtieth of the curve, so that its course shows."""
+    """A running mean over a thirtieth of the curve."""
     reach = max(1, len(points) // 60)
     found = []
     for place, (step, _) in enumerate(points):
@@ -150,7 +150,7 @@ def smoothed(points: Points) -> Points:
 
 
 def training_head(runs: Sequence[TrainingRun]) -> str:
-    """All that the page draws, as compressed JSON."""
+    """The data of the page as compressed JSON."""
     return json_text(
         {
             "kind": "training",
@@ -198,13 +198,13 @@ def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(run: TrainingRun, event: str, field: str) -> str:
-    """What the table calls a measure: one of the user's own may be named as one of ours."""
+    """The column name of a value in the table; the user's own are told apart from ours."""
     is_taken = event == "eval_command" and ("evaluation", field) in run.curves
     return escaped(field) + (" of --eval-command" if is_taken else "")
 
 
 def _differing(runs: Sequence[TrainingRun]) -> list[tuple[TrainingRun, dict[str, Any]]]:
-    """The runs with the settings in which they differ; of one run, those of most interest."""
+    """The runs with the settings in which they differ; of one run, a selection of settings."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if len(runs) == 1:
         wanted = ["method", "learning_rate", "batch_size", "epochs", "seed"]

@@ -1,4 +1,4 @@
-"""What scoring and training would take of GPUs: hours and bytes, reckoned before anything runs."""
+"""Estimates GPU hours and memory of scoring and training before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from ...trainer.models.files import ModelFiles
 from ...trainer.models.size import count_weights, forward_flop
 
-H100_TFLOPS = 989.0  # a GPU's peak: an H100's in bfloat16 without sparsity, by its data sheet
+H100_TFLOPS = 989.0  # peak of an H100 in bfloat16 without sparsity, by its data sheet
 UTILIZATION = 0.4  # of the peak; assumed, not measured
-EPOCH = 3  # forward passes that a forward and a backward pass are worth
+EPOCH = 3  # cost of a forward and a backward pass, in forward passes
 # float32 weights, their gradients and the two moments of AdamW
 TRAINED_WEIGHT_BYTES = 16
-# of a supervised token at 99 % of the probability, as measured on SmolLM2's scores of GSM8K
+# per supervised token at top-p 0.99, measured on SmolLM2's scores of GSM8K
 TARGET_BYTES = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What a GPU gets done: `speed` in supervised tokens a second, or else `tflops`, its peak."""
+    """Throughput of a GPU: `speed` in supervised tokens per second or else peak `tflops`."""
 
     tflops: float = H100_TFLOPS
     speed: float | None = None
@@ -25,22 +25,22 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the model takes of all GPUs together."""
+    """Costs over all GPUs together."""
 
     throughput: Throughput
     flop: float  # of scoring
     score_hours: float
     epoch_hours: float  # of training the model
-    training_bytes: int  # activations come besides
+    training_bytes: int  # without activations
     targets_bytes: int
 
 
 def costs(
     model: ModelFiles, lengths: Mapping[int, int], positions: int, throughput: Throughput
 ) -> Costs | None:
-    """The costs of demonstrations of some lengths (tokens: number), with `positions` supervised.
+    """The costs of demonstrations with these lengths (tokens: number) and supervised positions.
 
-    None where the configuration does not tell how many weights there are.
+    None if the number of weights cannot be computed from the configuration.
     """
     weights = count_weights(model)
     if weights is None:

@@ -1,6 +1,6 @@
-"""`qpipe score --plan`: what scoring would take, from the demonstrations and the model's files.
+"""`qpipe score --plan`: estimates time, memory and disk from demonstrations and model files.
 
-Rows are read and tokenised as scoring does it, one at a time; weights are neither fetched nor
+Rows are read and encoded as in scoring, one shard at a time. Weights are neither fetched nor
 loaded, and nothing is written.
 """
 
@@ -27,20 +27,20 @@ from .settings import ScoreSettings
 from .stage import check_top_k
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-# Bytes in a shard, as measured at k = 8, 64 and 128 on SmolLM2's scores of arithmetic: an entry is
-# an id and a log-probability, and log-probabilities hardly compress.
-_ENTRY_BYTES, _WIDE_ENTRY_BYTES = 5.2, 5.6  # the vocabulary's ids in two bytes, in four
+# Bytes in a shard, measured at k = 8, 64 and 128 on SmolLM2's scores of arithmetic. An entry is an
+# id and a log-probability, which hardly compresses.
+_ENTRY_BYTES, _WIDE_ENTRY_BYTES = 5.2, 5.6  # with ids of two bytes, of four
 _POSITION_BYTES, _TOKEN_BYTES = 9, 2
 
 
 @dataclass(slots=True)
 class Lengths:
-    """Demonstrations by their number of tokens."""
+    """The number of demonstrations by their length in tokens."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
     def quantiles(self) -> dict[float, int]:
-        """The length that a share of the demonstrations does not exceed; {} without any."""
+        """Quantiles of the length in tokens; {} without demonstrations."""
         lengths = sorted(self.counts)
         ends = np.cumsum([self.counts[length] for length in lengths])
         if not lengths:
@@ -51,7 +51,7 @@ class Lengths:
 
 @dataclass(slots=True)
 class Workload:
-    """What is in the demonstrations."""
+    """Counts over the demonstrations."""
 
     read: int = 0
     cut: int = 0
@@ -63,29 +63,29 @@ class Workload:
 
     @property
     def examples(self) -> int:
-        """How many would be scored."""
+        """The number of examples that would be scored."""
         return self.read - self.rejected
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a model takes of each GPU; all sizes in bytes."""
+    """Memory on each GPU; all sizes in bytes."""
 
     weights: int
-    kv_cache: int  # of the tokens that are in the engine at a time
-    gpu: int | None = None  # what a GPU has
+    kv_cache: int  # of the tokens in the engine at a time
+    gpu: int | None = None  # memory of a GPU
     engine: EngineMemory | None = None  # how vLLM would be configured for it
 
     @property
     def peak(self) -> int | None:
-        """What is taken at most: vLLM fills its share, and more comes outside of it."""
+        """The most memory in use: vLLM fills its share; prompt log-probabilities come on top."""
         if self.gpu is None or self.engine is None:
             return None
         return int(self.engine.utilization * self.gpu) + self.engine.added
 
     @property
     def fits(self) -> bool:
-        """Whether weights and KV cache have room in vLLM's share, and the rest beside it."""
+        """Whether weights and KV cache fit into vLLM's share, and the rest beside it."""
         if self.gpu is None or self.engine is None:
             return True
         return self.engine.utilization * self.gpu >= self.engine.needed
@@ -93,14 +93,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class ScorePlan:
-    """What `qpipe score` with these options would do."""
+    """The estimates for `qpipe score` with given options."""
 
     workload: Workload
     folder_bytes: int
     model: str
     dtype: str
     memory: Memory
-    costs: Costs | None  # None where the model's architecture is not known
+    costs: Costs | None  # None if the model's architecture is unknown
 
 
 def plan(
@@ -134,7 +134,7 @@ def plan(
 
 
 def folder_bytes(workload: Workload, top_k: int, vocab_size: int) -> int:
-    """About how large the folder of scores gets."""
+    """The approximate size of the score folder."""
     entry = _ENTRY_BYTES if vocab_size <= 2**16 else _WIDE_ENTRY_BYTES
     of_position = _POSITION_BYTES + top_k * entry
     return int(workload.positions * of_position + workload.tokens * _TOKEN_BYTES)

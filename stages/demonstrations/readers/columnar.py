@@ -1,4 +1,4 @@
-"""Parquet and Arrow files."""
+"""Readers of Parquet and Arrow files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def parquet_reader(path: Path) -> Reader:
-    """Reads a Parquet file, some rows of a row group at a time."""
+    """Read a Parquet file, some rows of a row group at a time."""
     return Reader(lambda start: _parquet_rows(path, start), lambda: _parquet_facts(path), True)
 
 
@@ -39,7 +39,7 @@ def _parquet_facts(path: Path) -> tuple[str, int]:
 
 
 def arrow_reader(path: Path) -> Reader:
-    """Reads an Arrow file of either IPC format, mapped into memory."""
+    """Read an Arrow file of either IPC format, mapped into memory."""
     return Reader(lambda start: _arrow_rows(path, start), lambda: _arrow_facts(path), True)
 
 
@@ -48,7 +48,7 @@ def _arrow_rows(path: Path, start: int) -> Lines:
 
 
 def _arrow_batches(path: Path) -> "Iterator[pa.RecordBatch]":
-    """The batches of an Arrow file, in either of the two IPC formats; mapped, not read."""
+    """The record batches of an Arrow file of either IPC format, mapped into memory."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -65,9 +65,9 @@ def _arrow_facts(path: Path) -> tuple[str, int]:
 
 
 def _batch_rows(batches: "Iterator[pa.RecordBatch]", row: int, start: int) -> Lines:
-    """Rows from `start` on of batches of which the first one begins at `row`."""
+    """Yield rows from `start` on of batches whose first row is number `row`."""
     for batch in batches:
-        batch.validate(full=True)  # or lists that point astray would end the process
+        batch.validate(full=True)  # invalid list offsets would crash the process
         for offset in range(max(0, start - row), batch.num_rows, BATCH_ROWS):
             rows = batch.slice(offset, BATCH_ROWS).to_pylist()
             yield from enumerate(map(without_nones, rows), row + offset + 1)

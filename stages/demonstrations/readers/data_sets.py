@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: those of a folder, and those on the hub."""
+"""Readers of data sets of the `datasets` library, in a folder and on the hub."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def folder_reader(path: Path, config: str | None, split: str) -> Reader:
-    """Reads a data set of files in a folder, or one that `datasets` has saved there."""
+    """Read a data set of files in a folder, or one saved there by `datasets`."""
     return _data_set_reader(
         lambda: _load_folder(path, config, split),
         lambda: _digest(config, split, *_file_digests(path)),
@@ -24,7 +24,7 @@ def folder_reader(path: Path, config: str | None, split: str) -> Reader:
 
 
 def hub_reader(name: str, config: str | None, split: str) -> Reader:
-    """Streams a data set of the hub."""
+    """Stream a data set from the hub."""
 
     @cache
     def load() -> "tuple[datasets.IterableDataset, str | None]":
@@ -33,7 +33,7 @@ def hub_reader(name: str, config: str | None, split: str) -> Reader:
         try:
             builder = load_dataset_builder(name, config)
             return builder.as_streaming_dataset(split), builder.hash  # pyright: ignore[reportReturnType]
-        except Exception as error:  # the hub, the network and the data set each have their own
+        except Exception as error:  # of the hub, the network or the data set
             raise UserError(
                 f"demonstrations {name}: no such file, and no data set that can be loaded "
                 f"(NAME[:CONFIG][@SPLIT]): {one_line(error)}"
@@ -77,7 +77,7 @@ def _data_set_size(data_set: "datasets.Dataset | datasets.IterableDataset") -> i
 
 
 def _file_digests(folder: Path) -> Iterator[str]:
-    """Name and content of each file in a folder, hidden ones left out."""
+    """Name and content hash of each file in a folder except hidden ones."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     for name in names:
         if not any(part.startswith(".") for part in name.parts):

@@ -1,4 +1,4 @@
-"""The reader of a file, by its name."""
+"""Chooses the reader of a file by its name."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,11 +19,20 @@ FILE_KINDS: Mapping[str, Callable[[Path], Reader]] = {
     ".feather": arrow_reader,
     ".ipc": arrow_reader,
 }
-OTHER_FILES = (".csv", ".tsv", ".txt", ".xml", ".yaml", ".zip", ".bz2", ".xz")  # no data set's name
+OTHER_FILES = (
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".zip",
+    ".bz2",
+    ".xz",
+)  # not names of data sets
 
 
 def file_reader(path: Path) -> Reader:
-    """Reads a file, or a local copy of it. Raises UserError for one of an unknown kind."""
+    """The reader of a file, or of a local copy of it. Raises UserError for an unknown suffix."""
     suffix, compression = suffixes(path)
     kind = FILE_KINDS.get(suffix)
     if kind is None or (compression and kind is not json_reader):

@@ -1,4 +1,4 @@
-"""What a reader is, whatever it reads."""
+"""The interface of readers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from ....pipeline.errors import UserError, one_line
 
-# a line or row from 1, and what it holds: bytes are JSON to be read
+# line or row number from 1, and content: bytes are unparsed JSON
 Lines = Iterator[tuple[int, Any]]
-Version = tuple[int, ...] | None  # of a file; None where it is not there, or is none
+Version = tuple[int, ...] | None  # of a file; None if it is missing, or not a file
 
 
 class Reader(NamedTuple):
-    """How a kind of source is read."""
+    """The functions that read one kind of source."""
 
     rows: Callable[[int], Lines]
     facts: Callable[[], tuple[str, int | None]]  # fingerprint and count
@@ -22,17 +22,17 @@ class Reader(NamedTuple):
 
 @contextmanager
 def reading(origin: str) -> Iterator[None]:
-    """Turns what the libraries raise about a damaged or unreachable source into a UserError."""
+    """Convert what libraries raise for a damaged or unreachable source into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # zlib, zstd, Arrow and the hub each have their own
+    except Exception as error:  # zlib, zstd, Arrow and the hub raise different kinds
         raise UserError(f"demonstrations {origin}: cannot be read: {one_line(error)}") from error
 
 
 def without_nones(value: Any) -> Any:
-    """A value without its absent fields: a column of structs has those of all rows in each row."""
+    """A value without its None fields: in a column of structs each row has the fields of all."""
     if isinstance(value, dict):
         return {key: without_nones(field) for key, field in value.items() if field is not None}
     return [without_nones(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""JSON in text files, one value a line or one array, also compressed with gzip or zstd."""
+"""Readers of JSON text, one value per line or one array, also compressed with gzip or zstd."""
 
 import gzip
 import json
@@ -15,26 +15,26 @@ CHUNK_BYTES = 1 << 20
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that tells the kind of a file, and that of its compression or ""."""
+    """The suffix of a file's kind, and the suffix of its compression or ""."""
     last = path.suffix.lower()
     return (Path(path.stem).suffix.lower(), last) if last in COMPRESSIONS else (last, "")
 
 
 def json_reader(path: Path) -> Reader:
-    """Reads JSON lines, or in a file named so an array, which is held in memory as a whole."""
+    """Read JSON lines or, in a .json file, an array, which is held in memory as a whole."""
     if suffixes(path)[0] == ".json" and _starts_array(path):
         return Reader(lambda start: _array_rows(path, start), lambda: _array_facts(path))
     return Reader(lambda start: _text_rows(path, start), lambda: _text_facts(path))
 
 
 def _text_lines(path: Path) -> Iterator[bytes]:
-    """All lines, the mark of UTF-8 that some editors put before the first one left out."""
+    """All lines, without a UTF-8 byte order mark before the first."""
     for number, line in enumerate(_raw_lines(path)):
         yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file, decompressed."""
+    """The lines of a text file, decompressed if necessary."""
     with path.open("rb") as file:
         match suffixes(path)[1]:
             case ".gz":
@@ -46,7 +46,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The content of one zstd frame after another, with windows as long as the format allows."""
+    """The content of all zstd frames, with windows as long as the format allows."""
     from zstandard import ZstdDecompressor
 
     decompressor = ZstdDecompressor(max_window_size=2**31)

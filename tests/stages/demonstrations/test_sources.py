@@ -284,7 +284,7 @@ def test_unknown_kind(tmp_path, name):
 )
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf\n"])
 def test_empty_text(tmp_path, name, compress, content):
-    with pytest.raises(UserError, match=r"x\.json.*: empty, there is no row in it"):
+    with pytest.raises(UserError, match=r"x\.json.*: empty, it has no rows"):
         open_sources([write(tmp_path / name, compress(content))])
 
 
@@ -292,12 +292,12 @@ def test_empty_text(tmp_path, name, compress, content):
 def test_columns_without_rows(tmp_path, kind):
     schema = pa.schema({"messages": pa.string()})
     WRITERS[kind](tmp_path / kind, schema.empty_table())
-    with pytest.raises(UserError, match="empty, there is no row in it"):
+    with pytest.raises(UserError, match="empty, it has no rows"):
         open_sources([str(tmp_path / kind)])
 
 
 def test_array_without_rows(tmp_path):
-    with pytest.raises(UserError, match="empty, there is no row in it"):
+    with pytest.raises(UserError, match="empty, it has no rows"):
         open_sources([write(tmp_path / "x.json", b"[]")])
 
 

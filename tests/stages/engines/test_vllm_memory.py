@@ -10,7 +10,7 @@ import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.engines import vllm_start
 from qpipe.stages.engines.settings import EngineSettings
-from qpipe.stages.engines.vllm_memory import Rows, fit_cpu, fit_gpu
+from qpipe.stages.engines.vllm_memory import RowCost, fit_cpu, fit_gpu
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
 
@@ -20,15 +20,15 @@ GIB = 2**30
 
 def test_rows_on_one_gpu() -> None:
     # logits in bfloat16, their float32 copy, the result: 10 bytes a value; 28 of each of the top k
-    assert Rows(1000, 0, value_bytes=2).bytes == 10_000
-    assert Rows(1000, 10, value_bytes=2).bytes == 10_280
-    assert Rows(1000, 0, value_bytes=4).bytes == 8_000
+    assert RowCost(1000, 0, value_bytes=2).bytes == 10_000
+    assert RowCost(1000, 10, value_bytes=2).bytes == 10_280
+    assert RowCost(1000, 0, value_bytes=4).bytes == 8_000
 
 
 def test_rows_of_a_shared_vocabulary_are_gathered() -> None:
     # a half, the whole as gathered, the whole in order: 2.5 values, more than what comes after
-    assert Rows(1000, 0, value_bytes=4, tensor_parallel_size=2).bytes == 10_000
-    assert Rows(1000, 0, value_bytes=2, tensor_parallel_size=2).bytes == 10_000  # 5_000 gathering
+    assert RowCost(1000, 0, value_bytes=4, tensor_parallel_size=2).bytes == 10_000
+    assert RowCost(1000, 0, value_bytes=2, tensor_parallel_size=2).bytes == 10_000
 
 
 _SAMPLER = """
@@ -59,11 +59,11 @@ def test_rows_take_on_a_cpu_what_is_planned(dtype: str, value_bytes: int) -> Non
     done = subprocess.run(
         [sys.executable, "-c", _SAMPLER, dtype], capture_output=True, text=True, check=True
     )
-    planned = Rows(40_000, 64, value_bytes, on_cpu=True).bytes / 40_000
+    planned = RowCost(40_000, 64, value_bytes, on_cpu=True).bytes / 40_000
     assert float(done.stdout) == pytest.approx(planned, rel=0.1)
 
 
-ROWS = Rows(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
+ROWS = RowCost(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
 
 
 def test_a_large_gpu_takes_the_whole_step() -> None:
@@ -94,7 +94,7 @@ def test_short_examples_need_no_room_for_a_whole_step() -> None:
 
 
 def test_a_cpu_takes_what_is_free() -> None:
-    rows = Rows(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
+    rows = RowCost(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
     assert fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 2048
     assert fit_cpu(8 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 1024
     assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 64

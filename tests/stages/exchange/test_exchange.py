@@ -212,7 +212,7 @@ def test_rows_that_are_not_there_are_missed(
 ) -> None:
     path = write(tmp_path / "rows.parquet", [a_row()])
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
-    with pytest.raises(UserError, match="damaged: it tells of 1 rows, has 0"):
+    with pytest.raises(UserError, match="damaged: holds 0 of 1 rows"):
         imported(path, tiny_model, top_k=2)
 
 

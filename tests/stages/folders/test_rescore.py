@@ -194,7 +194,7 @@ def test_the_command(scores: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert "2 demonstrations" in done.output
     assert json.loads(log.read_text())["examples"] == 2
     unnamed = CliRunner().invoke(cli, words)
-    assert "was scored with model tiny, which is not to be had by that name: give --model" in str(
+    assert "was scored with model tiny, which cannot be loaded by that name: give --model" in str(
         unnamed.exception
     )
     shutil.rmtree(tmp_path)

@@ -122,11 +122,11 @@ def test_a_second_run_does_nothing_and_another_condition_is_refused(
             "mean_trust > 0.5",
             "a folder made by `qpipe score` has no mean_trust: give one of tokens",
         ),
-        ("tokens", "is no condition"),
-        ("tokens > many", "is no condition"),
-        ("tokens > nan", "is no condition"),
-        ("tokens ** 2", "is no condition"),
-        ("__import__('os') > 2", "is no condition"),
+        ("tokens", "is not a condition"),
+        ("tokens > many", "is not a condition"),
+        ("tokens > nan", "is not a condition"),
+        ("tokens ** 2", "is not a condition"),
+        ("__import__('os') > 2", "is not a condition"),
         ("tokens > 1000", "none of its 30 rows is in the subset"),
     ],
 )
@@ -142,9 +142,9 @@ def test_ids_that_are_not_there_are_named(scores: Path, tmp_path: Path) -> None:
     ids = id_file(tmp_path / "ids", "chats.jsonl:1", "zebra", "chats.jsonl:99")
     with pytest.raises(UserError, match=r"2 of its ids are not in .*, the first is chats.jsonl:99"):
         subset(SubsetSettings(scores, tmp_path / "some", ids))
-    with pytest.raises(UserError, match="no id in it"):
+    with pytest.raises(UserError, match="empty: give one id a line"):
         subset(SubsetSettings(scores, tmp_path / "some", id_file(tmp_path / "none")))
-    with pytest.raises(UserError, match="nothing says which rows"):
+    with pytest.raises(UserError, match="no rows are selected"):
         SubsetSettings(scores, tmp_path / "some")
 
 
