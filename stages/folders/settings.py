@@ -25,4 +25,4 @@ class SubsetSettings:
 
     def __post_init__(self) -> None:
         if self.ids is None and not self.where:
-            raise UserError("nothing says which rows: give --ids FILE, or --where 'NAME < NUMBER'")
+            raise UserError("no rows are selected: give --ids FILE, or --where 'NAME < NUMBER'")

@@ -58,22 +58,22 @@ _OF_STAGE: dict[str, dict[str, Callable[[FlatBatch], NDArray]]] = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Condition:
-    """A statistic of a row, compared with a number; false of a mean over no positions."""
+    """A statistic of a row compared with a number; false for a mean over no positions."""
 
     name: str
     operator: str
     number: float
 
     def holds(self, stage: str, batch: FlatBatch) -> NDArray[np.bool_]:
-        """Where it holds, [R]."""
+        """Whether the condition holds for each row of a batch, [R]."""
         values = _OF_STAGE[stage][self.name](batch).astype(np.float64)
         return OPERATORS[self.operator](values, self.number) & ~np.isnan(values)
 
 
 def parse_condition(text: str, stage: str) -> Condition:
-    """The condition in a text, as in `mean_nll < 2.5`.
+    """Parse a condition such as `mean_nll < 2.5`.
 
-    Raises UserError for another text, and for a statistic that folders of the stage have not.
+    Raises UserError for other text, and for a statistic that folders of the stage do not have.
     """
     match = re.fullmatch(r"\s*(\w+)\s*([<>]=?|[=!]=)\s*(\S+)\s*", text)
     try:
@@ -82,8 +82,8 @@ def parse_condition(text: str, stage: str) -> Condition:
         number = math.nan
     if match is None or not math.isfinite(number):
         raise UserError(
-            f"--where {text!r} is no condition: give a statistic, one of {' '.join(OPERATORS)} and "
-            "a number, as in 'mean_nll < 2.5'"
+            f"--where {text!r} is not a condition: give a statistic, one of "
+            f"{' '.join(OPERATORS)} and a number, as in 'mean_nll < 2.5'"
         )
     known = _OF_STAGE[stage]
     if match[1] not in known:

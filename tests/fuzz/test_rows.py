@@ -1,7 +1,6 @@
 """Any row is a demonstration or a reject that can be written down, and its form changes nothing."""
 
 import json
-from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -77,7 +76,7 @@ def parsed(row: Any, format: str) -> Demonstration | Reject:
     assert (found.source, found.line) == ("chats", 7)
     if isinstance(found, Reject):
         assert found.reason
-        json_bytes(asdict(found))  # as a sidecar holds it
+        json_bytes(found)  # as a sidecar holds it
         return found
     roles = [message["role"] for message in found.messages]
     assert "assistant" in roles

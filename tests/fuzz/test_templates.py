@@ -1,7 +1,6 @@
 """Any conversation under any template: tokens with weights, or a reject."""
 
 import tempfile
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def encoded(row: dict[str, Any], made: Encoder) -> Encoded | Reject:
         return demonstration
     found = made.encode(demonstration)
     if isinstance(found, Reject):
-        json_bytes(asdict(found))
+        json_bytes(found)
         return found
     example, weights = found.example, found.token_weights
     assert 2 <= len(example.input_ids) <= made.max_length

@@ -100,7 +100,7 @@ def test_a_plan_reads_no_folder(
 
 
 def test_days_for_nothing(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="--date 2024-13-01: no day: give one as in 2026-11-25"):
+    with pytest.raises(UserError, match="--date 2024-13-01: not a date: give one as in 2026-11-25"):
         score_settings(**options, date="2024-13-01")
     plain = options | {"template": "none"}
     with pytest.raises(UserError, match="--date 2024-07-26: the template writes no date"):
