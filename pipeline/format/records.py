@@ -34,6 +34,13 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class WeightedExample(Example):
+    """An example to score, with the weights that came with the demonstration."""
+
+    token_weights: Floats  # [N] a factor of the loss; 1 where none was given
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoredExample(Example):
     """An example under a frozen model: its top-k log-probabilities at each supervised position.
 
@@ -46,9 +53,7 @@ class ScoredExample(Example):
     topk_ids: Ints  # [K] vocabulary ids, most probable first at each position
     topk_log_probs: Floats  # [K] their log b, descending at each position
     tail_mass: Floats  # [N] probability outside the entries
-    token_weights: (
-        Floats  # [N] what came with the demonstration: a factor of the loss, 1 if nothing
-    )
+    token_weights: Floats  # [N] as in `WeightedExample`
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,14 +1,9 @@
-"""From a demonstration to an Example: the chat template, the tokens, and which of them count.
+"""Encodes a demonstration as an example: applies the chat template, tokenises, supervises.
 
 A conversation is rendered and tokenised as a whole. A token is supervised when its characters
 overlap those that the model would write: an assistant turn, from the end of the generation prompt
-to the token that ends the turn, both as they stand in the rendering of the whole conversation.
-
-Templates rewrite turns (Qwen3 drops earlier reasoning, Llama 3 trims), so neither a search for the
-content nor the renderings of ever longer prefixes say where a turn lies. Instead a turn is rendered
-once more with a stand-in for its content, a character that occurs nowhere else: what differs
-between the two renderings is the turn. A single-turn conversation is rendered three times in all,
-one of n turns at least 3n times; a turn that has weights by character or by token once more.
+to the token that ends the turn, both as they appear in the rendering of the whole conversation.
+`turns` locates them.
 """
 
 import re
@@ -21,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line, reason
-from ...pipeline.format.records import Example, Floats, Reject
+from ...pipeline.format.records import Reject, WeightedExample
 from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
 from .token_weights import overlapping, weigh
 
@@ -30,28 +25,28 @@ if TYPE_CHECKING:
 from .template import name_of
 from .turns import JoinedChat, Render, TemplatedChat, turn_of
 
-CLOCK = "strftime_now"  # the function that templates ask for the time
+CLOCK = "strftime_now"  # the function that templates call for the time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A demonstration as tokens; `cut` when it was longer than the limit and lost its end."""
+    """A demonstration as tokens; `cut` if it was longer than the limit and was truncated."""
 
-    example: Example
+    example: WeightedExample
     cut: bool
-    token_weights: Floats  # [N] one for each supervised position: 1 where nothing was given
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Tokenises demonstrations and marks the supervised tokens.
 
-    `template` is the text of a chat template, or None: then the contents follow one another as they
-    are, each assistant turn closed by the end-of-sequence token, and the tokenizer adds its own
-    special tokens. `supervise` is "assistant" (every assistant turn), "last" (the last of them) or
-    "all" (every token but the first). What is longer than `max_length` tokens is rejected or cut.
+    `template` is the text of a chat template, or None: then the contents are concatenated, each
+    assistant turn followed by the end-of-sequence token, and the tokenizer adds its own special
+    tokens. `supervise` is "assistant" (every assistant turn), "last" (the last of them) or
+    "all" (every token but the first). A demonstration of more than `max_length` tokens is rejected
+    or cut, by `too_long`.
 
-    Raises UserError for a tokenizer that cannot do this.
+    Raises UserError for a tokenizer without character offsets or, if needed, end-of-sequence token.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -59,13 +54,13 @@ class Encoder:
     max_length: int
     supervise: str = "assistant"
     too_long: str = "reject"
-    vocab_size: int | None = None  # the model's, where that may be smaller than the tokenizer's
-    day: date | None = None  # that a template which asks for the time is told; None is now
+    vocab_size: int | None = None  # of the model, which may be smaller than the tokenizer's
+    day: date | None = None  # passed to a template that asks for the time; None is now
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise UserError(
-                f"tokenizer {name_of(self.tokenizer)} gives no character offsets: "
+                f"tokenizer {name_of(self.tokenizer)} has no character offsets: "
                 "use a model with a fast tokenizer (tokenizer.json)"
             )
         if self.template is None:
@@ -73,16 +68,16 @@ class Encoder:
 
     @property
     def special_tokens(self) -> dict[str, Any]:
-        """The tokenizer's special tokens that it writes by name; those of `tokenizer.json` apart.
+        """The special tokens that the template refers to by name.
 
-        They stand in another file, so the tokenizer's hash does not tell them.
+        They are stored outside `tokenizer.json`, so the tokenizer's hash does not cover them.
         """
         written = "eos_token" if self.template is None else self.template
         named = self.tokenizer.special_tokens_map
         return {name: named[name] for name in sorted(named) if name in written}
 
     def encode(self, demonstration: Demonstration) -> Encoded | Reject:
-        """The tokens of a demonstration, or why it cannot be used."""
+        """The tokens of a demonstration, or a reject with the reason why it cannot be used."""
         try:
             return self._encode(demonstration)
         except UnusableError as error:
@@ -97,22 +92,23 @@ class Encoder:
         if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
             raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 
-        # Finding the turns takes time that grows with their square: not for what is too long.
+        # Locating turns takes quadratic time in their number: not done for what is rejected above.
         turns = self._turns(demonstration)
         places = layout.places(turns)
         supervised = overlapping(offsets, list(places.values()))
         if self.supervise == "all":
             supervised[:] = True
-        supervised[:1] = False  # nothing comes before the first token to predict it from
+        supervised[:1] = False  # nothing predicts the first token
         positions = np.flatnonzero(supervised[: self.max_length]).astype(np.int32)
         if not len(positions):
             where = f" among the first {self.max_length}" if cut else ""
             raise UnusableError(f"no supervised token{where}")
-        example = Example(demonstration.id, input_ids[: self.max_length], positions)
-        if not demonstration.weights:
-            return Encoded(example, cut, np.ones(len(positions), dtype=np.float32))
-        weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
-        return Encoded(example, cut, weigh(layout.text, offsets, weighed)[positions])
+        weights = np.ones(len(positions), dtype=np.float32)
+        if demonstration.weights:
+            weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
+            weights = weigh(layout.text, offsets, weighed)[positions]
+        input_ids = input_ids[: self.max_length]
+        return Encoded(WeightedExample(demonstration.id, input_ids, positions, weights), cut)
 
     def _lay_out(self, demonstration: Demonstration) -> "TemplatedChat | JoinedChat":
         if self.template is None:
@@ -121,7 +117,7 @@ class Encoder:
         return TemplatedChat(renderer, demonstration.messages, self._end_of_turn)
 
     def _turns(self, demonstration: Demonstration) -> list[int]:
-        """The turns that must be found: the supervised ones, where not all is, and the weighted."""
+        """The turns to locate: supervised ones, unless all tokens are, and weighted ones."""
         if self.supervise == "all" and not demonstration.weights:
             return []
         roles = [message["role"] for message in demonstration.messages]
@@ -141,14 +137,14 @@ class Encoder:
                     add_generation_prompt=generation_prompt,
                     **clock,
                 )
-            except Exception as error:  # a template is a program: it may raise anything
+            except Exception as error:  # a template is a program and may raise anything
                 raise UnusableError(f"the chat template says: {one_line(error)}") from error
             return str(text)
 
         return render
 
     def _tokenise(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Token ids [T] and their characters [T, 2], half-open."""
+        """Token ids [T] and the character range of each, half-open [T, 2]."""
         tokens = self.tokenizer(
             text,
             add_special_tokens=self.template is None,
@@ -164,18 +160,18 @@ class Encoder:
         return input_ids, offsets
 
     def _ends_twice(self, input_ids: NDArray[np.int32]) -> bool:
-        """Whether the tokenizer has added an end-of-sequence token after ours."""
+        """Whether the tokenizer added an end-of-sequence token after ours."""
         ends = input_ids[-2:] == self.tokenizer.eos_token_id
         return self._adds_end and len(ends) > 1 and bool(ends.all())
 
     @cached_property
     def _adds_end(self) -> bool:
-        """Whether the tokenizer ends every text with an end-of-sequence token of its own."""
+        """Whether the tokenizer appends an end-of-sequence token to every text."""
         return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     @cached_property
     def _end_of_turn(self) -> re.Pattern[str]:
-        """What closes a turn: a special token, also after white space, or other text at once."""
+        """Matches the end of a turn: a special token, also after white space, or other text."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special}
         special.update(map(str, self.tokenizer.all_special_tokens))
@@ -185,9 +181,10 @@ class Encoder:
 
 
 def _with_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Offsets [T, 2] without those of no width, which tokenizers that trim them (Llama 3) leave.
+    """Offsets [T, 2] in which tokens of spaces have a width again.
 
-    Such a token is one of spaces: they begin where the token before it ends.
+    Tokenizers that trim offsets (Llama 3) give such a token none; its spaces begin where the token
+    before it ends.
     """
     starts, ends = offsets.T
     before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]

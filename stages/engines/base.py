@@ -1,4 +1,4 @@
-"""What a scoring engine is: token ids in, log-probabilities at the supervised positions out.
+"""The interface of engines, and the scored examples made of their arrays.
 
 Array names end in their shape: N supervised positions, k the size of the top k, V the vocabulary,
 G the given ids of all positions, E the entries of all positions.
@@ -13,27 +13,27 @@ from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError
 from ...pipeline.format.ragged import segment_sums
-from ...pipeline.format.records import Example, Floats, Ints, ScoredExample
+from ...pipeline.format.records import Example, Floats, Ints, ScoredExample, WeightedExample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GivenIds:
-    """Ids whose log-probabilities are asked for, whatever their rank, at an example's positions."""
+    """Ids to score at an example's positions, whatever their rank."""
 
     counts: Ints  # [N] ids at each position
     ids: Ints  # [G] in the order of the positions
 
     def below(self, vocab_size: int) -> "GivenIds":
-        """The ids that a vocabulary of this size has."""
+        """The ids below a vocabulary size."""
         has_G = self.ids < vocab_size
         position_G = np.repeat(np.arange(len(self.counts)), self.counts)
         counts_N = np.bincount(position_G[has_G], minlength=len(self.counts))
         return GivenIds(counts_N.astype(np.int32), self.ids[has_G])
 
     def padded(self) -> NDArray[np.int64]:
-        """The ids as [N, w], -1 after those of a position.
+        """The ids as [N, w], padded with -1.
 
-        What is read at them comes back flat by the mask `padded >= 0`.
+        Values at them are flattened again by the mask `padded >= 0`.
         """
         width = int(self.counts.max(initial=0))
         ids_Nw = np.full((len(self.counts), width), -1, np.int64)
@@ -49,25 +49,25 @@ class Scorer(Protocol):
     """
 
     def score(
-        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+        self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """Each example's place in `examples` and its scores, in the order the engine likes.
+        """Yield each example's index in `examples` and its scores, in any order.
 
-        `at` holds ids for each example, below the vocabulary's size: their log-probabilities are
-        stored besides the top k (`with_given`).
+        `at` holds ids for each example, below the vocabulary's size, whose log-probabilities are
+        stored in addition to the top k (`with_given`).
         """
         ...
 
 
 def scored(
-    example: Example,
+    example: WeightedExample,
     observed_log_probs_N: NDArray[np.float32],
     observed_ranks_N: NDArray[np.integer],
     topk_ids_Nk: NDArray[np.integer],
     topk_log_probs_Nk: NDArray[np.float32],
     vocab_size: int,
 ) -> ScoredExample:
-    """A scored example of an engine's arrays; the tail is what the top k leaves of 1."""
+    """Make a scored example of an engine's arrays; the tail mass is 1 minus the top k's mass."""
     if not np.isfinite(observed_log_probs_N).all():
         raise _no_numbers(example)
     N, k = topk_ids_Nk.shape
@@ -83,23 +83,23 @@ def scored(
         topk_ids=topk_ids_Nk.astype(np.int32, copy=False).ravel(),
         topk_log_probs=topk_log_probs,
         tail_mass=_tail_mass(example, topk_log_probs, counts_N, vocab_size),
-        token_weights=np.ones(N, np.float32),
+        token_weights=example.token_weights,
     )
 
 
 def with_given(
     example: ScoredExample, given: GivenIds, given_log_probs_G: Floats, vocab_size: int
 ) -> ScoredExample:
-    """The example with entries at the given ids too, each id once, most probable first.
+    """Add entries at the given ids to an example, each id once, most probable first.
 
-    Of equally probable entries those of the top k come first, then the given ones in their order.
+    Of equally probable entries those of the top k come first, then the given ones in order.
     """
     N = len(example.counts)
     position_E = np.repeat(np.tile(np.arange(N), 2), np.append(example.counts, given.counts))
     ids_E = np.append(example.topk_ids, given.ids)
     log_probs_E = np.append(example.topk_log_probs, given_log_probs_G)
     _, first_E = np.unique(position_E * vocab_size + ids_E, return_index=True)
-    first_E.sort()  # an id of both is the top k's; the sort below keeps this order among equals
+    first_E.sort()  # an id of both counts as the top k's; the stable sort below keeps this order
     order_E = first_E[np.lexsort((-log_probs_E[first_E], position_E[first_E]))]
     counts_N = np.bincount(position_E[order_E], minlength=N).astype(np.int32)
     return replace(
@@ -112,7 +112,7 @@ def with_given(
 
 
 def _tail_mass(example: Example, log_probs_E: Floats, counts_N: Ints, vocab_size: int) -> Floats:
-    """What the entries leave of 1 at each position; nothing where they are the whole vocabulary."""
+    """The mass outside the entries at each position; 0 if they are the whole vocabulary."""
     if np.isnan(log_probs_E).any():
         raise _no_numbers(example)
     kept_mass_N = segment_sums(np.exp(log_probs_E.astype(np.float64)), counts_N)
@@ -122,6 +122,6 @@ def _tail_mass(example: Example, log_probs_E: Floats, counts_N: Ints, vocab_size
 
 def _no_numbers(example: Example) -> UserError:
     return UserError(
-        f"example {example.id}: the model gives log-probabilities that are no numbers: its weights "
-        "are damaged, or the number format overflows: try --dtype float32"
+        f"example {example.id}: the model returned log-probabilities that are not numbers: its "
+        "weights are damaged, or the number format overflows: try --dtype float32"
     )

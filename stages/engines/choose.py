@@ -1,4 +1,4 @@
-"""Choosing and starting an engine."""
+"""Chooses and starts an engine."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +11,7 @@ from .settings import DTYPES, ENGINES, Dtype, EngineSettings
 
 
 def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
-    """Load the model into the engine that the settings name."""
+    """Load the model into the engine of the settings."""
     match settings.engine:
         case "vllm":
             from .vllm_engine import VllmScorer
@@ -31,10 +31,9 @@ def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
 
 
 def choose_engine(option: str, gathers: bool = False) -> str:
-    """The engine that an option means.
+    """Resolve `--engine`.
 
-    `auto` is vLLM where it is installed and, where log-probabilities at given ids are to be
-    gathered, has a way for that.
+    `auto` is vLLM if it is installed and, if the examples come with ids to score, can score them.
     """
     installed = find_spec("vllm") is not None
     if option == "vllm" and not installed:
@@ -43,7 +42,7 @@ def choose_engine(option: str, gathers: bool = False) -> str:
         )
     if option == "server" and gathers:
         raise UserError(
-            "--engine server scores no given ids, which --at asks for: use --engine vllm or "
+            "--engine server cannot score given ids, which --at needs: use --engine vllm or "
             "transformers"
         )
     if option != "auto":
@@ -58,10 +57,10 @@ def choose_engine(option: str, gathers: bool = False) -> str:
 
 
 def _vllm_gathers() -> bool:
-    """Whether vLLM will take ids to score, told without an engine, which takes a minute to start.
+    """Whether vLLM can score given ids, determined without starting an engine (a minute).
 
-    It needs the version that has the parameter, and a model runner that is written in Triton: a
-    GPU stands in for the latter. `VllmScorer` asks the engine itself, and manages without.
+    This takes a version that has the parameter, and the model runner written in Triton, for which a
+    GPU is the sign here. `VllmScorer` asks the engine itself.
     """
     import torch
 
@@ -73,9 +72,9 @@ def _vllm_gathers() -> bool:
 
 
 def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
-    """The number format that an option means: `auto` is the model's own on a GPU, else float32.
+    """Resolve `--dtype`: `auto` is the model's own number format on a GPU, otherwise float32.
 
-    `on_gpu` None asks this machine.
+    `on_gpu` defaults to whether this machine has a GPU.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Scoring by a vLLM server, over its OpenAI-compatible `/v1/completions`.
+"""The server engine: a running vLLM server, over its OpenAI-compatible `/v1/completions`.
 
-Prompts go as token ids and come back with their log-probabilities, one entry a token: a dict of
-token ids, the observed one and the top k, each with its log-probability and rank. A bounded number
-of requests is under way at a time, and each answer becomes arrays as it comes.
+Prompts are sent as token ids. The answer has a dict for each token: the observed token and the top
+k, by id, each with log-probability and rank. A bounded number of requests is in flight, and each
+answer is converted to arrays as it arrives.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ import numpy as np
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.format.batches import flatten
-from ...pipeline.format.records import Example, ScoredExample
+from ...pipeline.format.records import Example, ScoredExample, WeightedExample
 from ...pipeline.format.row_checks import violations
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
 from .base import GivenIds, scored
 from .settings import EngineSettings, ServerSettings
 
-_START_TRIES = 3  # a server that is not there should be told of soon
+_START_TRIES = 3  # a missing server is reported soon
 _LONGEST_WAIT = 60.0  # seconds between two tries
 _CONNECT_SECONDS = 10.0
 _MASS_TOLERANCE = 1e-3  # float32 sums over a large vocabulary
@@ -64,11 +64,11 @@ class _Tokens(msgspec.Struct):
 
 
 class _RefusedError(Exception):
-    """The server answered that the request itself is wrong."""
+    """Raised when the server rejects a request as invalid."""
 
 
 class ServerScorer:
-    """A model that a vLLM server runs; tokenizer and vocabulary are those of local files."""
+    """A model run by a vLLM server; tokenizer and vocabulary come from local files."""
 
     def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
         assert settings.server.model is not None
@@ -81,10 +81,10 @@ class ServerScorer:
         self.runner.run(self._check())
 
     def score(
-        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+        self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """Each example's place in `examples` and its scores, as the server answers."""
-        assert at is None, "choose_engine lets no given ids come here"
+        """Yield each example's index in `examples` and its scores, as the server answers."""
+        assert at is None, "choose_engine refuses given ids"
         waiting = iter(enumerate(examples))
         running: dict[asyncio.Task[ScoredExample], int] = {}
 
@@ -110,7 +110,7 @@ class ServerScorer:
         finally:
             self.runner.run(cancel())
 
-    async def _score(self, example: Example, top_k: int) -> ScoredExample:
+    async def _score(self, example: WeightedExample, top_k: int) -> ScoredExample:
         try:
             prompt = await self._prompt(example.input_ids.tolist(), top_k, self.server.tries)
         except _RefusedError as error:
@@ -118,7 +118,7 @@ class ServerScorer:
         return _scored(example, prompt, top_k, self.model.vocab_size)
 
     async def _prompt(self, token_ids: list[int], count: int, tries: int) -> _Prompt:
-        """The log-probabilities of a prompt, `count` at each token; all where it is -1."""
+        """The log-probabilities of a prompt, `count` at each token; -1 is all."""
         body = {
             "model": self.name,
             "prompt": token_ids,
@@ -147,7 +147,7 @@ class ServerScorer:
         )
 
     async def _check(self) -> None:
-        """Refuse a server that runs another model, as far as its answers tell."""
+        """Raise UserError for a server that runs another model, as far as its answers show."""
         await self._check_length()
         await self._check_tokenizer()
         await self._check_vocabulary()
@@ -176,7 +176,7 @@ class ServerScorer:
                 self.client, self.server, "POST", "/tokenize", body, _Tokens, _START_TRIES
             )
         except _RefusedError:
-            return  # it has no such service
+            return  # the server does not offer this
         ours = self.model.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         if answer.tokens != ours:
             raise UserError(
@@ -185,7 +185,7 @@ class ServerScorer:
             )
 
     async def _check_vocabulary(self) -> None:
-        """The whole distribution after one token, or where that is not to be had, its edges."""
+        """Compare vocabulary sizes by a whole distribution or, if refused, by the last ids."""
         vocab_size = self.model.vocab_size
         try:
             whole = await self._prompt([vocab_size - 1, 0], -1, _START_TRIES)
@@ -221,9 +221,9 @@ class ServerScorer:
 
 
 def served_model(server: ServerSettings) -> str:
-    """The name of the model that a server is asked for: the one given, or the only one it serves.
+    """The name of the model on a server: the given one, or the only one it serves.
 
-    Raises UserError where the server is not to be reached, or serves several.
+    Raises UserError if the server cannot be reached, or serves several models.
     """
     if server.model is not None:
         return server.model
@@ -245,7 +245,7 @@ async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> li
         answer = await _ask(client, server, "GET", "/v1/models", None, _Models, _START_TRIES)
     except _RefusedError as error:
         raise UserError(
-            f"server {server.url}: does not tell its models: {one_line(error)}: give the address "
+            f"server {server.url}: does not list its models: {one_line(error)}: give the address "
             "of a vLLM server, as in http://host:8000"
         ) from error
     return answer.data
@@ -258,16 +258,16 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
     """
     key = os.environ.get("VLLM_API_KEY", "")
     if not key.isascii():
-        raise UserError("VLLM_API_KEY: holds what no key does: give ASCII characters alone")
+        raise UserError("VLLM_API_KEY: not ASCII: give a key of ASCII characters")
     try:
         client = httpx.AsyncClient(
             base_url=server.address,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=server.concurrency),
-            trust_env=False,  # a proxy for the web is none for this server
+            trust_env=False,  # proxies of the environment are for the web
         )
-        client.build_request("GET", "/")  # looks at the host
+        client.build_request("GET", "/")  # checks the host
         if (client.base_url.port or 0) > 65535:
             raise httpx.InvalidURL("a port is at most 65535")
         return client
@@ -286,9 +286,9 @@ async def _ask(
     kind: type,
     tries: int,
 ) -> Any:
-    """The server's answer, asked for again while it is busy, broken or away.
+    """Send a request, with retries while the server is busy, failing or unreachable.
 
-    Raises _RefusedError where the request is at fault, UserError where no try helps.
+    Raises _RefusedError for an invalid request, UserError after the last retry.
     """
     trouble = ""
     for attempt in range(tries):
@@ -315,15 +315,17 @@ async def _ask(
 
 
 def _wait(server: ServerSettings, attempt: int) -> float:
-    """Seconds before a try, doubled each time, and not the same for all requests."""
+    """Seconds before a retry: exponential backoff with jitter."""
     longest = min(_LONGEST_WAIT, server.first_wait * 2 ** (attempt - 1))
     return longest * random.uniform(0.5, 1)
 
 
-def _scored(example: Example, prompt: _Prompt, top_k: int, vocab_size: int) -> ScoredExample:
+def _scored(
+    example: WeightedExample, prompt: _Prompt, top_k: int, vocab_size: int
+) -> ScoredExample:
     """The scores in a server's answer.
 
-    There an id stands once: an observed token inside the top k has its place there as its rank.
+    It holds each id once, so an observed token in the top k has its place there as its rank.
     """
     N = len(example.positions)
     ids_Nk = np.empty((N, top_k), np.int32)

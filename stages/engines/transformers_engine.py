@@ -1,8 +1,8 @@
-"""Scoring with transformers: padded batches of like length, the head at supervised positions only.
+"""The transformers engine: padded batches of similar length, the head at supervised positions only.
 
-The batches of a call are a function of its examples alone. Float32 sums come out otherwise, in
-their last bits, in a batch of another shape: so a shard's bytes depend neither on the processes
-that share the shards nor on what was scored before, and the size of a batch is no option.
+The batches of a call depend on its examples alone. The last bits of float32 sums depend on the
+shape of a batch, so that the bytes of a shard depend neither on the number of processes nor on
+earlier runs, and the batch size is not an option.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.errors import UserError
-from ...pipeline.format.records import Example, ScoredExample
+from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles, load_scoring_model
 from ...trainer.models.heads import logit_chunks, recognise
@@ -21,7 +21,7 @@ from .base import GivenIds, scored, with_given
 from .settings import EngineSettings
 
 BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
-_ENOUGH_TOKENS = 1024  # that keep the machine busy: then a batch ends before much shorter examples
+_ENOUGH_TOKENS = 1024  # enough for full throughput: a batch ends before much shorter examples
 _SHORTER = 0.875  # of the longest of the batch
 
 
@@ -35,20 +35,20 @@ class TransformersScorer:
         self.head_form = recognise(self.model)
 
     def score(
-        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+        self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """Each example's place in `examples` and its scores, longest first."""
+        """Yield each example's index in `examples` and its scores, longest first."""
         for places in batches([len(example.input_ids) for example in examples]):
             yield from self._score_places(examples, at, places, top_k)
 
     def _score_places(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[WeightedExample],
         at: Sequence[GivenIds] | None,
         places: list[int],
         top_k: int,
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """The scores of one batch, or of its halves where memory does not do for the whole."""
+        """The scores of one batch, or of its halves if memory is too small for the whole."""
         given = None if at is None else [at[place] for place in places]
         try:
             scores = self.score_batch([examples[place] for place in places], given, top_k)
@@ -74,7 +74,7 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score_batch(
-        self, batch: Sequence[Example], given: Sequence[GivenIds] | None, top_k: int
+        self, batch: Sequence[WeightedExample], given: Sequence[GivenIds] | None, top_k: int
     ) -> list[ScoredExample]:
         """Score the examples of a batch in one forward pass, in their order."""
         counts = [len(example.positions) for example in batch]
@@ -98,7 +98,7 @@ class TransformersScorer:
             scores.append(result)
         return scores
 
-    def _inputs(self, batch: Sequence[Example]) -> dict[str, Tensor]:
+    def _inputs(self, batch: Sequence[WeightedExample]) -> dict[str, Tensor]:
         """A right-padded batch."""
         longest = max(len(example.input_ids) for example in batch)
         input_ids_BT = np.zeros((len(batch), longest), np.int64)
@@ -113,7 +113,7 @@ class TransformersScorer:
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Which examples of these lengths go into a batch each, longest first."""
+    """Yield the indices of examples of these lengths, batch by batch, longest first."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if batch:
@@ -129,7 +129,7 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int64]:
-    """The given ids of a batch, [N, w], -1 after those of a position."""
+    """The given ids of a batch, [N, w], padded with -1."""
     if given is None:
         return np.empty((positions, 0), np.int64)
     counts = np.concatenate([each.counts for each in given])
@@ -140,11 +140,11 @@ def _log_probs(
     logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
 ) -> tuple[Tensor, ...]:
     """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities [n, k];
-    log-probabilities at the given ids [n, w], without a meaning where those are -1."""
+    log-probabilities at the given ids [n, w], meaningless at -1."""
     log_probs_nV = logits_nV.log_softmax(dim=1)
     top = log_probs_nV.topk(top_k, dim=1)
     observed_n1 = log_probs_nV.gather(1, observed_n[:, None])
-    # above the last of the top k stand only these: the whole row is counted for the others alone
+    # tokens above the last of the top k are in the top k; only the others need the whole row
     ranks_n = (top.values >= observed_n1).sum(dim=1)
     others = (observed_n1[:, 0] <= top.values[:, -1]).nonzero()[:, 0]
     ranks_n[others] = (log_probs_nV[others] >= observed_n1[others]).sum(dim=1)

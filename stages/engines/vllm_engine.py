@@ -1,9 +1,8 @@
-"""Scoring with vLLM: prompt log-probabilities, arrays from the engine to the shard.
+"""The vLLM engine: prompt log-probabilities, as arrays from the engine to the shard.
 
-Log-probabilities at given ids come from the engine's own token-id scoring, in the same request,
-where it has that; else from whole distributions.
+Log-probabilities at given ids come from vLLM's own token-id scoring, in the same request.
 
-An engine that dies of memory is started again with smaller steps; what it had finished is kept.
+An engine that runs out of memory is restarted with smaller steps; its finished examples are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.format.records import Example, Floats, ScoredExample
+from ...pipeline.format.records import Example, Floats, ScoredExample, WeightedExample
 from ...pipeline.progress import say, say_once
 from ...trainer.models.files import ModelFiles, check_weights
 from .base import GivenIds, scored, with_given
@@ -32,13 +31,13 @@ from .vllm_start import (
     takes_ids,
 )
 
-WINDOW_BYTES = 2**28  # of the log-probabilities of what is in the engine
-_KEPT_BYTES, _FLAT_BYTES = 8, 120  # of an entry as tensors, and in Python's lists, as measured
+WINDOW_BYTES = 2**28  # of the log-probabilities of requests in the engine
+_KEPT_BYTES, _FLAT_BYTES = 8, 120  # of an entry as tensors and as Python lists, measured
 _RESTARTS = 3
 
 
 class VllmScorer:
-    """A vLLM engine in float32, bfloat16 or float16, on the GPUs or, in its CPU build, without."""
+    """A vLLM engine in float32, bfloat16 or float16, on GPUs or, in its CPU build, on the CPU."""
 
     def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
         check_weights(model)
@@ -53,13 +52,21 @@ class VllmScorer:
         self.keeps_tensors = keeps_tensors()
         say_once(
             "prompt log-probabilities: "
-            + ("the engine's tensors" if self.keeps_tensors else "vLLM's flat lists, some slower")
+            + ("the engine's tensors" if self.keeps_tensors else "vLLM's flat lists, slower")
         )
 
     def score(
-        self, examples: Sequence[Example], top_k: int, at: Sequence[GivenIds] | None = None
+        self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """Each example's place in `examples` and its scores, as the engine finishes them."""
+        """Yield each example's index in `examples` and its scores, as the engine finishes them.
+
+        Raises UserError for given ids that this engine cannot score.
+        """
+        if at is not None and not self.takes_ids:
+            raise UserError(
+                "this vLLM cannot score given ids, which --at needs (that takes a GPU and vLLM "
+                "0.32 or later): use --engine transformers"
+            )
         given = [None] * len(examples) if at is None else at
         left = dict.fromkeys(range(len(examples)))
         while left:
@@ -67,22 +74,21 @@ class VllmScorer:
             try:
                 for place, output in self._outputs(examples, given, top_k, list(left)):
                     yield place, self._scored(examples[place], given[place], output, top_k)
-                    del left[place], output  # its distributions would stay beside the next
+                    del left[place], output  # its arrays would stay in memory beside the next
             except EngineDiedError as error:
-                died = str(error)  # the error itself holds on to the engine's last step
+                died = str(error)  # the error itself holds a reference to the engine's last step
             if died is not None:
                 self._restart_smaller(died)
 
     def _outputs(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[WeightedExample],
         given: Sequence[GivenIds | None],
         top_k: int,
         places: list[int],
     ) -> Iterator[tuple[int, Any]]:
-        """The engine's answers for the examples at these places, a window of tokens in flight."""
-        gathers = any(each is not None for each in given)
-        window = self._window(top_k, gathers)
+        """The engine's outputs for the examples at these indices, a window of tokens at a time."""
+        window = self._window(top_k)
         waiting = iter(places)
         in_flight: dict[str, int] = {}
         tokens = 0
@@ -100,18 +106,10 @@ class VllmScorer:
                     yield done, output
                 del output
 
-    def _window(self, top_k: int, gathers: bool) -> int:
-        """Tokens below which another example may enter the engine."""
-        width = top_k
+    def _window(self, top_k: int) -> int:
+        """Number of tokens below which another example may enter the engine."""
         entry_bytes = _KEPT_BYTES if self.keeps_tensors else _FLAT_BYTES
-        if gathers and not self.takes_ids:
-            width = self.vocab_size
-            say_once(
-                "this vLLM cannot score given ids: distributions come whole, slowly, at "
-                f"{width * entry_bytes / 1e6:.1f} MB for each token of an example: "
-                "--engine transformers needs neither"
-            )
-        return min(WINDOW_TOKENS, WINDOW_BYTES // (entry_bytes * (width + 1)) + 1)
+        return min(WINDOW_TOKENS, WINDOW_BYTES // (entry_bytes * (top_k + 1)) + 1)
 
     def _sampling(self, example: Example, given: GivenIds | None, top_k: int) -> Any:
         from vllm import SamplingParams
@@ -121,7 +119,7 @@ class VllmScorer:
         if self.starts_late:
             options |= {"prompt_logprob_start": _first_row(example)}
         if given is not None:
-            options |= _id_options(example, given) if self.takes_ids else {"prompt_logprobs": -1}
+            options |= _id_options(example, given)
         return SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -150,7 +148,7 @@ class VllmScorer:
             raise _stopped(error) from error
 
     def _start(self) -> None:
-        """Start the engine, with smaller steps where memory runs out."""
+        """Start the engine, with smaller steps if memory runs out."""
         llm, deaths = None, 0
         while llm is None:
             died = ""
@@ -164,8 +162,8 @@ class VllmScorer:
                 deaths += 1
                 if deaths > 1 and says_no_more(died):
                     raise UserError(
-                        f"vLLM cannot start with model {self.model.name}: {died}: what it printed "
-                        "tells why: free memory, or try --engine transformers"
+                        f"vLLM cannot start with model {self.model.name}: {died}: see its "
+                        "output above: free memory, or try --engine transformers"
                     )
                 self._make_smaller(died)
         self.llm = llm
@@ -176,16 +174,16 @@ class VllmScorer:
     def _restart_smaller(self, died: str) -> None:
         self._make_smaller(died)
         llm = self.llm
-        del self.llm, self.engine  # or the weights would stay
+        del self.llm, self.engine  # otherwise the weights stay in memory
         stop_engine(llm)
         del llm
         self._start()
 
     def _make_smaller(self, died: str) -> None:
-        """Halve the tokens of a step. Raises UserError where that has been tried often enough."""
+        """Halve the tokens of a step. Raises UserError after the last attempt."""
         if self.restarts == _RESTARTS or self.scheduled_tokens <= LEAST_SCHEDULED:
             raise UserError(
-                f"vLLM stopped, at {self.scheduled_tokens} tokens a step too: {died}: finished "
+                f"vLLM stopped again, at {self.scheduled_tokens} tokens a step: {died}: finished "
                 "shards are kept: free memory, or use more --tensor-parallel-size or --engine "
                 "transformers"
             )
@@ -197,7 +195,7 @@ class VllmScorer:
         )
 
     def _scored(
-        self, example: Example, given: GivenIds | None, output: Any, top_k: int
+        self, example: WeightedExample, given: GivenIds | None, output: Any, top_k: int
     ) -> ScoredExample:
         arrays = prompt_arrays(output.prompt_logprobs)
         rows_N = _rows(example, arrays)
@@ -211,15 +209,12 @@ class VllmScorer:
         )
         if given is None:
             return result
-        if self.takes_ids:
-            log_probs_G = _at_ids(example, given, output.prompt_token_id_logprobs)
-        else:
-            log_probs_G = _from_whole(arrays, rows_N, given)
+        log_probs_G = _at_ids(example, given, output.prompt_token_id_logprobs)
         return with_given(result, given, log_probs_G, self.vocab_size)
 
 
 def _stopped(error: Exception) -> Exception:
-    """What an engine's error is to those who wait for it."""
+    """The exception to raise for an engine's error."""
     if is_memory(error):
         return EngineDiedError(one_line(error))
     return UserError(
@@ -234,22 +229,22 @@ def _first_row(example: Example) -> int:
 
 
 def _rows(example: Example, arrays: PromptArrays) -> NDArray[np.integer]:
-    """The rows of the supervised positions, among those that the engine gave: the last ones."""
+    """The rows of the supervised positions among those returned, which are the last ones."""
     left_out = len(example.input_ids) - 1 - len(arrays.ranks)
     if not 0 <= left_out <= _first_row(example):
         raise UserError(
-            f"example {example.id}: vLLM gave log-probabilities of {len(arrays.ranks)} tokens for "
-            f"a prompt of {len(example.input_ids)}: finished shards are kept: use --engine "
+            f"example {example.id}: vLLM returned log-probabilities of {len(arrays.ranks)} tokens "
+            f"for a prompt of {len(example.input_ids)}: finished shards are kept: use --engine "
             "transformers and another --out"
         )
     return example.positions - 1 - left_out
 
 
 def _id_options(example: Example, given: GivenIds) -> dict[str, Any]:
-    """The request for given ids: a row for every token from the first position on.
+    """The sampling options that request given ids: a row per token from the first position on.
 
-    Row i scores its ids as predictions of token `prompt_logprob_start` + i + 1; -1 is no id. Rows
-    without any must be there as well, and one column at least.
+    Row i scores its ids as predictions of token `prompt_logprob_start` + i + 1; -1 is padding. Rows
+    without ids are required as well, and at least one column.
     """
     start = _first_row(example)
     given_Nw = given.padded()
@@ -263,19 +258,9 @@ def _at_ids(example: Example, given: GivenIds, log_probs_Rw: Floats | None) -> F
     """The answer to `_id_options`, [G]."""
     if log_probs_Rw is None:
         raise UserError(
-            f"example {example.id}: vLLM gave no log-probabilities at the ids asked for: finished "
+            f"example {example.id}: vLLM returned no log-probabilities at the given ids: finished "
             "shards are kept: use --engine transformers and another --out"
         )
     given_Nw = given.padded()
     rows_N = example.positions - example.positions[0]
     return log_probs_Rw[rows_N, : given_Nw.shape[1]][given_Nw >= 0]
-
-
-def _from_whole(arrays: PromptArrays, rows_N: NDArray[np.integer], given: GivenIds) -> Floats:
-    """The log-probabilities at the given ids, [G], of rows that hold the whole vocabulary."""
-    log_probs_V = np.empty(arrays.ids.shape[1] - 1, np.float32)
-    parts = []
-    for row, ids in zip(rows_N, np.split(given.ids, np.cumsum(given.counts)[:-1]), strict=True):
-        log_probs_V[arrays.ids[row, 1:]] = arrays.log_probs[row, 1:]
-        parts.append(log_probs_V[ids])
-    return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""`qpipe score --demonstrations`: rows of text, tokenised and scored."""
+"""`qpipe score --demonstrations`: reads, encodes and scores demonstrations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,13 +23,13 @@ from ..encoding.template import load_template
 from ..execution.options import run_stage
 from ..execution.settings import Execution
 from .settings import RowSettings, ScoreSettings
-from .stage import ScoreStage, Unscored
+from .stage import ScoreStage, ShardInput
 
 DEFAULT_MAX_LENGTH = 4096
 
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | TaskResult:
-    """Make the score folder of demonstrations, or what is missing of it."""
+    """Make the score folder of demonstrations, or its missing shards."""
     stage = _stage(settings)
     if settings.rows.strict:
         _refuse_rejects(stage.job)
@@ -37,7 +37,7 @@ def score(settings: ScoreSettings, execution: Execution | None = None) -> StageR
 
 
 def _refuse_rejects(job: Job) -> None:
-    """--strict holds for what was made without it, too."""
+    """Apply --strict to shards that were made without it."""
     folder, fingerprint = job.folder, job.identity.fingerprint
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
@@ -53,7 +53,7 @@ def _refuse_rejects(job: Job) -> None:
 def _stage(
     settings: ScoreSettings, job: Job | None = None, facts: Sequence[Facts] | None = None
 ) -> ScoreStage:
-    """The stage of these settings; another process that knows of it gives its job and facts."""
+    """The stage of these settings; a worker passes the job and the facts of its driver."""
     rows = settings.rows
     sources = open_sources(rows.demonstrations)
     if facts is None:
@@ -71,7 +71,7 @@ def _stage(
 
 
 def _refuse_today(rows: RowSettings, demonstrations: "Demonstrations") -> None:
-    """In a store a day makes a folder of its own: none may follow from when a command starts."""
+    """Raise UserError for a date in the identity that would depend on when the command starts."""
     day = demonstrations.encoder.day
     if day is not None and rows.date is None:
         raise UserError(
@@ -81,7 +81,7 @@ def _refuse_today(rows: RowSettings, demonstrations: "Demonstrations") -> None:
 
 
 class Demonstrations:
-    """Examples from rows of text, tokenised on the way."""
+    """Reads rows of demonstrations and encodes them as examples."""
 
     gathers = False
 
@@ -92,7 +92,7 @@ class Demonstrations:
         model: ModelFiles,
         folder: Path | None = None,
     ) -> None:
-        """`folder` may have been begun with a day for the template."""
+        """`folder` is the output folder, whose plan may hold a date for the template."""
         self.options = options
         self.rows = RowReader(sources)
         self.max_length = _max_length(options, model)
@@ -145,18 +145,17 @@ class Demonstrations:
         rows = self.rows.count
         return None if rows is None else -(-rows // self.options.shard_size)
 
-    def read(self, index: int) -> Unscored | None:
+    def read(self, index: int) -> ShardInput | None:
         size = self.options.shard_size
         rows = self.rows.read(index * size, (index + 1) * size)
         if not rows:
             return None
-        shard = Unscored()
+        shard = ShardInput()
         for source, line, raw in rows:
             row = parse_row(source, line, raw, self.options.format)
             encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
             if isinstance(encoded, Encoded):
                 shard.examples.append(encoded.example)
-                shard.token_weights.append(encoded.token_weights)
                 shard.content.add_sums(cut=encoded.cut)
             elif self.options.strict:
                 raise _unusable(encoded)

@@ -1,7 +1,7 @@
-"""`qpipe score --at`: the very examples of a score folder, under another model of its tokenizer.
+"""`qpipe score --at`: scores the examples of a score folder with another model of its tokenizer.
 
-Shard i covers shard i of that folder. Each position holds this model's top k and, besides, its
-log-probabilities at the ids that the folder holds there: the two models share a support.
+Shard i covers shard i of that folder. Each position holds this model's top k and, in addition, its
+log-probabilities at the ids that the folder holds there, so that the two share a support.
 """
 
 from typing import Any
@@ -11,24 +11,24 @@ from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import Job, StageResult
 from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.format.batches import split
-from ...pipeline.format.records import Example, ScoredExample
+from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
 from ..execution.options import run_stage
 from ..execution.settings import Execution
 from .settings import ScoreSettings
-from .stage import ScoreStage, Unscored
+from .stage import ScoreStage, ShardInput
 
 
 def score_at(
     settings: ScoreSettings, execution: Execution | None = None
 ) -> StageResult | TaskResult:
-    """Make the score folder of another one's examples, or what is missing of it."""
+    """Make the score folder of another folder's examples, or its missing shards."""
     return run_stage(_stage(settings), execution)
 
 
 def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
-    """The stage of these settings; another process that knows of it gives its job."""
+    """The stage of these settings; a worker passes the job of its driver."""
     at = settings.at
     assert at is not None
     folder = open_sealed(at, "score")
@@ -40,19 +40,19 @@ def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
 
 
 class _FolderExamples:
-    """Examples as a score folder holds them, with the ids at each of their positions."""
+    """Reads the examples of a score folder with the ids stored at each position."""
 
     gathers = True
 
     def __init__(self, folder: SealedFolder, model: ModelFiles) -> None:
         self.folder = folder
         self.vocab_size = model.vocab_size
-        # `_check_examples` has seen to it that none is longer
-        longest = folder.settings.get("max_length", model.max_length)  # none in what was imported
+        # `_check_examples` refuses longer ones
+        longest = folder.settings.get("max_length", model.max_length)  # imported scores have none
         self.max_length = min(longest, model.max_length)
 
     def settings(self) -> dict[str, Any]:
-        """How rows were read, above all; not what scored them."""
+        """The settings of the other folder, above all how rows were read, without its engine's."""
         theirs = ("imported", "mass", "server_model")
         own = self.folder.settings.items()
         return {name: value for name, value in own if name not in theirs}
@@ -74,16 +74,16 @@ class _FolderExamples:
     def shard_count(self) -> int | None:
         return len(self.folder.shards)
 
-    def read(self, index: int) -> Unscored | None:
+    def read(self, index: int) -> ShardInput | None:
         at: list[GivenIds] = []
-        shard = Unscored(at=at)
+        shard = ShardInput(at=at)
         for batch in self.folder.batches(index):
             scored: ScoredExample
             for scored in split(self.folder.schema, batch):
                 given = GivenIds(scored.counts, scored.topk_ids)
-                shard.examples.append(Example(scored.id, scored.input_ids, scored.positions))
-                shard.token_weights.append(scored.token_weights)
-                # models pad their vocabularies by different amounts: such an id is no token
+                of = scored.id, scored.input_ids, scored.positions, scored.token_weights
+                shard.examples.append(WeightedExample(*of))
+                # models pad their vocabularies differently: higher ids are not tokens
                 at.append(given.below(self.vocab_size))
         return shard
 
@@ -93,14 +93,14 @@ def _check_tokenizer(folder: SealedFolder, model: ModelFiles) -> None:
     if theirs != ours:
         raise UserError(
             f"{folder.path}: made with tokenizer hash {theirs}, model {model.name} has {ours}: "
-            "give a model of the same tokenizer: the ids of another one mean other tokens"
+            "give a model with the same tokenizer"
         )
 
 
 def _check_examples(folder: SealedFolder, model: ModelFiles) -> None:
-    """Refuse examples that are too long for the model, or hold tokens that it lacks.
+    """Raise UserError for examples too long for the model, or with tokens outside its vocabulary.
 
-    They are read for this only where the folder's own limits leave it open.
+    They are read for this only if the folder's own limits do not rule it out.
     """
     limit, vocab_size = model.max_length, model.vocab_size
     settings = folder.settings
@@ -118,6 +118,6 @@ def _check_examples(folder: SealedFolder, model: ModelFiles) -> None:
         )
     if largest >= vocab_size:
         raise UserError(
-            f"{folder.path}: token {largest} stands in its examples, the vocabulary of model "
-            f"{model.name} ends before {vocab_size}: give another --model"
+            f"{folder.path}: its examples hold token {largest}, the vocabulary of model "
+            f"{model.name} has {vocab_size} tokens: give another --model"
         )

@@ -1,9 +1,8 @@
-"""The stage behind `qpipe score`: examples in, score shards out.
+"""The stage of `qpipe score`: examples in, score shards out.
 
-`ScoreStage` makes the folder, whatever its examples come from: demonstrations (`score`) or another
-score folder (`score_at`). Shard i covers demonstrations i·size to (i+1)·size - 1 of the
-sources in the order given, rejected ones included, so the plan is the same whatever was scored
-before.
+`ScoreStage` makes the folder from the examples of demonstrations (`from_demonstrations`) or of
+another score folder (`from_folder`). Shard i covers demonstrations i·size to (i+1)·size - 1 of the
+sources in the order given, rejected ones included, so the plan does not depend on earlier runs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import Job, folder_in
 from ...pipeline.folders.shards import ShardContent, batches_of
 from ...pipeline.folders.watch import Report
-from ...pipeline.format.records import Example, Floats, ScoredExample
+from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
 from ..engines.base import GivenIds, Scorer
@@ -29,49 +28,48 @@ from .settings import ScoreSettings
 
 
 @dataclass(slots=True)
-class Unscored:
-    """What is known of a shard before the model has seen it."""
+class ShardInput:
+    """The examples of a shard to score, and its rejects."""
 
-    examples: list[Example] = field(default_factory=list)
-    token_weights: list[Floats] = field(default_factory=list)  # [N] of each example
-    at: list[GivenIds] | None = None  # ids to gather of each example
+    examples: list[WeightedExample] = field(default_factory=list)
+    at: list[GivenIds] | None = None  # ids to score at each position of each example
     content: ShardContent = field(default_factory=ShardContent)  # rejects and sums
 
 
 class ExampleSource(Protocol):
-    """Where the examples come from."""
+    """Supplies the examples of a score folder."""
 
-    max_length: int  # tokens of the longest that may come
-    gathers: bool  # whether they come with ids to gather
+    max_length: int  # most tokens of an example
+    gathers: bool  # whether examples come with ids to score
 
     def settings(self) -> dict[str, Any]:
-        """Their part of the folder's identity; the model's own settings win over it."""
+        """Its settings in the folder's identity; those of the model override them."""
         ...
 
     def inputs(self) -> dict[str, str]:
-        """What they are read from, and its fingerprint."""
+        """Names and fingerprints of what is read."""
         ...
 
     def parents(self) -> dict[str, Any]:
-        """The folders they come from, as a manifest names them."""
+        """The folders that are read, as a manifest lists them."""
         ...
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
-        """A function and its arguments that make the stage of these examples elsewhere."""
+        """A function and its arguments that recreate the stage in another process."""
         ...
 
     @property
     def count(self) -> int | None:
-        """How many there are, rejected ones included; None where only reading tells."""
+        """The number of demonstrations, rejected ones included; None if unknown until read."""
         ...
 
     @property
     def shard_count(self) -> int | None:
-        """How many shards they make; None where only reading tells."""
+        """The number of shards; None if unknown until read."""
         ...
 
-    def read(self, index: int) -> Unscored | None:
-        """Read a shard; None behind the last."""
+    def read(self, index: int) -> ShardInput | None:
+        """Read a shard; None after the last."""
         ...
 
 
@@ -93,7 +91,7 @@ class ScoreStage:
         self.job = job or self._job()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As a pickle: what was settled here, above all the engine and the number format."""
+        """Pickle the resolved settings, above all the engine and the number format."""
         return self.source.rebuild(replace(self.settings, engine=self.engine), self.job)
 
     @property
@@ -110,23 +108,23 @@ class ScoreStage:
 
     @cached_property
     def scorer(self) -> Scorer:
-        """The engine, started once."""
+        """The engine, started on first use."""
         return make_scorer(self.model, self.engine)
 
     def start(self) -> None:
         _ = self.scorer
 
-    def read(self, index: int) -> Unscored | None:
-        """Read and tokenise a shard's demonstrations."""
+    def read(self, index: int) -> ShardInput | None:
+        """Read and encode a shard's demonstrations."""
         return self.source.read(index)
 
-    def make(self, shard: Unscored, report: Report) -> ShardContent:
+    def make(self, shard: ShardInput, report: Report) -> ShardContent:
         """Score a shard."""
         rejects = len(shard.content.rejects)
         report(demonstrations=rejects, rejects=rejects)
         scored: dict[int, ScoredExample] = {}
         for place, example in self.scorer.score(shard.examples, self.engine.top_k, shard.at):
-            scored[place] = replace(example, token_weights=shard.token_weights[place])
+            scored[place] = example
             report(demonstrations=1, positions=len(example.positions))
         in_order = [scored[place] for place in range(len(shard.examples))]
         shard.content.batches = batches_of(self.schema, in_order)
@@ -134,7 +132,7 @@ class ScoreStage:
         return shard.content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raises UserError where no shard holds any scores."""
+        """Raise UserError if no shard holds scores."""
         refuse_nothing_scored(shards)
 
     def _job(self) -> Job:
@@ -171,7 +169,7 @@ class ScoreStage:
 
 
 def check_top_k(top_k: int, model: ModelFiles) -> None:
-    """Raises UserError for more entries than the model's vocabulary has."""
+    """Raise UserError for more entries than the model's vocabulary has."""
     if top_k > model.vocab_size:
         raise UserError(
             f"--top-k {top_k} is above the model's vocabulary of {model.vocab_size}: "
@@ -202,7 +200,7 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
 
 
 def score_sums(scored: list[ScoredExample]) -> dict[str, float]:
-    """Nats, probability mass, and positions of a weight that is not 1, over the shard."""
+    """Sums over a shard: nats, probability mass, and positions whose weight is not 1."""
     if not scored:
         return {}
     return {
@@ -213,7 +211,7 @@ def score_sums(scored: list[ScoredExample]) -> dict[str, float]:
 
 
 def refuse_nothing_scored(shards: Iterable[ShardEntry]) -> None:
-    """Raises UserError where no shard holds any scores."""
+    """Raise UserError if no shard holds scores."""
     shards = list(shards)
     if any(entry.rows for entry in shards):
         return

@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from qpipe.pipeline.folders.sealed import read_scores
-from qpipe.pipeline.format.records import Example
+from qpipe.pipeline.format.records import WeightedExample
 from qpipe.stages.engines.base import scored
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import EngineSettings
@@ -43,6 +43,7 @@ from qpipe.stages.quiet import quiet_libraries
 from qpipe.stages.score import stage as score_stage
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.benchmarks.figures import faster, publish, timed
+from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model, load_model
 
@@ -175,7 +176,7 @@ def front_end(top_k: int) -> float:
     T, requests = 512, 200
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 49152, T).astype(np.int32)
-    example = Example("e", ids, np.arange(1, T, dtype=np.int32))
+    example = unweighted("e", ids, np.arange(1, T, dtype=np.int32))
     log_probs = -np.sort(rng.exponential(3, (T - 1, top_k + 1)), axis=1).astype(np.float32) - 2
     tensors = LogprobsTensors(
         torch.from_numpy(rng.integers(0, 49152, (T - 1, top_k + 1)).astype(np.int32)),
@@ -215,7 +216,7 @@ class _Elsewhere:
         self.ids = rng.integers(0, 49152, (MAX_LENGTH, TOP_K)).astype(np.int32)
         self.tokens, self.seconds = 0, 0.0
 
-    def score(self, examples: list[Example], top_k: int, at: None = None) -> Any:
+    def score(self, examples: list[WeightedExample], top_k: int, at: None = None) -> Any:
         for place, example in enumerate(examples):
             tokens = len(example.input_ids)
             self.tokens += tokens

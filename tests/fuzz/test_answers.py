@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from qpipe.pipeline.format.arrow import decode, encode
 from qpipe.pipeline.format.batches import flatten
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.engines import server
 from qpipe.stages.engines.server import ServerScorer, served_model
 from qpipe.stages.engines.settings import EngineSettings, ServerSettings
+from qpipe.tests.support.examples import unweighted
 
 from .inputs import Draw, damaged, fuzz, made_or_refused, odd_values, spoilt
 
@@ -94,7 +95,7 @@ def scores_of(answer: bytes, top_k: int) -> ScoredExample | None:
     """What is stored of an answer."""
     scorer, fake = scorer_and_fake()
     fake.answers = {"completions": answer}
-    example = Example("a", TOKENS, POSITIONS)
+    example = unweighted("a", TOKENS, POSITIONS)
     found = made_or_refused(lambda: list(scorer.score([example], top_k)))
     if found is None:
         return None

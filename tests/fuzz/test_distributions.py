@@ -69,9 +69,9 @@ def scored_examples(draw: Draw, V: int, top_k: int, tokens: Sequence[int]) -> Sc
 
 
 def _example(tokens: Sequence[int], positions: NDArray[np.int32]) -> Any:
-    from qpipe.pipeline.format.records import Example
+    from qpipe.tests.support.examples import unweighted
 
-    return Example("a", np.array(tokens, np.int32), positions)
+    return unweighted("a", np.array(tokens, np.int32), positions)
 
 
 @st.composite

@@ -78,7 +78,7 @@ def encoded(row: dict[str, Any], made: Encoder) -> Encoded | Reject:
     if isinstance(found, Reject):
         json_bytes(found)
         return found
-    example, weights = found.example, found.token_weights
+    example, weights = found.example, found.example.token_weights
     assert 2 <= len(example.input_ids) <= made.max_length
     assert (example.input_ids >= 0).all()
     assert (example.input_ids < VOCAB_SIZE).all()
@@ -124,7 +124,7 @@ def test_without_a_template_every_token_is_where_its_character_is(row: dict[str,
     given = [m.get("weight") for m in row["messages"] if m["role"] == "assistant"]
     if not any({"spans", "token_weights"} & m.keys() for m in row["messages"]):
         weights = {1.0 if each is None else float(np.float32(each)) for each in given}
-        assert set(found.token_weights.tolist()) <= weights
+        assert set(found.example.token_weights.tolist()) <= weights
 
 
 def tokens_of(text: str) -> list[int]:

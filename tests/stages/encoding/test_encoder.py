@@ -694,5 +694,5 @@ def test_tokenizer_without_offsets():
         is_fast = False
         name_or_path = "some/model"
 
-    with pytest.raises(UserError, match="some/model gives no character offsets"):
+    with pytest.raises(UserError, match="some/model has no character offsets"):
         encoder(CHATML, SlowTokenizer())

@@ -137,7 +137,7 @@ def told(template, *messages, tokenizer=BYTES, **options):
     """The text of each run of supervised tokens of one weight, and that weight."""
     encoded = encode(template, *messages, tokenizer=tokenizer, **options)
     assert isinstance(encoded, Encoded), encoded
-    ids, weights = encoded.example.observed_ids, encoded.token_weights
+    ids, weights = encoded.example.observed_ids, encoded.example.token_weights
     assert weights.dtype == np.float32
     assert weights.shape == ids.shape
     # A break in the positions ends a run also where the weight goes on.
@@ -466,7 +466,7 @@ class TestTokenWeights:
         ids = WORDS("hello good 🙂", add_special_tokens=False)["input_ids"]
         assert len(ids) == 7  # hello, good, the space, the four bytes
         assert encoded.example.observed_ids.tolist() == [*ids, WORDS.convert_tokens_to_ids(END)]
-        assert encoded.token_weights.tolist() == [1, 2, 3, 4, 5, 6, 7, 1]
+        assert encoded.example.token_weights.tolist() == [1, 2, 3, 4, 5, 6, 7, 1]
 
     @pytest.mark.parametrize("count", [0, 1, 3, 6])
     def test_of_another_count(self, count):
@@ -656,4 +656,4 @@ def test_any_spans_of_any_content(name, clean, data):
     else:
         assert isinstance(encoded, Encoded), encoded
         assert encoded.example.input_ids.tolist() == layout["input_ids"]
-        assert encoded.token_weights.tolist() == wanted
+        assert encoded.example.token_weights.tolist() == wanted

@@ -11,12 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import Scorer
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import ENGINES, EngineSettings
 from qpipe.stages.engines.transformers_engine import _log_probs, batches
+from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
 
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.xdist_group("vllm")
 TOLERANCE = 1e-4  # nats; two float32 implementations of the same model
 
 
-def example(seed: int, length: int, positions: list[int]) -> Example:
+def example(seed: int, length: int, positions: list[int]) -> WeightedExample:
     ids = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
-    return Example(f"e{seed}", ids, np.array(positions, np.int32))
+    return unweighted(f"e{seed}", ids, np.array(positions, np.int32))
 
 
 EXAMPLES = [
@@ -41,14 +42,14 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path) -> Callable[[Example], NDArray[np.float64]]:
+def reference(tiny_model: Path) -> Callable[[WeightedExample], NDArray[np.float64]]:
     """Log-probabilities [N, V]: each position from a run of the model on the tokens before it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def log_probs(one: Example) -> NDArray[np.float64]:
+    def log_probs(one: WeightedExample) -> NDArray[np.float64]:
         rows = []
         for position in one.positions:
             prefix = torch.from_numpy(one.input_ids[:position].astype(np.int64))[None]
@@ -73,7 +74,7 @@ def run(scorer: Scorer, top_k: int) -> list[ScoredExample]:
 
 @pytest.mark.parametrize("top_k", [1, 8, VOCAB])
 def test_scores_equal_the_dense_reference(
-    scorer: Scorer, reference: Callable[[Example], NDArray[np.float64]], top_k: int
+    scorer: Scorer, reference: Callable[[WeightedExample], NDArray[np.float64]], top_k: int
 ) -> None:
     for one, result in zip(EXAMPLES, run(scorer, top_k), strict=True):
         dense_NV = reference(one)
@@ -96,7 +97,7 @@ def test_scores_equal_the_dense_reference(
 
 
 def test_ranks_count_the_tokens_at_least_as_probable(
-    scorer: Scorer, reference: Callable[[Example], NDArray[np.float64]]
+    scorer: Scorer, reference: Callable[[WeightedExample], NDArray[np.float64]]
 ) -> None:
     outside = 0
     for one, result in zip(EXAMPLES, run(scorer, 8), strict=True):
@@ -134,7 +135,7 @@ def test_a_damaged_model_gives_no_scores(
         weights[name].fill_(torch.nan)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     settings = EngineSettings(engine, "float32", max_length=256)
-    with pytest.raises(UserError, match=name if damage == "missing" else "no numbers"):
+    with pytest.raises(UserError, match=name if damage == "missing" else "not numbers"):
         list(make_scorer(find_model(str(folder)), settings).score(EXAMPLES, 4))
 
 
@@ -206,7 +207,7 @@ def test_transformers_halves_a_batch_that_does_not_fit(
     score_batch = scorer.score_batch
     sizes: list[int] = []
 
-    def limited(batch: list[Example], *rest: Any) -> list[ScoredExample]:
+    def limited(batch: list[WeightedExample], *rest: Any) -> list[ScoredExample]:
         sizes.append(len(batch))
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")

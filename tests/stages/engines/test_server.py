@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines.choose import choose_engine, make_scorer
 from qpipe.stages.engines.server import served_model
 from qpipe.stages.engines.settings import EngineSettings, ServerSettings
+from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model
 
@@ -31,11 +32,11 @@ VOCAB = 320
 NAME = "tiny"
 
 
-def example(seed: int, length: int) -> Example:
+def example(seed: int, length: int) -> WeightedExample:
     rng = np.random.default_rng(seed)
     positions = np.sort(rng.choice(np.arange(1, length), min(length - 1, 20), replace=False))
     ids = rng.integers(0, VOCAB, length).astype(np.int32)
-    return Example(f"e{seed}", ids, positions.astype(np.int32))
+    return unweighted(f"e{seed}", ids, positions.astype(np.int32))
 
 
 EXAMPLES = [example(seed, length) for seed, length in enumerate((2, 40, 255, 7, 90, 33, 12, 60))]
@@ -327,7 +328,7 @@ def test_ids_that_are_none_are_never_stored(fake: Fake, key: str) -> None:
     ],
 )
 def test_a_wrong_answer_is_never_stored(fake: Fake, spoil: Any, words: str) -> None:
-    one = replace(EXAMPLES[1], positions=np.arange(1, 40, dtype=np.int32))
+    one = unweighted("e1", EXAMPLES[1].input_ids, np.arange(1, 40, dtype=np.int32))
     scorer = make_scorer(fake.files, settings_for(fake))
     fake.faults = [spoil]
     with pytest.raises(UserError, match=words):
@@ -352,8 +353,8 @@ def test_requests_under_way_are_bounded(fake: Fake, concurrency: int) -> None:
 def test_examples_are_taken_as_there_is_room(fake: Fake) -> None:
     taken: list[int] = []
 
-    class Counted(list[Example]):
-        def __iter__(self) -> Iterator[Example]:
+    class Counted(list[WeightedExample]):
+        def __iter__(self) -> Iterator[WeightedExample]:
             for place in range(len(self)):
                 taken.append(place)
                 yield self[place]
@@ -434,7 +435,7 @@ def test_a_server_that_is_not_there_is_one_clear_line() -> None:
 
 
 def test_given_ids_are_not_for_a_server() -> None:
-    with pytest.raises(UserError, match="--engine server scores no given ids"):
+    with pytest.raises(UserError, match="--engine server cannot score given ids"):
         choose_engine("server", gathers=True)
 
 
@@ -465,7 +466,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 
 def test_a_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "schlüssel")
-    with pytest.raises(UserError, match="VLLM_API_KEY: holds what no key does"):
+    with pytest.raises(UserError, match="VLLM_API_KEY: not ASCII"):
         served_model(ServerSettings("http://127.0.0.1:9"))
 
 
@@ -489,6 +490,8 @@ def test_tokens_that_tie_within_the_top_k_share_the_last_rank(fake: Fake) -> Non
 
     fake.model = Tied()
     scorer = make_scorer(fake.files, settings_for(fake))
-    tied = Example("tied", np.array([0, 9, 7, 1, 200], np.int32), np.arange(1, 5, dtype=np.int32))
+    tied = unweighted(
+        "tied", np.array([0, 9, 7, 1, 200], np.int32), np.arange(1, 5, dtype=np.int32)
+    )
     ((_, found),) = scorer.score([tied], 8)
     assert found.observed_ranks.tolist() == [4, 1, 4, 4]

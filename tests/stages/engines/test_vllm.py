@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_start
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.vllm_start import is_memory
 from qpipe.stages.score import stage as score_stage
 from qpipe.stages.score.from_demonstrations import score
+from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
@@ -28,10 +29,12 @@ VOCAB = 320
 pytestmark = pytest.mark.xdist_group("vllm")
 
 
-def example(seed: int, length: int) -> Example:
+def example(seed: int, length: int) -> WeightedExample:
     """Every second token is supervised, and of the longer ones none of the first 20."""
     ids = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
-    return Example(f"e{seed}", ids, np.arange(1 if length < 50 else 21, length, 2, dtype=np.int32))
+    return unweighted(
+        f"e{seed}", ids, np.arange(1 if length < 50 else 21, length, 2, dtype=np.int32)
+    )
 
 
 EXAMPLES = [example(seed, length) for seed, length in enumerate((12, 200, 2, 256, 61, 33, 7, 100))]
@@ -162,7 +165,7 @@ def test_an_engine_that_can_leaves_the_prompt_out(
     check_same(run(scorer), whole)
     assert list(late.starts.values()) == [one.positions[0] - 1 for one in EXAMPLES]
     late.too_late = 1
-    with pytest.raises(UserError, match=r"gave log-probabilities of \d+ tokens for a prompt of"):
+    with pytest.raises(UserError, match=r"log-probabilities of \d+ tokens for a prompt of"):
         run(scorer)
     late.engine.abort_request(list(late.output_processor.external_req_ids))
 
@@ -199,7 +202,7 @@ def test_an_engine_that_dies_is_started_again_smaller_and_nothing_is_lost(
     check_same(run(scorer), before)
     assert scorer.scheduled_tokens == 64
     scorer.engine = Failing(scorer.engine, 2, out_of_memory())
-    with pytest.raises(UserError, match=r"at 64 tokens a step too: .*finished shards are kept"):
+    with pytest.raises(UserError, match=r"again, at 64 tokens a step: .*finished shards are kept"):
         run(scorer)
 
 
@@ -259,12 +262,12 @@ def test_an_engine_that_cannot_start_is_told_in_one_line(
 _LIMITED = """
 import resource, sys, psutil
 import numpy as np
-from qpipe.pipeline.format.records import Example
+from qpipe.tests.support.examples import unweighted
 from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.trainer.models.files import find_model
 ids = np.arange(255, dtype=np.int32)
-one = Example("a", ids, np.arange(1, 255, dtype=np.int32))
+one = unweighted("a", ids, np.arange(1, 255, dtype=np.int32))
 scorer = make_scorer(find_model(sys.argv[1]), EngineSettings("vllm", "float32", max_length=255))
 (_, free), = scorer.score([one], 8)
 scorer.scheduled_tokens = 128  # it runs with more, and comes back with 64
@@ -323,7 +326,7 @@ def test_an_engine_in_a_process_of_its_own_that_cannot_start_may_lack_memory() -
     ("death", "starts", "words"),
     [
         ("Engine core initialization failed.", 2, "vLLM cannot start with model .*--engine tr"),
-        ("CUDA out of memory", 4, "tokens a step too: CUDA out of memory: "),
+        ("CUDA out of memory", 4, "tokens a step: CUDA out of memory: "),
     ],
 )
 def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(

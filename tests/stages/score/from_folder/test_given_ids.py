@@ -9,13 +9,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
 from qpipe.stages.engines.choose import choose_engine
 from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.transformers_engine import TransformersScorer
+from qpipe.tests.support.examples import unweighted
 from qpipe.trainer.models.files import find_model
 
 from .folders import SHARDS, TOLERANCE, VOCAB, Dense, check_union, ints, scored_by_hand
@@ -23,7 +24,7 @@ from .folders import SHARDS, TOLERANCE, VOCAB, Dense, check_union, ints, scored_
 
 def test_entries_are_joined_in_order_and_once() -> None:
     """Three positions: one with ties, one with nothing given, one with nothing new."""
-    example = Example("e", ints(0, 0, 0, 0), ints(1, 2, 3))
+    example = unweighted("e", ints(0, 0, 0, 0), ints(1, 2, 3))
     log = np.log(np.array([[0.4, 0.2], [0.5, 0.3], [0.6, 0.1]], np.float32))
     ids = np.array([[5, 3], [1, 2], [8, 9]])
     top = pack(example, log[:, 0], np.ones(3, np.int32), ids, log, vocab_size=10)
@@ -41,7 +42,7 @@ def test_entries_are_joined_in_order_and_once() -> None:
 
 def test_entries_that_are_the_whole_vocabulary_leave_no_tail() -> None:
     """Whatever rounding leaves of 1."""
-    example = Example("e", ints(0, 0, 0), ints(1, 2))
+    example = unweighted("e", ints(0, 0, 0), ints(1, 2))
     log = np.log(np.full((2, 1), 0.5, np.float32))
     top = pack(example, log[:, 0], np.ones(2, np.int32), np.array([[2], [2]]), log, vocab_size=3)
     gathered = np.log(np.array([0.25, 0.125, 0.25], np.float32))
@@ -52,11 +53,11 @@ def test_entries_that_are_the_whole_vocabulary_leave_no_tail() -> None:
 
 
 def test_what_is_no_number_is_refused() -> None:
-    example = Example("e7", ints(0, 0), ints(1))
+    example = unweighted("e7", ints(0, 0), ints(1))
     log = np.log(np.full((1, 1), 0.5, np.float32))
     top = pack(example, log[:, 0], np.ones(1, np.int32), np.zeros((1, 1), int), log, vocab_size=9)
     nan = np.full(1, np.nan, np.float32)
-    with pytest.raises(UserError, match=r"example e7: .* no numbers"):
+    with pytest.raises(UserError, match=r"example e7: .* not numbers"):
         with_given(top, GivenIds(ints(1), ints(4)), nan, vocab_size=9)
     nothing = np.full(1, -np.inf, np.float32)
     never = with_given(top, GivenIds(ints(1), ints(4)), nothing, vocab_size=9)
@@ -129,15 +130,14 @@ def test_vllm_on_a_gpu_scores_given_ids_in_the_same_request(
     check_all(run(vllm_scorer, top_k), dense, top_k)
 
 
-@pytest.mark.parametrize("top_k", [1, 7])
-def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
-    vllm: Any,
-    dense: Dense,
-    top_k: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_vllm_that_cannot_score_given_ids_refuses_them(vllm: Any) -> None:
+    with pytest.raises(UserError, match=r"cannot score given ids, .*: use --engine transformers"):
+        list(vllm.score(EXAMPLES, 3, AT))
+
+
+def test_of_wide_rows_a_few_tokens_are_in_the_engine_at_a_time(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say_once.cache_clear()
     monkeypatch.setattr("qpipe.stages.engines.vllm_engine.WINDOW_BYTES", 8 * VOCAB)
     waiting: list[int] = []
     add_request = vllm.engine.add_request
@@ -147,11 +147,8 @@ def test_vllm_gathers_from_whole_distributions_of_a_few_tokens_at_a_time(
         return add_request(*request)
 
     monkeypatch.setattr(vllm.engine, "add_request", count)
-    check_all(run(vllm, top_k), dense, top_k)
+    assert all((one.counts == VOCAB).all() for _, one in vllm.score(EXAMPLES, VOCAB))
     assert waiting == [0] * len(EXAMPLES)
-    assert (
-        capsys.readouterr().err.count("0.0 MB for each token of an example: --engine transf") == 1
-    )
 
 
 def test_vllm_without_ids_to_gather_still_fills_its_window(
@@ -242,18 +239,13 @@ def worker_scores(sampling: Any, dense_TV: torch.Tensor) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("top_k", [1, 7])
-def test_vllms_own_token_id_scoring_gives_the_same(
+def test_vllms_own_token_id_scoring_gives_what_the_dense_reference_has(
     vllm: Any, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(vllm, top_k)
     monkeypatch.setattr(vllm, "engine", TokenIdEngine(vllm.engine))
     monkeypatch.setattr(vllm, "takes_ids", True)
     monkeypatch.setattr(vllm, "keeps_tensors", False)  # its answers are flat lists
-    results = run(vllm, top_k)
-    check_all(results, dense, top_k)
-    for one, other in zip(results, whole, strict=True):
-        np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
-        np.testing.assert_array_equal(one.topk_log_probs, other.topk_log_probs)
+    check_all(run(vllm, top_k), dense, top_k)
 
 
 def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +259,7 @@ def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(vllm, "engine", Dropping(vllm.engine))
     monkeypatch.setattr(vllm, "takes_ids", True)
     monkeypatch.setattr(vllm, "keeps_tensors", False)
-    with pytest.raises(UserError, match="example a: vLLM gave no log-probabilities at the ids"):
+    with pytest.raises(UserError, match="example a: vLLM returned no log-probabilities at the ids"):
         list(vllm.score(EXAMPLES[:1], 2, AT[:1]))
 
 

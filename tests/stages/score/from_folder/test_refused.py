@@ -24,7 +24,9 @@ def test_a_token_that_the_model_lacks_is_refused(
     one = scored_by_hand("a", 60, 1)
     one.input_ids[5] = VOCAB
     at = make_folder(tmp_path / "at", tiny_model, [[one]], vocab_size=400)
-    with pytest.raises(UserError, match=r"at: token 320 .* teacher ends before 320: give"):
+    with pytest.raises(
+        UserError, match=r"at: its examples hold token 320, .* teacher has 320 tokens: give"
+    ):
         score_at(settings(teacher, at, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
