@@ -15,6 +15,8 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 FLOORS = ("pipeline", "trainer", "stages")
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PATCHES = {"setattr", "delattr", "object", "patch"}
 
 
 def test_every_package_folder_is_declared() -> None:
@@ -165,3 +167,56 @@ def modules() -> set[str]:
 
 def is_module(name: str) -> bool:
     return name in modules()
+
+
+def test_tests_patch_no_private_name() -> None:
+    """Of the product's: a rename would break tests that no reader connects with it."""
+    private = {name for path in FILES for name in private_names(path)}
+    found = [
+        f"{short(path)}:{node.lineno}: {name}"
+        for path in TESTS
+        for node, name in patched(tree(path))
+        if name.rpartition(".")[2] in private
+    ]
+    assert found == []
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """The names with an underscore that a file defines or sets."""
+    for node in ast.walk(tree(path)):
+        match node:
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+            ):
+                pass
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                pass
+            case _:
+                continue
+        if name.startswith("_"):
+            yield name
+
+
+def patched(module: ast.Module) -> Iterator[tuple[ast.Call, str]]:
+    """The calls that replace something, with its name; of other libraries' objects none."""
+    foreign = {
+        alias.asname or alias.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom)
+        and not (node.module or "").startswith("qpipe")
+        and not node.level
+        for alias in node.names
+    }
+    for node in ast.walk(module):
+        if (
+            not isinstance(node, ast.Call)
+            or getattr(node.func, "attr", getattr(node.func, "id", "")) not in PATCHES
+        ):
+            continue
+        match node.args:
+            case [ast.Name(id=name), *_] if name in foreign:
+                continue
+            case [ast.Constant(value=str(name)), *_] | [_, ast.Constant(value=str(name)), *_]:
+                yield node, name
