@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,12 +23,26 @@ CHATML = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, and so do those that share something costly."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+SHARE_AN_ENGINE = (
+    "tests/stages/engines/test_engines.py",
+    "tests/stages/engines/test_vllm.py",
+    "tests/stages/score/from_folder/test_given_ids.py",
+)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, and so do the files that share a vLLM engine.
+
+    (xdist's own groups have no effect under pytest 9.2, whose node ids do not change.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "engine" if file in SHARE_AN_ENGINE else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

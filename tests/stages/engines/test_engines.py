@@ -22,7 +22,6 @@ from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
 
 VOCAB = 320
-pytestmark = pytest.mark.xdist_group("vllm")
 TOLERANCE = 1e-4  # nats; two float32 implementations of the same model
 
 

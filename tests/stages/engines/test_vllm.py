@@ -26,7 +26,6 @@ from ...conftest import make_tiny_model
 from ..score.test_plan import write_chats
 
 VOCAB = 320
-pytestmark = pytest.mark.xdist_group("vllm")
 
 
 def example(seed: int, length: int) -> WeightedExample:

@@ -74,7 +74,6 @@ def test_given_ids_are_cut_to_a_vocabulary_and_laid_out_in_columns() -> None:
     assert GivenIds(ints(0, 0), ints()).padded().shape == (2, 0)
 
 
-pytestmark = pytest.mark.xdist_group("vllm")
 EXAMPLES = [one for shard in SHARDS for one in shard] + [scored_by_hand("g", 256, 7)]
 AT = [GivenIds(one.counts, one.topk_ids) for one in EXAMPLES]
 AT[1] = GivenIds(ints(0), ints())  # none at all
