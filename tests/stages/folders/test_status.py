@@ -16,7 +16,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Identity, Plan, identity_schema
 from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import ShardContent, batches_of
-from qpipe.pipeline.format.records import Example, Reject
+from qpipe.pipeline.format.records import Reject, WeightedExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.storage.locks import is_worked_in
 from qpipe.stages.cli import cli
@@ -24,9 +24,8 @@ from qpipe.stages.engines.base import scored
 from qpipe.stages.folders.status import FolderStatus, TrainStatus, status_of
 from qpipe.stages.report.training_page import read_runs
 
-SETTINGS = {"vocab_size": 100, "top_k": 2, "tokenizer_hash": "3fa9"}
-ROWS = 4  # of a shard, and one rejected
 SETTINGS = {"vocab_size": 100, "tokenizer_hash": "3fa9", "top_k": 2}
+ROWS = 4  # of a shard, and one rejected
 
 
 def content(index: int) -> ShardContent:
@@ -36,7 +35,9 @@ def content(index: int) -> ShardContent:
     positions = np.array([2, 5, 9], np.int32)
     examples = [
         scored(
-            Example(f"{index}-{row}", np.arange(10, dtype=np.int32), positions),
+            WeightedExample(
+                f"{index}-{row}", np.arange(10, dtype=np.int32), positions, np.ones(3, np.float32)
+            ),
             np.full(3, -1.0, np.float32),
             np.ones(3, np.int32),
             np.array([[1, 2]] * 3, np.int32),
