@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from hypothesis import strategies as st
-from qpipe.pipeline.format.records import Example, ScoredExample
+from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.cli import cli, main
 from qpipe.stages.engines.base import scored
 from qpipe.stages.score import stage as score_stage
@@ -77,7 +77,7 @@ class StandIn:
     """A scorer without a model: every token is as likely as any other."""
 
     def score(
-        self, examples: Sequence[Example], top_k: int, at: Any = None
+        self, examples: Sequence[WeightedExample], top_k: int, at: Any = None
     ) -> Iterator[tuple[int, ScoredExample]]:
         for place, example in enumerate(examples):
             N = len(example.positions)
