@@ -5,39 +5,74 @@ Nothing heavy is imported before a command runs, so that `qpipe --help` answers 
 
 import signal
 import sys
+from importlib import import_module
 
 import click
 
-from .commands.build_targets import build_targets
-from .commands.doctor import completion, doctor, print_version
-from .commands.exchange import export, import_
-from .commands.inspect import inspect
-from .commands.methods import compare_methods, methods
-from .commands.mix import mix
-from .commands.report import report
-from .commands.score import score
-from .commands.share import lineage, list_folders, share
-from .commands.status import status
-from .commands.subset import subset
-from .commands.train import train
-from .commands.verify import verify
+from .. import __version__
 from .quiet import quiet_libraries
 
+# module and function in `commands`, and the first line of the help; in the order of the flow
+_COMMANDS = {
+    "score.score": "Score demonstrations under a base model.",
+    "build_targets.build_targets": "Build sparse target distributions from scores.",
+    "train.train": "Train a model on targets; no base model is needed.",
+    "methods.compare_methods": "Compare the best results that the targets of each method allow.",
+    "methods.methods": "List the target methods.",
+    "status.status": "Show the progress of a folder, also while a command writes it.",
+    "inspect.inspect": "Show a summary of scores or targets, then examples token by token.",
+    "report.report": "Write an HTML page about targets, scores or training runs.",
+    "verify.verify": "Verify every byte and every value of a score or target folder.",
+    "share.share": "Copy a finished folder to a path or URL, as a dataset with a card.",
+    "share.list_": "List the folders under a path or URL, one per line.",
+    "share.lineage": "Show the inputs of a folder, back to the demonstrations.",
+    "subset.subset": "Select demonstrations of a score or target folder into a new folder.",
+    "mix.mix": "Mix target folders by weight, without copying them.",
+    "exchange.import_": "Import log-probabilities of another tool as a score folder.",
+    "exchange.export": "Export a score folder to a file for another tool.",
+    "doctor.doctor": "Show installed packages, the devices in use, and missing requirements.",
+    "doctor.completion": "Print the line for a shell's start-up file that enables completion.",
+}
+_PLACES = {place.partition(".")[2].strip("_").replace("_", "-"): place for place in _COMMANDS}
 
-class _InOrder(click.Group):
-    """Commands in the order of the flow, not of the alphabet."""
+
+def command_of(name: str) -> click.Command:
+    """Import and return a command."""
+    module, _, function = _PLACES[name].partition(".")
+    return getattr(import_module(f".commands.{module}", __package__), function)
+
+
+class _Commands(click.Group):
+    """The commands in the order of the flow, not of the alphabet.
+
+    `commands` holds stand-ins, which list the commands; only the one that runs is imported.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, stand_in, rest = super().resolve_command(ctx, args)
+        return name, stand_in and command_of(stand_in.name or ""), rest
 
-@click.group(cls=_InOrder, context_settings={"max_content_width": 96, "show_default": True})
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from .commands.doctor import version_line
+
+        click.echo(version_line(__version__))
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 96, "show_default": True})
 @click.option(
     "--version",
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=print_version,
+    callback=_print_version,
     help="Show the versions of qpipe, its engines and torch, and exit.",
 )
 def cli() -> None:
@@ -61,31 +96,12 @@ def cli() -> None:
     """
 
 
-for _command in (
-    score,
-    build_targets,
-    train,
-    compare_methods,
-    methods,
-    status,
-    inspect,
-    report,
-    verify,
-    share,
-    list_folders,
-    lineage,
-    subset,
-    mix,
-    import_,
-    export,
-    doctor,
-    completion,
-):
-    cli.add_command(_command)
+for _name, _place in _PLACES.items():
+    cli.add_command(click.Command(_name, short_help=_COMMANDS[_place]))
 
 
 def main() -> None:
-    """Run the command line: exit status 2 and one line for what the user can mend."""
+    """Run the command line. A user error prints one line and exits with status 2."""
     from ..pipeline.signals import Terminated, ends_in_order
 
     with ends_in_order():
@@ -96,11 +112,11 @@ def main() -> None:
         except Terminated as error:
             status = error.code
         click.echo(
-            "Stopped: finished shards and checkpoints are kept, the same command goes on after "
-            "them.",
+            "Stopped: finished shards and checkpoints are kept; run the same command again to "
+            "continue.",
             err=True,
         )
-    # what libraries still do at their end may be cut short, and without a traceback
+    # a second Ctrl-C ends what libraries still do at exit, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
 
@@ -116,7 +132,7 @@ def _run() -> int:
         return 2
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "qpipe"
-        message = f"{error.format_message()} (`{where} --help` tells the options)"
+        message = f"{error.format_message()} (`{where} --help` lists the options)"
     except click.ClickException as error:
         message = error.format_message()
     except UserError as error:
@@ -130,6 +146,6 @@ def _run() -> int:
 
 
 def _one_line(message: str) -> str:
-    """What a terminal may show of words that may come from a file: nothing moves its cursor."""
+    """A message on one line, with escapes for characters that could control the terminal."""
     words = " ".join(message.split())
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in words)

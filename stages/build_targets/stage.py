@@ -23,7 +23,7 @@ from ...pipeline.targets.build import Evidence, Truncation, flat_targets, target
 from ...pipeline.targets.ceiling import ceiling_sums
 from ...pipeline.targets.quantiles import OrderStatistics
 from ...pipeline.threads import in_order
-from ..execution.options import run_stage
+from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .inputs import Inputs, open_inputs
 from .score_folder import frequent_ids

@@ -42,13 +42,6 @@ def completion(shell: str) -> None:
     click.echo(_LINES[shell])
 
 
-def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """The version, with those of the engine and of torch."""
-    if wanted and not ctx.resilient_parsing:
-        click.echo(version_line(__version__))
-        ctx.exit()
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A package that some command needs; any of `names` is it, `install` brings it."""

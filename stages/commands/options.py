@@ -98,8 +98,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise click.ClickException(f"--config {path}: cannot be read: {error}") from error
     group = ctx.parent.command if ctx.parent else None
-    commands = group.commands.keys() if isinstance(group, click.Group) else set[str]()
-    if isinstance(config, dict) and config.keys() & commands:
+    commands = group.commands if isinstance(group, click.Group) else {}
+    if isinstance(config, dict) and config.keys() & commands.keys():
         config = config.get(ctx.info_name) or {}
     if not isinstance(config, dict):
         raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")

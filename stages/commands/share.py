@@ -52,7 +52,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     "--contains", default=None, metavar="TEXT", help="Show only lines that contain this text."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per folder.")
-def list_folders(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
+def list_(root: Path, stage: str | None, contains: str | None, as_json: bool) -> None:
     """List the folders under a path or URL, one per line."""
     from ..folders.listing import Listed, catalogue
     from .tables import print_table

@@ -1,10 +1,10 @@
-"""The options that say where a stage runs, and where its events are logged."""
+"""The options for where a stage runs and where its events are logged."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, option_of
 from ...pipeline.options import Range, check, option
 
 
@@ -12,9 +12,9 @@ from ...pipeline.options import Range, check, option
 class Execution:
     """Where a stage runs. None of it changes what is stored.
 
-    With `executor` local, `rank` and `world_size` are this task's; where both are None, the
-    environment's (`share_of`). `workers` and `ray_address` go with `executor` ray: None are as many
-    workers as there is room for, and a cluster of this command's own.
+    For the executor local, `rank` and `world_size` are those of this task; None takes them from the
+    environment (`share_of`). For ray, `workers` None starts as many as there are resources for, and
+    `ray_address` None starts a cluster for this command.
     """
 
     executor: Literal["local", "ray"] = option(
@@ -57,21 +57,12 @@ class Execution:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.executor == "ray":
-            for name, value in (("--rank", self.rank), ("--world-size", self.world_size)):
-                if value is not None:
-                    raise UserError(
-                        f"{name} {value}: ray shares the work out itself: leave it out, or "
-                        "--executor ray"
-                    )
-            return
-        for name, value in (("--workers", self.workers), ("--ray-address", self.ray_address)):
-            if value is not None:
-                raise UserError(f"{name} {value}: goes with --executor ray: give that as well")
+        is_on_ray = self.executor == "ray"
+        for name in ("rank", "world_size") if is_on_ray else ("workers", "ray_address"):
+            if (value := getattr(self, name)) is not None:
+                wanted, way_out = ("local", "leave it out") if is_on_ray else ("ray", "give both")
+                raise UserError(
+                    f"{option_of(name)} {value}: requires --executor {wanted}: {way_out}"
+                )
         if (self.rank is None) != (self.world_size is None):
-            given, lacks = (
-                ("--rank", "--world-size")
-                if self.world_size is None
-                else ("--world-size", "--rank")
-            )
-            raise UserError(f"{given} without {lacks}: give both, or neither")
+            raise UserError("--rank and --world-size require each other: give both or neither")

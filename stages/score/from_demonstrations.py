@@ -20,7 +20,7 @@ from ..demonstrations.sources import Facts, RowReader, Source, open_sources
 from ..encoding.date import template_date
 from ..encoding.encoder import Encoded, Encoder
 from ..encoding.template import load_template
-from ..execution.options import run_stage
+from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .settings import RowSettings, ScoreSettings
 from .stage import ScoreStage, ShardInput

@@ -14,7 +14,7 @@ from ...pipeline.format.batches import split
 from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
-from ..execution.options import run_stage
+from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .settings import ScoreSettings
 from .stage import ScoreStage, ShardInput

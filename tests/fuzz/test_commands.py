@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import ScoredExample, WeightedExample
-from qpipe.stages.cli import cli, main
+from qpipe.stages.cli import command_of, main
 from qpipe.stages.engines.base import scored
 from qpipe.stages.score import stage as score_stage
 from qpipe.trainer.run import (
@@ -145,7 +145,7 @@ def check(status: int, errors: str) -> None:
 
 
 def options_of(command: str) -> list[Any]:
-    parameters = cli.commands[command.split()[0]].params
+    parameters = command_of(command.split()[0]).params
     return [each for each in parameters if not set(each.opts) & LEFT_OUT and each.opts[0][0] == "-"]
 
 
@@ -200,7 +200,7 @@ def config_files(draw: Draw) -> tuple[str, bytes]:
 
 
 def takes_config(command: str) -> bool:
-    return any("--config" in each.opts for each in cli.commands[command.split()[0]].params)
+    return any("--config" in each.opts for each in command_of(command.split()[0]).params)
 
 
 def is_shallow(value: object) -> bool:

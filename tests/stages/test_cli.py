@@ -7,20 +7,25 @@ from typing import Any
 import click
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.cli import cli
+from qpipe.stages.cli import cli, command_of
 
 
 def parsed(command: str, *words: object) -> dict[str, Any]:
     """The parameters that a command would run with."""
     arguments = [str(word) for word in words]
     group = click.Context(cli, info_name="qpipe")
-    return cli.commands[command].make_context(command, arguments, parent=group).params
+    return command_of(command).make_context(command, arguments, parent=group).params
 
 
 def config_file(folder: Path, text: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(text)
     return path
+
+
+def test_the_list_of_commands_has_the_first_line_of_each() -> None:
+    lines = {name: each.short_help for name, each in cli.commands.items()}
+    assert lines == {name: command_of(name).get_short_help_str(limit=200) for name in lines}
 
 
 SCORE = ("--model", "m", "--out", "o")

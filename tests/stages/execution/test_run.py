@@ -1,11 +1,11 @@
-"""Where a run is carried out: which options and environments mean which share."""
+"""Where a stage runs: the share that options and environments mean, and options refused."""
 
 from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.tasks import TaskShare
-from qpipe.stages.execution.options import share_of, task_of
+from qpipe.stages.execution.run import share_of, task_of
 from qpipe.stages.execution.settings import Execution
 
 
@@ -39,7 +39,7 @@ def test_the_environment_tells_the_share(
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        (array(7, 3), "SLURM_ARRAY_TASK_ID 7 is not one of 3 in a row"),  # --array=0,3,7
+        (array(7, 3), "SLURM_ARRAY_TASK_ID 7 is not one of 3 evenly spaced"),  # --array=0,3,7
         (array(2, 3, step=3), "not one of 3"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT is ''"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first'"),
@@ -62,12 +62,12 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"workers": 2}, "--workers 2: goes with --executor ray"),
+        ({"workers": 2}, "--workers 2: requires --executor ray"),
         ({"workers": 0, "executor": "ray"}, "--workers 0 is out of range"),
-        ({"ray_address": "auto"}, "--ray-address auto: goes with --executor ray"),
-        ({"rank": 1}, "--rank without --world-size"),
-        ({"world_size": 4}, "--world-size without --rank"),
-        ({"executor": "ray", "rank": 0, "world_size": 2}, "--rank 0: ray shares"),
+        ({"ray_address": "auto"}, "--ray-address auto: requires --executor ray"),
+        ({"rank": 1}, "--rank and --world-size require each other"),
+        ({"world_size": 4}, "--rank and --world-size require each other"),
+        ({"executor": "ray", "rank": 0, "world_size": 2}, "--rank 0: requires --executor local"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], words: str) -> None:

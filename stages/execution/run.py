@@ -1,6 +1,6 @@
-"""How a stage's run is carried out: alone, as one task of several, or on Ray; and who watches.
+"""Runs a stage in this process alone, as one task of several, or on Ray.
 
-Nothing here changes what is stored.
+The content of the folder is the same in each case.
 """
 
 import os
@@ -15,7 +15,7 @@ from .settings import Execution
 
 
 def task_of(execution: Execution) -> TaskShare | None:
-    """The share of this task; None for a command that works alone."""
+    """The share of this task; None if it is the only one."""
     if execution.rank is not None and execution.world_size is not None:
         share = TaskShare(execution.rank, execution.world_size)
     else:
@@ -24,9 +24,9 @@ def task_of(execution: Execution) -> TaskShare | None:
 
 
 def share_of(environment: Mapping[str, str]) -> TaskShare | None:
-    """The share of a Slurm array's task, or of a process with RANK and WORLD_SIZE.
+    """The share of a task of a Slurm array, or of a process with RANK and WORLD_SIZE.
 
-    Raises UserError where the tasks of an array have no ranks.
+    Raises UserError if the ids of an array are not evenly spaced.
     """
     if "SLURM_ARRAY_TASK_ID" in environment:
         task, tasks = (_number(environment, f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "COUNT"))
@@ -35,8 +35,8 @@ def share_of(environment: Mapping[str, str]) -> TaskShare | None:
         rank, rest = divmod(task - first, step)
         if rest or not 0 <= rank < tasks:
             raise UserError(
-                f"SLURM_ARRAY_TASK_ID {task} is not one of {tasks} in a row from {first}: give "
-                "--rank and --world-size"
+                f"SLURM_ARRAY_TASK_ID {task} is not one of {tasks} evenly spaced ids from {first}: "
+                "give --rank and --world-size"
             )
         return TaskShare(rank, tasks)
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -45,7 +45,7 @@ def share_of(environment: Mapping[str, str]) -> TaskShare | None:
 
 
 def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult | TaskResult:
-    """Make what is missing of a stage's folder, where the options say."""
+    """Make the missing shards of a stage's folder, and seal it when all exist."""
     execution = execution or Execution(rank=0, world_size=1)
     identity = stage.job.identity
     done = finished(stage.job.folder, identity)
@@ -60,9 +60,8 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
         return run_on_ray(stage, execution.workers, execution.ray_address, watcher)
     if share is None:
         return run_alone(stage, watcher)
-    print(
-        f"{share}: makes shards {share.rank}, {share.rank + share.world_size}, …", file=sys.stderr
-    )
+    first, second = share.rank, share.rank + share.world_size
+    print(f"{share}: makes shards {first}, {second}, …", file=sys.stderr)
     return run_task(stage, share, watcher)
 
 
@@ -72,5 +71,5 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int | None = N
         return int(value)
     except ValueError:
         raise UserError(
-            f"{name} is {value!r} in the environment, no number: give --rank and --world-size"
+            f"{name} is {value!r} in the environment, not a number: give --rank and --world-size"
         ) from None
