@@ -11,7 +11,7 @@ N supervised positions of a batch, B rows, T tokens of the longest, V vocabulary
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..pipeline.format.records import TargetExample
 from ..pipeline.storage.remote import open_path
 from .data.batch import SparseTargets, observed_only, padded_batch
 from .data.dataset import TargetDataset
-from .loss.objective import SFT, Objective, objective_of
+from .loss.objective import Objective, common_objective
 
 __all__ = ["TargetCollator", "TargetDataset", "target_loss", "target_objective", "with_target_loss"]
 
@@ -59,16 +59,11 @@ class TargetCollator:
 
 
 def target_objective(folder: str | Path, method: str | None = None) -> Objective:
-    """What a target folder's method minimises, or plain "sft" on any folder.
+    """The objective of a target folder or a mixture: its own method, or "sft" on any folder.
 
-    The parts of a mixture agree in it.
+    Raises UserError where the folder holds targets of another method.
     """
-    parts = [part.folder.settings for part in parts_of(open_path(folder))]
-    own = parts[0]["method"]
-    if method not in (None, SFT, own):
-        raise UserError(f"{folder}: holds {own} targets, not {method}")
-    objectives = [objective_of(settings, method or settings["method"]) for settings in parts]
-    return replace(objectives[0], tokens_alone=any(each.tokens_alone for each in objectives))
+    return common_objective([part.folder for part in parts_of(open_path(folder))], method)
 
 
 def target_loss(

@@ -11,7 +11,7 @@ from .options import Command, config_option, options_of
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from ...trainer.run.result import TrainResult
+    from ...trainer.run.loop import TrainResult
 
 
 def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:

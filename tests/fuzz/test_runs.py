@@ -15,7 +15,7 @@ from qpipe.stages.folders.status import status_of
 from qpipe.stages.report.training_page import read_runs, training_head
 from qpipe.trainer.run.checkpoint import CHECKPOINTS, latest_checkpoint
 from qpipe.trainer.run.folder import LOG, RUN, finished_run, open_log
-from qpipe.trainer.run.result import TrainResult, result_from
+from qpipe.trainer.run.loop import TrainResult, result_from
 
 from .folders import as_bytes
 from .inputs import Draw, damaged, fuzz, made_or_refused, spoilt

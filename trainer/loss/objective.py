@@ -7,6 +7,7 @@ as in build-targets; the values of the base or the teacher that they read are in
 N supervised positions, V vocabulary, S entries of the widest support.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...pipeline.errors import UserError
+from ...pipeline.folders.mixing import live_method, refuse_to_mix
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.methods import rules
 from ...pipeline.methods.definition import Choice
@@ -21,6 +23,8 @@ from ...pipeline.methods.rules import Signals
 from ...pipeline.methods.table import choose
 from ..data.batch import SparseTargets
 from .sparse import TailShape, at_least_float32, complement_log_probs, target_losses, times
+
+SFT = "sft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,15 @@ class Objective:
     tail_shape: TailShape
     residual: str  # of the folder
     tokens_alone: bool = False  # sft on targets of another method: `observed_only`
+
+    @property
+    def traits(self) -> dict[str, object]:
+        """What all target folders of a run must agree in."""
+        return {
+            "live method": live_method(self.choice),
+            "residual": self.residual,
+            "tail shape": self.tail_shape,
+        }
 
     @property
     def has_error_bounds(self) -> bool:
@@ -92,12 +105,33 @@ def objective_of(settings: dict[str, Any], method: str) -> Objective:
     A folder stores the product of token weights and the method's weights, so sft on targets of
     another method ignores both; a folder made for sft has token weights alone.
     """
-    if method == "sft":
-        choice = choose("sft", "live")
+    if method == SFT:
+        choice = choose(SFT, "live")
     else:
         choice = choose(settings["method"], settings["form"], settings["parameters"])
-    tokens_alone = method == "sft" != settings["method"]
+    tokens_alone = method == SFT != settings["method"]
     return Objective(choice, settings["tail_shape"], settings["residual"], tokens_alone)
+
+
+def common_objective(folders: Sequence[SealedFolder], method: str | None = None) -> Objective:
+    """The objective of a run on target folders: their own method, or "sft" on any folders.
+
+    Raises UserError where a folder holds targets of another method, or the folders differ in what
+    one run needs the same of.
+    """
+    found = []
+    for folder in folders:
+        own = folder.settings["method"]
+        if method not in (None, SFT, own):
+            raise UserError(
+                f"{folder.path}: holds {own} targets: build targets for {method} first, with "
+                f"`qpipe build-targets --method {method}` (only --method {SFT} trains on any "
+                "folder)"
+            )
+        found.append(objective_of(folder.settings, method or own))
+    for folder, objective in zip(folders, found, strict=True):
+        refuse_to_mix(folders[0].path, found[0].traits, folder.path, objective.traits)
+    return replace(found[0], tokens_alone=any(each.tokens_alone for each in found))
 
 
 @torch.no_grad()
@@ -178,18 +212,3 @@ def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTarge
         eta,
     )
     return replace(targets, support_probs=mixed_NS.exp(), tail_mass=mixed_tail_N.exp())
-
-
-SFT = "sft"
-
-
-def settled_method(asked: str | None, folder: SealedFolder) -> str:
-    """The method to train by: the folder's own, or sft, for which any folder will do."""
-    own = folder.settings["method"]
-    method = asked or own
-    if method not in (SFT, own):
-        raise UserError(
-            f"{folder.path}: holds {own} targets: build targets for {method} first, with "
-            f"`qpipe build-targets --method {method}` (only --method {SFT} trains on any folder)"
-        )
-    return method

@@ -3,29 +3,51 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ...pipeline.progress import progress_bar
 from ...pipeline.signals import Terminated
-from ...pipeline.storage.json_files import write_json
+from ...pipeline.storage.json_files import refuse_misfits, write_json
 from ...pipeline.threads import Prefetch
 from ..data.batch import Batch
 from ..data.loader import RunSize, StepLoader
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
 from ..step.distributed import is_sharded
+from ..step.evaluate import Evaluation
 from ..step.optimizer import learning_rate_factor
 from ..step.step import NOT_FINITE, NotFiniteError, Stepper, StepResult
 from .checkpoint import Checkpoints
 from .evaluator import Evaluator
-from .folder import Log, open_log
-from .result import TrainResult
+from .folder import RUN, Log, open_log
 
 STEPS_AHEAD = 2  # that are read and collated while one is computed
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The result of a run; `tokens` and `seconds` are those of its optimizer steps alone."""
+
+    steps: int
+    examples: int
+    tokens: int  # supervised ones
+    seconds: float
+    before: Evaluation | None
+    after: Evaluation | None
+    was_done: bool = False  # by an earlier run: nothing was trained now
+
+
+def result_from(folder: Path, results: dict[str, Any]) -> TrainResult:
+    """The result of an earlier run, from its record. Raises UserError if that is damaged."""
+    with refuse_misfits(folder / RUN, "record of a run", f"remove {folder}"):
+        return msgspec.convert(results | {"was_done": True}, TrainResult)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from ..data.batch import Collator
 from ..data.loader import HeldOut, StepLoader
 from ..data.steps import Cadence, Samples
 from ..data.stream import TargetStream
+from ..loss.objective import common_objective
 from ..models.files import ModelFiles, find_model
 from ..models.packed_attention import can_pack
 from ..models.saving import save_adapter, save_model
@@ -30,9 +31,8 @@ from ..step.step import NOT_FINITE, Stepper
 from .checkpoint import Checkpoints, latest_checkpoint
 from .evaluator import Evaluator
 from .folder import finish, finished_run, remove_checkpoints, run_identity
-from .loop import Run
-from .result import TrainResult, result_from
-from .target_folders import check_and_resolve, expand_mixture, open_folders, open_samples
+from .loop import Run, TrainResult, result_from
+from .target_folders import check_fit, open_folders, open_samples
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -43,18 +43,24 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss is not finite.
     """
-    settings = expand_mixture(settings)
-    inputs = open_folders(settings)
-    folders = list(inputs.values())
+    folders, weights = open_folders(settings.folders, settings.mixture_weights)
     base = find_model(settings.model, settings.revision)
-    objective = check_and_resolve(settings, folders, base)
-    settings = replace(settings, method=objective.choice.method.name)
+    check_fit(folders, base)
+    objective = common_objective(folders, settings.method)
+    settings = replace(
+        settings,
+        targets=tuple(folder.path for folder in folders),
+        mixture_weights=weights,
+        method=objective.choice.method.name,
+    )
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
+    is_main = accelerator.is_main_process
+    inputs = {f"targets-{n}" if n > 1 else "targets": each for n, each in enumerate(folders, 1)}
     identity = run_identity(
         settings,
-        inputs={name: folder.manifest.fingerprint for name, folder in inputs.items()}
+        {name: folder.manifest.fingerprint for name, folder in inputs.items()}
         | {"model": base.weights_hash()},
         precision=precision_of(accelerator),
         **({"tokens_alone": True} if objective.tokens_alone else {}),
@@ -62,24 +68,24 @@ def train(settings: TrainSettings) -> TrainResult:
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(settings.out, record["results"])
-    samples, eval_streams = open_samples(settings, folders)
-    with locked(settings.out) if accelerator.is_main_process else nullcontext():
+    samples, eval_streams = open_samples(folders, weights, settings.eval_fraction, settings.verify)
+    with locked(settings.out) if is_main else nullcontext():
         with accelerator.main_process_first():
-            _make_ready(settings, identity, accelerator.is_main_process)
+            _make_ready(settings, identity, is_main)
         set_seed(settings.seed)  # new adapters are the same everywhere
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
-        settings = _adapted(settings, base, student, accelerator.is_main_process)
+        settings = _adapted(settings, base, student, is_main)
         stepper = Stepper(accelerator, student, settings, objective)
         run = _run(settings, identity, base, stepper, samples, eval_streams)
-        if settings.resume == "never" and accelerator.is_main_process:
+        if settings.resume == "never" and is_main:
             remove_checkpoints(settings.out)
         accelerator.wait_for_everyone()
         with notes_termination() as has_come:
             result = run.train(has_come)
             save = save_adapter if settings.keep_adapter else save_model
-            save(student, base, settings.out, accelerator.is_main_process)
-            if accelerator.is_main_process:
+            save(student, base, settings.out, is_main)
+            if is_main:
                 finish(settings.out, _record(settings, inputs, identity, accelerator, result))
             accelerator.wait_for_everyone()
     return result
