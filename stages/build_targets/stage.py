@@ -9,7 +9,6 @@ import numpy as np
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
 from ...pipeline.folders.provenance import package_versions
-from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.folders.shard_run import Job, StageResult, folder_in
 from ...pipeline.folders.shards import ShardContent
 from ...pipeline.folders.tasks import TaskResult
@@ -26,7 +25,6 @@ from ...pipeline.threads import in_order
 from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .inputs import Inputs, open_inputs
-from .score_folder import frequent_ids
 from .settings import BuildSettings
 
 
@@ -35,7 +33,10 @@ def build_targets(
 ) -> StageResult | TaskResult:
     """Make the target folder, or what is missing of it."""
     inputs = _open_inputs(settings)
-    inputs.check(settings.choice)
+    lacking = inputs.lacking(settings.choice)
+    if lacking is not None:
+        needed, way_out = lacking
+        raise UserError(f"{settings.choice.method.name} needs {needed}: {way_out}")
     (choice,) = with_statistics(inputs, [settings.choice])
     settings = replace(settings, choice=choice)
     return run_stage(BuildStage(settings, inputs, _job(settings, inputs)), execution)
@@ -47,10 +48,6 @@ def _open_inputs(settings: BuildSettings) -> Inputs:
     )
 
 
-def _truncation(settings: BuildSettings) -> Truncation:
-    return Truncation(settings.top_p, settings.max_support)
-
-
 class BuildStage:
     """The work of one `qpipe build-targets`; the method's parameters are settled."""
 
@@ -58,19 +55,19 @@ class BuildStage:
 
     def __init__(self, settings: BuildSettings, inputs: Inputs, job: Job) -> None:
         self.settings = settings
-        self.truncation = _truncation(settings)
+        self.truncation = Truncation(settings.top_p, settings.max_support)
         self.inputs = inputs
         self.job = job
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As a pickle: the method by its name, as its rules are functions."""
+        """Pickle the method by its name, since its rules are functions."""
         settings = {each.name: getattr(self.settings, each.name) for each in fields(BuildSettings)}
         choice = settings.pop("choice")
         return _rebuilt, (settings, choice.method.name, choice.form, choice.parameters, self.job)
 
     @property
     def shard_count(self) -> int | None:
-        return self.inputs.shard_count
+        return len(self.inputs.scores.shards)
 
     @property
     def demonstrations(self) -> int | None:
@@ -80,7 +77,7 @@ class BuildStage:
         """Nothing needs to be started."""
 
     def read(self, index: int) -> Iterator[list[Evidence]]:
-        """A shard's evidence, which is read as the targets are built."""
+        """The evidence of a shard, which is read while the targets are built."""
         return self.inputs.evidence(index)
 
     def make(self, evidence: Iterator[list[Evidence]], report: Report) -> ShardContent:
@@ -100,7 +97,7 @@ class BuildStage:
         return content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Scores that could be sealed make targets that can be."""
+        """Targets of sealed scores can always be sealed."""
 
 
 def _rebuilt(
@@ -116,24 +113,19 @@ def with_statistics(
     choices: Sequence[Choice],
     leave_out: Callable[[Choice, str], None] | None = None,
 ) -> list[Choice]:
-    """The choices with the parameters that the data set decides, found in one pass over it.
+    """The choices with the parameters that are statistics of the data set, found in one pass.
 
-    A choice of which nothing can be made so is left out, or an error.
+    A choice whose parameter is then out of range is passed to `leave_out`, or raises UserError.
     """
-    numbers = {
-        place: OrderStatistics() for place, choice in enumerate(choices) if choice.unresolved
-    }
-    if not numbers:
-        return list(choices)
-    for evidence in inputs.all_evidence("statistics"):
-        for place, counted in numbers.items():
-            statistic = choices[place].unresolved
-            assert statistic is not None
-            counted.add(statistic.values(evidence.signals(statistic.reads)))
+    pairs = [(choice, OrderStatistics()) for choice in choices]
+    wanted = [(choice.unresolved, numbers) for choice, numbers in pairs if choice.unresolved]
+    for evidence in inputs.all_evidence("statistics") if wanted else ():
+        for statistic, numbers in wanted:
+            numbers.add(statistic.values(evidence.signals(statistic.reads)))
     resolved = []
-    for place, choice in enumerate(choices):
+    for choice, numbers in pairs:
         try:
-            resolved.append(_resolved(choice, numbers[place]) if place in numbers else choice)
+            resolved.append(_resolved(choice, numbers))
         except UserError as error:
             if leave_out is None:
                 raise
@@ -143,7 +135,8 @@ def with_statistics(
 
 def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:
     statistic = choice.unresolved
-    assert statistic is not None
+    if statistic is None:
+        return choice
     places = statistic.places(numbers.count, choice.parameters)
     values = [numbers.at(place) for place in places]
     return choice.resolved(sum(values) / len(values) if values else statistic.otherwise)
@@ -152,19 +145,16 @@ def _resolved(choice: Choice, numbers: OrderStatistics) -> Choice:
 def _job(settings: BuildSettings, inputs: Inputs) -> Job:
     choice = settings.choice
     is_cut = choice.stored in ("base", "teacher", "mixture", "contrast")
-    folders = {"scores": inputs.scores}
-    if inputs.teacher is not None:
-        folders["teacher"] = inputs.teacher.folder
+    folders = inputs.folders
     vocab_size = inputs.base_model.vocab_size
-    likely = folders.get("teacher", inputs.scores)
-    frequent = frequent_ids(likely, _truncation(settings), vocab_size) if is_cut else ()
+    frequent = inputs.frequent_ids(settings.top_p, settings.max_support) if is_cut else ()
     described = {
         "method": choice.method.name,
         "form": choice.form,
         "parameters": choice.parameters,
         "residual": choice.stored,
         "tail_shape": "uniform" if choice.stored == "uniform" else "student",
-        # these say nothing of a residual that is the observed token alone
+        # without effect on a residual that is the observed token alone
         "top_p": float(settings.top_p) if is_cut else None,
         "max_support": settings.max_support if is_cut else None,
         "precision": settings.precision if is_cut else "float32",
@@ -175,6 +165,11 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         "tokenizer_hash": inputs.scores.settings["tokenizer_hash"],
     }
     schema = schema_of("build-targets", vocab_size, packing_of(described, frequent))
+    provenance = inputs.scores.manifest.provenance | {
+        "build_versions": package_versions("qpipe", "pyarrow")
+    }
+    if "teacher" in folders:
+        provenance["teacher"] = folders["teacher"].manifest.provenance
     identity = Identity(
         stage="build-targets",
         settings=described,
@@ -187,22 +182,14 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         schema,
         identity,
         parents={name: folder.manifest.as_parent for name, folder in folders.items()},
-        provenance=_provenance(folders),
+        provenance=provenance,
     )
-
-
-def _provenance(folders: dict[str, SealedFolder]) -> dict[str, Any]:
-    own = folders["scores"].manifest.provenance | {
-        "build_versions": package_versions("qpipe", "pyarrow")
-    }
-    teacher = folders.get("teacher")
-    return own if teacher is None else own | {"teacher": teacher.manifest.provenance}
 
 
 def _build(
     evidence: Evidence, choice: Choice, truncation: Truncation
 ) -> tuple[FlatBatch, dict[str, float]]:
-    """The targets of some positions as they are stored, and what to add up of them."""
+    """The targets of some positions as they are stored, and their sums."""
     targets = targets_of(evidence, choice, truncation)
     sums = {
         "trust": float(targets.trust.sum()),
@@ -214,7 +201,7 @@ def _build(
 
 
 def bounds(evidence: Evidence) -> dict[str, float]:
-    """The sums of what a temperature may be off by, where one is set."""
+    """The sums of the error bounds of the temperatures that are not 1."""
     sums = {}
     if evidence.base_model.temperature != 1:
         sums["temperature_bound"] = float(np.sum(evidence.base_and_bound[1]))

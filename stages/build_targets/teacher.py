@@ -5,14 +5,15 @@ with it. Any other is searched by example id (`Join`).
 """
 
 from collections.abc import Iterator
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
 from ...pipeline.errors import UserError
 from ...pipeline.folders.join import Join
 from ...pipeline.folders.sealed import SealedFolder
-from ...pipeline.format.batches import FlatBatch
+from ...pipeline.format.batches import FlatBatch, split
+from ...pipeline.format.records import Example
 
 
 class Teacher:
@@ -25,7 +26,12 @@ class Teacher:
         self.base = base
         self.folder = folder
         self._join = Join(base, folder)
-        _refuse_other_tokenizer(base, folder)
+        ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
+        if ours != theirs:
+            raise UserError(
+                f"{folder.path}: made with tokenizer {theirs[:12]}…, {base.path} with "
+                f"{ours[:12]}…: a teacher must have the base's tokenizer"
+            )
         self.is_in_step = all(map(self._join.is_in_step, base.shards))
         if not self.is_in_step:
             self._refuse_missing()
@@ -34,7 +40,7 @@ class Teacher:
         """The batches of a shard of the base, each with the teacher's scores of its rows."""
         for batch, own in self._pairs(shard):
             if not _same_tokens(batch, own):
-                raise self._other_tokens(batch, own)
+                raise self._other_tokens()
             yield batch, own
 
     def _pairs(self, shard: int) -> Iterator[tuple[FlatBatch, FlatBatch]]:
@@ -42,37 +48,34 @@ class Teacher:
 
     def _refuse_missing(self) -> None:
         """Refuse a folder in which a search would not find each example once."""
+        way_out = f"score the teacher with --at {self.base.path}"
         repeated = self._join.repeated()
         if repeated is not None:
             raise UserError(
-                f"{self.folder.path}: example {repeated} stands there twice, and its order is not "
-                f"that of {self.base.path}: score the teacher with --at {self.base.path}"
+                f"{self.folder.path}: holds example {repeated} twice, and its order is not "
+                f"that of {self.base.path}: {way_out}"
             )
         missing = self._join.missing()
         if missing:
             raise UserError(
                 f"{self.folder.path}: lacks {len(missing):,} of the {self.base.size:,} examples of "
-                f"{self.base.path}, the first is {missing[0]}: score the teacher with "
-                f"--at {self.base.path}"
+                f"{self.base.path}, the first is {missing[0]}: {way_out}"
             )
 
-    def _other_tokens(self, batch: FlatBatch, own: FlatBatch) -> UserError:
-        """The error for an example with other tokens; counts all of them."""
+    def _other_tokens(self) -> UserError:
+        """The error for examples with other tokens; counts them in the whole folder."""
         pairs = chain.from_iterable(map(self._pairs, self.base.shards))
-        differing = sum(len(_differing_rows(*pair)) for pair in pairs)
+        rows = chain.from_iterable(
+            zip(split(self.base.schema, batch), split(self.folder.schema, own), strict=True)
+            for batch, own in pairs
+        )
+        first_of_rows = chain.from_iterable(islice(_differences(*row), 1) for row in rows)
+        first = next(first_of_rows)
+        differing = 1 + sum(1 for _ in first_of_rows)
         return UserError(
             f"{self.folder.path}: {differing:,} of {self.base.size:,} examples have other tokens "
-            f"than in {self.base.path}, the first: {_first_difference(batch, own)}: score the "
-            f"teacher with --at {self.base.path}"
-        )
-
-
-def _refuse_other_tokenizer(base: SealedFolder, folder: SealedFolder) -> None:
-    ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
-    if ours != theirs:
-        raise UserError(
-            f"{folder.path}: made with tokenizer {theirs[:12]}…, {base.path} with {ours[:12]}…: "
-            "a teacher must have the base's tokenizer"
+            f"than in {self.base.path}, the first: {first}: score the teacher with --at "
+            f"{self.base.path}"
         )
 
 
@@ -85,32 +88,10 @@ def _same_tokens(one: FlatBatch, other: FlatBatch) -> bool:
     )
 
 
-def _rows(batch: FlatBatch, name: str, level: str) -> list[np.ndarray]:
-    return np.split(batch[name], np.cumsum(batch.lengths[level])[:-1])
-
-
-def _differing_rows(one: FlatBatch, other: FlatBatch) -> list[int]:
-    """The rows that have other tokens or supervised positions."""
-    columns = (("input_ids", "token"), ("positions", "position"))
-    parts = [
-        list(zip(_rows(one, *column), _rows(other, *column), strict=True)) for column in columns
-    ]
-    return [
-        row
-        for row in range(len(one.ids))
-        if not all(np.array_equal(*pairs[row]) for pairs in parts)
-    ]
-
-
-def _first_difference(one: FlatBatch, other: FlatBatch) -> str:
-    """The first token or position of the first row in which two batches differ, in words."""
-    row = _differing_rows(one, other)[0]
-    for name, level, word in (
-        ("input_ids", "token", "token"),
-        ("positions", "position", "supervised position"),
-    ):
-        ours, theirs = (_rows(each, name, level)[row].tolist() for each in (one, other))
-        for place, (our, their) in enumerate(zip_longest(ours, theirs, fillvalue="absent")):
+def _differences(ours: Example, theirs: Example) -> Iterator[str]:
+    """The tokens and supervised positions in which two examples differ, in words."""
+    for name, word in (("input_ids", "token"), ("positions", "supervised position")):
+        pairs = (getattr(each, name).tolist() for each in (ours, theirs))
+        for place, (our, their) in enumerate(zip_longest(*pairs, fillvalue="absent")):
             if our != their:
-                return f"{one.ids[row]}, {word} {place} is {their}, not {our}"
-    raise AssertionError("the rows are the same")
+                yield f"{ours.id}, {word} {place} is {their}, not {our}"

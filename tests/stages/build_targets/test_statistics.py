@@ -8,7 +8,7 @@ import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets import stage
+from qpipe.pipeline.targets.quantiles import OrderStatistics
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 
@@ -108,7 +108,7 @@ def test_a_parameter_that_is_given_is_not_looked_for(
     def none(*_: object) -> None:
         raise AssertionError("it was")
 
-    monkeypatch.setattr(stage, "OrderStatistics", none)
+    monkeypatch.setattr(OrderStatistics, "add", none)
     given = {"flow": {"tau": 0.75}, "token-cleaning": {"threshold": -0.5}}
     for method, values in given.items():
         manifest = made.build(tmp_path / method, choose(method, given=values)).manifest

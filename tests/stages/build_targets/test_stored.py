@@ -15,8 +15,7 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.json_files import sha256_of_json
-from qpipe.stages.build_targets import score_folder as score_folder_module
-from qpipe.stages.build_targets import stage
+from qpipe.stages.build_targets import inputs, stage
 
 from .made import (
     ALL_CHOICES,
@@ -219,7 +218,7 @@ def test_pieces_of_any_size_give_the_same_examples(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: Choice
 ) -> None:
     whole = made.build(tmp_path / "whole", choice).manifest
-    monkeypatch.setattr(score_folder_module, "PIECE_POSITIONS", 4)
+    monkeypatch.setattr(inputs, "PIECE_POSITIONS", 4)
     cut = made.build(tmp_path / "cut", choice).manifest
 
     assert examples_in(tmp_path / "cut") == examples_in(tmp_path / "whole")

@@ -20,7 +20,7 @@ from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
-from qpipe.stages.build_targets import score_folder
+from qpipe.stages.build_targets import inputs
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
@@ -244,7 +244,7 @@ def test_pieces_of_any_size_are_joined_to_their_own(
 ) -> None:
     wanted = [as_bytes(example) for example in built(base, teacher)]
     for size in (1, 5):
-        monkeypatch.setattr(score_folder, "PIECE_POSITIONS", size)
+        monkeypatch.setattr(inputs, "PIECE_POSITIONS", size)
         again = folder_of(tmp_path / f"again-{size}", taught())
         assert [as_bytes(example) for example in built(base, again)] == wanted
 
@@ -262,7 +262,7 @@ def test_duplicates_are_fine_in_step_and_refused_out_of_step(tmp_path: Path) -> 
         "chats:2",
     ]
     line = refusal(base, mixed)
-    assert f"{mixed}: example chats:1 stands there twice" in line
+    assert f"{mixed}: holds example chats:1 twice" in line
     assert f"its order is not that of {base}: score the teacher with --at {base}" in line
 
 
