@@ -26,8 +26,7 @@ from .tables import print_table
 
 if TYPE_CHECKING:
     from ...pipeline.format.records import Reject
-    from ..score.costs import Costs
-    from ..score.plan import Memory, ScorePlan, Workload
+    from ..score.plan import Costs, Memory, ScorePlan, Workload
 
 _FIRST = ("model", "demonstrations", "at")
 
@@ -120,8 +119,7 @@ def _plan(
     gpu_speed: float | None,
 ) -> None:
     from ...pipeline.progress import log_event
-    from ..score.costs import H100_TFLOPS, Throughput
-    from ..score.plan import plan
+    from ..score.plan import H100_TFLOPS, Throughput, plan
 
     if not options["demonstrations"] or options["at"] is not None:
         raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)
@@ -173,7 +171,7 @@ def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
     lengths = {0.0: "shortest", 0.5: "median", 1.0: "longest"}
     quantiles = [
         f"{lengths.get(share, f'{share:.0%}')} {length:,}"
-        for share, length in work.lengths.quantiles().items()
+        for share, length in work.quantiles.items()
     ]
     return [
         (
@@ -215,7 +213,7 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
     """What scoring takes, and what then comes of it."""
     if costs is None:
         return []
-    from ..score.costs import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
+    from ..score.plan import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
 
     throughput = costs.throughput
     basis = (
@@ -249,7 +247,7 @@ def plan_event(plan: "ScorePlan") -> dict[str, Any]:
 
     work = asdict(plan.workload)
     work["first_reject"] = to_builtins(plan.workload.first_reject)
-    work["lengths"] = {str(share): n for share, n in plan.workload.lengths.quantiles().items()}
+    work["lengths"] = {str(share): n for share, n in plan.workload.quantiles.items()}
     event = {"event": "plan", "stage": "score", **asdict(plan), "workload": work}
     event["memory"] |= {"peak": plan.memory.peak, "fits": plan.memory.fits}
     return event

@@ -11,9 +11,8 @@ import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.cli import cli
-from qpipe.stages.score.costs import Throughput, costs
 from qpipe.stages.score.from_demonstrations import score
-from qpipe.stages.score.plan import Lengths, Workload, folder_bytes, plan
+from qpipe.stages.score.plan import Throughput, Workload, costs, folder_bytes, plan
 from qpipe.stages.score.settings import ScoreSettings
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
@@ -54,7 +53,7 @@ def test_the_plan_counts_what_scoring_counts(tiny_model: Path, chats: Path, tmp_
     assert work.cut == made["sums"]["cut"] > 0
     assert work.first_reject is not None
     assert work.first_reject.line == 4
-    assert max(work.lengths.counts) == 100
+    assert max(work.lengths) == 100
 
 
 def test_strict_rows_are_counted_too(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
@@ -63,10 +62,11 @@ def test_strict_rows_are_counted_too(tiny_model: Path, chats: Path, tmp_path: Pa
 
 
 def test_quantiles_of_lengths() -> None:
-    lengths = Lengths(Counter({10: 50, 20: 40, 30: 9, 99: 1}))
-    assert lengths.quantiles() == {0.0: 10, 0.5: 10, 0.9: 20, 0.99: 30, 1.0: 99}
-    assert Lengths(Counter({7: 1})).quantiles() == dict.fromkeys((0.0, 0.5, 0.9, 0.99, 1.0), 7)
-    assert Lengths().quantiles() == {}
+    work = Workload(lengths=Counter({10: 50, 20: 40, 30: 9, 99: 1}))
+    assert work.quantiles == {0.0: 10, 0.5: 10, 0.9: 20, 0.99: 30, 1.0: 99}
+    same = Workload(lengths=Counter({7: 1}))
+    assert same.quantiles == dict.fromkeys((0.0, 0.5, 0.9, 0.99, 1.0), 7)
+    assert Workload().quantiles == {}
 
 
 def test_size_of_the_folder() -> None:
