@@ -15,16 +15,13 @@ from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ...support.runs import Examples, Make
+from ...support.runs import Killed, Make
 
 
 @pytest.fixture
-def settings(
-    make_targets: Make, make_examples: Examples, model: Path, tmp_path: Path
-) -> TrainSettings:
-    return TrainSettings(
-        make_targets(make_examples(17)), str(model), tmp_path / "run", learning_rate=1e-2
-    )
+def settings(settings: TrainSettings) -> TrainSettings:
+    """A run that moves the weights far."""
+    return replace(settings, learning_rate=1e-2)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -114,11 +111,11 @@ def test_a_run_killed_while_its_files_moved_is_saved_again(
     named = replace(settings, model=str(folder))
 
     def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("qpipe.trainer.run.train.finish", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train(named)
     assert (named.out / "additional_chat_templates/tools.jinja").exists()
     train(named)

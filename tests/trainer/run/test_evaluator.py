@@ -1,8 +1,5 @@
 """A user's script looks at the model as it is in the middle of its training."""
 
-import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,8 @@ from qpipe.trainer.settings import TrainSettings, parse_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ...support.runs import Examples, Make
+from ...support.runs import read_log
+from ...support.torchrun import train_in_two_processes
 
 # sums up the weights, and keeps the folder for the test to load
 _SUM_UP = """
@@ -33,26 +31,16 @@ print(json.dumps({"sum": sum(float(w.sum(dtype="float64")) for w in weights.valu
 
 
 @pytest.fixture
-def settings(
-    make_targets: Make, make_examples: Examples, model: Path, tmp_path: Path
-) -> TrainSettings:
+def settings(settings: TrainSettings, tmp_path: Path) -> TrainSettings:
     """Four steps."""
     script = tmp_path / "my eval.py"
     script.write_text(_SUM_UP)
-    return TrainSettings(
-        targets=make_targets(make_examples(17)),
-        model=str(model),
-        out=tmp_path / "run",
-        learning_rate=1e-2,
-        batch_size=5,
-        eval_every=2,
-        eval_command=f"{sys.executable} '{script}' {{checkpoint}}",
-    )
+    command = f"{sys.executable} '{script}' {{checkpoint}}"
+    return replace(settings, learning_rate=1e-2, batch_size=5, eval_every=2, eval_command=command)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "eval_command"]
+    return read_log(folder, "eval_command")
 
 
 def sum_of(folder: Path) -> float:
@@ -132,23 +120,8 @@ def test_no_shell_reads_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_run_it_once(settings: TrainSettings, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys; from pathlib import Path\n"
-        "from qpipe.trainer.run.train import train\n"
-        "from qpipe.trainer.settings import TrainSettings\n"
-        "train(TrainSettings(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), batch_size=5,\n"
-        "                    learning_rate=1e-2, eval_every=2, eval_command=sys.argv[4]))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = settings.eval_command or ""
-    given = [str(settings.targets), settings.model, str(settings.out), command]
-    done = subprocess.run(
-        [*launch, str(script), *given],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_run_it_once(settings: TrainSettings) -> None:
+    train_in_two_processes((settings, None))
     found = events(settings.out)
     assert [event["step"] for event in found] == [0, 2, 4]
     assert found[2]["results"]["sum"] == pytest.approx(sum_of(settings.out))

@@ -13,7 +13,7 @@ from qpipe.trainer.models.files import find_model
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 
-from ...support.runs import Examples, Make, assert_same_weights
+from ...support.runs import Examples, Killed, Make, assert_same_weights
 
 
 def test_a_finished_run_is_not_repeated(settings: TrainSettings, tmp_path: Path) -> None:
@@ -64,9 +64,6 @@ def test_a_folder_with_something_else_is_refused(settings: TrainSettings) -> Non
 def test_a_run_interrupted_before_a_checkpoint_starts_over(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     def killed(*_: Any) -> None:
         raise Killed
 

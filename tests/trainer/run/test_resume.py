@@ -1,10 +1,6 @@
 """Runs that are stopped and go on, against runs that are not."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +17,16 @@ from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.step import Stepper, StepResult
 from torch.distributed.checkpoint import FileSystemReader
 
-from ...support.runs import Examples, Make, weights
+from ...support.runs import Make, killed_at, read_log, weights
 from ...support.tiers import slow
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
+from ...support.torchrun import train_in_two_processes
 
 
 @pytest.fixture
-def settings(
-    make_targets: Make, make_examples: Examples, model: Path, tmp_path: Path
-) -> TrainSettings:
+def settings(settings: TrainSettings) -> TrainSettings:
     """Nine steps over two epochs of 17 examples."""
-    return TrainSettings(
-        targets=make_targets(make_examples(17)),
-        model=str(model),
-        out=tmp_path / "run",
-        learning_rate=1e-3,
+    return replace(
+        settings,
         weight_decay=0.1,
         batch_size=4,
         epochs=2,
@@ -48,26 +36,9 @@ def settings(
     )
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, settings: TrainSettings, step: int) -> None:
-    """Run until the end of an optimizer step, then stop as a killed process does."""
-    take = Stepper.step
-
-    def take_or_die(self: Stepper, number: int, *arguments: Any) -> StepResult:
-        result = take(self, number, *arguments)
-        if number == step:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", take_or_die)
-        with pytest.raises(Killed):
-            train(settings)
-
-
 def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     timings = ("tokens_per_second", "seconds_waited_in_all")
-    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+    return [{k: v for k, v in line.items() if k not in timings} for line in read_log(folder)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -84,7 +55,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     ],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_weights(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack: bool, every: int
+    settings: TrainSettings, tmp_path: Path, pack: bool, every: int
 ) -> None:
     settings = replace(settings, pack=pack)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
@@ -93,7 +64,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_weights(
     for step in range(1, result.steps + 1, every):
         out = tmp_path / f"killed-{step}"
         killed = replace(settings, out=out)
-        killed_at(monkeypatch, killed, step)
+        killed_at(killed, step)
         saved = (step - 1) // 2 * 2
         assert [path.name for path in checkpoints_in(out)][-1:] == (
             [f"step-{saved:08d}"] if saved else []
@@ -109,14 +80,14 @@ def test_a_run_killed_at_any_step_ends_with_the_same_weights(
 
 
 def test_dropout_goes_on_where_it_was(
-    settings: TrainSettings, make_model: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: TrainSettings, make_model: Make, tmp_path: Path
 ) -> None:
     """The random state is part of a checkpoint, and a resumed model trains as before."""
     noisy = make_model(attention_dropout=0.2)
     settings = replace(settings, model=str(noisy), eval_fraction=0, eval_every=None)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
-    killed_at(monkeypatch, settings, 5)
+    killed_at(settings, 5)
     train(settings)
     assert_same_run(settings.out, undisturbed.out)
     still = replace(settings, out=tmp_path / "still", model=str(make_model()))
@@ -125,10 +96,10 @@ def test_dropout_goes_on_where_it_was(
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: TrainSettings, tmp_path: Path
 ) -> None:
     for step in (3, 4, 6, 7):
-        killed_at(monkeypatch, settings, step)
+        killed_at(settings, step)
     train(settings)
     undisturbed = replace(settings, out=tmp_path / "undisturbed", save_every=None)
     train(undisturbed)
@@ -138,7 +109,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
 def test_a_resumed_run_takes_only_the_steps_that_are_left(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_at(monkeypatch, settings, 5)
+    killed_at(settings, 5)
     taken = []
     take = Stepper.step
 
@@ -151,12 +122,10 @@ def test_a_resumed_run_takes_only_the_steps_that_are_left(
     assert taken == list(range(5, result.steps + 1))
 
 
-def test_adapters_are_resumed_too(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_adapters_are_resumed_too(settings: TrainSettings, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     settings = replace(settings, lora_rank=2)
-    killed_at(monkeypatch, settings, 5)
+    killed_at(settings, 5)
     metadata = FileSystemReader(checkpoints_in(settings.out)[-1]).read_metadata()
     saved = [name for name in metadata.state_dict_metadata if name.startswith("model.")]
     assert saved
@@ -167,11 +136,9 @@ def test_adapters_are_resumed_too(
     assert_same_run(settings.out, undisturbed.out)
 
 
-def test_the_last_checkpoints_are_kept(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_checkpoints_are_kept(settings: TrainSettings) -> None:
     settings = replace(settings, save_every=1, keep_checkpoints=3)
-    killed_at(monkeypatch, settings, 6)
+    killed_at(settings, 6)
     assert [path.name for path in checkpoints_in(settings.out)] == [
         "step-00000003",
         "step-00000004",
@@ -180,23 +147,19 @@ def test_the_last_checkpoints_are_kept(
     assert not list((settings.out / "checkpoints").glob(".*"))
 
 
-def test_never_resuming_starts_over(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    killed_at(monkeypatch, settings, 5)
+def test_never_resuming_starts_over(settings: TrainSettings, tmp_path: Path) -> None:
+    killed_at(settings, 5)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
     fresh = replace(settings, resume="never")
-    killed_at(monkeypatch, fresh, 1)
+    killed_at(fresh, 1)
     assert checkpoints_in(settings.out) == []
     train(fresh)
     assert_same_run(settings.out, undisturbed.out)
 
 
-def test_a_checkpoint_of_another_run_is_refused(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed_at(monkeypatch, settings, 3)
+def test_a_checkpoint_of_another_run_is_refused(settings: TrainSettings) -> None:
+    killed_at(settings, 3)
     with pytest.raises(UserError, match=r"settings.learning_rate is 0.001 there and 0.002 now"):
         train(replace(settings, learning_rate=0.002))
     assert settings_in(settings.out)["learning_rate"] == 0.001  # and the plan is still this run's
@@ -210,7 +173,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_run_that_cannot_start_anew_keeps_what_it_would_go_on_from(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_at(monkeypatch, settings, 3)
+    killed_at(settings, 3)
     kept = checkpoints_in(settings.out)
     assert kept
 
@@ -224,10 +187,8 @@ def test_a_run_that_cannot_start_anew_keeps_what_it_would_go_on_from(
     assert checkpoints_in(settings.out) == kept
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed_at(monkeypatch, settings, 5)
+def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(settings: TrainSettings) -> None:
+    killed_at(settings, 5)
     last = checkpoints_in(settings.out)[-1]
     for path in last.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
@@ -251,7 +212,7 @@ def test_trouble_with_the_machine_is_not_called_damage(
     settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, trouble: Exception, words: str
 ) -> None:
     """Or a user would remove good checkpoints, one after the other."""
-    killed_at(monkeypatch, settings, 5)
+    killed_at(settings, 5)
 
     def load(*_: Any, **__: Any) -> Any:
         raise trouble
@@ -321,57 +282,26 @@ def test_a_model_that_mixes_packed_examples_is_padded(
 
 
 def test_a_step_of_tokens_resumes_at_the_same_places(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: TrainSettings, tmp_path: Path
 ) -> None:
     settings = replace(settings, step_tokens=40)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
-    killed_at(monkeypatch, settings, 5)
+    killed_at(settings, 5)
     train(settings)
     assert_same_run(settings.out, undisturbed.out)
 
 
-_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-_SCRIPT = """
-import json, sys
-from pathlib import Path
-from qpipe.trainer.run.train import train
-from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step.step import Stepper
-given, stop = json.loads(sys.argv[1]), int(sys.argv[2])
-given = {key: Path(value) if key in ("targets", "out") else value for key, value in given.items()}
-take = Stepper.step
-def step(self, number, *rest):
-    result = take(self, number, *rest)
-    if number == stop:
-        raise SystemExit(0)
-    return result
-Stepper.step = step
-train(TrainSettings(**given))
-"""
-
-
 @pytest.mark.slow
 def test_one_process_then_two_then_one_see_every_sample_once(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: TrainSettings, tmp_path: Path
 ) -> None:
     settings = replace(settings, save_every=1)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     result = train(undisturbed)
 
-    killed_at(monkeypatch, settings, 3)
-    given = {
-        name: str(value) if isinstance(value, Path) else value
-        for name in settings.__slots__
-        if (value := getattr(settings, name)) is not None
-    }
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*_LAUNCH, str(script), json.dumps(given), "6"],
-        env=environment, check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    killed_at(settings, 3)
+    train_in_two_processes((settings, 6))
     assert checkpoints_in(settings.out)[-1].name == "step-00000005"
 
     again = train(settings)

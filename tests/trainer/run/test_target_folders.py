@@ -19,23 +19,17 @@ from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.step import Stepper, StepResult
 from safetensors.torch import load_file
 
-from ...support.runs import Examples, Make
-
-
-class Killed(BaseException):
-    pass
+from ...support.runs import Examples, Make, killed_at
 
 
 @pytest.fixture
-def settings(
-    make_targets: Make, make_examples: Examples, model: Path, tmp_path: Path
-) -> TrainSettings:
+def settings(settings: TrainSettings, make_targets: Make, make_examples: Examples) -> TrainSettings:
     """Folders of 12 and 4 examples, in steps of four."""
     folders = tuple(
         make_targets([replace(each, id=f"{name}-{each.id}") for each in examples], name)
         for name, examples in (("a=b", make_examples(12, 1)), ("c", make_examples(4, 2)))
     )
-    return TrainSettings(folders, str(model), tmp_path / "run", batch_size=4, learning_rate=1e-2)
+    return replace(settings, targets=folders, batch_size=4, learning_rate=1e-2)
 
 
 @pytest.fixture
@@ -76,23 +70,11 @@ def test_weights_are_shares_of_the_samples(settings: TrainSettings, seen: list[l
     assert all(folder_of(step) == {"a=b": 1, "c": 3} for step in seen)
 
 
-def test_a_mixture_is_resumed_exactly(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_mixture_is_resumed_exactly(settings: TrainSettings, tmp_path: Path) -> None:
     settings = replace(settings, mixture_weights=(2, 1), batch_size=3, save_every=2, epochs=2)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
-    take = Stepper.step
-
-    def die(self: Stepper, number: int, *arguments: Any) -> StepResult:
-        if number == 6:
-            raise Killed
-        return take(self, number, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", die)
-        with pytest.raises(Killed):
-            train(settings)
+    killed_at(settings, 6)
     with pytest.raises(UserError, match=r"mixture_weights is \[2, 1\] there and \[1, 2\] now"):
         train(replace(settings, mixture_weights=(1, 2)))
     train(replace(settings, mixture_weights=(4.0, 2.0)))  # the same shares
@@ -178,7 +160,7 @@ def test_a_mixture_has_weights_of_its_own(settings: TrainSettings, tmp_path: Pat
 
 
 def test_the_weights_of_a_mixture_do_not_depend_on_which_folder_comes_first(
-    settings: TrainSettings, make_targets: Make, make_examples: Examples, tmp_path: Path
+    settings: TrainSettings, make_targets: Make, make_examples: Examples
 ) -> None:
     """The first one's method names the run's; sft there does not mean sft for all."""
     one_hot = {"form": "frozen-weight", "residual": "-", "max_support": 0, "top_p": None}

@@ -1,6 +1,5 @@
 """TensorBoard and wandb show what log.jsonl holds."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,24 +13,15 @@ from qpipe.pipeline.errors import UserError
 from qpipe.trainer.run.trackers import scalars
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step.step import Stepper, StepResult
 
-from ...support.runs import Examples, Make
-
-
-class Killed(BaseException):
-    pass
+from ...support.runs import killed_at, read_log
 
 
 @pytest.fixture
-def settings(
-    make_targets: Make, make_examples: Examples, model: Path, tmp_path: Path
-) -> TrainSettings:
+def settings(settings: TrainSettings) -> TrainSettings:
     """Four steps."""
-    return TrainSettings(
-        targets=make_targets(make_examples(17)),
-        model=str(model),
-        out=tmp_path / "run",
+    return replace(
+        settings,
         batch_size=4,
         eval_fraction=0.2,
         eval_every=2,
@@ -43,8 +33,7 @@ def settings(
 def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The log as TensorBoard ought to have it."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        event = json.loads(line)
+    for event in read_log(folder):
         for name, value in scalars(event).items():
             found.setdefault(name, []).append((event["step"], pytest.approx(value)))
     return found
@@ -77,21 +66,9 @@ def test_tensorboard_shows_the_log(settings: TrainSettings) -> None:
     assert train(replace(settings, track=())).was_done
 
 
-def test_a_run_that_goes_on_is_shown_as_one(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_goes_on_is_shown_as_one(settings: TrainSettings) -> None:
     """What was shown after the checkpoint is shown once."""
-    take = Stepper.step
-
-    def die(self: Stepper, number: int, *arguments: Any) -> StepResult:
-        if number == 4:
-            raise Killed
-        return take(self, number, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", die)
-        with pytest.raises(Killed):
-            train(settings)
+    killed_at(settings, 4)
     assert [step for step, _ in shown(settings.out)["step/loss"]] == [1, 2, 3]
     train(settings)
     found = shown(settings.out)
@@ -99,16 +76,8 @@ def test_a_run_that_goes_on_is_shown_as_one(
     assert found == logged(settings.out)
 
 
-def test_a_run_that_starts_over_is_shown_anew(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*_: Any) -> StepResult:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", die)
-        with pytest.raises(Killed):
-            train(settings)
+def test_a_run_that_starts_over_is_shown_anew(settings: TrainSettings) -> None:
+    killed_at(settings, 1)
     train(settings)
     assert shown(settings.out) == logged(settings.out)
 
@@ -139,9 +108,5 @@ def test_wandb_keeps_the_log(settings: TrainSettings) -> None:
     assert len(values) > 20
     for name in logged(settings.out):
         assert name.encode() in content
-    losses = [event["loss"] for event in lines(settings.out) if event["event"] == "step"]
+    losses = [event["loss"] for event in read_log(settings.out, "step")]
     assert all(str(loss).encode() in content for loss in losses)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

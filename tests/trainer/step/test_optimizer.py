@@ -1,6 +1,5 @@
 """Which weights decay, and optimizers from elsewhere."""
 
-import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.optimizer import make_optimizer, parameter_groups
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from ...support.runs import Examples, Make, weights
+from ...support.runs import killed_at, read_log, weights
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -66,19 +65,11 @@ def test_an_optimizer_whose_library_is_missing(name: str) -> None:
 
 
 def test_eight_bit_moments_come_close_and_are_resumed(
-    make_model: Make, make_targets: Make, make_examples: Examples, tmp_path: Path
+    settings: TrainSettings, tmp_path: Path
 ) -> None:
     """Wherever bitsandbytes is installed; it runs on the CPU too."""
     pytest.importorskip("bitsandbytes")
-    settings = TrainSettings(
-        targets=make_targets(make_examples(17)),
-        model=str(make_model()),
-        out=tmp_path / "run",
-        optimizer="adamw-8bit",
-        learning_rate=1e-3,
-        batch_size=4,
-        save_every=2,
-    )
+    settings = replace(settings, optimizer="adamw-8bit", batch_size=4, save_every=2)
     undisturbed = replace(settings, out=tmp_path / "undisturbed")
     train(undisturbed)
     assert_resumes_as(settings, undisturbed)
@@ -92,24 +83,8 @@ def test_eight_bit_moments_come_close_and_are_resumed(
 
 
 def assert_resumes_as(settings: TrainSettings, undisturbed: TrainSettings) -> None:
-    from qpipe.trainer.step.step import Stepper
-
-    take = Stepper.step
-
-    class KilledError(BaseException):
-        pass
-
-    def die(self: Stepper, number: int, *arguments: object) -> object:
-        if number == 4:
-            raise KilledError
-        return take(self, number, *arguments)  # pyright: ignore[reportArgumentType]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stepper, "step", die)
-        with pytest.raises(KilledError):
-            train(settings)
+    killed_at(settings, 4)
     assert checkpoints_in(settings.out)[-1].name == "step-00000002"
     train(settings)
     torch.testing.assert_close(weights(settings.out), weights(undisturbed.out), rtol=0, atol=0)
-    log = [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_log(settings.out)] == [1, 2, 3, 4, 5]

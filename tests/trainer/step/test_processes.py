@@ -1,8 +1,5 @@
 """Two processes train as one."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +8,7 @@ from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 
 from ...support.runs import LIVE, Examples, Make, assert_same_weights, read_log
-
-_LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-_SCRIPT = """
-import sys
-from pathlib import Path
-from qpipe.trainer.run.train import train
-from qpipe.trainer.settings import TrainSettings
-targets, model, out = sys.argv[1:]
-train(TrainSettings(Path(targets), model, Path(out), learning_rate=1e-3, eval_fraction=0.3,
-                    batch_size=8, forward_tokens=30))
-"""
+from ...support.torchrun import train_in_two_processes
 
 
 def test_two_processes_train_as_one(
@@ -45,12 +32,7 @@ def assert_two_processes_train_as_one(settings: TrainSettings, tmp_path: Path) -
     """Nine examples to train on in steps of eight: the second process has none for the last."""
     settings = replace(settings, eval_fraction=0.3)
     two = replace(settings, out=tmp_path / "two")
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    command = [*_LAUNCH, str(script), str(two.targets), two.model, str(two.out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes((replace(two, forward_tokens=30), None))
     result = train(settings)
     assert (result.steps, result.examples) == (2, 9)
     for event in ("step", "evaluation"):

@@ -1,9 +1,5 @@
 """Two processes that share the weights train as one that has them all."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,44 +13,19 @@ from qpipe.trainer.settings import TrainSettings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ...support.runs import Examples, Make
-
-# several trainings in one launch: each as (settings, the step after which it is killed)
-_SCRIPT = """
-import json, sys
-from pathlib import Path
-from qpipe.trainer.run.train import train
-from qpipe.trainer.settings import TrainSettings
-from qpipe.trainer.step.distributed import is_sharded
-from qpipe.trainer.step.step import Stepper
-class Killed(BaseException): pass
-take = Stepper.step
-for given, stop in json.loads(sys.argv[1]):
-    paths = {name: Path(given[name]) for name in ("targets", "out")}
-    def one(self, number, *rest):
-        assert is_sharded(self.model)
-        result = take(self, number, *rest)
-        if number == stop:
-            raise Killed
-        return result
-    Stepper.step = one
-    try:
-        train(TrainSettings(**given | paths))
-    except Killed:
-        pass
-"""
+from ...support.runs import Examples, Make, read_log
+from ...support.torchrun import train_in_two_processes
 
 
 @pytest.fixture
 def settings(
-    make_targets: Make, make_examples: Examples, make_model: Make, tmp_path: Path
+    settings: TrainSettings, make_targets: Make, make_examples: Examples, make_model: Make
 ) -> TrainSettings:
     """Five steps, of a head that is the embeddings, in an odd vocabulary."""
-    return TrainSettings(
-        targets=make_targets(make_examples(21)),
+    return replace(
+        settings,
+        targets=make_targets(make_examples(21), "more"),
         model=str(make_model(tie_word_embeddings=True)),
-        out=tmp_path / "run",
-        learning_rate=1e-3,
         weight_decay=0.1,
         max_grad_norm=0.5,
         batch_size=4,
@@ -63,28 +34,6 @@ def settings(
         eval_every=2,
         save_every=2,
     )
-
-
-def sharded(*runs: tuple[TrainSettings, int | None]) -> None:
-    given = [
-        (
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name in settings.__slots__
-                if (value := getattr(settings, name)) not in (None, ())
-            },
-            stop,
-        )
-        for settings, stop in runs
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = runs[0][0].out.parent / "script.py"
-    script.write_text(_SCRIPT)
-    done = subprocess.run(
-        [*launch, str(script), json.dumps(given)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -96,21 +45,20 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     left_out = ("event", "tokens_per_second", "seconds_waited_in_all", "error_bound")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines]
+    return [{k: v for k, v in line.items() if k not in left_out} for line in read_log(folder)]
 
 
 @pytest.mark.slow
 def test_two_processes_with_shared_weights_train_as_one(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: TrainSettings, tmp_path: Path
 ) -> None:
     """Also where it is killed, goes on sharded, is killed again and goes on as one process."""
     fsdp = replace(settings, fsdp=True)
     two, killed = replace(fsdp, out=tmp_path / "two"), replace(fsdp, out=tmp_path / "killed")
     lora = replace(settings, lora_rank=2, learning_rate=1e-2)
     lora_two = replace(lora, fsdp=True, out=tmp_path / "lora-two")
-    sharded((two, None), (killed, 3), (killed, 4), (lora_two, None))
+    train_in_two_processes((two, None), (killed, 3), (killed, 4), (lora_two, None))
     result = train(settings)
     assert result.steps == 4
     assert_same_run(two.out, settings.out)
