@@ -17,9 +17,8 @@ from qpipe.pipeline.threads import Prefetch
 from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
 from qpipe.trainer.data.batch import Collator
 from qpipe.trainer.data.dataset import TargetDataset
-from qpipe.trainer.data.loader import StepLoader
 from qpipe.trainer.data.mixture import Mixture, mix
-from qpipe.trainer.data.steps import Samples, Step
+from qpipe.trainer.data.steps import Samples, Step, StepLoader
 from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
 from qpipe.trainer.run.loop import STEPS_AHEAD
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.trainer.data.batch import Collator
-from qpipe.trainer.data.loader import StepLoader
+from qpipe.trainer.data.steps import StepLoader
 from qpipe.trainer.settings import Schedule, TrainSettings
 from qpipe.trainer.step.optimizer import learning_rate_factor
 

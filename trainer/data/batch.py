@@ -75,17 +75,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        mask, position_ids = self.attention_mask, self.position_ids
-        return Batch(
-            self.ids,
-            self.input_ids.to(device),
-            None if mask is None else mask.to(device),
-            self.rows.to(device),
-            self.columns.to(device),
-            self.targets.to(device),
-            None if position_ids is None else position_ids.to(device),
-            self.segments,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor | SparseTargets)
+        }
+        return replace(self, **moved)
 
 
 def padded_batch(examples: Sequence[TargetExample]) -> Batch:
@@ -94,19 +90,19 @@ def padded_batch(examples: Sequence[TargetExample]) -> Batch:
     Without examples the batch has one token and N = 0: a rank that has run out of samples still
     takes part in collective operations.
     """
-    lengths_B = _lengths(examples)
+    lengths_B = np.array([len(example.input_ids) for example in examples] or [1])
     is_token_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
     input_ids_BT = np.zeros(is_token_BT.shape, np.int64)  # causal attention never looks right
     if examples:
         input_ids_BT[is_token_BT] = _join(examples, "input_ids", np.int64)
-    example_of = torch.from_numpy(_example_of(examples))
+    targets = _sparse_targets(examples)
     return Batch(
         ids=[example.id for example in examples],
         input_ids=torch.from_numpy(input_ids_BT),
         attention_mask=torch.from_numpy(is_token_BT.astype(np.int64)),
-        rows=example_of,
+        rows=targets.example_of,
         columns=torch.from_numpy(_join(examples, "positions", np.int64) - 1),
-        targets=_sparse_targets(examples, example_of),
+        targets=targets,
     )
 
 
@@ -120,16 +116,16 @@ def packed_batch(examples: Sequence[TargetExample]) -> Batch:
     starts_B = shared + np.cumsum(rests_B) - rests_B
     parts = [used[0][:shared], *(tokens[shared:] for tokens in used)]
     places = [np.arange(shared), *(np.arange(shared, shared + rest) for rest in rests_B)]
-    example_of_N = _example_of(examples)
+    targets = _sparse_targets(examples)
     columns_N = _join(examples, "positions", np.int64) - 1
-    moved_N = starts_B[example_of_N] + columns_N - shared
+    moved_N = starts_B[targets.example_of.numpy()] + columns_N - shared
     return Batch(
         ids=[example.id for example in examples],
         input_ids=torch.from_numpy(np.concatenate(parts, dtype=np.int64)[None]),
         attention_mask=None,
-        rows=torch.zeros(len(columns_N), dtype=torch.int64),
+        rows=torch.zeros_like(targets.example_of),
         columns=torch.from_numpy(np.where(columns_N < shared, columns_N, moved_N)),
-        targets=_sparse_targets(examples, torch.from_numpy(example_of_N)),
+        targets=targets,
         position_ids=torch.from_numpy(np.concatenate(places)[None]),
         segments=(shared, *(int(rest) for rest in rests_B if rest)),
     )
@@ -156,7 +152,7 @@ def observed_only(targets: SparseTargets) -> SparseTargets:
     return replace(targets, trust=ones_N, weights=ones_N)
 
 
-def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> SparseTargets:
+def _sparse_targets(examples: Sequence[TargetExample]) -> SparseTargets:
     observed_ids_N = _join(examples, "observed_ids", np.int64)
     counts_N = _join(examples, "counts", np.int64)
     support_mask_NS = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
@@ -164,16 +160,17 @@ def _sparse_targets(examples: Sequence[TargetExample], example_of: Tensor) -> Sp
     support_ids_NS[support_mask_NS] = _join(examples, "support_ids", np.int64)
     support_probs_NS = np.zeros(support_mask_NS.shape, np.float32)
     support_probs_NS[support_mask_NS] = _join(examples, "support_probs", np.float32)
-    return SparseTargets(
-        observed_ids=torch.from_numpy(observed_ids_N),
-        example_of=example_of,
-        trust=torch.from_numpy(_join(examples, "trust", np.float32)),
-        weights=torch.from_numpy(_join(examples, "weights", np.float32)),
-        support_ids=torch.from_numpy(support_ids_NS),
-        support_mask=torch.from_numpy(support_mask_NS),
-        support_probs=torch.from_numpy(support_probs_NS),
-        tail_mass=torch.from_numpy(_join(examples, "tail_mass", np.float32)),
-    )
+    positions_B = [len(example.positions) for example in examples]
+    arrays = {
+        "observed_ids": observed_ids_N,
+        "example_of": np.repeat(np.arange(len(examples)), positions_B),
+        "support_ids": support_ids_NS,
+        "support_mask": support_mask_NS,
+        "support_probs": support_probs_NS,
+    }
+    for name in ("trust", "weights", "tail_mass"):
+        arrays[name] = _join(examples, name, np.float32)
+    return SparseTargets(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def _common_beginning(rows: Sequence[Ints]) -> int:
@@ -182,17 +179,6 @@ def _common_beginning(rows: Sequence[Ints]) -> int:
     heads = np.stack([row[:shortest] for row in rows])
     is_same = (heads == heads[0]).all(axis=0)
     return shortest if is_same.all() else int(is_same.argmin())
-
-
-def _lengths(examples: Sequence[TargetExample]) -> NDArray[np.int64]:
-    """The number of tokens of each example; 1 without examples, for the placeholder."""
-    return np.array([len(example.input_ids) for example in examples] or [1])
-
-
-def _example_of(examples: Sequence[TargetExample]) -> NDArray[np.int64]:
-    """The example of each position, [N]."""
-    positions_B = [len(example.positions) for example in examples]
-    return np.repeat(np.arange(len(examples)), positions_B)
 
 
 def _join(examples: Sequence[TargetExample], name: str, dtype: type) -> NDArray[Any]:

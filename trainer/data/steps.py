@@ -1,33 +1,33 @@
 """Cuts samples into optimizer steps, and the samples of a step into micro-batches of each process.
 
-A step is a range of the sequence of samples, whatever the number of processes. Its samples are
-dealt to the ranks, and each rank's share is cut into micro-batches. Everything is computed from the
-lengths of the samples, so every rank has the plan of all ranks without communication.
+The samples of all epochs form one sequence. A step is a range of it, whatever the number of
+processes, so a step's samples and its gradient are the same on any number of them; only the last
+step may be smaller. A step's samples are dealt to the ranks, and each rank's share is cut into
+micro-batches. Everything is computed from the lengths of the samples, so every rank has the plan of
+all ranks without communication.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, tee
-from typing import Protocol
+from typing import NamedTuple, TypeVar
 
 from ...pipeline.format.records import TargetExample
+from .batch import Batch, Collator
+from .mixture import Mixture
+from .stream import TargetStream
+
+Samples = TargetStream | Mixture
+
+_Item = TypeVar("_Item")
 
 
-class Samples(Protocol):
-    """A sequence of samples: a `TargetStream` or a `Mixture`."""
+class RunSize(NamedTuple):
+    """The optimizer steps of a run and the samples they take, repetitions included."""
 
-    def __len__(self) -> int:
-        """Samples an epoch."""
-        ...
-
-    def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
-        """The samples of ascending numbers."""
-        ...
-
-    def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
-        """The number of tokens of each sample."""
-        ...
+    steps: int
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,70 @@ class Cadence:
         return self.every is not None and step % self.every == 0 and step < self.last
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepLoader:
+    """The optimizer steps of a run, each with the micro-batches of one process."""
+
+    samples: Samples
+    seed: int
+    batch_size: int  # samples of a step, over all processes
+    step_tokens: int | None  # tokens of a step; replaces batch_size
+    forward_tokens: int  # tokens of a micro-batch
+    collate: Collator
+    rank: int = 0
+    world_size: int = 1
+
+    def size(self, epochs: float, max_steps: int | None = None) -> RunSize:
+        """The size of a run of so many epochs, or of `max_steps` steps if that is fewer."""
+        samples = max(1, round(epochs * len(self.samples)))
+        if self.step_tokens is None:  # then no length is needed
+            steps = -(-samples // self.batch_size)
+            steps = min(steps, max_steps or steps)
+            return RunSize(steps, min(samples, steps * self.batch_size))
+        steps = taken = 0
+        for step in islice(self.steps_between(0, samples), max_steps):
+            steps, taken = steps + 1, step.stop
+        return RunSize(steps, taken)
+
+    def steps_between(self, start: int, stop: int) -> Iterator[Step]:
+        """The samples from number `start` to `stop` as steps; reads no shard."""
+        lengths = self.samples.lengths(self.seed, range(start, stop))
+        if self.step_tokens is not None:
+            return steps_of_tokens(lengths, start, self.step_tokens)
+        return steps_of_samples(lengths, start, self.batch_size)
+
+    def load(self, steps: Iterable[Step]) -> Iterator[tuple[Step, list[Batch]]]:
+        """The steps with the micro-batches of this process, of which there is at least one."""
+        steps, ahead = tee(steps)
+        own = self.rank, self.world_size, self.forward_tokens, self.collate.packed
+        plans = (micro_batches(step, *own) for step in ahead)
+        for step, chunks in zip(steps, read_steps(self.samples, self.seed, plans), strict=True):
+            yield step, [self.collate(chunk) for chunk in chunks]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """The held-out examples of all folders, as the batches of one process."""
+
+    streams: Sequence[TargetStream]
+    tokens: int  # of a batch, padding included
+    collate: Collator
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """The number of examples over all processes."""
+        return sum(map(len, self.streams))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of this process, in the order of the folders."""
+        own = (stream.in_order(self.rank, self.world_size) for stream in self.streams)
+        chunks = cut(
+            chain.from_iterable(own), lambda each: len(each.input_ids), self.tokens, packed=False
+        )
+        return map(self.collate, chunks)
+
+
 def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterator[Step]:
     """Steps of `samples` samples, the last possibly of fewer; `lengths` begin at number `start`."""
     rest = iter(lengths)
@@ -65,17 +129,29 @@ def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterat
 
 def steps_of_tokens(lengths: Iterable[int], start: int, tokens: int) -> Iterator[Step]:
     """Steps of at most `tokens` tokens in total, but of at least one sample."""
-    step: list[int] = []
-    total = 0
-    for length in lengths:
-        if step and total + length > tokens:
-            yield Step(start, tuple(step))
-            start += len(step)
-            step, total = [], 0
-        step.append(length)
-        total += length
-    if step:
+    for step in cut(lengths, int, tokens, packed=True):
         yield Step(start, tuple(step))
+        start += len(step)
+
+
+def cut(
+    items: Iterable[_Item], length_of: Callable[[_Item], int], tokens: int, packed: bool
+) -> Iterator[list[_Item]]:
+    """Consecutive items of at most `tokens` tokens together, but at least one item.
+
+    Their tokens are the sum of their lengths if packed, their number times the longest if padded.
+    """
+    chunk: list[_Item] = []
+    total = longest = 0
+    for item in items:
+        length = length_of(item)
+        total, longest = total + length, max(longest, length)
+        if chunk and (total if packed else longest * (len(chunk) + 1)) > tokens:
+            yield chunk
+            chunk, total, longest = [], length, length
+        chunk.append(item)
+    if chunk:
+        yield chunk
 
 
 def micro_batches(
@@ -83,13 +159,11 @@ def micro_batches(
 ) -> list[list[int]]:
     """The numbers of the samples in each of the rank's micro-batches of a step.
 
-    A micro-batch has at most `batch_tokens` tokens, or a single sample: rows times the longest if
-    padded, the sum of the samples' tokens if packed. Every rank has the same number of
-    micro-batches, the last ones possibly empty: collective operations of forward and backward
-    passes must match.
+    A micro-batch has at most `batch_tokens` tokens, as `cut` counts them, or a single sample. Every
+    rank has the same number of micro-batches, the last ones possibly empty: collective operations
+    of forward and backward passes must match.
     """
-    shares = deal(step, world_size)
-    plans = [micro_batch_cut(step, share, batch_tokens, packed) for share in shares]
+    plans = [micro_batch_cut(step, s, batch_tokens, packed) for s in deal(step, world_size)]
     missing = max(map(len, plans)) - len(plans[rank])
     return plans[rank] + [[] for _ in range(missing)]
 
@@ -106,20 +180,10 @@ def deal(step: Step, world_size: int) -> list[list[int]]:
 
 
 def micro_batch_cut(
-    step: Step, share: Sequence[int], batch_tokens: int, packed: bool
+    step: Step, share: Iterable[int], batch_tokens: int, packed: bool
 ) -> list[list[int]]:
     """Samples of a step, given longest first, cut into micro-batches."""
-    batches: list[list[int]] = []
-    used = longest = 0
-    for number in share:
-        length = step.lengths[number - step.start]
-        cost = length if packed else longest
-        if not batches or used + cost > batch_tokens:
-            batches.append([])
-            used, longest, cost = 0, length, length
-        batches[-1].append(number)
-        used += cost
-    return batches
+    return list(cut(share, lambda n: step.lengths[n - step.start], batch_tokens, packed))
 
 
 def read_steps(
@@ -130,14 +194,8 @@ def read_steps(
     A rank's share of a step is in memory at once. Plans are consumed up to a window ahead.
     """
     plans, ahead = tee(plans)
-    numbers = chain.from_iterable(sorted(chain(*plan)) for plan in ahead)
-    examples = source.samples(seed, numbers)
-    return (_examples_of(plan, examples) for plan in plans)
-
-
-def _examples_of(
-    plan: list[list[int]], examples: Iterator[TargetExample]
-) -> list[list[TargetExample]]:
-    numbers = sorted(chain(*plan))
-    of_number = dict(zip(numbers, islice(examples, len(numbers)), strict=True))
-    return [[of_number[number] for number in batch] for batch in plan]
+    examples = source.samples(seed, chain.from_iterable(sorted(chain(*plan)) for plan in ahead))
+    for plan in plans:
+        numbers = sorted(chain(*plan))
+        of_number = dict(zip(numbers, islice(examples, len(numbers)), strict=True))
+        yield [[of_number[number] for number in batch] for batch in plan]

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.storage.json_files import is_number
-from ..data.loader import HeldOut
-from ..data.steps import Cadence
+from ..data.steps import Cadence, HeldOut
 from ..models.files import ModelFiles
 from ..models.saving import save_model
 from ..settings import CHECKPOINT, parse_command

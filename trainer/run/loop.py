@@ -17,7 +17,7 @@ from ...pipeline.signals import Terminated
 from ...pipeline.storage.json_files import refuse_misfits, write_json
 from ...pipeline.threads import Prefetch
 from ..data.batch import Batch
-from ..data.loader import RunSize, StepLoader
+from ..data.steps import RunSize, StepLoader
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
 from ..step.distributed import is_sharded

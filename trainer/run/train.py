@@ -17,8 +17,7 @@ from ...pipeline.folders.shard_run import open_folder
 from ...pipeline.signals import notes_termination
 from ...pipeline.storage.locks import locked
 from ..data.batch import Collator
-from ..data.loader import HeldOut, StepLoader
-from ..data.steps import Cadence, Samples
+from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
 from ..models.files import ModelFiles, find_model
