@@ -1,4 +1,4 @@
-"""A target folder as a torch data set of rows in any order, a few record batches in memory."""
+"""A target folder as a torch data set with random access."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ...pipeline.storage.remote import open_path
 from .mixture import mix
 from .stream import open_streams
 
-CACHED_BLOCKS = 4  # record batches whose examples are kept
+CACHED_BLOCKS = 4  # record batches whose examples stay in memory
 
 _FIELDS = tuple(field.name for field in fields(TargetExample))
 
@@ -25,11 +25,11 @@ class TargetDataset(Dataset[dict[str, Any]]):
     """The examples of a target folder that have supervised tokens, as dicts of numpy arrays.
 
     A dict has the fields of `TargetExample`. A mixture has as many rows as its parts together, in
-    the proportions of their weights. Opening reads the folder once, to check every shard's hash and
-    to learn where each row is; after that rows are read when asked for, by any number of worker
-    processes. Rows that are asked for together, as a `DataLoader` does, are read together.
-    `verify=False` compares no hashes. Raises UserError where the folder is not sealed or has no
-    supervised token, or a shard is missing or damaged.
+    the proportions of their weights. Opening reads the folder once, to index its rows and, unless
+    `verify` is False, to verify the hash of every shard. Afterwards rows are read on demand, by any
+    number of worker processes; those of one batch of a `DataLoader` are read together. A few record
+    batches stay in memory. Raises UserError where the folder is not sealed or has no supervised
+    token, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -65,11 +65,11 @@ class TargetDataset(Dataset[dict[str, Any]]):
         return [_as_dict(next(found[part])) for part, _ in places]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the examples: a worker process reads its own."""
+        """The state without the cached examples: each worker process reads its own."""
         return self.__dict__ | {"_cached": OrderedDict()}
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The part that a row comes from, and which it is of its rows, over and over."""
+        """The part that a row comes from, and the row's index in that part."""
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -1,4 +1,4 @@
-"""Several streams as one, each with its share of the samples.
+"""Several streams as one, each with a share of the samples.
 
 The stream of the k-th sample depends on k and the weights alone, so the only state of a mixture is
 the number of samples consumed, as for a single stream. Each stream has its own epochs: with weights
@@ -25,7 +25,7 @@ from .stream import TargetStream
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """Streams, and whose turn it is at each sample of a period; see `mix`."""
+    """Streams, and the stream of each sample of a period; see `mix`."""
 
     streams: tuple[TargetStream, ...]
     shares: tuple[int, ...]  # samples a period
@@ -33,15 +33,15 @@ class Mixture:
     places: Ints  # [sum(shares)] the number of earlier samples of that stream in the period
 
     def __len__(self) -> int:
-        """Samples an epoch: as many as the streams have in all, whatever their shares."""
+        """Samples an epoch: as many as the streams have together, whatever their shares."""
         return sum(map(len, self.streams))
 
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
-        """The samples of these numbers, ascending; every stream keeps a window in memory."""
+        """The samples of these numbers, which must ascend; each stream has a window in memory."""
         return self._merged(TargetStream.samples, seed, numbers)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
-        """The number of tokens of the samples of these numbers; reads nothing."""
+        """The number of tokens of the samples of these numbers; reads no shard."""
         return self._merged(TargetStream.lengths, seed, numbers)
 
     def turn(self, number: int) -> tuple[int, int]:

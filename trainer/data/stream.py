@@ -1,15 +1,15 @@
-"""Streams sealed target folders, a window of record batches in memory at a time.
+"""Streams the examples of a sealed target folder in random order.
 
 The samples of all epochs form one endless sequence, numbered from 0: with n samples an epoch,
-sample s belongs to epoch s // n. What sample s is depends on the seed, its epoch and the folder
-alone, so the state of a stream is a number, and any processes may read any samples.
+sample s belongs to epoch s // n. Sample s depends on the seed, its epoch and the folder alone, so
+the state of a stream is one number, and any process may read any sample.
 
 The order of an epoch: the blocks (record batches of all shards) are permuted and cut into windows
-of `WINDOW_BLOCKS`, then the rows of each window are permuted. A window is the most that is read at
-once, and nothing is read of what lies before the first sample wanted.
+of `WINDOW_BLOCKS`, then the rows of each window are permuted. One window is in memory at a time,
+and reading starts at the window of the first sample that is asked for.
 
-Opening a folder reads it once, to check every shard's hash and to learn which rows are held out and
-how long each is; twelve bytes a row stay in memory.
+Opening a folder reads it once, to verify the hash of every shard, choose the held-out rows and
+count the tokens of each row; twelve bytes a row stay in memory.
 
 B blocks, R rows of a stream, W windows of an epoch.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.folders.sealed import SealedFolder
-from ...pipeline.format.batches import FlatBatch, split
+from ...pipeline.format.batches import split
 from ...pipeline.format.records import Ints, TargetExample
 
 WINDOW_BLOCKS = 16  # about a thousand rows to shuffle among
@@ -35,9 +35,9 @@ Rows = NDArray[np.int64]  # indices into the rows of a stream
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
-    """The rows of a stream, block by block; every block has some.
+    """The rows of a stream, block by block; every block has at least one.
 
-    Those of block b stand at `starts[b]` up to `starts[b + 1]`, in the order of the folder.
+    Those of block b are `starts[b]` up to `starts[b + 1]`, in the order of the folder.
     """
 
     shards: Ints  # [B] the block's shard
@@ -78,36 +78,36 @@ class TargetStream:
         return len(self.outline.places)
 
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
-        """The samples of these numbers, which ascend, so that no window is read twice.
+        """The samples of these numbers, which must ascend, so that no window is read twice.
 
-        The numbers are asked for up to a window ahead. Raises UserError where a shard is missing or
-        damaged.
+        Up to a window of the numbers is consumed ahead. Raises UserError where a shard is missing
+        or damaged.
         """
         for rows in self._windows(seed, numbers):
             yield from self.at(rows)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
-        """How many tokens the samples of these numbers have; reads nothing."""
+        """The numbers of tokens of the samples of these numbers; reads no shard."""
         for rows in self._windows(seed, numbers):
             yield from self.outline.tokens[rows].tolist()
 
     def in_order(self, rank: int = 0, world_size: int = 1) -> Iterator[TargetExample]:
-        """The rank's share of the examples, as they stand in the folder."""
+        """The rank's share of the examples, in the order of the folder."""
         return self._read_ascending(np.arange(rank, len(self), world_size))
 
     def at(self, rows: Rows) -> Iterator[TargetExample]:
-        """The examples at some rows, in their order and all held at once."""
+        """The examples at these rows, in their order; all are in memory at once."""
         by_row = np.argsort(rows)
         examples = list(self._read_ascending(rows[by_row]))
         return (examples[index] for index in np.argsort(by_row))
 
     def _windows(self, seed: int, numbers: Iterable[int]) -> Iterator[Rows]:
-        """The rows that samples stand at, a window at a time."""
+        """The rows of the samples, a window at a time."""
         for (epoch, window), group in groupby(self._located(seed, numbers), itemgetter(0, 1)):
             yield epoch.rows(window)[[place for *_, place in group]]
 
     def _located(self, seed: int, numbers: Iterable[int]) -> Iterator[tuple[Epoch, int, int]]:
-        """Each sample's epoch, its window there and its place in that."""
+        """Each sample's epoch, the window within the epoch and the place within the window."""
         epoch = None
         for number in numbers:
             index, place = divmod(number, len(self))
@@ -134,7 +134,7 @@ def open_streams(
 ) -> tuple[TargetStream, TargetStream]:
     """The examples to train on and those held out; examples without supervision are in neither.
 
-    `verify` compares every shard's hash. Raises UserError where a shard is missing or damaged.
+    `verify` compares the hash of every shard. Raises UserError where a shard is missing or damaged.
     """
     train_blocks: list[_Block] = []
     eval_blocks: list[_Block] = []
@@ -143,9 +143,10 @@ def open_streams(
             held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
             has_positions = batch.lengths["position"] > 0
             for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):
-                places = np.flatnonzero(mask & has_positions)
+                places = np.flatnonzero(mask & has_positions).astype(np.int32)
                 if len(places):
-                    blocks.append(_block(shard, number, batch, places))
+                    tokens = batch.lengths["token"][places].astype(np.int32)
+                    blocks.append((shard, number, places, tokens))
     return (
         TargetStream(folder, _outline(train_blocks)),
         TargetStream(folder, _outline(eval_blocks)),
@@ -153,7 +154,7 @@ def open_streams(
 
 
 def is_held_out(example_id: str, eval_fraction: float) -> bool:
-    """Whether an example is for evaluation: decided by its id alone, whatever stands around it."""
+    """Whether an example is held out for evaluation; depends on its id alone."""
     digest = hashlib.sha256(example_id.encode()).digest()
     return int.from_bytes(digest[:8]) < eval_fraction * 2**64
 
@@ -167,21 +168,16 @@ def epoch_of(outline: Outline, seed: int, index: int) -> Epoch:
 
 
 def permutation(size: int, seed: int, *key: int) -> Rows:
-    """The numbers below `size`, in an order of its own for each seed and key.
+    """The numbers below `size` in random order, which depends on the seed and the key.
 
-    Sorted by raw random bits, which numpy promises to keep from version to version, as it does not
-    for its own permutations.
+    They are sorted by raw random bits: numpy guarantees that these stay the same from version to
+    version, which it does not for its own permutations.
     """
     source = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
     return np.argsort(source.random_raw(size), kind="stable")
 
 
-_Block = tuple[int, int, Ints, Ints]  # shard, record batch, and the columns of its rows
-
-
-def _block(shard: int, number: int, batch: FlatBatch, places: Rows) -> _Block:
-    tokens = batch.lengths["token"][places]
-    return shard, number, places.astype(np.int32), tokens.astype(np.int32)
+_Block = tuple[int, int, Ints, Ints]  # shard, record batch; its rows' places and tokens
 
 
 def _outline(blocks: Sequence[_Block]) -> Outline:
