@@ -14,6 +14,7 @@ from qpipe.pipeline.methods.table import (
     choose,
 )
 from qpipe.pipeline.methods.words import needs, table
+from qpipe.tests.support.methods import FACTS, LIVE, TARGET, WEIGHT, Facts
 
 # name: source, where methods.md names one
 SOURCES: dict[str, str | None] = {
@@ -39,60 +40,6 @@ SOURCES: dict[str, str | None] = {
     "contrast": "2510.07962",
     "idft": "2602.12222",
     "trsft": None,
-}
-
-LIVE, TARGET, WEIGHT = "live", "frozen-target", "frozen-weight"
-# method, form: what a target folder holds; t: a teacher's scores, m: a mask of the demonstrations,
-# s: it reads the student as it trains, w: the loss is a weighted likelihood whose Q is one-hot
-PAIRS: dict[tuple[str, str], tuple[str, str]] = {
-    ("sft", TARGET): ("observed", ""),
-    ("sft", WEIGHT): ("observed", "w"),
-    ("sft", LIVE): ("observed", ""),
-    ("dft", TARGET): ("base", ""),
-    ("dft", WEIGHT): ("observed", "w"),
-    ("dft", LIVE): ("observed", "sw"),
-    ("beyond-log", TARGET): ("base", ""),
-    ("beyond-log", WEIGHT): ("observed", "w"),
-    ("beyond-log", LIVE): ("observed", "sw"),
-    ("profit", TARGET): ("base", ""),
-    ("profit", WEIGHT): ("observed", "w"),
-    ("profit", LIVE): ("observed", "sw"),
-    ("eaft", TARGET): ("base", ""),
-    ("eaft", WEIGHT): ("observed", "w"),
-    ("eaft", LIVE): ("observed", "sw"),
-    ("iw-sft", LIVE): ("base-observed", "s"),
-    ("cft", WEIGHT): ("observed", "mw"),
-    ("cft", TARGET): ("base", "m"),
-    ("cft", LIVE): ("observed", "mw"),
-    ("label-smoothing", TARGET): ("uniform", ""),
-    ("label-smoothing", LIVE): ("uniform", ""),
-    ("sft+kl", TARGET): ("base", ""),
-    ("sft+kl", LIVE): ("base", ""),
-    ("asft", TARGET): ("base", ""),
-    ("asft", LIVE): ("base", "s"),
-    ("psft", LIVE): ("base-observed", "s"),
-    ("gem", LIVE): ("observed", "s"),
-    ("kd", TARGET): ("teacher", "t"),
-    ("kd", LIVE): ("teacher", "t"),
-    ("kd-hybrid", TARGET): ("teacher", "t"),
-    ("kd-hybrid", LIVE): ("teacher", "t"),
-    ("target-sft", TARGET): ("mixture", "t"),
-    ("target-sft", LIVE): ("teacher", "ts"),
-    ("gift", TARGET): ("base", ""),
-    ("gift", LIVE): ("base", ""),
-    ("flow", WEIGHT): ("observed", "w"),
-    ("flow", TARGET): ("base", ""),
-    ("flow", LIVE): ("observed", "w"),
-    ("stm", WEIGHT): ("observed", "w"),
-    ("stm", TARGET): ("base", ""),
-    ("stm", LIVE): ("observed", "w"),
-    ("token-cleaning", WEIGHT): ("observed", "tw"),
-    ("token-cleaning", TARGET): ("base", "t"),
-    ("token-cleaning", LIVE): ("observed", "tw"),
-    ("contrast", TARGET): ("contrast", "t"),
-    ("contrast", LIVE): ("contrast", "t"),
-    ("idft", LIVE): ("observed", "sw"),
-    ("trsft", LIVE): ("observed", "sw"),
 }
 
 _FAR = 1e6
@@ -177,21 +124,19 @@ def test_every_method_names_its_source(name: str, source: str | None) -> None:
 def test_choices_are_every_method_in_every_form_the_first_of_them_the_default() -> None:
     seen = [(choice.method.name, choice.form) for choice in choices()]
 
-    assert seen == list(PAIRS)
+    assert seen == list(FACTS)
     for name in SOURCES:
-        first = next(form for each, form in PAIRS if each == name)
+        first = next(form for each, form in FACTS if each == name)
         assert choose(name).form == first
         assert choose(name, first) == choose(name)
 
 
-@pytest.mark.parametrize(("pair", "wanted"), PAIRS.items())
-def test_what_each_form_of_each_method_needs(
-    pair: tuple[str, str], wanted: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize(("pair", "wanted"), FACTS.items())
+def test_what_each_form_of_each_method_needs(pair: tuple[str, str], wanted: Facts) -> None:
     choice = choose(*pair)
-    stored, letters = wanted
+    letters = wanted.letters
 
-    assert choice.stored == stored
+    assert choice.stored == wanted.stored
     assert choice.needs_teacher == ("t" in letters)
     assert choice.needs_mask == ("m" in letters)
     assert choice.reads_student == ("s" in letters)
@@ -208,8 +153,8 @@ def test_nothing_is_stored_but_for_what_methods_md_says() -> None:
     one_float = {
         (name, LIVE) for name in ("iw-sft", "psft", "flow", "stm", "token-cleaning", "cft")
     }
-    one_float |= {pair for pair in PAIRS if pair[1] == WEIGHT}
-    for pair in PAIRS:
+    one_float |= {pair for pair in FACTS if pair[1] == WEIGHT}
+    for pair in FACTS:
         is_sparse = choose(*pair).stored not in ("observed", "base-observed", "uniform")
         assert is_sparse == (pair not in needs_nothing | one_float), pair
 
@@ -340,15 +285,15 @@ def test_needs_in_words(name: str, words: str) -> None:
 def test_every_form_is_there_or_refused_with_a_reason() -> None:
     forms = (LIVE, TARGET, WEIGHT)
 
-    assert set(PAIRS) | set(REFUSED) == {(name, form) for name in SOURCES for form in forms}
-    assert not set(PAIRS) & set(REFUSED)
-    assert len(PAIRS) == 48
+    assert set(FACTS) | set(REFUSED) == {(name, form) for name in SOURCES for form in forms}
+    assert not set(FACTS) & set(REFUSED)
+    assert len(FACTS) == 48
 
 
 @pytest.mark.parametrize(("pair", "reason"), REFUSED.items())
 def test_a_refused_form_says_why_and_what_there_is(pair: tuple[str, str], reason: str) -> None:
     name, form = pair
-    there = ", ".join(each for method, each in PAIRS if method == name)
+    there = ", ".join(each for method, each in FACTS if method == name)
 
     assert refusal(name, form) == f"{name} has no form '{form}' ({reason}): choose one of {there}"
 
@@ -356,7 +301,7 @@ def test_a_refused_form_says_why_and_what_there_is(pair: tuple[str, str], reason
 @pytest.mark.parametrize("name", list(SOURCES))
 @pytest.mark.parametrize("form", ["frozen", "Live", "", "live "])
 def test_an_unknown_form_is_refused_with_the_known_ones(name: str, form: str) -> None:
-    there = ", ".join(each for method, each in PAIRS if method == name)
+    there = ", ".join(each for method, each in FACTS if method == name)
 
     assert refusal(name, form) == f"{name} has no form {form!r}: choose one of {there}"
 
@@ -388,7 +333,7 @@ def test_defaults_are_those_of_the_papers(name: str) -> None:
     }
     if name == "gem":
         defaults["h"] = "linear"
-    for each, form in PAIRS:
+    for each, form in FACTS:
         if each == name:
             assert choose(name, form).parameters == defaults
 

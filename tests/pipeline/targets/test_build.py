@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,17 @@ from qpipe.pipeline.targets.build import (
     targets_of,
 )
 from qpipe.pipeline.targets.distributions import Supports, truncated
+from qpipe.tests.support.methods import (
+    DEFAULTS,
+    FACTS,
+    FORMULAS,
+    LIVE,
+    READS_STUDENT,
+    Token,
+    b_y,
+    one_hot,
+    probabilities,
+)
 
 VOCAB_SIZE = 20
 WHOLE = Truncation(1.0, 10**9)
@@ -132,144 +143,64 @@ def evidence_of(
     )
 
 
-# The table of methods, written out position by position.
+# The targets over the whole vocabulary.
 
 
-@dataclass(frozen=True)
-class Position:
-    base: list[float]  # probabilities
-    teacher: list[float]
-    observed: int
-    mask: float
-
-    @property
-    def b(self) -> float:
-        return self.base[self.observed]
-
-    @property
-    def q(self) -> float:
-        return self.teacher[self.observed]
-
-    @property
-    def top_entropy(self) -> float:
-        top = sorted(self.base, reverse=True)[:20]
-        total = math.fsum(top)
-        return -math.fsum(p / total * math.log(p / total) for p in top if p)
-
-    @property
-    def divergence(self) -> float:
-        pairs = zip(self.teacher, self.base, strict=False)
-        return math.fsum(q * math.log(q / b) for q, b in pairs if q)
+def tempered(log_probs: Sequence[float], temperature: float) -> list[float]:
+    return log_softmax([each / temperature for each in log_probs])
 
 
-def powered(log_probs: Sequence[float], temperature: float) -> list[float]:
-    return [math.exp(each) for each in log_softmax([each / temperature for each in log_probs])]
-
-
-def positions_of(
+def tokens_of(
     demonstrations: Sequence[Dense], temperature: float = 1.0, teacher_temperature: float = 1.0
-) -> list[Position]:
-    return [
-        Position(powered(base, temperature), powered(teacher, teacher_temperature), observed, mask)
+) -> list[Token]:
+    """Every position; what the teacher's vocabulary has beyond the base's is left out."""
+    tokens = [
+        Token(
+            followed=(own := tempered(base, temperature)),
+            base=own,
+            teacher=tempered(teacher, teacher_temperature)[: len(base)],
+            observed=observed,
+            mask=mask,
+        )
         for each in demonstrations
         for base, teacher, observed, mask in zip(
             each.base, each.teacher, each.observed, each.token_weights, strict=True
         )
     ]
+    excesses = [token.teacher[token.observed] - token.base[token.observed] for token in tokens]
+    losses = [-token.base[token.observed] for token in tokens]
+    return [replace(token, losses=losses, excesses=excesses) for token in tokens]
 
 
-TRUST: dict[str, Callable[[Position, float], float]] = {  # of a position and the data's statistic
-    "sft": lambda at, _: 1,
-    "dft": lambda at, _: at.b,
-    "beyond-log": lambda at, _: at.b**8,
-    "profit": lambda at, _: float(at.b >= 0.1),
-    "eaft": lambda at, _: at.top_entropy / 3,
-    "cft": lambda at, _: at.mask,
-    "label-smoothing": lambda at, _: 0.9,
-    "sft+kl": lambda at, _: 1 / 1.1,
-    "asft": lambda at, _: at.b / (at.b + 0.1),
-    "kd": lambda at, _: 0,
-    "kd-hybrid": lambda at, _: 0.5,
-    "target-sft": lambda at, _: at.b,
-    "gift": lambda at, _: 1 - 1 / (1 + max(at.b, 1e-10) * (math.exp(20) - 1)),
-    "flow": lambda at, tau: at.b ** (1 / tau),
-    "stm": lambda at, _: float(at.b >= 0.4),
-    "token-cleaning": lambda at, least: float(math.log(at.q) - math.log(at.b) >= least),
-    "contrast": lambda at, _: 0,
-}
-SCALE: dict[str, Callable[[Position], float]] = {
-    "sft+kl": lambda at: 1.1,
-    "asft": lambda at: at.b + 0.1,
-    "contrast": lambda at: float(at.divergence >= 0.4),
-}
-
-
-def mixed(at: Position) -> list[float]:
-    pairs = list(zip(at.base, at.teacher, strict=False))
-    weights = [math.sqrt(b * q) for b, q in pairs]
-    total = math.fsum(weights)  # of tokens beyond the base's vocabulary the base has none
-    return [weight / total for weight in weights]
-
-
-def contrasting(at: Position) -> list[float]:
-    teacher = at.teacher[: len(at.base)]
-    ratios = [
-        q / b if q >= 0.2 * max(teacher) else 0.0 for q, b in zip(teacher, at.base, strict=True)
-    ]
-    total = math.fsum(ratios)
-    return [ratio / total for ratio in ratios]
-
-
-def residual_of(choice: Choice, at: Position) -> list[float]:
-    """π̃ over the vocabulary; what it has beyond the base's is left out."""
-    name, size = choice.method.name, len(at.base)
-    if name == "label-smoothing":
-        return [1 / size] * size
-    if name in ("kd", "kd-hybrid"):
-        return at.teacher[:size]
-    if name == "target-sft":
-        return mixed(at)
-    if name == "contrast":
-        return contrasting(at)
-    if name in ("sft+kl", "asft", "gift") or (choice.form == "frozen-target" and name != "sft"):
-        return at.base
-    return [float(token == at.observed) for token in range(size)]
-
-
-def is_weight(choice: Choice) -> bool:
-    """Whether γ is a weight of the observed token's loss."""
-    of_mask_or_base = choice.method.name in ("cft", "flow", "stm", "token-cleaning")
-    return choice.form == "frozen-weight" or (choice.form == "live" and of_mask_or_base)
-
-
-def wanted_target(choice: Choice, at: Position, statistic: float) -> tuple[list[float], float]:
+def wanted_target(choice: Choice, token: Token, statistic: float) -> tuple[list[float], float]:
     """Q over the vocabulary, and the weight of the loss."""
     name = choice.method.name
-    trust = TRUST[name](at, statistic)
-    scale = SCALE.get(name, lambda _: 1.0)(at)
-    mask = 1 if name == "cft" else at.mask
-    if is_weight(choice):
-        return [float(token == at.observed) for token in range(len(at.base))], trust * scale * mask
-    target = [(1 - trust) * prob for prob in residual_of(choice, at)]
-    target[at.observed] += trust
+    given = DEFAULTS[name] | STATISTICS.get(name, lambda _: {})(statistic)
+    trust, residual, scale = FORMULAS[name](token, given)
+    mask = 1 if name == "cft" else token.mask
+    if "w" in FACTS[name, choice.form].letters:
+        return one_hot(token), trust * scale * mask
+    target = [(1 - trust) * prob for prob in residual]
+    target[token.observed] += trust
     return target, scale * mask
 
 
-def statistic_of(choice: Choice, positions: Sequence[Position]) -> float:
-    """The median loss of the base for flow, the least excess loss of the top 60 % for cleaning."""
-    if choice.method.name == "flow":
-        return float(np.median([-math.log(at.b) for at in positions]))
-    if choice.method.name == "token-cleaning":
-        excess = sorted((math.log(at.q) - math.log(at.b) for at in positions), reverse=True)
-        return excess[int(0.6 * len(excess)) - 1]
-    return math.nan
+STATISTICS: dict[str, Callable[[float], dict[str, float]]] = {
+    "flow": lambda value: {"tau": value},
+    "token-cleaning": lambda value: {"threshold": value},
+}
 
 
-def settled(choice: Choice, positions: Sequence[Position]) -> tuple[Choice, float]:
-    """The choice with its statistic, a last bit lower where it is an indicator's threshold."""
-    statistic = statistic_of(choice, positions)
+def settled(choice: Choice, tokens: Sequence[Token]) -> tuple[Choice, float]:
+    """The choice with its statistic: the median loss of the base for flow, the least excess loss of
+    the top 60 % for cleaning; a last bit lower where it is an indicator's threshold."""
     if choice.unresolved is None:
-        return choice, statistic
+        return choice, math.nan
+    if choice.method.name == "flow":
+        statistic = float(np.median(tokens[0].losses))
+    else:
+        excesses = sorted(tokens[0].excesses, reverse=True)
+        statistic = excesses[int(0.6 * len(excesses)) - 1]
     statistic -= 1e-9
     return choice.resolved(statistic), statistic
 
@@ -292,7 +223,7 @@ def residuals(residual: Supports) -> list[dict[int, float]]:
     return supports_of(residual.counts, residual.ids, residual.probs)
 
 
-def rebuilt(targets: Targets, positions: Sequence[Position]) -> tuple[Rows, list[float]]:
+def rebuilt(targets: Targets, positions: Sequence[Token]) -> tuple[Rows, list[float]]:
     """Q over the vocabulary from what is stored, and its mass outside of the support; what a
     uniform residual has there is spread evenly."""
     rows, tails = [], []
@@ -333,30 +264,16 @@ def name_of(choice: Choice) -> str:
 
 
 ALL = list(choices())
-READ_STUDENT = {  # and what methods.md says must be stored for it
-    "dft": "observed",
-    "beyond-log": "observed",
-    "profit": "observed",
-    "eaft": "observed",
-    "gem": "observed",
-    "idft": "observed",
-    "trsft": "observed",
-    "iw-sft": "base-observed",
-    "psft": "base-observed",
-    "asft": "base",
-    "target-sft": "teacher",
-}
-SETTLED = [c for c in ALL if c.form != "live" or c.method.name not in READ_STUDENT]
-LIVE = [c for c in ALL if c.form == "live" and c.method.name in READ_STUDENT]
+SETTLED = [c for c in ALL if c.form != LIVE or c.method.name not in READS_STUDENT]
+OF_STUDENT = [c for c in ALL if c.form == LIVE and c.method.name in READS_STUDENT]
 each_choice = pytest.mark.parametrize("choice", ALL, ids=name_of)
 each_settled = pytest.mark.parametrize("choice", SETTLED, ids=name_of)
 
 
 def test_every_choice_is_tested_one_way_or_the_other() -> None:
-    assert {c.method.name for c in SETTLED} == set(TRUST)
-    assert {c.method.name for c in LIVE} == set(READ_STUDENT)
+    assert {(c.method.name, c.form) for c in ALL} == set(FACTS)
     assert [c.reads_student for c in SETTLED] == [False] * len(SETTLED)
-    assert len(SETTLED) + len(LIVE) == len(ALL) == 48
+    assert [c.reads_student for c in OF_STUDENT] == [True] * len(OF_STUDENT)
 
 
 # Every method that reads no student.
@@ -366,7 +283,7 @@ def test_every_choice_is_tested_one_way_or_the_other() -> None:
 @pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
 def test_on_full_supports_the_target_is_the_definition(choice: Choice, spread: float) -> None:
     demonstrations = [random_dense(seed, spread=spread) for seed in range(5)]
-    positions = positions_of(demonstrations)
+    positions = tokens_of(demonstrations)
     choice, statistic = settled(choice, positions)
     targets = targets_of(evidence_of(demonstrations), choice, WHOLE)
     found, tails = rebuilt(targets, positions)
@@ -382,7 +299,7 @@ def test_on_full_supports_the_target_is_the_definition(choice: Choice, spread: f
 @each_settled
 def test_what_is_stored_is_the_definition_in_single_precision(choice: Choice) -> None:
     demonstrations = [random_dense(seed) for seed in range(4)]
-    positions = positions_of(demonstrations)
+    positions = tokens_of(demonstrations)
     choice, statistic = settled(choice, positions)
     made = stored(evidence_of(demonstrations, dtype=np.float32), choice)
 
@@ -411,7 +328,7 @@ def test_on_truncated_supports_it_is_the_definition_on_the_support_and_in_its_ta
     choice: Choice, top_k: int
 ) -> None:
     demonstrations = [random_dense(seed) for seed in range(4)]
-    positions = positions_of(demonstrations)
+    positions = tokens_of(demonstrations)
     targets = targets_of(evidence_of(demonstrations, top_k), choice, Truncation(0.8, 3))
     found, tails = rebuilt(targets, positions)
 
@@ -432,7 +349,7 @@ def test_models_are_read_at_their_temperatures(
     choice: Choice, temperature: float, teacher_temperature: float
 ) -> None:
     demonstrations = [random_dense(seed) for seed in range(4)]
-    positions = positions_of(demonstrations, temperature, teacher_temperature)
+    positions = tokens_of(demonstrations, temperature, teacher_temperature)
     choice, statistic = settled(choice, positions)
     evidence = evidence_of(demonstrations, VOCAB_SIZE, temperature, teacher_temperature)
     targets = targets_of(evidence, choice, WHOLE)
@@ -453,7 +370,7 @@ def test_a_teachers_larger_vocabulary_is_its_tail(
     choice: Choice, teacher_temperature: float
 ) -> None:
     demonstrations = [random_dense(seed, teacher_size=27, weights=[1]) for seed in range(4)]
-    positions = positions_of(demonstrations, 1.0, teacher_temperature)
+    positions = tokens_of(demonstrations, 1.0, teacher_temperature)
     evidence = evidence_of(demonstrations, 27, teacher_temperature=teacher_temperature)
     targets = targets_of(evidence, choice, WHOLE)
     found, tails = rebuilt(targets, positions)
@@ -522,10 +439,10 @@ def test_a_mask_above_1_is_refused_with_the_examples_name(form: str) -> None:
 # Methods that read the student as it trains.
 
 
-@pytest.mark.parametrize("choice", LIVE, ids=name_of)
+@pytest.mark.parametrize("choice", OF_STUDENT, ids=name_of)
 def test_what_reads_the_student_is_stored_with_trust_1_and_what_it_needs(choice: Choice) -> None:
     demonstrations = [random_dense(seed) for seed in range(4)]
-    positions = positions_of(demonstrations)
+    positions = tokens_of(demonstrations)
     targets = targets_of(evidence_of(demonstrations), choice, WHOLE)
 
     assert targets.trust.tolist() == [1.0] * len(positions)
@@ -534,10 +451,10 @@ def test_what_reads_the_student_is_stored_with_trust_1_and_what_it_needs(choice:
     for at, support, tail in zip(positions, supports, tails, strict=True):
         wanted = {
             "observed": {at.observed: 1.0},
-            "base-observed": {at.observed: at.b},
-            "base": dict(enumerate(at.base)),
-            "teacher": dict(enumerate(at.teacher)),
-        }[READ_STUDENT[choice.method.name]]
+            "base-observed": {at.observed: b_y(at)},
+            "base": dict(enumerate(probabilities(at.base))),
+            "teacher": dict(enumerate(probabilities(at.teacher))),
+        }[FACTS[choice.method.name, LIVE].stored]
         assert support == pytest.approx(wanted, rel=1e-10)
         assert tail == pytest.approx(1 - math.fsum(wanted.values()), abs=1e-12)
 

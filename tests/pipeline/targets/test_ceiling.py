@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from qpipe.pipeline.targets.ceiling import (
     has_ceiling,
     reproducible_share,
 )
+from qpipe.tests.support.methods import DEFAULTS, FACTS, FORMULAS, Token, one_hot
 
 VOCAB_SIZE = 30
 WHOLE = Truncation(1.0, 10**9)
@@ -148,72 +149,21 @@ def sums_of(evidence: Evidence, choice: Choice, truncation: Truncation = WHOLE) 
 # The targets over the whole vocabulary while the student is the base.
 
 
-def entropy(probs: Sequence[float]) -> float:
-    return -math.fsum(p * math.log(p) for p in probs if p)
-
-
-def idft_trust(at: Position) -> float:
-    return at.b ** min(max(math.exp(-(math.log(at.b) + entropy(at.base))), 0.1), 2.0)
-
-
 FLOW_TAU, CLEANING_THRESHOLD = 2.0, 0.1
-TRUST: dict[str, Callable[[Position], float]] = {
-    "sft": lambda at: 1,
-    "dft": lambda at: at.b,
-    "beyond-log": lambda at: at.b**8,
-    "profit": lambda at: float(at.b >= 0.1),
-    "eaft": lambda at: entropy(powered(sorted(at.base, reverse=True)[:20], 1)) / 3,
-    "iw-sft": lambda at: 1,
-    "cft": lambda at: at.mask,
-    "label-smoothing": lambda at: 0.9,
-    "sft+kl": lambda at: 1 / 1.1,
-    "asft": lambda at: at.b / (at.b + 0.1),
-    "psft": lambda at: 1,
-    "kd": lambda at: 0,
-    "kd-hybrid": lambda at: 0.5,
-    "target-sft": lambda at: at.b,
-    "gift": lambda at: 1 - 1 / (1 + max(at.b, 1e-10) * (math.exp(20) - 1)),
-    "flow": lambda at: at.b ** (1 / FLOW_TAU),
-    "stm": lambda at: float(at.b >= 0.4),
-    "token-cleaning": lambda at: float(math.log(at.q / at.b) >= CLEANING_THRESHOLD),
-    "contrast": lambda at: 0,
-    "idft": idft_trust,
-    "trsft": lambda at: min(1, at.b / 0.1),
-}
-ONE_HOT = ("sft", "iw-sft", "psft")
-WEIGHTS_WHERE_LIVE = ("cft", "flow", "stm", "token-cleaning")
-
-
-def residual_of(choice: Choice, at: Position) -> list[float]:
-    size = len(at.base)
-    match choice.method.name:
-        case "label-smoothing":
-            return [1 / size] * size
-        case "kd" | "kd-hybrid":
-            return at.teacher
-        case "target-sft":
-            pairs = zip(at.base, at.teacher, strict=True)
-            return powered([math.sqrt(b * q) for b, q in pairs], 1)
-        case "contrast":
-            least = 0.2 * max(at.teacher)
-            pairs = zip(at.base, at.teacher, strict=True)
-            return powered([q / b if q >= least else 0.0 for b, q in pairs], 1)
-        case _:
-            return at.base
+STATISTICS = {"flow": {"tau": FLOW_TAU}, "token-cleaning": {"threshold": CLEANING_THRESHOLD}}
 
 
 def target_at_start(choice: Choice, at: Position) -> tuple[float, list[float]]:
     """γ and Q; where γ is a weight from the data, Q is one-hot."""
     name = choice.method.name
-    trust = TRUST[name](at)
-    share = trust
-    is_weight = choice.form == "frozen-weight" or (
-        choice.form == "live" and name in WEIGHTS_WHERE_LIVE
-    )
-    if is_weight or name in ONE_HOT:
-        share = 1.0
-    target = [(1 - share) * prob for prob in residual_of(choice, at)]
-    target[at.observed] += share
+    base, teacher = ([math.log(prob) for prob in probs] for probs in (at.base, at.teacher))
+    token = Token(followed=base, base=base, teacher=teacher, observed=at.observed, mask=at.mask)
+    trust, residual, _ = FORMULAS[name](token, DEFAULTS[name] | STATISTICS.get(name, {}))
+    facts = FACTS[name, choice.form]
+    if "w" in facts.letters and "s" not in facts.letters:
+        return trust, one_hot(token)
+    target = [(1 - trust) * prob for prob in residual]
+    target[at.observed] += trust
     return trust, target
 
 
@@ -281,7 +231,8 @@ def assert_ceilings(found: Sequence[Ceiling], wanted: Sequence[Ceiling]) -> None
 def settled(choice: Choice) -> Choice:
     if choice.unresolved is None:
         return choice
-    return choice.resolved(FLOW_TAU if choice.method.name == "flow" else CLEANING_THRESHOLD)
+    (value,) = STATISTICS[choice.method.name].values()
+    return choice.resolved(value)
 
 
 def name_of(choice: Choice) -> str:

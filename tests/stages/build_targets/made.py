@@ -25,7 +25,6 @@ VOCAB = 24
 TOP_K = 20
 SFT_KL = choose("sft+kl")
 ALL_CHOICES = list(choices())
-WITH_TEACHER = {"kd", "kd-hybrid", "target-sft", "token-cleaning", "contrast"}
 every_choice = pytest.mark.parametrize(
     "choice", ALL_CHOICES, ids=[f"{each.method.name} {each.form}" for each in ALL_CHOICES]
 )

@@ -13,11 +13,11 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
+from qpipe.tests.support.methods import WITH_TEACHER
 
 from .made import (
     ALL_CHOICES,
     SFT_KL,
-    WITH_TEACHER,
     Made,
     build,
     folder_bytes,

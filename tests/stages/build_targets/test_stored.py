@@ -16,12 +16,11 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.build_targets import inputs, stage
+from qpipe.tests.support.methods import FACTS, WITH_TEACHER
 
 from .made import (
-    ALL_CHOICES,
     TOP_K,
     VOCAB,
-    WITH_TEACHER,
     Made,
     build,
     every_choice,
@@ -31,37 +30,6 @@ from .made import (
     supports_of,
     times,
 )
-
-OBSERVED, BASE = "observed", "base"
-STORED = {
-    "sft": {"frozen-target": OBSERVED, "frozen-weight": OBSERVED, "live": OBSERVED},
-    "dft": {"frozen-target": BASE, "frozen-weight": OBSERVED, "live": OBSERVED},
-    "beyond-log": {"frozen-target": BASE, "frozen-weight": OBSERVED, "live": OBSERVED},
-    "profit": {"frozen-target": BASE, "frozen-weight": OBSERVED, "live": OBSERVED},
-    "eaft": {"frozen-target": BASE, "frozen-weight": OBSERVED, "live": OBSERVED},
-    "iw-sft": {"live": "base-observed"},
-    "cft": {"frozen-weight": OBSERVED, "frozen-target": BASE, "live": OBSERVED},
-    "label-smoothing": {"frozen-target": "uniform", "live": "uniform"},
-    "sft+kl": {"frozen-target": BASE, "live": BASE},
-    "asft": {"frozen-target": BASE, "live": BASE},
-    "psft": {"live": "base-observed"},
-    "gem": {"live": OBSERVED},
-    "kd": {"frozen-target": "teacher", "live": "teacher"},
-    "kd-hybrid": {"frozen-target": "teacher", "live": "teacher"},
-    "target-sft": {"frozen-target": "mixture", "live": "teacher"},
-    "gift": {"frozen-target": BASE, "live": BASE},
-    "flow": {"frozen-weight": OBSERVED, "frozen-target": BASE, "live": OBSERVED},
-    "stm": {"frozen-weight": OBSERVED, "frozen-target": BASE, "live": OBSERVED},
-    "token-cleaning": {"frozen-weight": OBSERVED, "frozen-target": BASE, "live": OBSERVED},
-    "contrast": {"frozen-target": "contrast", "live": "contrast"},
-    "idft": {"live": OBSERVED},
-    "trsft": {"live": OBSERVED},
-}
-
-
-def test_every_method_and_form_is_known_here() -> None:
-    known = {(name, form) for name, forms in STORED.items() for form in forms}
-    assert {(choice.method.name, choice.form) for choice in ALL_CHOICES} == known
 
 
 @every_choice
@@ -81,7 +49,7 @@ def test_the_manifest_says_what_the_targets_are_and_where_from(
     assert {name: found.pop(name) for name in given} == given
     statistics = {"flow": ["tau"], "token-cleaning": ["threshold"]}
     assert list(found) == statistics.get(choice.method.name, [])
-    stored = STORED[choice.method.name][choice.form]
+    stored = FACTS[choice.method.name, choice.form].stored
     is_cut = stored in ("base", "teacher", "mixture", "contrast")
     assert settings.pop("support_order") == sha256_of_json(manifest.frequent_ids)
     assert bool(manifest.frequent_ids) == is_cut

@@ -1,4 +1,4 @@
-"""Every method in every form, what is given to it, and what the models say."""
+"""Three models at observed tokens, and the dense target of a method there."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,116 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from qpipe.pipeline.methods import dense_target
+from qpipe.tests.support.methods import FACTS, Parameters
 
-Parameters = dict[str, Any]
 LIBRARIES = ("numpy", "torch")
-
-# Which models each form of each method reads. Where it is none, any model tells the shape.
-STUDENT, BASE, TEACHER = ("student",), ("base",), ("teacher",)
-NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("sft", "live"): (),
-    ("sft", "frozen-target"): (),
-    ("sft", "frozen-weight"): (),
-    ("dft", "live"): STUDENT,
-    ("dft", "frozen-target"): BASE,
-    ("dft", "frozen-weight"): BASE,
-    ("beyond-log", "live"): STUDENT,
-    ("beyond-log", "frozen-target"): BASE,
-    ("beyond-log", "frozen-weight"): BASE,
-    ("profit", "live"): STUDENT,
-    ("profit", "frozen-target"): BASE,
-    ("profit", "frozen-weight"): BASE,
-    ("eaft", "live"): STUDENT,
-    ("eaft", "frozen-target"): BASE,
-    ("eaft", "frozen-weight"): BASE,
-    ("iw-sft", "live"): STUDENT + BASE,
-    ("cft", "live"): STUDENT,
-    ("cft", "frozen-target"): BASE,
-    ("cft", "frozen-weight"): (),
-    ("label-smoothing", "live"): (),
-    ("label-smoothing", "frozen-target"): (),
-    ("sft+kl", "live"): BASE,
-    ("sft+kl", "frozen-target"): BASE,
-    ("asft", "live"): STUDENT + BASE,
-    ("asft", "frozen-target"): BASE,
-    ("psft", "live"): STUDENT + BASE,
-    ("gem", "live"): STUDENT,
-    ("kd", "live"): TEACHER,
-    ("kd", "frozen-target"): TEACHER,
-    ("kd-hybrid", "live"): TEACHER,
-    ("kd-hybrid", "frozen-target"): TEACHER,
-    ("target-sft", "live"): STUDENT + TEACHER,
-    ("target-sft", "frozen-target"): BASE + TEACHER,
-    ("gift", "live"): BASE,
-    ("gift", "frozen-target"): BASE,
-    ("flow", "live"): STUDENT + BASE,
-    ("flow", "frozen-target"): BASE,
-    ("flow", "frozen-weight"): BASE,
-    ("stm", "live"): STUDENT + BASE,
-    ("stm", "frozen-target"): BASE,
-    ("stm", "frozen-weight"): BASE,
-    ("token-cleaning", "live"): STUDENT + BASE + TEACHER,
-    ("token-cleaning", "frozen-target"): BASE + TEACHER,
-    ("token-cleaning", "frozen-weight"): BASE + TEACHER,
-    ("contrast", "live"): BASE + TEACHER,
-    ("contrast", "frozen-target"): BASE + TEACHER,
-    ("idft", "live"): STUDENT,
-    ("trsft", "live"): STUDENT,
-}
-PAIRS = sorted(NEEDS)
-FORMS = {name: [form for each, form in PAIRS if each == name] for name, _ in PAIRS}
-
-DEFAULTS: dict[str, Parameters] = {
-    "sft": {},
-    "dft": {},
-    "beyond-log": {"alpha": 8},
-    "profit": {"tau": 0.1},
-    "eaft": {"a": 1},
-    "iw-sft": {"T": 1},
-    "cft": {},
-    "label-smoothing": {"lam": 0.1},
-    "sft+kl": {"lam": 0.1},
-    "asft": {"lam": 0.1},
-    "psft": {"eps_hi": 0.28},
-    "gem": {"beta": 0.7, "h": "linear"},
-    "kd": {},
-    "kd-hybrid": {"lam": 0.5},
-    "target-sft": {"eta": 0.5},
-    "gift": {"beta": 20},
-    "flow": {},
-    "stm": {"tau": 0.4},
-    "token-cleaning": {"keep": 0.6},
-    "contrast": {"alpha": 0.2, "beta": 0.4},
-    "idft": {"beta": 1},
-    "trsft": {"tau": 0.1},
-}
-# what is given besides nothing at all
-VARIANTS: dict[str, list[Parameters]] = {
-    "beyond-log": [{"alpha": 1}, {"alpha": 10}, {"alpha": 0.3}],
-    "profit": [{"tau": 0.5}, {"tau": 1}],
-    "eaft": [{"a": 0}, {"a": 0.5}, {"a": 2}],
-    "iw-sft": [{"T": 0}, {"T": 0.3}, {"T": 2}],
-    "label-smoothing": [{"lam": 0}, {"lam": 0.3}, {"lam": 1}],
-    "sft+kl": [{"lam": 0}, {"lam": 1.5}],
-    "asft": [{"lam": 0}, {"lam": 0.05}, {"lam": 2}],
-    "psft": [{"eps_hi": 0}, {"eps_hi": 0.2}, {"eps_hi": 3}],
-    "gem": [{"h": "logsigmoid"}, {"beta": 1.5}, {"beta": 0.3, "h": "logsigmoid"}],
-    "kd-hybrid": [{"lam": 0}, {"lam": 0.1}, {"lam": 1}],
-    "target-sft": [{"eta": 0}, {"eta": 0.3}, {"eta": 1}],
-    "gift": [{"beta": 0}, {"beta": 0.5}, {"beta": 5}, {"beta": 500}],
-    "flow": [{"tau": 0.2}, {"tau": 1}, {"tau": 4}],
-    "stm": [{"tau": 0.1}, {"tau": 0.9}],
-    "token-cleaning": [
-        {"keep": 0},
-        {"keep": 0.25},
-        {"keep": 1},
-        {"threshold": 0.3},
-        {"threshold": -1, "keep": 0.1},
-    ],
-    "contrast": [{"alpha": 0.5, "beta": 0.1}, {"alpha": 1e-6, "beta": 0}, {"alpha": 1}],
-    "idft": [{"beta": 0.5}, {"beta": 4}],
-    "trsft": [{"tau": 0.5}, {"tau": 1}],
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +30,8 @@ class Case:
         self, name: str, form: str, given: Parameters, models: tuple[str, ...] | None = None
     ) -> tuple[Any, Any]:
         """What the code under test says, shown only the models that the method reads."""
-        models = models or NEEDS[name, form] or ("student" if form == "live" else "base",)
+        # where it reads none, any model gives the shape
+        models = models or FACTS[name, form].reads or ("student" if form == "live" else "base",)
         known = {f"{model}_log_probs": getattr(self, model) for model in models}
         mask = self.mask if name == "cft" else None
         return dense_target(name, form=form, observed=self.observed, mask=mask, **known, **given)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.methods import dense_target
+from qpipe.tests.support.methods import FACTS, Parameters
 
-from .cases import LIBRARIES, PAIRS, Case, Parameters, make_case
+from .cases import LIBRARIES, Case, make_case
 from .formulas import expected, tokens_of
 
 PARAMETER_RANGES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
@@ -40,7 +41,7 @@ PARAMETER_RANGES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
 
 @st.composite
 def drawn_choices(draw: st.DrawFn) -> tuple[str, str, Parameters]:
-    name, form = draw(st.sampled_from(PAIRS))
+    name, form = draw(st.sampled_from(sorted(FACTS)))
     own = {key: values for (method, key), values in PARAMETER_RANGES.items() if method == name}
     return name, form, draw(st.fixed_dictionaries({}, optional=own))
 
@@ -124,7 +125,7 @@ def assert_right(case: Case, name: str, form: str, given: Parameters, library: s
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize(("name", "form"), PAIRS)
+@pytest.mark.parametrize(("name", "form"), FACTS)
 def test_extreme_probabilities_have_their_right_target(
     name: str, form: str, kind: str, library: str
 ) -> None:

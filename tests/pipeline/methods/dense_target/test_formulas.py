@@ -7,22 +7,33 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.methods.table import choices, dense_target
+from qpipe.tests.support.methods import (
+    DEFAULTS,
+    FACTS,
+    FORMULAS,
+    VARIANTS,
+    Parameters,
+    Token,
+    idft_trust,
+    iw_sft,
+    p_y,
+)
 
-from .cases import CASES, DEFAULTS, LIBRARIES, NEEDS, PAIRS, VARIANTS, Case, Parameters
-from .formulas import FORMULAS, Token, expected, idft_trust, iw_sft, p_y, tokens_of
+from .cases import CASES, LIBRARIES, Case
+from .formulas import expected, tokens_of
 from .losses import LOSSES
 
 
 def test_every_method_in_every_form_is_in_these_tests() -> None:
     tested = {(choice.method.name, choice.form) for choice in choices()}
 
-    assert set(NEEDS) == tested
+    assert set(FACTS) == tested
     assert len(tested) == 48
     assert set(FORMULAS) | {"gem"} == set(DEFAULTS) == set(LOSSES) == {name for name, _ in tested}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize(("name", "form"), PAIRS)
+@pytest.mark.parametrize(("name", "form"), FACTS)
 def test_the_target_and_the_scale_are_those_of_the_formula(
     name: str, form: str, library: str
 ) -> None:
@@ -144,7 +155,7 @@ def test_eaft_reads_the_twenty_most_probable_tokens_alone() -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize(("name", "form"), PAIRS)
+@pytest.mark.parametrize(("name", "form"), FACTS)
 def test_float32_stays_float32(name: str, form: str, library: str) -> None:
     case = CASES[5]
     single = Case(

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.methods import dense_target
+from qpipe.tests.support.methods import FACTS, FORMS
 
-from .cases import CASES, FORMS, LIBRARIES, NEEDS, PAIRS, Case
+from .cases import CASES, LIBRARIES, Case
 from .formulas import expected
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize(("name", "form"), PAIRS)
+@pytest.mark.parametrize(("name", "form"), FACTS)
 def test_positions_may_come_without_a_batch(name: str, form: str, library: str) -> None:
     case = CASES[2].in_library(library)
     alone = Case(*(value[0] for value in vars(case).values()))
@@ -25,7 +26,7 @@ def test_positions_may_come_without_a_batch(name: str, form: str, library: str) 
 
 @pytest.mark.parametrize(
     ("name", "form", "model"),
-    [(name, form, model) for (name, form), models in sorted(NEEDS.items()) for model in models],
+    [(name, form, model) for (name, form), facts in FACTS.items() for model in facts.reads],
 )
 def test_a_model_that_is_missing_is_asked_for(name: str, form: str, model: str) -> None:
     others = tuple(each for each in ("student", "base", "teacher") if each != model)
@@ -47,7 +48,7 @@ def test_a_mask_that_is_missing_is_asked_for(form: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("name", "form"), PAIRS)
+@pytest.mark.parametrize(("name", "form"), FACTS)
 def test_no_model_at_all_is_an_error_that_says_so(name: str, form: str) -> None:
     case = CASES[1]
     with pytest.raises(UserError, match=r"needs .*_log_probs|needs a model"):

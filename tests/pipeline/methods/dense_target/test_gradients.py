@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.methods import dense_target
+from qpipe.tests.support.methods import DEFAULTS, FORMS, VARIANTS, Parameters
 
-from .cases import CASES, DEFAULTS, FORMS, VARIANTS, Parameters
+from .cases import CASES
 from .losses import LOSSES, Losses
 
 

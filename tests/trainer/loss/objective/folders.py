@@ -10,53 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qpipe.tests.support.methods import DEFAULTS, FACTS, LIVE, NAMES, READS_STUDENT
 from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.loss.objective import Loss, Objective, objective_of
 from torch import Tensor
 
 from .dense import Models, V, rule_of
 
-PARAMETERS: dict[str, list[dict[str, Any]]] = {
-    "beyond-log": [{"alpha": 8.0}, {"alpha": 0.5}],
-    "profit": [{"tau": 0.1}],
-    "eaft": [{"a": 1.0}, {"a": 2.5}],
-    "iw-sft": [{"T": 1.0}, {"T": 12.0}],
-    "label-smoothing": [{"lam": 0.1}],
-    "sft+kl": [{"lam": 0.1}],
-    "asft": [{"lam": 0.1}, {"lam": 2.0}],
-    "psft": [{"eps_hi": 0.28}],
-    "gem": [{"beta": 0.7, "h": "linear"}, {"beta": 0.7, "h": "logsigmoid"}],
-    "kd-hybrid": [{"lam": 0.3}],
-    "target-sft": [{"eta": 0.5}, {"eta": 0.2}, {"eta": 0.0}, {"eta": 1.0}],
+_MORE: dict[str, list[dict[str, Any]]] = {
+    "beyond-log": [{"alpha": 0.5}],
+    "eaft": [{"a": 2.5}],
+    "iw-sft": [{"T": 12.0}],
+    "asft": [{"lam": 2.0}],
+    "gem": [{"beta": 0.7, "h": "logsigmoid"}],
+    "target-sft": [{"eta": 0.2}, {"eta": 0.0}, {"eta": 1.0}],
     "gift": [{"beta": 3.0}],
     "flow": [{"tau": 1.7}],
-    "stm": [{"tau": 0.4}],
     "token-cleaning": [{"keep": 0.6, "threshold": 0.3}],
-    "contrast": [{"alpha": 0.2, "beta": 0.4}],
-    "idft": [{"beta": 1.0}, {"beta": 0.3}],
-    "trsft": [{"tau": 0.1}],
+    "idft": [{"beta": 0.3}],
 }
-OF_WEIGHTS = ["dft", "beyond-log", "profit", "eaft", "cft", "flow", "stm", "token-cleaning"]
-OF_TARGETS = ["label-smoothing", "sft+kl", "asft", "kd", "kd-hybrid", "target-sft", "gift"]
-OF_TARGETS += ["contrast"]
-LIVE_ONLY = ["iw-sft", "psft", "gem", "idft", "trsft"]
-READS_STUDENT = ["dft", "beyond-log", "profit", "eaft", "asft", "target-sft", *LIVE_ONLY]
+_OF_DATA = ("flow", "token-cleaning")  # their default is a statistic of the data set
+PARAMETERS = {
+    name: [*([] if name in _OF_DATA else [DEFAULTS[name]]), *_MORE.get(name, [])] for name in NAMES
+}
 
-FORMS: dict[str, list[str]] = {
-    "sft": ["frozen-target", "frozen-weight", "live"],
-    **{name: ["frozen-target", "frozen-weight", "live"] for name in OF_WEIGHTS},
-    **{name: ["frozen-target", "live"] for name in OF_TARGETS},
-    **{name: ["live"] for name in LIVE_ONLY},
-}
 Case = tuple[str, str, dict[str, Any]]
 CASES: list[Case] = [
-    (name, form, parameters)
-    for name, forms in FORMS.items()
-    for form in forms
-    for parameters in PARAMETERS.get(name, [{}])
+    (name, form, parameters) for name, form in FACTS for parameters in PARAMETERS[name]
 ]
-LIVE_CASES = [case for case in CASES if case[1] == "live" and case[0] in READS_STUDENT]
-FROZEN_CASES = [case for case in CASES if case[1] != "live"]
+LIVE_CASES = [case for case in CASES if case[1] == LIVE and case[0] in READS_STUDENT]
+FROZEN_CASES = [case for case in CASES if case[1] != LIVE]
 
 
 def case_id(value: Any) -> str:
@@ -66,31 +49,8 @@ def case_id(value: Any) -> str:
 over = partial(pytest.mark.parametrize, ("name", "form", "parameters"), ids=case_id)
 
 
-def stored_of(name: str, form: str) -> str:
-    """Which distribution the folder holds."""
-    if form == "frozen-weight" or name == "sft":
-        return "observed"
-    if form == "live" and name in ("iw-sft", "psft"):
-        return "base-observed"
-    if name in OF_WEIGHTS:
-        return "base" if form == "frozen-target" else "observed"
-    if form == "live" and name == "target-sft":
-        return "teacher"
-    stored = {
-        "label-smoothing": "uniform",
-        "sft+kl": "base",
-        "asft": "base",
-        "kd": "teacher",
-        "kd-hybrid": "teacher",
-        "target-sft": "mixture",
-        "gift": "base",
-        "contrast": "contrast",
-    }
-    return stored.get(name, "observed")
-
-
 def folder_settings(name: str, form: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    stored = stored_of(name, form)
+    stored = FACTS[name, form].stored
     tail_shape = "uniform" if stored == "uniform" else "student"
     own = {"method": name, "form": form, "parameters": parameters}
     return own | {"residual": stored, "tail_shape": tail_shape}
@@ -110,9 +70,9 @@ def folder_targets(
     else:
         rule = rule_of(name, frozen, parameters)
         trust, weights = rule.trust, rule.scale
-        if form == "frozen-weight" or (form == "live" and rule.residual is None):
+        if "w" in FACTS[name, form].letters:
             trust, weights = torch.ones_like(trust), rule.scale * rule.trust
-    match stored_of(name, form):
+    match FACTS[name, form].stored:
         case "observed":
             return of_observed(models, torch.ones_like(trust), trust, weights)
         case "base-observed":
@@ -125,7 +85,6 @@ def folder_targets(
             residual = models.q
         case _:
             residual = rule_of(name, frozen, parameters).residual
-            assert residual is not None
     ids_NV = torch.argsort(torch.rand(residual.shape), dim=1)
     return SparseTargets(
         observed_ids=models.observed,

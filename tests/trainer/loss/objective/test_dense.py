@@ -6,24 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from qpipe.pipeline.methods.table import choices, dense_target
+from qpipe.pipeline.methods.table import choices
+from qpipe.tests.support.methods import LIVE_ONLY, NAMES, READS_STUDENT
 from qpipe.trainer.loss.objective import objective_of
 
-from .dense import EXACT, dense_loss, mask_of, rule_of
+from .dense import EXACT, dense_loss, rule_of
 from .folders import (
     CASES,
-    FORMS,
     FROZEN_CASES,
-    LIVE_ONLY,
     PARAMETERS,
-    READS_STUDENT,
     folder_settings,
     folder_targets,
     loss_and_gradient,
     objective_for,
     over,
     random_models,
-    stored_of,
 )
 
 
@@ -74,33 +71,8 @@ def test_the_random_models_reach_both_sides_of_every_threshold() -> None:
         assert 0 < sides.sum() < len(sides)
 
 
-@pytest.mark.parametrize(("name", "form"), [(n, f) for n, forms in FORMS.items() for f in forms])
-def test_the_reference_here_and_dense_target_agree(name: str, form: str) -> None:
-    """Two derivations of one table: s·(p − Q) is the same."""
-    _, models = random_models(seed=2)
-    parameters = PARAMETERS.get(name, [{}])[0]
-    one_example = replace(models, example_of=torch.zeros_like(models.example_of))
-    _, expected = dense_loss(name, form, parameters, one_example)
-    target, scale = dense_target(
-        name,
-        form=form,
-        student_log_probs=models.p.log(),
-        base_log_probs=models.b.log(),
-        teacher_log_probs=models.q.log(),
-        observed=models.observed,
-        mask=mask_of(models),
-        **parameters,
-    )
-    torch.testing.assert_close(scale[:, None] * (models.p - target), expected, **EXACT)
-
-
 def test_every_method_and_form_of_the_table_is_tested() -> None:
-    table = {(choice.method.name, choice.form) for choice in choices()}
-    assert table == {(name, form) for name, form, _ in CASES}
-    for choice in choices():
-        assert choice.stored == stored_of(choice.method.name, choice.form)
-        reads_student = choice.form == "live" and choice.method.name in READS_STUDENT
-        assert choice.reads_student == reads_student
+    assert {(choice.method.name, choice.form) for choice in choices()} == {c[:2] for c in CASES}
 
 
 @over([case for case in FROZEN_CASES if case[0] not in LIVE_ONLY])
@@ -128,10 +100,10 @@ def test_live_and_frozen_gradients_agree_while_the_student_is_the_base(
         assert (left - right).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.parametrize("name", NAMES)
 def test_sft_can_be_trained_on_any_folder(name: str) -> None:
     logits, models = random_models(seed=4)
-    parameters = PARAMETERS.get(name, [{}])[0]
+    parameters = PARAMETERS[name][0]
     targets = folder_targets(name, "live", parameters, models)
     ones = torch.ones_like(targets.trust)
     hard = replace(targets, trust=ones, weights=ones)
