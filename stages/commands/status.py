@@ -36,10 +36,14 @@ def status(folder: Path, as_json: bool) -> None:
 
 
 def print_status(folder: Path, status: "FolderStatus | TrainStatus") -> None:
-    """How far a folder is."""
+    """Print the progress of a folder."""
     from ..folders.status import FolderStatus
 
-    work = {True: "being worked in", False: "nobody works in it", None: "not finished"}
+    work = {
+        True: "in progress",
+        False: "not finished, no command is running",
+        None: "not finished",
+    }
     state = "done" if status.is_done else work[status.is_worked_in]
     rows = [(status.stage, f"{folder}  ({state})")]
     rows += _shard_rows(status) if isinstance(status, FolderStatus) else _step_rows(status)

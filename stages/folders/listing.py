@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.folders.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
+from ...pipeline.folders.manifest import MANIFEST, PLAN, Identity, read_manifest, read_plan
 from .lineage import described
 
 
@@ -18,16 +18,16 @@ class Listed:
     """
 
     folder: str
-    stage: str
-    is_sealed: bool
-    fingerprint: str
-    model: str | None
-    made: str  # method and parameters, or the selection of a subset
-    rows: int | None
-    positions: int | None
-    bytes_per_token: float | None
-    parents: list[str]  # fingerprints
-    age: float | None  # seconds since it was sealed or planned
+    stage: str = ""
+    is_sealed: bool = False
+    fingerprint: str = ""
+    model: str | None = None
+    made: str = ""  # method and parameters, or the selection of a subset
+    rows: int | None = None
+    positions: int | None = None
+    bytes_per_token: float | None = None
+    parents: list[str] = field(default_factory=list)  # fingerprints
+    age: float | None = None  # seconds since it was sealed or planned
     error: str | None = None
 
 
@@ -38,58 +38,36 @@ def catalogue(root: Path) -> Iterator[Listed]:
     for folder in sorted(root.iterdir(), key=lambda each: each.name):
         try:
             if (folder / MANIFEST).exists():
-                yield _sealed(folder, read_manifest(folder))
+                yield _sealed(folder)
             elif (folder / PLAN).exists():
-                yield _planned(folder)
+                yield _planned(folder, PLAN, read_plan(folder).identity)
         except (UserError, OSError) as error:
-            yield _unreadable(folder, one_line(error))
-        except (
-            TypeError,
-            KeyError,
-            AttributeError,
-            ValueError,
-        ) as error:  # of another program
-            yield _unreadable(folder, f"what it says cannot be ({error})")
+            yield Listed(folder.name, error=one_line(error))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:  # from another program
+            yield Listed(folder.name, error=f"its manifest has invalid values ({error})")
 
 
-def _sealed(folder: Path, manifest: Manifest) -> Listed:
+def _sealed(folder: Path) -> Listed:
+    manifest = read_manifest(folder)
     totals = manifest.totals
-    return Listed(
-        folder=folder.name,
-        stage=manifest.identity.stage,
+    return replace(
+        _planned(folder, MANIFEST, manifest.identity),
         is_sealed=True,
-        fingerprint=manifest.fingerprint,
         model=manifest.provenance.get("model"),
-        made=described(manifest.identity),
         rows=totals["rows"],
         positions=totals["positions"],
         bytes_per_token=totals["bytes"] / max(1, totals["positions"]),
-        parents=list(manifest.identity.inputs.values()),
-        age=_age(folder / MANIFEST),
     )
 
 
-def _planned(folder: Path) -> Listed:
-    identity = read_plan(folder).identity
+def _planned(folder: Path, file: str, identity: Identity) -> Listed:
+    """The identity and age of a folder; `file` is its plan or manifest."""
+    changed = getattr((folder / file).stat(), "st_mtime", None)
     return Listed(
         folder=folder.name,
         stage=identity.stage,
-        is_sealed=False,
         fingerprint=identity.fingerprint,
-        model=None,
         made=described(identity),
-        rows=None,
-        positions=None,
-        bytes_per_token=None,
         parents=list(identity.inputs.values()),
-        age=_age(folder / PLAN),
+        age=max(0.0, time.time() - changed) if changed else None,
     )
-
-
-def _unreadable(folder: Path, error: str) -> Listed:
-    return Listed(folder.name, "", False, "", None, "", None, None, None, [], None, error)
-
-
-def _age(path: Path) -> float | None:
-    changed = getattr(path.stat(), "st_mtime", None)
-    return None if not changed else max(0.0, time.time() - changed)

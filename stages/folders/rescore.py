@@ -5,10 +5,9 @@ is the error of the engine and its number format and, if the reference is the or
 quantised model, of the quantisation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,30 +49,48 @@ def rescore(
 ) -> Rescored:
     """Score some examples of a folder again with transformers in float32.
 
-    `model` defaults to the model named in the manifest. Raises UserError if the weights of that one
-    have changed, or a given one has another tokenizer or vocabulary.
+    `model` defaults to the model named in the manifest. Raises UserError if its weights have
+    changed, or if a given model has another tokenizer or vocabulary.
     """
     scores = open_sealed(folder, "score")
     files = _reference(scores, model, revision)
-    same_weights = _has_same_weights(scores, files)
-    if model is None and same_weights is False:
+    weights_hash = scores.settings.get("weights_hash")
+    same_weights = None if weights_hash is None else weights_hash == files.weights_hash()
+    if model is None and weights_hash is not None and not same_weights:
         raise UserError(
-            f"{folder}: was scored with weights of hash {scores.settings['weights_hash'][:12]}…, "
-            f"model {files.name} has {files.weights_hash()[:12]}… now: give --model"
+            f"{folder}: was scored with weights of hash {weights_hash[:12]}…, model {files.name} "
+            f"now has {files.weights_hash()[:12]}…: give --model"
         )
-    total = scores.manifest.totals["rows"]
-    chosen = np.random.default_rng(seed).choice(total, min(examples, total), replace=False)
-    differences = _Differences()
-    scorer = _Dense(files)
+    size = scores.size
+    chosen = np.random.default_rng(seed).choice(size, min(examples, size), replace=False)
+    log_probs = _dense_scorer(files)
+    found = []
     with progress_bar(total=len(chosen), desc="rescore", unit="demo") as progress:
         for example in examples_at(scores, sorted(chosen.tolist())):
-            differences.add(example, scorer.log_probs(example))
+            found.append(_differences(example, log_probs(example)))
             progress.update()
-    return differences.result(scores.settings, same_weights)
+    observed_N, entries_K, ranks_N, has_other_mode_N, kl_N = map(
+        np.concatenate, zip(*found, strict=True)
+    )
+    return Rescored(
+        dtype=scores.settings.get("dtype", "unknown"),
+        engine=scores.settings.get("engine") or f"import from {scores.settings['imported']}",
+        same_weights=same_weights,
+        examples=len(found),
+        positions=len(observed_N),
+        observed=float(observed_N.max()),
+        entries=float(entries_K.max()),
+        observed_mean=float(observed_N.mean()),
+        ranks_changed=int((ranks_N > 0).sum()),
+        rank=int(ranks_N.max()),
+        modes_changed=int(has_other_mode_N.sum()),
+        kl_mean=float(kl_N.mean()),
+        kl_max=float(kl_N.max()),
+    )
 
 
 def _reference(folder: SealedFolder, model: str | None, revision: str | None) -> ModelFiles:
-    """The model to compare with, whose tokens are those of the folder."""
+    """The reference model. Raises UserError if its tokens are not those of the folder."""
     made_by = folder.manifest.provenance
     name = model or made_by["model"]
     if model is None:
@@ -84,30 +101,25 @@ def _reference(folder: SealedFolder, model: str | None, revision: str | None) ->
         if model is not None:
             raise
         raise UserError(
-            f"{folder}: was scored with model {name}, which cannot be loaded by that name: "
+            f"{folder.path}: was scored with model {name}, which cannot be loaded by that name: "
             "give --model"
         ) from error
     theirs, ours = folder.settings["tokenizer_hash"], files.tokenizer_hash
     if theirs != ours:
         raise UserError(
             f"{folder.path}: was scored with tokenizer hash {theirs}, model {files.name} has "
-            f"{ours}: give --model the one that scored it, or that was quantised for it"
+            f"{ours}: give the model that scored it, or its original, with --model"
         )
     if folder.settings["vocab_size"] != files.vocab_size:
         raise UserError(
             f"{folder.path}: was scored with a vocabulary of {folder.settings['vocab_size']}, "
-            f"model {files.name} has {files.vocab_size}: give --model the one that scored it"
+            f"model {files.name} has {files.vocab_size}: give the model that scored it with --model"
         )
     return files
 
 
-def _has_same_weights(folder: SealedFolder, files: ModelFiles) -> bool | None:
-    theirs = folder.settings.get("weights_hash")
-    return None if theirs is None else theirs == files.weights_hash()
-
-
 def examples_at(folder: SealedFolder, rows: Sequence[int]) -> Iterator[ScoredExample]:
-    """The examples at these ascending rows; shards without any are not read."""
+    """Yield the examples at ascending rows; shards without any are not read."""
     first = 0
     for shard, entry in enumerate(folder.manifest.shards):
         here = [row - first for row in rows if first <= row < first + entry.rows]
@@ -120,70 +132,43 @@ def examples_at(folder: SealedFolder, rows: Sequence[int]) -> Iterator[ScoredExa
             start += len(batch.ids)
 
 
-class _Dense:
-    """The reference model in float32, scoring one example at a time."""
+def _dense_scorer(files: ModelFiles) -> Callable[[ScoredExample], NDArray[np.float32]]:
+    """A function that scores an example with the reference model in float32, [N, V]."""
+    import torch
 
-    def __init__(self, files: ModelFiles) -> None:
-        import torch
+    model = load_scoring_model(files, torch.float32)
 
-        self.model = load_scoring_model(files, torch.float32)
-        self.device = self.model.device
+    @torch.inference_mode()
+    def log_probs(example: ScoredExample) -> NDArray[np.float32]:
+        input_ids = torch.from_numpy(example.input_ids.astype(np.int64))[None].to(model.device)
+        logits_TV = model(input_ids=input_ids, use_cache=False).logits[0]
+        rows_N = torch.from_numpy(example.positions.astype(np.int64) - 1).to(model.device)
+        return logits_TV[rows_N].float().log_softmax(dim=1).cpu().numpy()
 
-    def log_probs(self, example: ScoredExample) -> NDArray[np.float32]:
-        """[N, V]"""
-        import torch
-
-        with torch.inference_mode():
-            input_ids = torch.from_numpy(example.input_ids.astype(np.int64))[None].to(self.device)
-            logits_TV = self.model(input_ids=input_ids, use_cache=False).logits[0]
-            rows_N = torch.from_numpy(example.positions.astype(np.int64) - 1).to(self.device)
-            return logits_TV[rows_N].float().log_softmax(dim=1).cpu().numpy()
+    return log_probs
 
 
-class _Differences:
-    """Accumulates differences over examples."""
+def _differences(
+    example: ScoredExample, log_probs_NV: NDArray[np.float32]
+) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
+    """The differences between an example's stored scores and fresh log-probabilities.
 
-    def __init__(self) -> None:
-        self.examples = 0
-        self.observed: list[NDArray[np.floating]] = []
-        self.entries = 0.0
-        self.ranks: list[NDArray[np.integer]] = []
-        self.modes_changed = 0
-        self.kl: list[NDArray[np.floating]] = []
-
-    def add(self, example: ScoredExample, log_probs_NV: NDArray[np.float32]) -> None:
-        """Compare an example's stored scores with fresh log-probabilities."""
-        N = len(log_probs_NV)
-        observed_N1 = log_probs_NV[np.arange(N), example.observed_ids][:, None]
-        ranks_N = (log_probs_NV >= observed_N1).sum(axis=1)
-        position_K = np.repeat(np.arange(N), example.counts)
-        fresh_K = log_probs_NV[position_K, example.topk_ids]
-        firsts_N = np.cumsum(example.counts) - example.counts
-        self.examples += 1
-        self.observed.append(np.abs(example.observed_log_probs - observed_N1[:, 0]))
-        self.entries = max(self.entries, float(np.abs(example.topk_log_probs - fresh_K).max()))
-        self.ranks.append(np.abs(example.observed_ranks - ranks_N))
-        self.modes_changed += int((example.topk_ids[firsts_N] != log_probs_NV.argmax(axis=1)).sum())
-        self.kl.append(bucket_kl(example, fresh_K))
-
-    def result(self, settings: dict[str, Any], same_weights: bool | None) -> Rescored:
-        """The differences; `settings` are the score folder's."""
-        observed, ranks, kl = map(np.concatenate, (self.observed, self.ranks, self.kl))
-        return Rescored(
-            dtype=settings.get("dtype", "unknown"),
-            engine=settings.get("engine") or f"import from {settings['imported']}",
-            same_weights=same_weights,
-            examples=self.examples,
-            positions=len(observed),
-            observed=float(observed.max()),
-            entries=self.entries,
-            observed_mean=float(observed.mean()),
-            ranks_changed=int((ranks > 0).sum()),
-            rank=int(ranks.max()),
-            modes_changed=self.modes_changed,
-            kl_mean=float(kl.mean()),
-            kl_max=float(kl.max()),
-        )
+    Of the observed token's log-probability [N], the entries' log-probabilities [K], the observed
+    token's rank [N], whether the mode differs [N], and the KL divergence [N].
+    """
+    counts_N = example.counts
+    N = len(counts_N)
+    observed_N1 = log_probs_NV[np.arange(N), example.observed_ids][:, None]
+    ranks_N = (log_probs_NV >= observed_N1).sum(axis=1)
+    fresh_K = log_probs_NV[np.repeat(np.arange(N), counts_N), example.topk_ids]
+    modes_N = example.topk_ids[np.cumsum(counts_N) - counts_N]
+    return (
+        np.abs(example.observed_log_probs - observed_N1[:, 0]),
+        np.abs(example.topk_log_probs - fresh_K),
+        np.abs(example.observed_ranks - ranks_N),
+        modes_N != log_probs_NV.argmax(axis=1),
+        bucket_kl(example, fresh_K),
+    )
 
 
 def bucket_kl(example: ScoredExample, fresh_K: NDArray[np.floating]) -> NDArray[np.float64]:

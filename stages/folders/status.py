@@ -1,15 +1,18 @@
-"""`qpipe status`: the progress of a folder, read without a lock while others work in it."""
+"""`qpipe status`: the progress of a folder, read without a lock while a command writes it."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import (
     MANIFEST,
     PLAN,
+    Plan,
     ShardEntry,
     read_manifest,
     read_plan,
@@ -44,9 +47,9 @@ class FolderStatus:
     tokens: int
     positions: int
     bytes: int
-    seconds_since_shard: float | None
-    positions_per_second: float | None  # over the last five minutes of work
-    seconds_left: float | None
+    seconds_since_shard: float | None = None
+    positions_per_second: float | None = None  # over the last five minutes of work
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,45 +82,43 @@ def status_of(folder: Path) -> FolderStatus | TrainStatus:
 
 def _sealed(folder: Path) -> FolderStatus:
     manifest = read_manifest(folder)
-    totals, shards = manifest.totals, len(manifest.shards)
-    return FolderStatus(
-        stage=manifest.identity.stage,
-        is_done=True,
-        is_worked_in=is_worked_in(folder),
-        shards=shards,
-        shards_in_all=shards,
-        demonstrations=totals["read"],
-        demonstrations_in_all=totals["read"],
-        rejected=totals["rejected"],
-        tokens=totals["tokens"],
-        positions=totals["positions"],
-        bytes=totals["bytes"],
-        seconds_since_shard=None,
-        positions_per_second=None,
-        seconds_left=None,
-    )
+    plan = Plan(manifest.identity, len(manifest.shards), manifest.totals["read"])
+    return _counted(folder, plan, manifest.shards, is_done=True)
 
 
 def _unfinished(folder: Path) -> FolderStatus:
     plan = read_plan(folder)
+    if "subset" in plan.identity.settings:  # the plan has the number of the source
+        plan = msgspec.structs.replace(plan, demonstrations=None)
     indices = sidecar_indices(folder)
     entries = [read_sidecar(folder, index) for index in indices]
+    status = _counted(folder, plan, entries, is_done=False)
     times = [sidecar_path(folder, index).stat().st_mtime for index in indices]
-    if not all(times):  # a store without modification times
-        times = []
-    totals = totals_of(entries)
-    working = is_worked_in(folder)
-    positions_speed = rows_speed = left = None
-    if recent := _recent(times, entries):
-        seconds, made = recent
-        positions_speed = sum(entry.positions for entry in made) / seconds
-        rows_speed = sum(entry.rows + len(entry.rejects) for entry in made) / seconds
-    if rows_speed and plan.demonstrations is not None and working is not False:
-        left = (plan.demonstrations - totals["read"]) / rows_speed
+    if not times or not all(times):  # no shard yet, or a store without modification times
+        return status
+    last = max(times)
+    status = replace(status, seconds_since_shard=max(0.0, time.time() - last))
+    first = min(each for each in times if each >= last - _RECENT)
+    made = [entry for each, entry in zip(times, entries, strict=True) if each > first]
+    if not made:
+        return status
+    seconds = last - first
+    left = None
+    if plan.shards is not None and status.is_worked_in is not False:
+        left = (plan.shards - len(entries)) * seconds / len(made)
+    speed = sum(entry.positions for entry in made) / seconds
+    return replace(status, positions_per_second=speed, seconds_left=left)
+
+
+def _counted(
+    folder: Path, plan: Plan, entries: Sequence[ShardEntry], is_done: bool
+) -> FolderStatus:
+    """The status of a folder with these shards, without times."""
+    totals = totals_of(list(entries))
     return FolderStatus(
         stage=plan.identity.stage,
-        is_done=False,
-        is_worked_in=working,
+        is_done=is_done,
+        is_worked_in=is_worked_in(folder),
         shards=len(entries),
         shards_in_all=plan.shards,
         demonstrations=totals["read"],
@@ -126,22 +127,7 @@ def _unfinished(folder: Path) -> FolderStatus:
         tokens=totals["tokens"],
         positions=totals["positions"],
         bytes=totals["bytes"],
-        seconds_since_shard=max(0.0, time.time() - max(times)) if times else None,
-        positions_per_second=positions_speed,
-        seconds_left=left,
     )
-
-
-def _recent(
-    times: Sequence[float], entries: Sequence[ShardEntry]
-) -> tuple[float, list[ShardEntry]] | None:
-    """Seconds of recent work and the shards made in them; None if there are fewer than two."""
-    if not times:
-        return None
-    first = min(each for each in times if each >= max(times) - _RECENT)
-    seconds = max(times) - first
-    made = [entry for each, entry in zip(times, entries, strict=True) if each > first]
-    return (seconds, made) if seconds > 0 else None
 
 
 def _train_status(folder: Path) -> TrainStatus:
@@ -154,22 +140,23 @@ def _train_status(folder: Path) -> TrainStatus:
         is_done=is_done,
         is_worked_in=is_worked_in(folder),
         step=step.get("step"),
-        loss=_number(step.get("loss")),
-        tokens_per_second=_number(step.get("tokens_per_second")),
+        loss=_number(step, "loss"),
+        tokens_per_second=_number(step, "tokens_per_second"),
         seconds_since_step=since,
     )
 
 
 def _last_step(log: Path) -> dict[str, Any]:
-    """The last step in a training log; empty where there is none yet."""
+    """The last step in a training log; empty if there is none yet."""
     if not log.exists():
         return {}
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         lines = file.read().splitlines()
-    events = map(parse_event, reversed(lines))  # one may be cut off by the seek, or being written
+    events = map(parse_event, reversed(lines))  # the first and last line may be incomplete
     return next((event for event in events if event and event["event"] == "step"), {})
 
 
-def _number(value: Any) -> float | None:
+def _number(event: dict[str, Any], name: str) -> float | None:
+    value = event.get(name)
     return value if is_number(value) else None

@@ -6,10 +6,9 @@ Rows are copied as stored. Shard i holds the selected rows of shard i of the sou
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,42 +93,10 @@ def parse_condition(text: str, stage: str) -> Condition:
     return Condition(match[1], match[2], number)
 
 
-@dataclass(frozen=True, slots=True)
-class RowSelection:
-    """Selects rows of a folder by id and by conditions."""
-
-    ids: frozenset[str] | None
-    conditions: tuple[Condition, ...]
-
-    def keeps(self, stage: str, batch: FlatBatch) -> NDArray[np.bool_]:
-        """Which rows of a batch are kept, [R]."""
-        kept = np.ones(len(batch.ids), bool)
-        if self.ids is not None:
-            kept = np.array([row_id in self.ids for row_id in batch.ids], bool)
-        for condition in self.conditions:
-            kept &= condition.holds(stage, batch)
-        return kept
-
-    def described(self) -> dict[str, Any]:
-        """The selection as settings of the identity, independent of how it was written."""
-        return {
-            "ids": None if self.ids is None else sha256_of_json(sorted(self.ids)),
-            "where": [[each.name, each.operator, each.number] for each in self.conditions],
-        }
-
-
 def subset(settings: SubsetSettings) -> StageResult:
-    """Make the folder, or what is missing of it."""
-    source = open_sealed(settings.folder)
-    _ = source.schema  # refuses a folder without rows
-    conditions = {parse_condition(text, source.stage) for text in settings.where}
-    ids = None if settings.ids is None else _listed(settings.ids)
-    if ids is not None and settings.ids is not None:
-        _refuse_missing(source, settings.ids, ids)
-    selection = RowSelection(ids, tuple(sorted(conditions)))
-    job = _job(settings.out, source, selection)
-    watcher = Watcher("subset", job.identity.fingerprint)
-    return run_alone(SubsetStage(source, selection, job), watcher)
+    """Make the missing shards of the folder, and seal it."""
+    stage = SubsetStage(settings)
+    return run_alone(stage, Watcher("subset", stage.job.identity.fingerprint))
 
 
 class SubsetStage:
@@ -137,10 +104,31 @@ class SubsetStage:
 
     gpus = 0
 
-    def __init__(self, source: SealedFolder, selection: RowSelection, job: Job) -> None:
+    def __init__(self, settings: SubsetSettings) -> None:
+        source = open_sealed(settings.folder)
+        schema, manifest = source.schema, source.manifest
         self.source = source
-        self.selection = selection
-        self.job = job
+        self.conditions = sorted({parse_condition(text, source.stage) for text in settings.where})
+        self.ids = None if settings.ids is None else _read_ids(settings.ids, source)
+        selection = {  # the same for any way to write it
+            "ids": None if self.ids is None else sha256_of_json(sorted(self.ids)),
+            "where": [[each.name, each.operator, each.number] for each in self.conditions],
+        }
+        identity = Identity(
+            stage=source.stage,
+            settings=source.settings | {"subset": selection},
+            inputs={"source": manifest.fingerprint},
+            schema=identity_schema(schema),
+            format_version=manifest.identity.format_version,
+        )
+        self.job = Job(
+            settings.out,
+            schema.as_stored,
+            identity,
+            {"source": manifest.as_parent},
+            manifest.provenance,
+            frequent_ids=manifest.frequent_ids,
+        )
 
     @property
     def shard_count(self) -> int | None:
@@ -148,7 +136,7 @@ class SubsetStage:
 
     @property
     def demonstrations(self) -> int | None:
-        """Those of the source: the number selected is known at the end."""
+        """The number in the source: the number selected is only known at the end."""
         return self.source.size
 
     def start(self) -> None:
@@ -168,7 +156,7 @@ class SubsetStage:
         source = self.source
         kept: list[pa.RecordBatch] = []
         for stored, batch in batches:
-            keeps = self.selection.keeps(source.stage, batch)
+            keeps = self._keeps(batch)
             kept.append(stored.filter(pa.array(keeps)))
             kept_N = np.repeat(keeps, batch.lengths["position"])
             content.add_sums(**_sums(source.stage, batch, kept_N))
@@ -180,32 +168,22 @@ class SubsetStage:
         ]
         return content
 
+    def _keeps(self, batch: FlatBatch) -> NDArray[np.bool_]:
+        """Which rows of a batch are selected, [R]."""
+        kept = np.ones(len(batch.ids), bool)
+        if self.ids is not None:
+            kept = np.array([row_id in self.ids for row_id in batch.ids], bool)
+        for condition in self.conditions:
+            kept &= condition.holds(self.source.stage, batch)
+        return kept
+
     def check(self, shards: Sequence[ShardEntry]) -> None:
         """Raise UserError if no row was selected."""
         if not any(entry.rows for entry in shards):
             raise UserError(
-                f"{self.source.path}: none of its {self.source.size:,} rows is in the subset: give "
+                f"{self.source.path}: none of its {self.source.size:,} rows is selected: give "
                 "another --ids or --where"
             )
-
-
-def _job(out: Path, source: SealedFolder, selection: RowSelection) -> Job:
-    manifest = source.manifest
-    identity = Identity(
-        stage=source.stage,
-        settings=source.settings | {"subset": selection.described()},
-        inputs={"source": manifest.fingerprint},
-        schema=identity_schema(source.schema),
-        format_version=manifest.identity.format_version,
-    )
-    return Job(
-        out,
-        source.schema.as_stored,
-        identity,
-        {"source": source.manifest.as_parent},
-        manifest.provenance,
-        frequent_ids=manifest.frequent_ids,
-    )
 
 
 def _sums(stage: str, batch: FlatBatch, kept_N: NDArray[np.bool_]) -> dict[str, float]:
@@ -222,25 +200,23 @@ def _sum(values: NDArray[np.floating]) -> float:
     return float(values.sum(dtype=np.float64))
 
 
-def _listed(path: Path) -> frozenset[str]:
+def _read_ids(path: Path, source: SealedFolder) -> set[str]:
+    """The ids in a file. Raises UserError if the folder lacks one of them."""
     try:
         lines = read_bytes(path).decode().splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"--ids {path}: not UTF-8: give a text file, an id a line") from error
-    ids = frozenset(line.strip() for line in lines if line.strip())
+        raise UserError(f"--ids {path}: not UTF-8: give a text file, one id per line") from error
+    ids = {line.strip() for line in lines if line.strip()}
     if not ids:
-        raise UserError(f"--ids {path}: empty: give one id a line")
-    return ids
-
-
-def _refuse_missing(source: SealedFolder, path: Path, ids: Iterable[str]) -> None:
+        raise UserError(f"--ids {path}: empty: give one id per line")
     there = {row_id for shard in source.shards for batch in source.ids(shard) for row_id in batch}
-    missing = sorted(set(ids) - there)
+    missing = sorted(ids - there)
     if missing:
         raise UserError(
             f"--ids {path}: {len(missing):,} of its ids are not in {source.path}, the first is "
             f"{missing[0]}: leave them out"
         )
+    return ids
 
 
 def _means(batch: FlatBatch, name: str) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def test_files_of_another_time(work: Work, tmp_path: Path, seconds: float) -> No
     for path in (out, *out.rglob("*")):
         os.utime(path, times=(time.time() + seconds, time.time() + seconds))
     said = work.status(out)
-    assert "nobody works in it" in said
+    assert "not finished, no command is running" in said
     assert not re.search(r"-\d", said.replace(str(out), ""))  # no time is less than none
     work.resume(out)
 

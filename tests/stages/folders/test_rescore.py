@@ -141,7 +141,7 @@ def test_weights_that_the_name_has_meanwhile_are_refused_unless_they_are_asked_f
     assert result.same_weights is False
     assert result.kl_mean > 0.1
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"weights of hash .*, model tiny has .* now: give --model"):
+    with pytest.raises(UserError, match=r"weights of hash .*, model tiny now has .*: give --model"):
         rescore(scores)
 
 

@@ -49,10 +49,10 @@ def content(index: int) -> ShardContent:
     return ShardContent(batches_of(schema_of("score", 100), examples), [Reject("c", 1, "no")])
 
 
-def begin(folder: Path, shards: int, in_all: int | None = 10) -> ShardRun:
+def begin(folder: Path, shards: int, in_all: int | None = 10, **settings: Any) -> ShardRun:
     """A score folder with so many shards, the last made just now, one every ten seconds."""
     schema = schema_of("score", 100)
-    identity = Identity("score", SETTINGS, {}, identity_schema(schema))
+    identity = Identity("score", SETTINGS | settings, {}, identity_schema(schema))
     demonstrations = None if in_all is None else in_all * (ROWS + 1)
     assert open_folder(folder, Plan(identity, in_all, demonstrations)) is None
     run = ShardRun(Job(folder, schema, identity, {}, {}))
@@ -99,6 +99,15 @@ def test_a_folder_under_work_tells_how_far_it_is(tmp_path: Path) -> None:
     assert found.positions_per_second == pytest.approx(36 / 30, rel=1e-3)
     assert found.seconds_left == pytest.approx(30 / (15 / 30), rel=1e-3)
     assert found.seconds_since_shard == pytest.approx(0, abs=5)
+
+
+def test_a_subset_has_time_left_by_its_shards(tmp_path: Path) -> None:
+    """Its plan has the number of demonstrations of the source, many of which are left out."""
+    begin(tmp_path / "s", shards=4, subset={"ids": None, "where": []})
+    with worked_in(tmp_path / "s"):
+        found = folder_status(tmp_path / "s")
+    assert (found.demonstrations, found.demonstrations_in_all) == (20, None)
+    assert found.seconds_left == pytest.approx(6 * 10, rel=1e-3)
 
 
 def test_the_speed_is_that_of_the_last_minutes(tmp_path: Path) -> None:
@@ -195,7 +204,7 @@ def test_lines_of_a_log_that_hold_no_event_are_passed_over(tmp_path: Path, line:
 def test_the_command_prints_lines_or_json(tmp_path: Path) -> None:
     begin(tmp_path / "s", shards=4)
     said = CliRunner().invoke(cli, ["status", str(tmp_path / "s")], catch_exceptions=False).output
-    assert "nobody works in it" in said
+    assert "not finished, no command is running" in said
     assert "4 of 10 (40.0%)" in said
     assert "48 of 160 tokens" in said
     said = CliRunner().invoke(cli, ["status", str(tmp_path / "s"), "--json"]).output

@@ -127,7 +127,7 @@ def test_a_second_run_does_nothing_and_another_condition_is_refused(
         ("tokens > nan", "is not a condition"),
         ("tokens ** 2", "is not a condition"),
         ("__import__('os') > 2", "is not a condition"),
-        ("tokens > 1000", "none of its 30 rows is in the subset"),
+        ("tokens > 1000", "none of its 30 rows is selected"),
     ],
 )
 def test_conditions_that_cannot_be_used(
@@ -142,7 +142,7 @@ def test_ids_that_are_not_there_are_named(scores: Path, tmp_path: Path) -> None:
     ids = id_file(tmp_path / "ids", "chats.jsonl:1", "zebra", "chats.jsonl:99")
     with pytest.raises(UserError, match=r"2 of its ids are not in .*, the first is chats.jsonl:99"):
         subset(SubsetSettings(scores, tmp_path / "some", ids))
-    with pytest.raises(UserError, match="empty: give one id a line"):
+    with pytest.raises(UserError, match="empty: give one id per line"):
         subset(SubsetSettings(scores, tmp_path / "some", id_file(tmp_path / "none")))
     with pytest.raises(UserError, match="no rows are selected"):
         SubsetSettings(scores, tmp_path / "some")
