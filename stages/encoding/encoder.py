@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError, one_line, reason
 from ...pipeline.format.records import Reject, WeightedExample
 from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
-from .token_weights import overlapping, weigh
+from .template import CLOCK, name_of
+from .token_weights import turn_of, weigh
+from .turns import JoinedChat, Offsets, Render, TemplatedChat, overlapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-from .template import name_of
-from .turns import JoinedChat, Render, TemplatedChat, turn_of
-
-CLOCK = "strftime_now"  # the function that templates call for the time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +108,7 @@ class Encoder:
         input_ids = input_ids[: self.max_length]
         return Encoded(WeightedExample(demonstration.id, input_ids, positions, weights), cut)
 
-    def _lay_out(self, demonstration: Demonstration) -> "TemplatedChat | JoinedChat":
+    def _lay_out(self, demonstration: Demonstration) -> TemplatedChat | JoinedChat:
         if self.template is None:
             return JoinedChat(demonstration.messages, str(self.tokenizer.eos_token))
         renderer = self._renderer(demonstration.tools)
@@ -124,7 +122,7 @@ class Encoder:
         turns = [i for i, role in enumerate(roles) if role == "assistant"]
         return turns[-1:] if self.supervise == "last" else turns
 
-    def _renderer(self, tools: list[Any] | None) -> "Render":
+    def _renderer(self, tools: list[Any] | None) -> Render:
         clock: dict[str, Any] = {} if self.day is None else {CLOCK: self.day.strftime}
 
         def render(messages: Messages, generation_prompt: bool = False) -> str:
@@ -143,7 +141,7 @@ class Encoder:
 
         return render
 
-    def _tokenise(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _tokenise(self, text: str) -> tuple[NDArray[np.int32], Offsets]:
         """Token ids [T] and the character range of each, half-open [T, 2]."""
         tokens = self.tokenizer(
             text,
@@ -180,7 +178,7 @@ class Encoder:
         return re.compile(special_end + r"\S+")
 
 
-def _with_spaces(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def _with_spaces(offsets: Offsets) -> Offsets:
     """Offsets [T, 2] in which tokens of spaces have a width again.
 
     Tokenizers that trim offsets (Llama 3) give such a token none; its spaces begin where the token

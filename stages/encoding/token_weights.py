@@ -12,24 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...pipeline.format.records import Floats
-from ..demonstrations.demonstration import TurnWeights, UnusableError, WeightedSpan
+from ..demonstrations.demonstration import (
+    Demonstration,
+    TurnWeights,
+    UnusableError,
+    WeightedSpan,
+)
+from .turns import JoinedChat, Kept, Offsets, Span, TemplatedChat, overlapping
 
-Span = tuple[int, int]  # characters, half-open
 Indices = NDArray[np.intp]
-Offsets = NDArray[np.int64]  # [T, 2] the characters of each token
-
-
-class Kept(NamedTuple):
-    """The part of a content that the text shows: characters `start` to `end`, at `at` in it."""
-
-    start: int
-    end: int
-    at: int
-
-    @property
-    def shift(self) -> int:
-        """Offset from a place in the content to the same place in the text."""
-        return self.at - self.start
 
 
 class Turn(NamedTuple):
@@ -37,9 +28,24 @@ class Turn(NamedTuple):
 
     name: str  # as used in error messages
     content: str
-    given: TurnWeights | None
+    given: TurnWeights
     place: Span | None  # the characters that the model writes; None if the template omits the turn
     kept: Kept | None  # None if unknown, or not needed
+
+
+def turn_of(
+    turn: int,
+    demonstration: Demonstration,
+    layout: TemplatedChat | JoinedChat,
+    places: dict[int, Span],
+) -> Turn:
+    """A turn, by its index in the messages; `places` are those of turns in the text."""
+    given = demonstration.weights[turn] or TurnWeights(1.0)
+    place = places.get(turn)
+    needs_content = bool(given.spans) or given.tokens is not None
+    kept = layout.kept(turn) if place and needs_content else None
+    content = demonstration.messages[turn]["content"]
+    return Turn(f"messages[{turn}]", content, given, place, kept)
 
 
 def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
@@ -51,7 +57,9 @@ def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
     taken = np.zeros(len(offsets), dtype=np.bool_)
     for turn in turns:
         if turn.place is None:
-            _check_nothing_lost(turn)
+            if turn.given.spans or turn.given.tokens:
+                key = "spans" if turn.given.spans else "token_weights"
+                raise UnusableError(f"the template leaves {turn.name} out, and its {key} with it")
             continue
         tokens = np.flatnonzero(overlapping(offsets, [turn.place]))
         values = _turn_weights(turn, tokens, offsets, text)
@@ -67,71 +75,14 @@ def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
     return weights
 
 
-def overlapping(offsets: Offsets, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with a span, [T]; a token without characters does not."""
-    starts, ends = offsets.T
-    shares = np.zeros(len(offsets), dtype=np.bool_)
-    for start, end in spans:
-        shares |= (starts < end) & (ends > start) & (starts < ends)
-    return shares
-
-
-def find_kept(content: str, text: str, first: int, last: int) -> Kept | None:
-    """The part of `content` that the text shows; None if that is not certain.
-
-    `first` to `last` are the characters that change with the content. Templates trim a content or
-    drop a part of it. What they drop and write again, such as the "<think>" of an answer, is still
-    part of the content.
-    """
-    if not content:
-        return Kept(0, 0, first)
-    return _whole(content, text, first, last) or _part(content, text, first, last)
-
-
-def _whole(content: str, text: str, first: int, last: int) -> Kept | None:
-    """The content, except for white space around it, if it occurs once near the difference."""
-    core = content.strip()
-    shown = text[first:last]
-    first_word = first + len(shown) - len(shown.lstrip())
-    last_word = first + len(shown.rstrip())
-    low, high = max(0, last_word - len(core)), first_word + len(core)
-    at = text.find(core, low, high)
-    if not core or at < 0 or text.find(core, at + 1, high) >= 0:
-        return None
-    start = content.find(core)
-    end, shift = start + len(core), at - start
-    # White space around it that changes with the content belongs to the content.
-    while start > 0 and first < start + shift and content[start - 1] == text[start + shift - 1]:
-        start -= 1
-    while end < len(content) and end + shift < last and content[end] == text[end + shift]:
-        end += 1
-    return Kept(start, end, start + shift)
-
-
-def _part(content: str, text: str, first: int, last: int) -> Kept | None:
-    """A part of the content, if it occurs in the content once."""
-    shown = text[first:last]
-    start = content.find(shown)
-    if not shown.strip() or start < 0 or content.find(shown, start + 1) >= 0:
-        return None
-    return Kept(start, start + len(shown), first)
-
-
-def _check_nothing_lost(turn: Turn) -> None:
-    """Raise UnusableError for token weights of a turn that the template omits."""
-    if turn.given is not None and (turn.given.spans or turn.given.tokens):
-        key = "spans" if turn.given.spans else "token_weights"
-        raise UnusableError(f"the template leaves {turn.name} out, and its {key} with it")
-
-
 def _turn_weights(turn: Turn, tokens: Indices, offsets: Offsets, text: str) -> Floats:
     """The weight of each of a turn's `tokens`."""
     given = turn.given
-    if given is not None and given.spans:
+    if given.spans:
         return _span_weights(turn, given.spans, given.weight, offsets[tokens], text)
-    if given is not None and given.tokens is not None:
+    if given.tokens is not None:
         return _listed_weights(turn, given.tokens, given.weight, offsets[tokens])
-    return np.full(len(tokens), 1.0 if given is None else given.weight, dtype=np.float32)
+    return np.full(len(tokens), given.weight, dtype=np.float32)
 
 
 def _listed_weights(

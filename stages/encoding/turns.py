@@ -12,11 +12,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
-from ..demonstrations.demonstration import Demonstration, Messages, TurnWeights, UnusableError
-from .token_weights import Kept, Span, Turn, find_kept
+import numpy as np
+from numpy.typing import NDArray
+
+from ..demonstrations.demonstration import Messages, UnusableError
 
 Render = Callable[..., str]
+Span = tuple[int, int]  # characters, half-open
+Offsets = NDArray[np.int64]  # [T, 2] the characters of each token
+
+
+class Kept(NamedTuple):
+    """The part of a content that the text shows: characters `start` to `end`, at `at` in it."""
+
+    start: int
+    end: int
+    at: int
+
+    @property
+    def shift(self) -> int:
+        """Offset from a place in the content to the same place in the text."""
+        return self.at - self.start
 
 
 @dataclass(frozen=True)
@@ -157,21 +175,54 @@ class JoinedChat:
         return Kept(0, len(self.messages[turn]["content"]), self.starts[turn])
 
 
-def turn_of(
-    turn: int,
-    demonstration: Demonstration,
-    layout: TemplatedChat | JoinedChat,
-    places: dict[int, Span],
-) -> Turn:
-    given = demonstration.weights[turn]
-    place = places.get(turn)
-    kept = layout.kept(turn) if place and _needs_content(given) else None
-    content = demonstration.messages[turn]["content"]
-    return Turn(f"messages[{turn}]", content, given, place, kept)
+def overlapping(offsets: Offsets, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens share a character with a span, [T]; a token without characters does not."""
+    starts, ends = offsets.T
+    shares = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        shares |= (starts < end) & (ends > start) & (starts < ends)
+    return shares
 
 
-def _needs_content(given: TurnWeights | None) -> bool:
-    return given is not None and (bool(given.spans) or given.tokens is not None)
+def find_kept(content: str, text: str, first: int, last: int) -> Kept | None:
+    """The part of `content` that the text shows; None if that is not certain.
+
+    `first` to `last` are the characters that change with the content. Templates trim a content or
+    drop a part of it. What they drop and write again, such as the "<think>" of an answer, is still
+    part of the content.
+    """
+    if not content:
+        return Kept(0, 0, first)
+    return _whole(content, text, first, last) or _part(content, text, first, last)
+
+
+def _whole(content: str, text: str, first: int, last: int) -> Kept | None:
+    """The content, except for white space around it, if it occurs once near the difference."""
+    core = content.strip()
+    shown = text[first:last]
+    first_word = first + len(shown) - len(shown.lstrip())
+    last_word = first + len(shown.rstrip())
+    low, high = max(0, last_word - len(core)), first_word + len(core)
+    at = text.find(core, low, high)
+    if not core or at < 0 or text.find(core, at + 1, high) >= 0:
+        return None
+    start = content.find(core)
+    end, shift = start + len(core), at - start
+    # White space around it that changes with the content belongs to the content.
+    while start > 0 and first < start + shift and content[start - 1] == text[start + shift - 1]:
+        start -= 1
+    while end < len(content) and end + shift < last and content[end] == text[end + shift]:
+        end += 1
+    return Kept(start, end, start + shift)
+
+
+def _part(content: str, text: str, first: int, last: int) -> Kept | None:
+    """A part of the content, if it occurs in the content once."""
+    shown = text[first:last]
+    start = content.find(shown)
+    if not shown.strip() or start < 0 or content.find(shown, start + 1) >= 0:
+        return None
+    return Kept(start, start + len(shown), first)
 
 
 def _difference(text: str, varied: str) -> Span:

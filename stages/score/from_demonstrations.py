@@ -17,9 +17,8 @@ from ...pipeline.threads import in_order
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.sources import Facts, RowReader, Source, open_sources
-from ..encoding.date import template_date
 from ..encoding.encoder import Encoded, Encoder
-from ..encoding.template import load_template
+from ..encoding.template import load_template, template_date
 from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .settings import RowSettings, ScoreSettings

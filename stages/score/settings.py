@@ -51,7 +51,7 @@ class RowSettings:
     def __post_init__(self) -> None:
         check(self)
         if self.date is not None:
-            from ..encoding.date import parse_day  # here, as it loads numpy
+            from ..encoding.template import parse_day  # here, as it loads numpy
 
             parse_day(self.date)
 

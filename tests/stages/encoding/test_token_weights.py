@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Reject
 from qpipe.stages.demonstrations.formats import read_demonstrations
 from qpipe.stages.encoding.encoder import Encoded, Encoder
-from qpipe.stages.encoding.token_weights import Kept, find_kept
+from qpipe.stages.encoding.turns import Kept, find_kept
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
-from qpipe.stages.encoding import date as template_date
+from qpipe.stages.encoding import template
 from qpipe.stages.execution.settings import Execution
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import plan
@@ -39,7 +39,7 @@ def options(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(4)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "dated.jinja").write_text(DATED)
-    monkeypatch.setattr(template_date, "date", Day)
+    monkeypatch.setattr(template, "date", Day)
     monkeypatch.setattr(Day, "now", date(2026, 11, 25))
     return {
         "model": str(tiny_model),
