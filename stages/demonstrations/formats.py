@@ -4,35 +4,27 @@ A row that cannot be used becomes a Reject; reading continues with the next row.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...pipeline.errors import UserError, reason
 from ...pipeline.format.records import Reject
 from .demonstration import Demonstration, Messages, Row, UnusableError
 from .message_weights import WEIGHT_KEYS, take_weights
-from .sources import Source, rows_from
+from .sources import Source
 
-_FIELDS_NAMED = 12  # in the message about a row of no known format
+T = TypeVar("T")
 
-
-def read_demonstrations(
-    sources: Sequence[Source], format: str = "auto", start: int = 0
-) -> Iterator[Demonstration | Reject]:
-    """Yield the demonstrations of all sources, starting at row `start` of their concatenation.
-
-    `format` is one of FORMATS, or "auto" to recognise the format of each row by its fields.
-    """
-    for source, line, raw in rows_from(sources, start):
-        yield parse_row(source, line, raw, format)
+_FIELDS_NAMED = 12  # in the message about a row of unknown format
 
 
 def check_readable(sources: Sequence[Source], format: str = "auto") -> None:
     """Raise UserError for a source without a usable demonstration; read up to the first one."""
     for source in sources:
         first: Reject | None = None
-        for row in read_demonstrations([source], format):
+        for line, raw in source.rows():
+            row = parse_row(source, line, raw, format)
             if not isinstance(row, Reject):
                 break
             first = first or row
@@ -128,8 +120,7 @@ def _checked_message(name: str, message: Any) -> Row:
         )
     calls = role == "assistant" and message.get("tool_calls")
     content = message.setdefault("content", "" if calls else None)
-    if not isinstance(content, str):
-        raise UnusableError(f"{name}.content is {'missing' if content is None else 'not a string'}")
+    content = _typed(f"{name}.content", content, str, "a string")
     if role == "assistant" and not calls and not content.strip():
         raise UnusableError(f"{name}.content, the assistant's answer, is empty")
     return message
@@ -174,13 +165,10 @@ def _from_sharegpt(row: Row) -> Messages:
 def _from_turn(name: str, turn: Any) -> Row:
     if not isinstance(turn, dict):
         raise UnusableError(f"{name} is not an object")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(speaker, str):
-        raise UnusableError(f"{name}.from is {'missing' if speaker is None else 'not a name'}")
+    speaker = _typed(f"{name}.from", turn.get("from", turn.get("role")), str, "a name")
     if speaker.lower() not in SPEAKERS:
         raise UnusableError(f"{name}.from is {speaker!r}, known are {', '.join(SPEAKERS)}")
-    if not isinstance(text, str):
-        raise UnusableError(f"{name}.value is {'missing' if text is None else 'not a string'}")
+    text = _typed(f"{name}.value", turn.get("value", turn.get("content")), str, "a string")
     return _message(SPEAKERS[speaker.lower()], text) | _weights_in(turn)
 
 
@@ -232,16 +220,17 @@ def _refuse_weights_beside(row: Row, key: str) -> None:
 
 
 def _list(row: Row, key: str) -> list[Any]:
-    value = row.get(key)
-    if not isinstance(value, list):
-        raise UnusableError(f"{key} is {'missing' if value is None else 'not a list'}")
-    return value
+    return _typed(key, row.get(key), list, "a list")
 
 
 def _string(row: Row, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise UnusableError(f"{key} is {'missing' if value is None else 'not a string'}")
+    return _typed(key, row.get(key), str, "a string")
+
+
+def _typed(name: str, value: Any, kind: type[T], kind_name: str) -> T:
+    """The value, which must be of this type."""
+    if not isinstance(value, kind):
+        raise UnusableError(f"{name} is {'missing' if value is None else f'not {kind_name}'}")
     return value
 
 

@@ -1,27 +1,38 @@
 """Opens the sources of demonstrations, files and data sets, and reads their rows in order.
 
 A source is a file (JSON lines or a JSON array, also compressed with gzip or zstd; Parquet; Arrow),
-also at an fsspec URL, or a data set of the `datasets` library: a folder, or a name on
-the Hugging Face hub, written `NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split
-defaults to "train"; a folder takes both too). An existing path takes precedence over a name on the
-hub. A file at a URL is fetched as a whole. Only a JSON array is held in memory as a whole. Errors
-while reading are raised as UserError.
+also at an fsspec URL, or a data set of the `datasets` library: a folder, or a name on the Hugging
+Face hub, written `NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split defaults to
+"train"; a folder takes both too). An existing path takes precedence over a name on the hub. A file
+at a URL is fetched as a whole. Only a JSON array is held in memory as a whole.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...pipeline.errors import UserError, require_utf8
+from ...pipeline.errors import UserError, one_line, require_utf8
 from ...pipeline.storage.remote import open_path
 from .readers.data_sets import folder_reader, hub_reader
 from .readers.files import FILE_KINDS, OTHER_FILES, file_reader
-from .readers.reader import Lines, Reader, Version, reading
+from .readers.reader import Lines, Reader, Version
 from .readers.text import suffixes
+
+
+class Facts(NamedTuple):
+    """What is known of a whole source.
+
+    `fingerprint` is a sha256 of the content, independent of its path and, for text, of its
+    compression. For a data set on the hub it covers name, configuration, split and revision.
+    """
+
+    fingerprint: str
+    rows: int | None  # None if the number is known only after reading them all
 
 
 @dataclass(frozen=True)
@@ -31,32 +42,16 @@ class Source:
     name: str
     origin: str  # as the user gave it, for messages
     reader: Reader
-    known: "Facts | None" = None  # given if another process has computed them
+    known: Facts | None = None  # given if another process has computed them
     opened: Version = None  # version of the file when it was opened
 
-    @property
-    def finds_rows(self) -> bool:
-        """Whether a row can be read without reading the rows before it."""
-        return self.reader.finds_rows
-
     @cached_property
-    def facts(self) -> "Facts":
-        """Fingerprint and row count of the whole source; a file is read once to compute them."""
+    def facts(self) -> Facts:
+        """The facts of the source; a file is read once to compute them."""
         if self.known is not None:
             return self.known
         with reading(self.origin):
             return Facts(*self.reader.facts())
-
-    def fingerprint(self) -> str:
-        """A sha256 of the content, independent of its path and, for text, of its compression.
-
-        For a data set on the hub, the hash covers its name, configuration, split and revision.
-        """
-        return self.facts.fingerprint
-
-    def count(self) -> int | None:
-        """The number of rows; None if it is known only after reading them all."""
-        return self.facts.rows
 
     def rows(self, start: int = 0) -> Lines:
         """Yield rows from `start` on, each with its line. Raises UserError for a damaged source."""
@@ -72,11 +67,15 @@ class Source:
             )
 
 
-class Facts(NamedTuple):
-    """The fingerprint of a source, and its number of rows if known."""
-
-    fingerprint: str
-    rows: int | None
+@contextmanager
+def reading(origin: str) -> Iterator[None]:
+    """Convert what libraries raise for a damaged or unreachable source into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zlib, zstd, Arrow and the hub raise different kinds
+        raise UserError(f"demonstrations {origin}: cannot be read: {one_line(error)}") from error
 
 
 def open_sources(names: Sequence[str]) -> list[Source]:
@@ -90,32 +89,32 @@ def open_sources(names: Sequence[str]) -> list[Source]:
         if next(source.rows(), None) is None:
             raise UserError(f"demonstrations {name}: empty, it has no rows")
         taken = {earlier.name for earlier in sources}
-        sources.append(replace(source, name=_unique(source.name, taken)))
+        numbered = chain([source.name], (f"{source.name}#{number}" for number in count(2)))
+        sources.append(replace(source, name=next(each for each in numbered if each not in taken)))
     return sources
 
 
 def rows_from(sources: Sequence[Source], start: int) -> Iterator[tuple[Source, int, Any]]:
     """Yield (source, line, content) of every row of all sources from row `start` on."""
     for source in sources:
-        count = source.count() if start else 0
-        if count is None:  # the end of such a source is found by reading it
+        size = source.facts.rows if start else 0
+        if size is None:  # the end of such a source is found by reading it
             for line, raw in source.rows():
                 if start:
                     start -= 1
                 else:
                     yield source, line, raw
             continue
-        if start == 0 or start < count:
+        if start == 0 or start < size:
             for line, raw in source.rows(start):
                 yield source, line, raw
-        start = max(0, start - count)
+        start = max(0, start - size)
 
 
 class RowReader:
     """Random access to the rows of all sources by number, cheap if the numbers ascend.
 
-    Rows in between are skipped without being parsed or, if the format allows it, without being
-    read.
+    Rows in between are skipped unparsed or, if the format allows it, unread.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -127,7 +126,7 @@ class RowReader:
     @property
     def count(self) -> int | None:
         """The number of rows; None if it is known only at the end, which has not been reached."""
-        counts = [source.count() for source in self.sources]
+        counts = [source.facts.rows for source in self.sources]
         known = [number for number in counts if number is not None]
         return sum(known) if len(known) == len(counts) else self._end
 
@@ -137,7 +136,7 @@ class RowReader:
         Raises UserError if a file has changed since it was opened.
         """
         behind = start < self._next
-        ahead = start > self._next and all(source.finds_rows for source in self.sources)
+        ahead = start > self._next and all(source.reader.finds_rows for source in self.sources)
         if self._rows is None or behind or ahead:
             self._next = 0 if self.count is None else start
             self._rows = rows_from(self.sources, self._next)
@@ -159,7 +158,8 @@ def _open(name: str) -> Source:
         raise UserError(f"demonstrations {name}: no such file: of URLs, only a file's can be read")
     if path.exists() and not path.is_dir():
         require_utf8("demonstrations", path.name)
-        reader = file_reader(path)
+        with reading(name):
+            reader = file_reader(path)
         return Source(path.name, name, reader, opened=reader.version())
     data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
     folder = Path(data_set)
@@ -187,8 +187,3 @@ def _looks_like_file(name: str) -> bool:
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
     return is_path or suffixes(path)[0] in (*FILE_KINDS, *OTHER_FILES)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    numbered = (f"{name}#{number}" for number in range(2, len(taken) + 2))
-    return name if name not in taken else next(n for n in numbered if n not in taken)

@@ -121,7 +121,7 @@ class Demonstrations:
         }
 
     def inputs(self) -> dict[str, str]:
-        return {source.name: source.fingerprint() for source in self.rows.sources}
+        return {source.name: source.facts.fingerprint for source in self.rows.sources}
 
     def parents(self) -> dict[str, Any]:
         return {}

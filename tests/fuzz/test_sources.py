@@ -94,8 +94,8 @@ def read(source: Source) -> list[Any]:
     rows = list(source.rows())
     numbers = [line for line, _ in rows]
     assert numbers == sorted(set(numbers))
-    assert source.count() == len(rows)
-    assert len(source.fingerprint()) == 64
+    assert source.facts.rows == len(rows)
+    assert len(source.facts.fingerprint) == 64
     assert same(list(source.rows(len(rows) // 2)), rows[len(rows) // 2 :])
     reader = RowReader([source, source])
     whole = [(source, *each) for each in rows] * 2

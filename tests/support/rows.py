@@ -5,8 +5,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet
 from qpipe.pipeline.format.records import Reject
-from qpipe.stages.demonstrations.formats import read_demonstrations
-from qpipe.stages.demonstrations.sources import open_sources
+from qpipe.stages.demonstrations.formats import parse_row
+from qpipe.stages.demonstrations.sources import open_sources, rows_from
 
 USER = {"role": "user", "content": "a?"}
 ASSISTANT = {"role": "assistant", "content": "One."}
@@ -33,6 +33,12 @@ def as_table(rows):
 def write_parquet(path, rows):
     table = as_table(rows)
     pyarrow.parquet.write_table(table, path, row_group_size=300)
+
+
+def read_demonstrations(sources, format="auto", start=0):
+    """Yield the demonstrations and rejects of all sources from row `start` on."""
+    for source, line, raw in rows_from(sources, start):
+        yield parse_row(source, line, raw, format)
 
 
 def read(*names, **options):

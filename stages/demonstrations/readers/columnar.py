@@ -16,7 +16,13 @@ BUFFER_BYTES = 1 << 20
 
 def parquet_reader(path: Path) -> Reader:
     """Read a Parquet file, some rows of a row group at a time."""
-    return Reader(lambda start: _parquet_rows(path, start), lambda: _parquet_facts(path), True)
+    from pyarrow.parquet import read_metadata
+
+    return Reader(
+        lambda start: _parquet_rows(path, start),
+        lambda: (sha256_of_file(path), read_metadata(path).num_rows),
+        finds_rows=True,
+    )
 
 
 def _parquet_rows(path: Path, start: int) -> Lines:
@@ -32,19 +38,13 @@ def _parquet_rows(path: Path, start: int) -> Lines:
             row += size
 
 
-def _parquet_facts(path: Path) -> tuple[str, int]:
-    from pyarrow.parquet import read_metadata
-
-    return sha256_of_file(path), read_metadata(path).num_rows
-
-
 def arrow_reader(path: Path) -> Reader:
     """Read an Arrow file of either IPC format, mapped into memory."""
-    return Reader(lambda start: _arrow_rows(path, start), lambda: _arrow_facts(path), True)
-
-
-def _arrow_rows(path: Path, start: int) -> Lines:
-    yield from _batch_rows(_arrow_batches(path), 0, start)
+    return Reader(
+        lambda start: _batch_rows(_arrow_batches(path), 0, start),
+        lambda: (sha256_of_file(path), sum(batch.num_rows for batch in _arrow_batches(path))),
+        finds_rows=True,
+    )
 
 
 def _arrow_batches(path: Path) -> "Iterator[pa.RecordBatch]":
@@ -58,10 +58,6 @@ def _arrow_batches(path: Path) -> "Iterator[pa.RecordBatch]":
         else:
             file.seek(0)
             yield from pa.ipc.open_stream(file)
-
-
-def _arrow_facts(path: Path) -> tuple[str, int]:
-    return sha256_of_file(path), sum(batch.num_rows for batch in _arrow_batches(path))
 
 
 def _batch_rows(batches: "Iterator[pa.RecordBatch]", row: int, start: int) -> Lines:

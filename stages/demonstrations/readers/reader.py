@@ -1,10 +1,7 @@
 """The interface of readers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-from ....pipeline.errors import UserError, one_line
 
 # line or row number from 1, and content: bytes are unparsed JSON
 Lines = Iterator[tuple[int, Any]]
@@ -16,19 +13,8 @@ class Reader(NamedTuple):
 
     rows: Callable[[int], Lines]
     facts: Callable[[], tuple[str, int | None]]  # fingerprint and count
-    finds_rows: bool = False
+    finds_rows: bool = False  # whether a row can be read without the rows before it
     version: Callable[[], Version] = lambda: None
-
-
-@contextmanager
-def reading(origin: str) -> Iterator[None]:
-    """Convert what libraries raise for a damaged or unreachable source into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zlib, zstd, Arrow and the hub raise different kinds
-        raise UserError(f"demonstrations {origin}: cannot be read: {one_line(error)}") from error
 
 
 def without_nones(value: Any) -> Any:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .reader import Lines, Reader, reading
+from .reader import Lines, Reader
 
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
@@ -23,7 +23,10 @@ def suffixes(path: Path) -> tuple[str, str]:
 def json_reader(path: Path) -> Reader:
     """Read JSON lines or, in a .json file, an array, which is held in memory as a whole."""
     if suffixes(path)[0] == ".json" and _starts_array(path):
-        return Reader(lambda start: _array_rows(path, start), lambda: _array_facts(path))
+        return Reader(
+            lambda start: islice(enumerate(_load_array(path), 1), start, None),
+            lambda: (_text_facts(path)[0], len(_load_array(path))),
+        )
     return Reader(lambda start: _text_rows(path, start), lambda: _text_facts(path))
 
 
@@ -71,8 +74,8 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _text_rows(path: Path, start: int) -> Lines:
-    lines = enumerate(_text_lines(path), 1)
-    yield from islice(((number, line) for number, line in lines if line.strip()), start, None)
+    filled = ((number, line) for number, line in enumerate(_text_lines(path), 1) if line.strip())
+    return islice(filled, start, None)
 
 
 def _text_facts(path: Path) -> tuple[str, int]:
@@ -85,19 +88,9 @@ def _text_facts(path: Path) -> tuple[str, int]:
 
 
 def _starts_array(path: Path) -> bool:
-    with reading(str(path)):
-        return next(
-            (line.lstrip()[:1] == b"[" for line in _text_lines(path) if line.strip()), False
-        )
+    first = next((line for line in _text_lines(path) if line.strip()), b"")
+    return first.lstrip().startswith(b"[")
 
 
 def _load_array(path: Path) -> list[Any]:
     return json.loads(b"".join(_text_lines(path)).decode("utf-8"))
-
-
-def _array_rows(path: Path, start: int) -> Lines:
-    yield from islice(enumerate(_load_array(path), 1), start, None)
-
-
-def _array_facts(path: Path) -> tuple[str, int]:
-    return _text_facts(path)[0], len(_load_array(path))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.demonstrations.demonstration import Demonstration
-from qpipe.stages.demonstrations.formats import FORMATS, check_readable, read_demonstrations
+from qpipe.stages.demonstrations.formats import FORMATS, check_readable
 from qpipe.stages.demonstrations.sources import open_sources
 from qpipe.tests.support.rows import (
     ASSISTANT,
@@ -18,6 +18,7 @@ from qpipe.tests.support.rows import (
     SYSTEM,
     USER,
     read,
+    read_demonstrations,
     read_row,
     write,
     write_parquet,

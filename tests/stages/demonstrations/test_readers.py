@@ -93,7 +93,7 @@ def test_known_facts_save_reading_the_file(files: list[str]) -> None:
     (source,) = open_sources(files[:1])
     facts = source.facts
     Path(files[0]).unlink()
-    assert replace(source, known=facts).count() == 11
+    assert replace(source, known=facts).facts.rows == 11
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

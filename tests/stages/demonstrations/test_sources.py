@@ -16,7 +16,6 @@ import pytest
 import zstandard
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.demonstrations.demonstration import Demonstration
-from qpipe.stages.demonstrations.formats import read_demonstrations
 from qpipe.stages.demonstrations.readers.columnar import BATCH_ROWS
 from qpipe.stages.demonstrations.sources import open_sources
 from qpipe.tests.support.rows import (
@@ -26,6 +25,7 @@ from qpipe.tests.support.rows import (
     as_lines,
     as_table,
     read,
+    read_demonstrations,
     reasons,
     write,
     write_parquet,
@@ -110,7 +110,7 @@ class TestEveryKind:
     def test_count(self, tmp_path, kind):
         WRITERS[kind](tmp_path / kind, rows_of(9))
         (source,) = open_sources([str(tmp_path / kind)])
-        assert source.count() == (None if kind == "folder" else 9)
+        assert source.facts.rows == (None if kind == "folder" else 9)
 
     def test_fingerprint_is_of_the_content(self, tmp_path, kind):
         WRITERS[kind](tmp_path / kind, rows_of(9))
@@ -121,15 +121,17 @@ class TestEveryKind:
         WRITERS[kind](tmp_path / "elsewhere" / f"other-{kind}", rows_of(8))
         names = [tmp_path / kind, copied, tmp_path / "elsewhere" / f"other-{kind}"]
         here, there, other = open_sources([str(name) for name in names])
-        assert here.fingerprint() == there.fingerprint() != other.fingerprint()
-        assert len(here.fingerprint()) == 64
+        assert here.facts.fingerprint == there.facts.fingerprint != other.facts.fingerprint
+        assert len(here.facts.fingerprint) == 64
 
 
 def test_text_has_the_fingerprint_of_its_bytes_whatever_the_compression(tmp_path):
     names = ("x.jsonl", "x.jsonl.gz", "x.jsonl.zst")
     for name in names:
         WRITERS[name](tmp_path / name, [CHAT])
-    prints = {source.fingerprint() for source in open_sources([f"{tmp_path}/{n}" for n in names])}
+    prints = {
+        source.facts.fingerprint for source in open_sources([f"{tmp_path}/{n}" for n in names])
+    }
     assert prints == {hashlib.sha256(as_lines([CHAT])).hexdigest()}
 
 
@@ -154,9 +156,9 @@ def test_sources_of_one_name_are_numbered(tmp_path):
 def test_split_of_a_saved_data_set(tmp_path):
     write_split(tmp_path / "splits", rows_of(3))
     whole, test = open_sources([f"{tmp_path}/splits", f"{tmp_path}/splits@test"])
-    assert (whole.count(), test.count()) == (3, 1)
+    assert (whole.facts.rows, test.facts.rows) == (3, 1)
     assert test.name == "splits@test"
-    assert whole.fingerprint() != test.fingerprint()
+    assert whole.facts.fingerprint != test.facts.fingerprint
     with pytest.raises(UserError, match=r"no split 'dev', there are train, test: name one as"):
         open_sources([f"{tmp_path}/splits@dev"])
 
@@ -207,7 +209,7 @@ class TestHub:
         sources = open_sources(["org/chats", "org/chats:small@train"])
         assert builder.asked == [("org/chats", None), ("org/chats", "small")]
         assert [source.name for source in sources] == ["org/chats", "org/chats:small@train"]
-        assert [source.count() for source in sources] == [None, None]
+        assert [source.facts.rows for source in sources] == [None, None]
         found = list(read_demonstrations(sources))
         assert [row.line for row in found] == [1, 2, 3, 4] * 2
         for start in range(10):
@@ -215,7 +217,7 @@ class TestHub:
 
     def test_fingerprint_is_of_name_and_revision(self, builder):
         def fingerprint(name):
-            return open_sources([name])[0].fingerprint()
+            return open_sources([name])[0].facts.fingerprint
 
         first = fingerprint("org/chats")
         assert fingerprint("org/chats@train") == first
@@ -384,7 +386,7 @@ def test_broken_lines_are_rejected_and_the_reading_goes_on(tmp_path):
 def test_blank_lines_are_no_rows(tmp_path):
     name = write(tmp_path / "x.jsonl", b"\n\n" + LINE + b"\n \t\n" + LINE + b"\n\n")
     (source,) = sources = open_sources([name])
-    assert source.count() == 2
+    assert source.facts.rows == 2
     assert [row.line for row in read_demonstrations(sources)] == [3, 5]
     assert [row.line for row in read_demonstrations(sources, start=1)] == [5]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.format.records import Reject
-from qpipe.stages.demonstrations.formats import read_demonstrations
+from qpipe.stages.demonstrations.formats import parse_row
 from qpipe.stages.encoding.encoder import Encoded, Encoder
 from qpipe.stages.encoding.turns import Kept, find_kept
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -125,8 +125,7 @@ def answer(content, **fields):
 def encode(template, *messages, tokenizer=BYTES, max_length=10_000, **options):
     """The demonstration of a row of messages, encoded; or why it is rejected."""
     row = {"messages": list(messages)}
-    source = SimpleNamespace(name="x.jsonl", rows=lambda start=0: [(1, row)])
-    (demonstration,) = read_demonstrations([source])
+    demonstration = parse_row(SimpleNamespace(name="x.jsonl"), 1, row, "auto")
     if isinstance(demonstration, Reject):
         return demonstration.reason
     encoded = Encoder(tokenizer, template, max_length, **options).encode(demonstration)
