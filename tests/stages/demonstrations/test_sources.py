@@ -17,6 +17,7 @@ import zstandard
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.demonstrations.demonstration import Demonstration
 from qpipe.stages.demonstrations.readers.columnar import BATCH_ROWS
+from qpipe.stages.demonstrations.readers.files import FILE_KINDS
 from qpipe.stages.demonstrations.sources import open_sources
 from qpipe.tests.support.rows import (
     ASSISTANT,
@@ -82,6 +83,10 @@ WRITERS = {
     "splits": write_split,
     "folder": write_folder,
 }
+
+
+def test_every_kind_of_file_is_tried() -> None:
+    assert {Path(kind).suffixes[0] for kind in WRITERS if "." in kind} == set(FILE_KINDS)
 
 
 @pytest.fixture(autouse=True)
