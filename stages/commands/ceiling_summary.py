@@ -1,4 +1,4 @@
-"""What targets can teach at best: of one folder, and of every method."""
+"""Prints the best result that targets allow: of one folder, and of every method."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:
-    """What targets can teach at best, by the base's probability of the token."""
+    """Print the ceiling of a folder, by the base's probability of the observed token."""
     if not rows:
         return
     at = " (at the start, where the student is the base)" if form == "live" else ""
@@ -41,7 +41,7 @@ def _ceiling_cells(row: Ceiling) -> tuple[str, ...]:
 
 
 def print_comparison(comparison: "Comparison") -> None:
-    """The ceiling of every method."""
+    """Print the ceiling of every method."""
     head = ("method", "form", "-log Q(y)", "Q's mode is y", "demos", "γ < 0.05", "KL from base")
     rows = [
         (

@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import click
 
@@ -26,7 +25,7 @@ def doctor(as_json: bool) -> None:
     """
     found = diagnose(__version__)
     if as_json:
-        click.echo(json.dumps(found.as_json()))
+        click.echo(json.dumps(asdict(found)))
     else:
         print_diagnosis(found)
 
@@ -44,7 +43,7 @@ def completion(shell: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A package that some command needs; any of `names` is it, `install` brings it."""
+    """A package that commands need, under any of `names`, and the command that installs it."""
 
     names: tuple[str, ...]
     needed_for: str
@@ -52,7 +51,7 @@ class Part:
 
     @property
     def version(self) -> str | None:
-        """The installed version, None where it is missing."""
+        """The installed version; None if it is missing."""
         return next((found for name in self.names if (found := installed(name))), None)
 
 
@@ -77,7 +76,7 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What models run on."""
+    """A GPU."""
 
     name: str
     memory_gib: float
@@ -86,7 +85,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The findings; `devices` are GPUs, `problem` is why they could not be asked for."""
+    """The findings; `problem` is the reason why there are no devices."""
 
     qpipe: str
     python: str
@@ -99,13 +98,9 @@ class Diagnosis:
     uses: dict[str, str]
     missing: list[dict[str, str]]
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return asdict(self)
-
 
 def installed(name: str) -> str | None:
-    """The version of a package by its metadata, which imports nothing."""
+    """The version of a package by its metadata; does not import it."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -115,7 +110,7 @@ def installed(name: str) -> str | None:
 
 
 def version_line(own: str) -> str:
-    """qpipe's version with those of the engine and of torch."""
+    """The version of qpipe, followed by those of torch, transformers and vLLM."""
     import platform
 
     found = [
@@ -127,7 +122,7 @@ def version_line(own: str) -> str:
 
 
 def diagnose(own: str) -> Diagnosis:
-    """Look at this machine; imports torch, and changes nothing."""
+    """Collect the findings on this machine. Imports torch."""
     import platform
 
     devices, problem = _devices()
@@ -152,7 +147,7 @@ def diagnose(own: str) -> Diagnosis:
 
 
 def uses(packages: dict[str, str | None], devices: list[Device]) -> dict[str, str]:
-    """What each command would run on with its default options."""
+    """The engine and device of each command with default options."""
     where = f"{len(devices)} × {devices[0].name}" if devices else "the CPU"
     engine = "vllm" if packages.get("vllm") else "transformers"
     precision = "bfloat16" if devices and devices[0].has_bfloat16 else "float32"
@@ -179,11 +174,11 @@ def _devices() -> tuple[list[Device], str | None]:
             found.append(Device(about.name, memory, torch.cuda.is_bf16_supported()))
         return found, None
     except (ImportError, OSError, RuntimeError) as error:  # a broken driver or build is a finding
-        return [], f"torch cannot be asked: {' '.join(str(error).split())[:200]}"
+        return [], f"torch does not work: {' '.join(str(error).split())[:200]}"
 
 
 def print_diagnosis(found: Diagnosis) -> None:
-    """What `qpipe doctor` found."""
+    """Print the findings."""
     print_table(
         [
             ("qpipe", found.qpipe),

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from ..exchange.settings import ExportSettings, ImportSettings
-from .options import FILE, FOLDER, Command, config_option, one_of, options_of
+from .options import FILE, FOLDER, Command, config_option, options_of
 
 
 @click.command("import", cls=Command)
@@ -35,7 +35,7 @@ def import_(**options: Any) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("scores", type=FOLDER)
-@click.option("--format", required=True, type=one_of("axolotl"), help="Format of the file.")
+@click.option("--format", required=True, type=click.Choice(["axolotl"]), help="Format of the file.")
 @options_of(ExportSettings, out={"type": FILE})
 @config_option
 def export(format: str, **options: Any) -> None:

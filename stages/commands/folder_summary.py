@@ -1,4 +1,4 @@
-"""What a run of score, build-targets, import-scores or subset made, and the folder's sizes."""
+"""Prints what a run of score, build-targets, import or subset made, and the folder's sizes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,29 +10,29 @@ from ...pipeline.progress import log_event
 from ...pipeline.targets.ceiling import ceilings
 from ..folders.lineage import described
 from .ceiling_summary import print_ceiling
-from .tables import print_table
+from .tables import already, print_table
 
 
 def report(out: Path, in_store: bool, result: StageResult | TaskResult, log: Path | None) -> None:
-    """Say what a run did; append the same to a file of JSON lines, where one is asked for."""
+    """Print what a run did, and append it to a file of JSON lines if one is given."""
     if isinstance(result, TaskResult):
         print_part(result)
     else:
         identity = result.manifest.identity
-        say = print_scores if identity.stage == "score" else print_targets
-        say(folder_in(out, in_store, identity), result)
-    _log_end(log, result)
+        summary = print_scores if identity.stage == "score" else print_targets
+        summary(folder_in(out, in_store, identity), result)
+    _log_result(log, result)
 
 
 def print_scores(folder: Path, result: StageResult) -> None:
-    """What a score folder holds."""
+    """Print a summary of a score folder."""
     totals = result.manifest.totals
     rejected = f"{totals['rejected']:,} rejected"
     if totals["rejected"]:
         rejected += f" (see {folder / REJECTS})"
     print_table(
         [
-            ("scores", f"{folder}{_already(result)}"),
+            ("scores", f"{folder}{already(result.was_done)}"),
             ("demonstrations", f"{totals['read']:,} read, {totals['rows']:,} scored, {rejected}"),
             ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
             ("supervised tokens", f"{totals['positions']:,}"),
@@ -45,12 +45,12 @@ def print_scores(folder: Path, result: StageResult) -> None:
 
 
 def print_targets(folder: Path, result: StageResult) -> None:
-    """What a target folder holds, and what it can teach."""
+    """Print a summary of a target folder, and the best result that it allows."""
     settings, totals = result.manifest.settings, result.manifest.totals
     has_tail = settings["top_p"] is not None
     print_table(
         [
-            ("targets", f"{folder}{_already(result)}"),
+            ("targets", f"{folder}{already(result.was_done)}"),
             ("method", described(result.manifest.identity)),
             ("supervised tokens", f"{totals['positions']:,}"),
             ("mean trust", f"{totals['sums']['trust'] / totals['positions']:.4f}"),
@@ -64,11 +64,11 @@ def print_targets(folder: Path, result: StageResult) -> None:
 
 
 def print_subset(folder: Path, result: StageResult) -> None:
-    """What a subset holds."""
+    """Print a summary of a subset."""
     totals = result.manifest.totals
     print_table(
         [
-            ("subset", f"{folder}{_already(result)}"),
+            ("subset", f"{folder}{already(result.was_done)}"),
             ("demonstrations", f"{totals['rows']:,}"),
             ("supervised tokens", f"{totals['positions']:,}"),
             ("bytes a token", f"{result.manifest.bytes_per_token:.1f}"),
@@ -77,7 +77,7 @@ def print_subset(folder: Path, result: StageResult) -> None:
 
 
 def print_part(result: TaskResult) -> None:
-    """What one of several tasks did for a folder that is not finished."""
+    """Print what one of several tasks did for a folder that is not finished."""
     rows = [
         ("folder", f"{result.folder}  (not finished: the last task to finish seals it)"),
         ("this task", f"{result.share}: {result.made:,} shards made"),
@@ -90,13 +90,13 @@ def print_part(result: TaskResult) -> None:
 
 
 def _left_out(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The tokens of an import whose log-probability was not in the file."""
+    """A row for the tokens of an import whose log-probability is not in the file."""
     number = totals["sums"].get("left_out")
     return [("", f"{number:,.0f} left out: not among the entries")] if number else []
 
 
 def _bounds(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How far off a temperature's distribution may be."""
+    """Rows for the largest possible error of tempered distributions."""
     return [
         (f"{name} bound", f"{totals['sums'][key] / totals['positions']:.2g} (total variation)")
         for name, key in (
@@ -107,10 +107,6 @@ def _bounds(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _already(result: StageResult) -> str:
-    return "" if not result.was_done else "  (was there already, nothing to do)"
-
-
 def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:
     rows = [("bytes a token", f"{result.manifest.bytes_per_token:.1f}")]
     if result.seconds:
@@ -118,7 +114,7 @@ def _size_and_speed(result: StageResult) -> list[tuple[str, str]]:
     return rows
 
 
-def _log_end(log: Path | None, result: StageResult | TaskResult) -> None:
+def _log_result(log: Path | None, result: StageResult | TaskResult) -> None:
     own = {"positions": result.positions, "seconds": result.seconds}
     if isinstance(result, TaskResult):
         counts = {"made": result.made, "there": result.there, "shards": result.shards}

@@ -1,12 +1,14 @@
-"""Tokens in a terminal: coloured by a measure, readable without colours too.
+"""Prints what `qpipe inspect` found: a summary, and examples with tokens coloured by a measure.
 
-Text of the data reaches the terminal through `TokenText` and `escaped` alone.
+Without colours, a small digit marks a token. Text from the data is printed only through `TokenText`
+and `escaped`.
 """
 
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -24,36 +26,48 @@ _INKS: tuple[int | None, ...] = (None, 230, 229, 222, 215, 208, 166)
 _DIFFERENCE_INKS: tuple[int | None, ...] = (208, 215, 223, None, 153, 111, 69)
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = "₀₁₂₃₄₅₆₇₈₉"
-_CONTINUED = "‥"  # a token that goes on with a character
+_CONTINUED = "‥"  # a token that continues a character
+
+
+class _Colours(NamedTuple):
+    """How the values of a scale are coloured, and the words of the legend."""
+
+    strength: Callable[[float], float]
+    digit: str  # meaning of a digit
+    ends: tuple[str, str]  # values at both ends of the colours
+
+
+_COLOURS: dict[Scale, _Colours] = {
+    "share": _Colours(lambda share: 1 - share, "tenths below 1", ("1", "0")),
+    "distance": _Colours(lambda distance: distance, "tenths", ("0", "1")),
+    "nats": _Colours(lambda nats: nats / 4, "tenths of 4 nats", ("0", "4 nats or more")),
+    "rank": _Colours(
+        lambda rank: math.log10(max(rank, 1.0)) / 3,
+        "tenths of the logarithm, up to rank 1,000",
+        ("1", "1,000 or more"),
+    ),
+    "difference": _Colours(lambda difference: difference, "tenths", ("−1", "1")),
+}
 
 
 def use_colour(wanted: bool | None) -> bool:
-    """Whether to colour: as asked for, else on a terminal unless NO_COLOR is set."""
+    """Whether to colour; by default, on a terminal unless NO_COLOR is set."""
     if wanted is not None:
         return wanted
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def ink(scale: Scale, value: float) -> float:
-    """How strongly a value is coloured: 0 what is expected, 1 what stands out; −1…1 a difference.
+    """The strength of a value's colour, from 0 to 1; from −1 to 1 for a difference.
 
-    Small shares, large distances, entropies and losses, and far ranks stand out.
+    Small shares, large distances, entropies and losses, and far ranks have strong colours.
     """
-    match scale:
-        case "share":
-            return min(max(1 - value, 0.0), 1.0)
-        case "distance":
-            return min(max(value, 0.0), 1.0)
-        case "nats":
-            return min(max(value, 0.0) / 4, 1.0)
-        case "rank":
-            return min(math.log10(max(value, 1.0)) / 3, 1.0)
-        case "difference":
-            return min(max(value, -1.0), 1.0)
+    lowest = -1.0 if scale == "difference" else 0.0
+    return min(max(_COLOURS[scale].strength(value), lowest), 1.0)
 
 
 def print_inspection(found: Inspection, alternatives: int, colour: bool) -> None:
-    """The summary, then the examples."""
+    """Print the summary, then the examples."""
     _print_summary(found)
     for line in found.notes:
         click.echo(line)
@@ -67,7 +81,7 @@ def print_inspection(found: Inspection, alternatives: int, colour: bool) -> None
 
 
 def tokens_line(look: Look, text: TokenText, measure: str, colour: bool) -> str:
-    """An example's text, its supervised tokens marked by a measure."""
+    """The text of an example, with supervised tokens coloured or marked by a measure."""
     values = dict(zip(look.positions.tolist(), look.values[measure].tolist(), strict=True))
     scale = MEASURES[measure].scale
     parts = []
@@ -83,7 +97,7 @@ def tokens_line(look: Look, text: TokenText, measure: str, colour: bool) -> str:
 
 
 def sparkline(bins: Sequence[int] | NDArray[np.int64]) -> str:
-    """A histogram as one line: the taller the more, a blank where there is none."""
+    """A histogram as one line of bars, with a blank for an empty bin."""
     most = max(max(bins), 1)
     return "".join(_BARS[min(int(8 * each / most), 7)] if each else " " for each in bins)
 
@@ -100,7 +114,7 @@ def _inked(shown: str, strength: float, scale: Scale) -> str:
 
 
 def _marked(shown: str, strength: float) -> str:
-    """Without colours: tenths of the strength, after the token."""
+    """A token with the tenths of the strength as a digit after it."""
     tenths = min(int(abs(strength) * 10 + 0.5), 9)
     if not tenths:
         return shown.replace("\n", "↵\n")
@@ -112,25 +126,13 @@ def _marked(shown: str, strength: float) -> str:
 
 def _legend(measure: str, colour: bool) -> str:
     what = MEASURES[measure]
+    about = f"{what.title}, {what.words}"
+    _, digit, (first, last) = _COLOURS[what.scale]
     if not colour:
-        digit = {
-            "share": "tenths that it lacks of 1",
-            "distance": "tenths",
-            "nats": "tenths of 4 nats",
-            "rank": "tenths of the way to rank 1,000, by the logarithm",
-            "difference": "tenths",
-        }[what.scale]
-        return f"Marked: {what.title}, {what.words}. A small digit: {digit}; none is 0."
-    ends = {
-        "share": ("1", "0"),
-        "distance": ("0", "1"),
-        "nats": ("0", "4 nats or more"),
-        "rank": ("1", "1,000 or more"),
-        "difference": ("−1", "1"),
-    }[what.scale]
+        return f"Marked: {about}. A small digit: {digit}; none is 0."
     inks = _DIFFERENCE_INKS if what.scale == "difference" else _INKS
     bar = "".join(click.style("  ", bg=each) if each else "  " for each in inks)
-    return f"{what.title}, {what.words}: {ends[0]} {bar} {ends[1]}. Dim text is not supervised."
+    return f"{about}: {first} {bar} {last}. Dim text is not supervised."
 
 
 def _head(look: Look, found: Inspection) -> str:

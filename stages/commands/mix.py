@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from .options import FOLDER, Command
+from .tables import already
 
 
 @click.command(cls=Command)
@@ -25,7 +26,7 @@ def mix(parts: tuple[str, ...], out: Path) -> None:
     result = write_mix(out, [_part(part) for part in parts])
     made = read_mix(out)
     total = sum(part.weight for part in made)
-    click.echo(f"{out}{'  (was there already, nothing to do)' if result.was_done else ''}")
+    click.echo(f"{out}{already(result.was_done)}")
     for part in made:
         totals = part.folder.manifest.totals
         click.echo(

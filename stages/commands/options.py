@@ -254,7 +254,3 @@ def take_place(options: dict[str, Any]) -> None:
         raise click.UsageError("give --out DIR, or --store ROOT")
     options["in_store"] = store is not None
     options["out"] = options["out"] if store is None else store
-
-
-def one_of(*values: str) -> click.Choice:
-    return click.Choice(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import FOLDER, Command, one_of
+from .options import FOLDER, Command
 
 
 @click.command(cls=Command)
@@ -44,7 +44,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 @click.argument("root", metavar="ROOT", type=FOLDER)
 @click.option(
     "--stage",
-    type=one_of("score", "build-targets", "mix"),
+    type=click.Choice(("score", "build-targets", "mix")),
     default=None,
     help="Show only folders of this stage.",
 )
@@ -95,7 +95,7 @@ def lineage(folder: Path) -> None:
 
 
 def _clean(words: str) -> str:
-    """Words of others on one line, without what would steer a terminal."""
+    """Text from a folder on one line, without characters that could control the terminal."""
     return "".join(each if each.isprintable() else " " for each in words)
 
 

@@ -1,4 +1,4 @@
-"""Cells in aligned columns, which most of what the commands say is."""
+"""Prints tables, and the note for a folder that is complete already."""
 
 from collections.abc import Sequence
 
@@ -11,3 +11,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
+
+
+def already(was_done: bool) -> str:
+    """A note for a folder that an earlier run has completed."""
+    return "  (was there already, nothing to do)" if was_done else ""

@@ -8,7 +8,7 @@ import click
 
 from ...trainer.settings import TrainSettings
 from .options import Command, config_option, options_of
-from .tables import print_table
+from .tables import already, print_table
 
 if TYPE_CHECKING:
     from ...trainer.run.loop import TrainResult
@@ -19,7 +19,7 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
         return tuple(float(word) for word in text.split(",")) if text else ()
     except ValueError as error:
         raise click.BadParameter(
-            f"{text} is not a list of numbers: give one a folder, as in 3,1", ctx, parameter
+            f"{text} is not a list of numbers: give one per folder, as in 3,1", ctx, parameter
         ) from error
 
 
@@ -39,16 +39,15 @@ def train(**options: Any) -> None:
     from ...trainer.run.train import train
 
     result = train(TrainSettings(**options))
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a process
+    if os.environ.get("RANK", "0") == "0":  # torchrun runs this command in each process
         print_training(options["out"], result)
 
 
 def print_training(folder: Path, result: "TrainResult") -> None:
-    """How a training run went."""
-    already = "  (was there already, nothing to do)" if result.was_done else ""
+    """Print a summary of a training run."""
     speed = result.tokens / max(result.seconds, 1e-9)
     rows = [
-        ("model", f"{folder}{already}"),
+        ("model", f"{folder}{already(result.was_done)}"),
         ("steps", f"{result.steps:,} over {result.examples:,} demonstrations"),
         ("supervised tokens", f"{result.tokens:,}"),
         ("speed", f"{speed:,.0f} supervised tokens/s"),

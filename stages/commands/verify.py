@@ -59,7 +59,7 @@ def verify(
     """
     for option, value in (("--model", model), ("--revision", revision)):
         if value is not None and rescore is None:
-            raise click.UsageError(f"{option} {value}: goes with --rescore N: give that as well")
+            raise click.UsageError(f"{option} {value}: requires --rescore N: give both")
     from ...pipeline.folders.manifest import read_manifest
 
     _check(folder)
@@ -79,7 +79,7 @@ def verify(
 
 
 def _check(folder: Path) -> None:
-    """Say what is wrong. Raises UserError if anything is."""
+    """Print the problems. Raises UserError if there are any."""
     from ...pipeline.errors import UserError
     from ..folders.verify import verify
 
@@ -93,8 +93,8 @@ def _check(folder: Path) -> None:
 
 
 def print_rescored(result: "Rescored") -> None:
-    """How far a folder's scores are from transformers in float32."""
-    weights = {True: "", False: ", of other weights", None: ", of weights not compared"}
+    """Print the differences from transformers in float32."""
+    weights = {True: "", False: ", other weights", None: ", weights not compared"}
     print_table(
         [
             (
@@ -112,7 +112,7 @@ def print_rescored(result: "Rescored") -> None:
             (
                 "rank",
                 f"{result.ranks_changed:,} changed, by {result.rank:,} at most; "
-                f"{result.modes_changed:,} most probable tokens are others",
+                f"{result.modes_changed:,} most probable tokens differ",
             ),
             ("KL", f"{result.kl_mean:.2g} nats on average, {result.kl_max:.2g} at most"),
         ]

@@ -47,14 +47,6 @@ class Look:
         return float(values.mean()) if len(values) else 0.0
 
 
-@dataclass(slots=True)
-class Skipped:
-    """Counts of examples missing from another folder, or there with other tokens."""
-
-    missing: int = 0
-    differing: int = 0
-
-
 def open_examples(path: Path) -> SealedFolder:
     """Open a folder of scores or targets. Raises UserError for any other folder."""
     folder = open_sealed(path)
@@ -64,14 +56,14 @@ def open_examples(path: Path) -> SealedFolder:
 
 
 def role_of(folder: SealedFolder) -> str:
-    """What the distributions of a folder are called."""
+    """The role of a folder's own distributions."""
     return "target" if folder.has_targets else "base"
 
 
 class Companion:
     """Another folder with examples of a first one, joined by id.
 
-    Raises UserError where the two folders have different tokenizers.
+    Raises UserError if the two folders have different tokenizers.
     """
 
     def __init__(self, main: SealedFolder, folder: SealedFolder) -> None:
@@ -79,19 +71,20 @@ class Companion:
         if ours != theirs:
             raise UserError(
                 f"{folder.path}: made with tokenizer {theirs[:12]}…, {main.path} with "
-                f"{ours[:12]}…: only folders of one tokenizer can be laid side by side"
+                f"{ours[:12]}…: give folders of the same tokenizer"
             )
         self.folder = folder
-        self.skipped = Skipped()
+        self.missing = 0  # examples that the folder lacks
+        self.differing = 0  # examples that it has with other tokens
         self.records = Join(main, folder).records
 
     def has(self, example: Example, found: Example | None) -> bool:
-        """Whether the record found for an example has its tokens; counts it as skipped if not."""
+        """Whether the record found for an example has the same tokens; counts it if not."""
         if found is None:
-            self.skipped.missing += 1
+            self.missing += 1
             return False
         is_same = np.array_equal(found.input_ids, example.input_ids)
-        self.skipped.differing += not is_same
+        self.differing += not is_same
         return is_same
 
 
@@ -99,7 +92,7 @@ def looks(main: SealedFolder, companions: Mapping[str, Companion]) -> Iterator[l
     """The examples of a folder with all their measures, a record batch at a time.
 
     `companions` are named by role: base, teacher, other. Examples that a companion lacks are left
-    out and counted in its `skipped`; positions that one lacks are left out.
+    out and counted there; positions that one lacks are left out.
     """
     numbers = count()
     for shard in main.shards:
@@ -116,7 +109,7 @@ def looks(main: SealedFolder, companions: Mapping[str, Companion]) -> Iterator[l
 
 
 def _joined(rows: Sequence[Any], companions: Mapping[str, Companion]) -> list[Example]:
-    """A record and its companions' on the positions that all have; [] where one lacks it."""
+    """A record and those of the companions, at the positions that all have; [] if one lacks it."""
     own, *others = rows
     for companion, other in zip(companions.values(), others, strict=True):
         if not companion.has(own, other):
@@ -126,7 +119,7 @@ def _joined(rows: Sequence[Any], companions: Mapping[str, Companion]) -> list[Ex
 
 
 def _restricted(row: Any, kept_N: NDArray[np.bool_]) -> Any:
-    """A record restricted to some of its positions."""
+    """A record with some of its positions."""
     if kept_N.all():
         return row
     kept_K = np.repeat(kept_N, row.counts)
@@ -148,7 +141,7 @@ def _looks(
         for place, folder in enumerate(folders)
     ]
     panels = {
-        role: _supports(folder, batch)
+        role: (measures.target_supports if folder.has_targets else known_supports)(batch)
         for role, folder, batch in zip(roles, folders, batches, strict=True)
     }
     of_own = measures.of_targets if main.has_targets else measures.of_scores
@@ -156,10 +149,6 @@ def _looks(
     for role, batch in zip(roles[1:], batches[1:], strict=True):
         values |= _compared(roles[0], role, panels, batch)
     return _cut(batches[0], [number for number, _ in joined], values, panels)
-
-
-def _supports(folder: SealedFolder, batch: FlatBatch) -> Supports:
-    return measures.target_supports(batch) if folder.has_targets else known_supports(batch)
 
 
 def _compared(
@@ -190,39 +179,35 @@ def _cut(
     batch: FlatBatch, numbers: list[int], values: dict[str, Floats], panels: dict[str, Supports]
 ) -> list[Look]:
     """Split a batch into examples."""
-    lengths_N, lengths_T = batch.lengths["position"], batch.lengths["token"]
-    stops_N, stops_T = np.cumsum(lengths_N), np.cumsum(lengths_T)
-    cut_panels = {role: _cut_supports(each, lengths_N) for role, each in panels.items()}
-    found = []
-    for row, number in enumerate(numbers):
-        of_N = slice(stops_N[row] - lengths_N[row], stops_N[row])
-        of_T = slice(stops_T[row] - lengths_T[row], stops_T[row])
-        found.append(
-            Look(
-                number,
-                batch.ids[row],
-                batch["input_ids"][of_T],
-                batch["positions"][of_N],
-                {name: each[of_N] for name, each in values.items()},
-                {role: each[row] for role, each in cut_panels.items()},
-            )
-        )
-    return found
-
-
-def _cut_supports(supports: Supports, lengths_N: NDArray[np.int64]) -> list[Supports]:
-    """Split supports by row."""
-    stops_N = np.cumsum(lengths_N)
-    lengths_K = segment_sums(supports.counts, lengths_N)
-    stops_K = np.cumsum(lengths_K)
+    lengths_N = batch.lengths["position"]
+    input_ids = parts_of(batch["input_ids"], batch.lengths["token"])
+    positions = parts_of(batch["positions"], lengths_N)
+    by_measure = {name: parts_of(each, lengths_N) for name, each in values.items()}
+    by_role = {role: _split_supports(each, lengths_N) for role, each in panels.items()}
     return [
-        Supports(
-            supports.counts[stop_N - length_N : stop_N],
-            supports.ids[stop_K - length_K : stop_K],
-            supports.log_probs[stop_K - length_K : stop_K],
-            supports.tail_mass[stop_N - length_N : stop_N],
+        Look(
+            number,
+            batch.ids[row],
+            input_ids[row],
+            positions[row],
+            {name: each[row] for name, each in by_measure.items()},
+            {role: each[row] for role, each in by_role.items()},
         )
-        for stop_N, length_N, stop_K, length_K in zip(
-            stops_N, lengths_N, stops_K, lengths_K, strict=True
-        )
+        for row, number in enumerate(numbers)
     ]
+
+
+def parts_of(values: NDArray[Any], lengths: NDArray[np.integer]) -> list[NDArray[Any]]:
+    """Consecutive parts of these lengths."""
+    return np.split(values, np.cumsum(lengths)[:-1])
+
+
+def _split_supports(supports: Supports, lengths_N: NDArray[np.int64]) -> list[Supports]:
+    lengths_K = segment_sums(supports.counts, lengths_N)
+    parts = (
+        parts_of(supports.counts, lengths_N),
+        parts_of(supports.ids, lengths_K),
+        parts_of(supports.log_probs, lengths_K),
+        parts_of(supports.tail_mass, lengths_N),
+    )
+    return [Supports(*part) for part in zip(*parts, strict=True)]

@@ -1,7 +1,7 @@
 """`qpipe inspect`: summarises a folder and selects some of its examples."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from ...pipeline.errors import UserError
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.progress import progress_bar
-from .examples import Companion, Look, looks, open_examples
+from .examples import Companion, Look, looks, open_examples, parts_of
 from .measures import MEASURES
 from .overview import Overview, folder_json
 from .settings import InspectSettings
@@ -36,24 +36,22 @@ class Inspection:
 
 
 def inspect(settings: InspectSettings) -> Inspection:
-    """Read the folder once. Raises UserError for options that it cannot serve."""
+    """Read the folder once. Raises UserError for options that do not apply to it."""
     _check(settings)
     main = open_examples(settings.folder)
     companions = _companions(main, settings)
     text, note = token_text(main.manifest, settings.model)
     selection = _selection(settings, main)
     overview = Overview()
-    total = main.size
-    with progress_bar(total=total, desc="inspect", unit="demo") as progress:
+    with progress_bar(total=main.size, desc="inspect", unit="demo") as progress:
         for group in looks(main, companions):
             _check_measures(settings, main, group[0])
             overview.add(group)
             selection.offer(group)
             progress.update(len(group))
-    skipped = _skipped(companions, overview)
+    notes = [*([note] if note else []), *_left_out(companions, overview)]
     colour_by = settings.colour_by or _colour_by(main, settings, overview)
     sorted_by = selection.measure if isinstance(selection, _Extremes) else None
-    notes = [line for line in (note, *skipped) if line]
     return Inspection(main, overview, selection.chosen(), colour_by, sorted_by, text, notes)
 
 
@@ -69,41 +67,41 @@ def inspection_json(found: Inspection, alternatives: int) -> dict[str, Any]:
 
 def look_json(look: Look, text: TokenText, alternatives: int) -> dict[str, Any]:
     """An example as JSON values: its tokens, and the measures of the supervised ones."""
-    pieces = text.pieces(look.input_ids.tolist())
-    others = dict(zip(look.positions.tolist(), alternatives_of(look, alternatives), strict=True))
-    place_of = {position: place for place, position in enumerate(look.positions.tolist())}
-    tokens = []
-    for position, (token_id, piece) in enumerate(zip(look.input_ids.tolist(), pieces, strict=True)):
-        token: dict[str, Any] = {"id": token_id, "text": piece}
-        if position in place_of:
-            place = place_of[position]
-            token |= {name: float(values[place]) for name, values in look.values.items()}
-            if alternatives:
-                token["alternatives"] = {
-                    role: [
-                        {"id": number, "text": text.alone(number), "probability": probability}
-                        for number, probability in rows
-                    ]
-                    for role, rows in others[position].items()
-                }
-        tokens.append(token)
+    ids = look.input_ids.tolist()
+    tokens: list[dict[str, Any]] = [
+        {"id": token_id, "text": piece}
+        for token_id, piece in zip(ids, text.pieces(ids), strict=True)
+    ]
+    others = alternatives_of(look, alternatives)
+    for place, position in enumerate(look.positions.tolist()):
+        tokens[position] |= {name: float(values[place]) for name, values in look.values.items()}
+        if alternatives:
+            tokens[position]["alternatives"] = {
+                role: [
+                    {"id": number, "text": text.alone(number), "probability": probability}
+                    for number, probability in rows
+                ]
+                for role, rows in others[place].items()
+            }
     means = {name: look.mean(name) for name in look.values}
     return {"id": look.id, "number": look.number, "means": means, "tokens": tokens}
 
 
-def alternatives_of(look: Look, most: int) -> Iterator[dict[str, list[tuple[int, float]]]]:
+def alternatives_of(look: Look, most: int) -> list[dict[str, list[tuple[int, float]]]]:
     """At each supervised position, the most probable tokens of each distribution."""
-    cut = {
-        role: (panel, np.cumsum(panel.counts) - panel.counts) for role, panel in look.panels.items()
+    by_role = {
+        role: [
+            list(zip(ids[:most].tolist(), probs[:most].tolist(), strict=True))
+            for ids, probs in zip(
+                parts_of(panel.ids, panel.counts), parts_of(panel.probs, panel.counts), strict=True
+            )
+        ]
+        for role, panel in look.panels.items()
     }
-    for place in range(len(look.positions)):
-        found = {}
-        for role, (panel, starts) in cut.items():
-            stop = min(most, int(panel.counts[place]))
-            entries = slice(int(starts[place]), int(starts[place]) + stop)
-            probs = np.exp(panel.log_probs[entries])
-            found[role] = list(zip(panel.ids[entries].tolist(), probs.tolist(), strict=True))
-        yield found
+    return [
+        {role: rows[place] for role, rows in by_role.items()}
+        for place in range(len(look.positions))
+    ]
 
 
 class _Chosen:
@@ -165,20 +163,14 @@ def _selection(settings: InspectSettings, main: SealedFolder) -> _Chosen | _Extr
 
 
 def _check(settings: InspectSettings) -> None:
-    given = [
-        name
-        for name, is_given in (
-            ("--id", bool(settings.ids)),
-            ("--random", settings.random is not None),
-            ("--sort", settings.sort is not None),
-        )
-        if is_given
-    ]
+    options = {"--id": settings.ids or None, "--random": settings.random, "--sort": settings.sort}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one")
-    if settings.examples is not None and (settings.ids or settings.random is not None):
+    if settings.examples is not None and given not in ([], ["--sort"]):
         raise UserError(
-            f"-n {settings.examples}: goes with --sort; {given[0]} says itself how many"
+            f"-n {settings.examples}: cannot be combined with {given[0]}, which determines the "
+            "number: leave it out"
         )
     if settings.sort is not None:
         end, dash, measure = settings.sort.partition("-")
@@ -193,16 +185,13 @@ def _check(settings: InspectSettings) -> None:
 
 
 def _check_measures(settings: InspectSettings, main: SealedFolder, look: Look) -> None:
-    sort = None if settings.sort is None else settings.sort.partition("-")[2]
+    sort = settings.sort.partition("-")[2] if settings.sort else None
     for option, name in (("--sort", sort), ("--colour-by", settings.colour_by)):
         if name is not None and name not in look.values:
             more = "--scores or --against" if main.has_targets else "--against"
-            way = {
-                "kl": f"give {more}",
-                "tv": "give --against",
-                "other": "give --against",
-            }.get(name, f"there are {', '.join(look.values)}, more with {more}")
-            raise UserError(f"{option} {name}: not known of {settings.folder}: {way}")
+            ways = {"kl": f"give {more}", "tv": "give --against", "other": "give --against"}
+            way = ways.get(name, f"there are {', '.join(look.values)}, and more with {more}")
+            raise UserError(f"{option} {name}: {settings.folder} does not have it: {way}")
 
 
 def _companions(main: SealedFolder, settings: InspectSettings) -> dict[str, Companion]:
@@ -211,22 +200,25 @@ def _companions(main: SealedFolder, settings: InspectSettings) -> dict[str, Comp
     if settings.scores is None:
         return {}
     if not main.has_targets:
-        raise UserError(f"--scores goes with targets, {main.path} holds scores: give --against")
+        raise UserError(
+            f"--scores {settings.scores}: requires a target folder, {main.path} holds scores: use "
+            "--against"
+        )
     return {"base": Companion(main, open_sealed(settings.scores, "score"))}
 
 
-def _skipped(companions: dict[str, Companion], overview: Overview) -> list[str]:
+def _left_out(companions: dict[str, Companion], overview: Overview) -> list[str]:
+    """A line for each companion that lacks examples. Raises UserError if no example is left."""
     lines = []
     for companion in companions.values():
-        path, skipped = companion.folder.path, companion.skipped
-        parts = [f"{skipped.missing:,} are not in it"] if skipped.missing else []
-        parts += [f"{skipped.differing:,} have other tokens there"] if skipped.differing else []
+        counts = ((companion.missing, "are not in it"), (companion.differing, "have other tokens"))
+        parts = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+        path = companion.folder.path
         if parts and not overview.examples:
             raise UserError(
-                f"{path}: no example in common: {', '.join(parts)}: give a folder of the same "
-                "demonstrations"
+                f"{path}: no example in common: {parts}: give a folder of the same demonstrations"
             )
-        lines += [f"{path}: examples left out: {', '.join(parts)}."] if parts else []
+        lines += [f"{path}: examples left out: {parts}."] if parts else []
     return lines
 
 
@@ -238,4 +230,4 @@ def _colour_by(main: SealedFolder, settings: InspectSettings, overview: Overview
     trust = overview.spreads.get("trust")
     if trust is None or not trust.is_constant:
         return "trust"
-    return "target" if settings.scores is None else "base"  # a single colour for all is useless
+    return "target" if settings.scores is None else "base"  # trust would have one colour

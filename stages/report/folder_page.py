@@ -114,7 +114,7 @@ def folder_page(settings: ReportSettings) -> Page:
     if len(drawn) < main.size:
         notes.append(f"{len(drawn):,} of {main.size:,} demonstrations are shown, drawn at random.")
     for role, companion in companions.items():
-        left_out = companion.skipped.missing + companion.skipped.differing
+        left_out = companion.missing + companion.differing
         if left_out:
             notes.append(f"{left_out:,} demonstrations are left out: not the same in {role}.")
     facts = _facts(main, companions, overview, notes)
@@ -124,7 +124,10 @@ def folder_page(settings: ReportSettings) -> Page:
 def _companions(main: SealedFolder, settings: ReportSettings) -> dict[str, Companion]:
     given: Mapping[str, Path | None] = {"base": settings.scores, "teacher": settings.teacher}
     if settings.scores is not None and not main.has_targets:
-        raise UserError(f"--scores goes with targets, {main.path} holds scores: leave it out")
+        raise UserError(
+            f"--scores {settings.scores}: requires a target folder, {main.path} holds scores: "
+            "leave it out"
+        )
     return {
         role: Companion(main, open_sealed(path, "score"))
         for role, path in given.items()

@@ -148,7 +148,7 @@ def test_weights_that_the_name_has_meanwhile_are_refused_unless_they_are_asked_f
 def test_a_model_without_rescoring_is_refused(scores: Path) -> None:
     for option in ("--model", "--revision"):
         said = qpipe("verify", scores, option, "x", fails=True)
-        assert f"{option} x: goes with --rescore N" in said
+        assert f"{option} x: requires --rescore N" in said
 
 
 def test_other_tokens_are_refused(scores: Path, tmp_path: Path) -> None:

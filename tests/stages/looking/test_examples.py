@@ -47,7 +47,7 @@ def test_another_order_and_missing_examples_are_joined_by_id(tmp_path: Path) -> 
     found, companion = joined(main, folder_of(tmp_path / "s", rows, shards=3))
     assert [look.id for look in found] == ["a", "b", "d", "f"]
     assert [look.number for look in found] == [0, 1, 3, 5]
-    assert (companion.skipped.missing, companion.skipped.differing) == (1, 1)
+    assert (companion.missing, companion.differing) == (1, 1)
 
 
 def test_only_positions_that_both_have_are_compared(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_only_positions_that_both_have_are_compared(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     main = folder_of(tmp_path / "t", [target("a")])
     other = folder_of(tmp_path / "s", [score("a")], tokenizer_hash="another")
-    with pytest.raises(UserError, match="of one tokenizer"):
+    with pytest.raises(UserError, match="give folders of the same tokenizer"):
         joined(main, other)
 
 

@@ -120,10 +120,10 @@ def test_a_demonstration_cannot_write_to_the_terminal(tmp_path: Path, tiny_model
     [
         (["--id", "nobody"], "--id nobody: no such example"),
         (["--sort", "trust"], "--sort trust: give lowest- or highest-"),
-        (["--sort", "largest-kl"], "--sort kl: not known of .*: give --scores or --against"),
+        (["--sort", "largest-kl"], "--sort kl: .* does not have it: give --scores or --against"),
         (["--colour-by", "charm"], "--colour-by charm: give one of trust"),
         (["--sort", "lowest-trust", "--random", "2"], "--random and --sort exclude each other"),
-        (["--random", "2", "-n", "5"], "-n 5: goes with --sort; --random says itself how many"),
+        (["--random", "2", "-n", "5"], "-n 5: cannot be combined with --random, which"),
         (["--scores", "nowhere"], "nowhere: no such folder"),
         (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     ],
