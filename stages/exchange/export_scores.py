@@ -1,8 +1,8 @@
-"""`qpipe export`: writes a score folder as a file that another tool trains on.
+"""`qpipe export`: writes a score folder as a file for another training tool.
 
-"axolotl": parquet with `input_ids`, `attention_mask`, `labels` and one row of entries for each
-token, `target_token_ids`, `target_logprobs` and `target_mask`: row r holds the entries of token
-r + 1; the last row and those of a prompt hold padding.
+The format "axolotl" is parquet with `input_ids`, `attention_mask`, `labels`, and the entries as
+`target_token_ids`, `target_logprobs` and `target_mask`. Row r of these holds the entries of token
+r + 1; the last row and the rows of a prompt hold padding.
 """
 
 from typing import Any
@@ -41,18 +41,18 @@ _SCHEMA = pa.schema(
 def export_scores(settings: ExportSettings) -> Manifest:
     """Write the file atomically and return the folder's manifest.
 
-    Raises UserError if the file exists, or the format has no place for what the folder holds.
+    Raises UserError if the file exists, or if the folder has token weights.
     """
     scores = open_sealed(settings.scores, "score")
     totals = scores.manifest.totals
     if settings.out.exists():
-        raise UserError(f"{settings.out}: is there already: give another --out, or remove it")
+        raise UserError(f"{settings.out}: already exists: give another --out, or remove it")
     if not (is_remote(settings.out) or settings.out.parent.is_dir()):
         raise UserError(f"{settings.out.parent}: no such folder")
     if totals["sums"].get("weighted"):
         raise UserError(
-            f"{settings.scores}: its demonstrations carry token weights, which the format has no "
-            "place for: score them without"
+            f"{settings.scores}: has token weights, which the format cannot store: score the "
+            "demonstrations without weights"
         )
     with atomic_file(settings.out) as file, pq.ParquetWriter(file, _SCHEMA) as writer:
         batch: list[dict[str, Any]] = []

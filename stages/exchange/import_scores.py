@@ -1,18 +1,17 @@
-"""`qpipe import`: makes a score folder of a file of log-probabilities from another tool.
+"""`qpipe import`: makes a score folder from a file of log-probabilities of another tool.
 
 The file is parquet with `input_ids`, ids and log-probabilities as lists of lists and, optionally,
-`labels` and `attention_mask`. Two layouts are known:
+`labels` and `attention_mask`. There are two layouts:
 
 - "axolotl": `target_token_ids`, `target_logprobs`, `target_mask`, and `labels`. The entries of row
-  r are those of token r + 1; of token r in files of older versions, in which
-  `target_mask` equals the mask of the labels.
+  r are those of token r + 1; in files of older versions, in which `target_mask` equals the mask of
+  the labels, those of token r.
 - "distillkit": one column of lists of ids, one of lists of log-probabilities, under any names.
-  The entries of row r are those of token r + 1. Its compressed form is refused.
+  The entries of row r are those of token r + 1. The compressed form is refused.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,9 @@ MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model"}
 
 
 def import_scores(settings: ImportSettings) -> StageResult:
-    """Make the score folder of a file, or what is missing of it."""
+    """Make the missing shards of the score folder of a file, and seal it."""
     stage = ImportStage(settings)
     return run_alone(stage, Watcher("import", stage.job.identity.fingerprint))
-
-
-@dataclass(slots=True)
-class _Rows:
-    """The rows of a shard: examples and rejects."""
-
-    examples: list[ScoredExample] = field(default_factory=list)
-    content: ShardContent = field(default_factory=ShardContent)  # rejects and sums
 
 
 class ImportStage:
@@ -88,30 +79,24 @@ class ImportStage:
     def start(self) -> None:
         """Nothing needs to be started."""
 
-    def read(self, index: int) -> _Rows:
-        """Read and check the rows of a shard; shards are read in ascending order."""
+    def read(self, index: int) -> tuple[list[ScoredExample], ShardContent]:
+        """The examples of a shard, and its rejects; shards are read in ascending order."""
         deque(islice(self._rows, (index - self._next) * SHARD_ROWS), maxlen=0)
         self._next = index + 1
-        shard = _Rows()
-        for row in islice(self._rows, SHARD_ROWS):
-            self._add(row, shard)
-        return shard
+        examples, content = [], ShardContent()
+        for line, values in islice(self._rows, SHARD_ROWS):
+            try:
+                example, left_out = scored(self.table.parse(line, values), self.rules)
+            except UnusableError as error:
+                content.rejects.append(Reject(self.table.path.name, line, reason(error)))
+                continue
+            content.add_sums(left_out=left_out)
+            examples.append(example)
+        return examples, content
 
-    def _add(self, row: TopKRow | Reject, shard: _Rows) -> None:
-        if isinstance(row, Reject):
-            shard.content.rejects.append(row)
-            return
-        try:
-            example, left_out = scored(row, self.rules)
-        except UnusableError as error:
-            shard.content.rejects.append(Reject(row.source, row.line, reason(error)))
-            return
-        shard.content.add_sums(left_out=left_out)
-        shard.examples.append(example)
-
-    def make(self, shard: _Rows, report: Report) -> ShardContent:
+    def make(self, shard: tuple[list[ScoredExample], ShardContent], report: Report) -> ShardContent:
         """Flatten the examples of a shard into batches."""
-        examples, content = shard.examples, shard.content
+        examples, content = shard
         content.batches = batches_of(self.job.schema, examples)
         content.add_sums(**score_sums(examples))
         rejects = len(content.rejects)
@@ -180,23 +165,26 @@ class _Table:
                     return int(real.counts[real.counts > 0][0])
         raise UserError(f"{self.path}: column {self.log_probs} is empty")
 
-    def rows(self) -> Iterator[TopKRow | Reject]:
-        """Yield every row, or a reject for a row that cannot be parsed."""
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of every row, from 1, and its values by column."""
         wanted = {*_OPTIONAL, "input_ids", self.ids, self.log_probs}
         names = [name for name in self.file.schema_arrow.names if name in wanted]
         line = 0
         for batch in self._batches(names):
             for row in range(batch.num_rows):
                 line += 1
-                values = {name: batch.column(name)[row] for name in names}
-                try:
-                    yield self._row(line, values)
-                except (UnusableError, pa.ArrowException, ValueError, TypeError) as error:
-                    yield Reject(self.path.name, line, reason(error))
+                yield line, {name: batch.column(name)[row] for name in names}
         if line != self.count:
             raise UserError(f"{self.path}: damaged: holds {line:,} of {self.count:,} rows")
 
-    def _row(self, line: int, values: dict[str, Any]) -> TopKRow:
+    def parse(self, line: int, values: dict[str, Any]) -> TopKRow:
+        """Parse a row of `rows`. Raises UnusableError for values of other kinds."""
+        try:
+            return self._parsed(line, values)
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            raise UnusableError(reason(error)) from error
+
+    def _parsed(self, line: int, values: dict[str, Any]) -> TopKRow:
         ids = _nested(values[self.ids], np.int64)
         log_probs = _nested(values[self.log_probs], np.float64)
         if not np.array_equal(ids[0], log_probs[0]):
@@ -212,7 +200,7 @@ class _Table:
             shift = _shift(_nested(values["target_mask"], np.int64), labels)
         given = values["id"].as_py() if "id" in values else None
         name = f"{self.path.name}:{line}" if given is None else str(given)
-        return TopKRow(name, self.path.name, line, tokens, labels, shift, TopK(*ids, log_probs[1]))
+        return TopKRow(name, tokens, labels, shift, TopK(*ids, log_probs[1]))
 
     def _columns(self) -> tuple[str, str]:
         """The names of the columns of ids and of log-probabilities."""
@@ -223,19 +211,22 @@ class _Table:
             if missing:
                 raise UserError(f"{self.path}: no column {missing[0]}: not a file of axolotl")
             return "target_token_ids", "target_logprobs"
-        nested = [field for field in schema if _is_list(field.type) and _is_list(_inner(field))]
-        kinds = [_inner(field).value_type for field in nested]
-        ids = [f.name for f, kind in zip(nested, kinds, strict=True) if pa.types.is_integer(kind)]
-        logs = [f.name for f, kind in zip(nested, kinds, strict=True) if pa.types.is_floating(kind)]
+        nested = {
+            column.name: column.type.value_type.value_type
+            for column in schema
+            if _kind(column.type).startswith("lists of lists")
+        }
+        ids = [name for name, kind in nested.items() if pa.types.is_integer(kind)]
+        logs = [name for name, kind in nested.items() if pa.types.is_floating(kind)]
         if "compressed_logprobs" in schema.names or "packed_indices" in schema.names:
             raise UserError(
-                f"{self.path}: its log-probabilities are compressed, by settings that are not in "
+                f"{self.path}: its log-probabilities are compressed with settings that are not in "
                 "the file: write ids and log-probabilities as lists of lists instead"
             )
         if "input_ids" not in schema.names or len(ids) != 1 or len(logs) != 1:
             raise UserError(
-                f"{self.path}: needs input_ids, one column of lists of lists of whole numbers (ids)"
-                f" and one of other numbers (log-probabilities); its columns are "
+                f"{self.path}: requires input_ids, one column of lists of lists of whole numbers "
+                f"(ids), and one of floating-point numbers (log-probabilities); its columns are "
                 f"{', '.join(schema.names)}"
             )
         return ids[0], logs[0]
@@ -262,23 +253,13 @@ class _Table:
             raise UserError(f"{self.path}: damaged: {one_line(error)}") from error
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-
-
 def _kind(kind: pa.DataType) -> str:
     """A description of a column's type."""
-    if _is_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return f"lists of {_kind(kind.value_type)}"
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return "whole numbers"
     return "numbers" if pa.types.is_floating(kind) else str(kind)
-
-
-def _inner(field: pa.Field) -> Any:
-    return field.type.value_type
 
 
 def _flat(value: Any, name: str) -> Ints:

@@ -1,6 +1,6 @@
 """Converts rows of tokens and top-k log-probabilities into scored examples.
 
-T tokens of a row, R rows of entries (R is T or T - 1), K entries of all of them end to end, N
+T tokens of a row, R rows of entries (R is T or T - 1), K entries of all of them concatenated, N
 supervised positions.
 """
 
@@ -16,8 +16,8 @@ from ...pipeline.format.row_checks import MASS_TOLERANCE
 from ..demonstrations.demonstration import UnusableError
 from .settings import Mass
 
-IGNORED = -100  # the label of a token that does not count
-PADDING = -1e8  # a log-probability below stands for no entry
+IGNORED = -100  # the label of a token that is not supervised
+PADDING = -1e8  # log-probabilities below are padding
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -52,8 +52,6 @@ class TopKRow:
     """A row of a file of log-probabilities, parsed but not checked."""
 
     id: str
-    source: str
-    line: int
     input_ids: Ints  # [T]
     labels: Ints | None  # [T]; None: every token is supervised
     shift: int  # the entries of row r are those of the token at r + shift
@@ -76,7 +74,7 @@ class ImportRules:
 
 
 def scored(row: TopKRow, rules: ImportRules) -> tuple[ScoredExample, int]:
-    """The row as a scored example, and the number of supervised positions left out of it.
+    """The row as a scored example, and the number of supervised positions left out.
 
     A position is left out if its observed token is not among the entries, as its log-probability is
     not in the file. Raises UnusableError for an invalid row, and if no position is left.

@@ -411,7 +411,7 @@ def test_a_second_run_does_nothing_and_another_file_is_refused(
 
 def test_an_export_overwrites_nothing(exported: Path, scores: Path) -> None:
     before = exported.read_bytes()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_scores(ExportSettings(scores, exported))
     assert exported.read_bytes() == before
 
