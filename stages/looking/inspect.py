@@ -1,10 +1,9 @@
 """`qpipe inspect`: summarises a folder and selects some of its examples."""
 
 import heapq
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from .settings import InspectSettings
 from .token_text import TokenText, token_text
 
 SHOWN = 3  # examples, by default
-_HIGHEST = ("highest", "largest")
+_ENDS = ("lowest", "highest", "largest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +40,56 @@ def inspect(settings: InspectSettings) -> Inspection:
     main = open_examples(settings.folder)
     companions = _companions(main, settings)
     text, note = token_text(main.manifest, settings.model)
-    selection = _selection(settings, main)
     overview = Overview()
     with progress_bar(total=main.size, desc="inspect", unit="demo") as progress:
-        for group in looks(main, companions):
-            _check_measures(settings, main, group[0])
-            overview.add(group)
-            selection.offer(group)
-            progress.update(len(group))
+
+        def every_look() -> Iterator[Look]:
+            for group in looks(main, companions):
+                _check_measures(settings, main, group[0])
+                overview.add(group)
+                progress.update(len(group))
+                yield from group
+
+        sort = _sort(settings)
+        every = every_look()
+        examples = _extremes(settings, sort, every) if sort else _chosen(settings, main, every)
+        deque(every, maxlen=0)  # the rest, for the summary
     notes = [*([note] if note else []), *_left_out(companions, overview)]
+    missing = sorted(set(settings.ids) - {each.id for each in examples})
+    if missing:
+        raise UserError(
+            f"--id {missing[0]}: no such example in {main.path}: --random 5 shows some ids"
+        )
     colour_by = settings.colour_by or _colour_by(main, settings, overview)
-    sorted_by = selection.measure if isinstance(selection, _Extremes) else None
-    return Inspection(main, overview, selection.chosen(), colour_by, sorted_by, text, notes)
+    sorted_by = sort.partition("-")[2] if sort else None
+    return Inspection(main, overview, examples, colour_by, sorted_by, text, notes)
+
+
+def _sort(settings: InspectSettings) -> str | None:
+    """The order of the examples, such as highest-kl; None if they are chosen otherwise."""
+    if settings.ids or settings.random is not None:
+        return None
+    return settings.sort or ("highest-tv" if settings.against is not None else None)
+
+
+def _extremes(settings: InspectSettings, sort: str, every: Iterable[Look]) -> list[Look]:
+    """The examples with the highest or lowest mean of a measure."""
+    end, _, measure = sort.partition("-")
+    most = SHOWN if settings.examples is None else settings.examples
+    first = heapq.nsmallest if end == "lowest" else heapq.nlargest
+    return first(most, (each for each in every if len(each.positions)), lambda e: e.mean(measure))
+
+
+def _chosen(settings: InspectSettings, main: SealedFolder, every: Iterable[Look]) -> list[Look]:
+    """The examples with the given ids, some at random, or the first ones; in the folder's order."""
+    if settings.ids:
+        return [each for each in every if each.id in settings.ids]
+    if settings.random is not None:
+        order = np.random.default_rng(settings.seed).permutation(main.size)
+        numbers = set(order[: settings.random].tolist())
+    else:
+        numbers = range(SHOWN if settings.examples is None else settings.examples)
+    return [each for each in every if each.number in numbers]
 
 
 def inspection_json(found: Inspection, alternatives: int) -> dict[str, Any]:
@@ -104,64 +141,6 @@ def alternatives_of(look: Look, most: int) -> list[dict[str, list[tuple[int, flo
     ]
 
 
-class _Chosen:
-    """Examples by id or by number, in the order of the folder."""
-
-    def __init__(self, ids: Sequence[str], numbers: Sequence[int], folder: Path) -> None:
-        self.ids = set(ids)
-        self.numbers = set(numbers)
-        self.folder = folder
-        self.found: list[Look] = []
-
-    def offer(self, group: Sequence[Look]) -> None:
-        self.found += [each for each in group if each.id in self.ids or each.number in self.numbers]
-
-    def chosen(self) -> list[Look]:
-        missing = sorted(self.ids - {each.id for each in self.found})
-        if missing:
-            raise UserError(
-                f"--id {missing[0]}: no such example in {self.folder}: --random 5 shows some ids"
-            )
-        return self.found
-
-
-class _Extremes:
-    """The examples with the highest or lowest mean of a measure."""
-
-    def __init__(self, word: str, most: int) -> None:
-        end, _, self.measure = word.partition("-")
-        self.sign = 1 if end in _HIGHEST else -1
-        self.most = most
-        self.heap: list[tuple[float, int, Look]] = []
-        self.tie = count(0, -1)  # earlier examples win
-
-    def offer(self, group: Sequence[Look]) -> None:
-        for each in group:
-            if len(each.positions):
-                item = (self.sign * each.mean(self.measure), next(self.tie), each)
-                heapq.heappush(self.heap, item)
-                if len(self.heap) > self.most:
-                    heapq.heappop(self.heap)
-
-    def chosen(self) -> list[Look]:
-        return [each for _, _, each in sorted(self.heap, key=lambda item: item[:2], reverse=True)]
-
-
-def _selection(settings: InspectSettings, main: SealedFolder) -> _Chosen | _Extremes:
-    if settings.ids:
-        return _Chosen(settings.ids, (), main.path)
-    sort = settings.sort
-    if sort is None and settings.random is None and settings.against is not None:
-        sort = "highest-tv"  # of two folders: the examples that differ most
-    if sort is not None:
-        return _Extremes(sort, SHOWN if settings.examples is None else settings.examples)
-    wanted = settings.random if settings.random is not None else settings.examples
-    if settings.random is None:
-        return _Chosen((), range(min(SHOWN if wanted is None else wanted, main.size)), main.path)
-    drawn = np.random.default_rng(settings.seed).permutation(main.size)[:wanted]
-    return _Chosen((), drawn.tolist(), main.path)
-
-
 def _check(settings: InspectSettings) -> None:
     options = {"--id": settings.ids or None, "--random": settings.random, "--sort": settings.sort}
     given = [name for name, value in options.items() if value is not None]
@@ -174,7 +153,7 @@ def _check(settings: InspectSettings) -> None:
         )
     if settings.sort is not None:
         end, dash, measure = settings.sort.partition("-")
-        if end not in ("lowest", *_HIGHEST) or not dash or measure not in MEASURES:
+        if end not in _ENDS or not dash or measure not in MEASURES:
             raise UserError(
                 f"--sort {settings.sort}: give lowest- or highest- and one of {', '.join(MEASURES)}"
             )
