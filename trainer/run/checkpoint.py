@@ -11,13 +11,12 @@ The tensors are torch's distributed checkpoint, sharded as the model is.
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import msgspec
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -34,6 +33,7 @@ from ...pipeline.folders.shard_run import refuse_other
 from ...pipeline.storage.files import TEMPORARY, sync_folder
 from ...pipeline.storage.json_files import read_json, write_json
 from ..data.steps import Cadence
+from ..step.distributed import true_on_any_rank
 from ..step.evaluate import Evaluation
 from ..step.step import Stepper
 from .folder import CHECKPOINTS
@@ -49,7 +49,7 @@ class Progress:
     samples: int = 0  # taken from the stream
     tokens: int = 0  # supervised ones
     seconds: float = 0.0
-    before: Evaluation | None = None  # of the model as it was at the start
+    before: Evaluation | None = None  # before the first step
 
     def after(self, samples: int, tokens: int, seconds: float) -> "Progress":
         """The progress one step later."""
@@ -66,7 +66,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
     """The checkpoint that a run resumes from, if there is one.
 
-    Raises UserError where it belongs to another run.
+    Raises UserError where it is damaged or belongs to another run.
     """
     found = checkpoints_in(folder)
     if not found:
@@ -93,12 +93,12 @@ class Checkpoints:
     saved: int = 0  # the step of the latest
 
     def load(self) -> Progress:
-        """Take over the state of the latest checkpoint, if any; the progress of the run there.
+        """Restore the state of the latest checkpoint, if there is one; returns its progress.
 
-        Raises UserError where it is damaged, cannot be read, or finds no room.
+        Raises UserError where it is damaged, cannot be read, or does not fit in memory.
         """
         path = latest_checkpoint(self.folder, self.identity)
-        progress = Progress() if path is None else load_checkpoint(path, self.stepper)
+        progress = Progress() if path is None else _load(path, self.stepper)
         self.saved = progress.step
         return progress
 
@@ -108,9 +108,9 @@ class Checkpoints:
             self.save(progress)
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint, unless there is one of this step.
+        """Write a checkpoint, unless this step has one.
 
-        Raises UserError where it cannot be written; what was there before stays.
+        Raises UserError where it cannot be written; earlier checkpoints then stay.
         """
         if progress.step == self.saved:
             return
@@ -123,8 +123,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         error = self._try_to_write(temporary, progress)
-        failures: Any = torch.tensor(int(error is not None)).to(accelerator.device)
-        failed = int(accelerator.reduce(failures)) > 0  # pyright: ignore[reportArgumentType]
+        failed = true_on_any_rank(error is not None, accelerator)
         if accelerator.is_main_process:
             if failed:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -138,10 +137,10 @@ class Checkpoints:
         self.saved = progress.step
 
     def _try_to_write(self, folder: Path, progress: Progress) -> BaseException | None:
-        """Write this process' part of a checkpoint; the error if it cannot be written."""
+        """Write this process' part of a checkpoint; returns the error if it cannot be written."""
         accelerator = self.stepper.accelerator
         try:
-            with _quiet():
+            with _without_warnings():
                 save(_state(self.stepper), checkpoint_id=folder)
             _save_random_state(folder / f"random-{accelerator.process_index}.pt")
             if accelerator.is_main_process:
@@ -162,26 +161,22 @@ def _raise_unwritten(path: Path, error: BaseException | None) -> None:
     )
 
 
-def load_checkpoint(path: Path, stepper: Stepper) -> Progress:
-    """Put a checkpoint's state into the model and the optimizer; the progress there.
-
-    Raises UserError where it is damaged, cannot be read, or finds no room.
-    """
+def _load(path: Path, stepper: Stepper) -> Progress:
+    """Load a checkpoint into the model and the optimizer; returns its progress."""
     accelerator = stepper.accelerator
     try:
         state = _state(stepper)
-        with _quiet():
+        with _without_warnings():
             load(state, checkpoint_id=path)
         set_state_dict(
-            accelerator.unwrap_model(stepper.model),
-            _plain(stepper.optimizer),
+            *_model_and_optimizer(stepper),
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=_OPTIONS,
         )
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        progress = _progress_from(read_json(path / _PROGRESS)["progress"])
+        progress = msgspec.convert(read_json(path / _PROGRESS)["progress"], Progress)
         _restore_random_state(path / f"random-{accelerator.process_index}.pt")
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -195,8 +190,8 @@ def load_checkpoint(path: Path, stepper: Stepper) -> Progress:
                 "again"
             ) from error
         raise UserError(
-            f"{path}: damaged: {one_line(cause)}: remove it, and the same command goes on "
-            "from the one before"
+            f"{path}: damaged: {one_line(cause)}: remove it, and the same command resumes from "
+            "the one before"
         ) from error
     return progress
 
@@ -206,30 +201,28 @@ _UNREADABLE = (
     *(UnpicklingError, CheckpointException),
 )
 
-
 # frozen weights are the base model's
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def _progress_from(record: dict[str, Any]) -> Progress:
-    before = record["before"]
-    return Progress(**{**record, "before": None if before is None else Evaluation(**before)})
+def _model_and_optimizer(stepper: Stepper) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The model and the optimizer without accelerate's wrappers."""
+    optimizer: Any = stepper.optimizer
+    model = stepper.accelerator.unwrap_model(stepper.model)
+    return model, getattr(optimizer, "optimizer", optimizer)
 
 
 def _state(stepper: Stepper) -> dict[str, Any]:
-    accelerator = stepper.accelerator
-    weights, moments = get_state_dict(
-        accelerator.unwrap_model(stepper.model), _plain(stepper.optimizer), options=_OPTIONS
-    )
+    weights, moments = get_state_dict(*_model_and_optimizer(stepper), options=_OPTIONS)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
+    if stepper.accelerator.scaler is not None:
+        state["scaler"] = stepper.accelerator.scaler.state_dict()
     return state
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that accelerate wraps."""
-    return getattr(optimizer, "optimizer", optimizer)
+def _without_warnings() -> warnings.catch_warnings:
+    """Hides the library's warning that a single process saves alone."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -243,7 +236,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _remove(folder: Path) -> None:
-    """Raises UserError that names the folder, where the system names only a file within."""
+    """Remove a folder. Raises UserError that names it; the system names only a file in it."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -254,7 +247,7 @@ def _remove(folder: Path) -> None:
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    """Give a checkpoint its final name; its files are synced already."""
+    """Rename a checkpoint to its final name; its files are synced already."""
     sync_folder(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
@@ -262,7 +255,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 
 def _save_random_state(path: Path) -> None:
-    """The random state, which only dropout uses."""
+    """Save the random state of this process, which dropout uses."""
     state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
@@ -273,18 +266,10 @@ def _save_random_state(path: Path) -> None:
 
 
 def _restore_random_state(path: Path) -> None:
-    """A process that did not exist when the checkpoint was written keeps its own state."""
+    """Restore the random state; without a file, in a run of more processes, it stays as it is."""
     if not path.exists():
         return
     state = torch.load(path, weights_only=True)
     torch.set_rng_state(state["cpu"])
     if "device" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(state["device"])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's warning that a single process saves alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield

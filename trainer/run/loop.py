@@ -8,8 +8,6 @@ from time import perf_counter
 from typing import Any
 
 import msgspec
-import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from ...pipeline.progress import progress_bar
@@ -20,7 +18,7 @@ from ..data.batch import Batch
 from ..data.steps import RunSize, StepLoader
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
-from ..step.distributed import is_sharded
+from ..step.distributed import is_sharded, true_on_any_rank
 from ..step.evaluate import Evaluation
 from ..step.optimizer import learning_rate_factor
 from ..step.step import NOT_FINITE, NotFiniteError, Stepper, StepResult
@@ -73,7 +71,7 @@ class Run:
             left = self.loader.steps_between(progress.samples, self.size.samples)
             with Prefetch(self.loader.load(left), STEPS_AHEAD) as ready:
                 for step, batches in ready:
-                    if _true_on_any_rank(must_end(), self.stepper.accelerator):
+                    if true_on_any_rank(must_end(), self.stepper.accelerator):
                         self.checkpoints.save(progress)
                         raise Terminated
                     start = perf_counter()
@@ -138,9 +136,3 @@ class Run:
         return progress_bar(
             total=self.size.steps, initial=step, desc="train", unit="step", disable=not is_main
         )
-
-
-def _true_on_any_rank(flag: bool, accelerator: Accelerator) -> bool:
-    """True on every process if the flag is true on at least one (all-reduce)."""
-    flags = torch.tensor(int(flag)).to(accelerator.device)
-    return bool(accelerator.reduce(flags, "sum"))

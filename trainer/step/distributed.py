@@ -98,6 +98,12 @@ def gathered(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def true_on_any_rank(flag: bool, accelerator: Accelerator) -> bool:
+    """True on every process if the flag is true on at least one (all-reduce)."""
+    flags = torch.tensor(int(flag)).to(accelerator.device)
+    return bool(accelerator.reduce(flags, "sum"))
+
+
 # mallopt's parameters, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER = -1
