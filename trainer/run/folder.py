@@ -20,7 +20,6 @@ from ...pipeline.folders.shard_run import refuse_other, tidy
 from ...pipeline.options import described
 from ...pipeline.storage.files import TEMPORARY, write_bytes
 from ...pipeline.storage.json_files import read_json, refuse_misfits, write_json
-from ..data.shares import shares_of
 from ..settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
@@ -40,15 +39,13 @@ class _Record(msgspec.Struct):
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
-    """What determines the trained model; `resolved` holds what the settings leave open."""
+    """What determines the trained model; `resolved` replaces or completes the settings."""
     given: dict[str, Any] = {}
     for each, option in described(settings).items():
         if option.in_identity:
             value = getattr(settings, each.name)
             # 1 and 1.0 differ as JSON
             given[each.name] = float(value) if isinstance(each.default, float) else value
-    weights = settings.mixture_weights
-    given["mixture_weights"] = list(shares_of(weights)) if weights else None  # 6,2 is 3,1
     return Identity(stage="train", settings=given | resolved, inputs=inputs, schema={})
 
 

@@ -2,21 +2,21 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ...pipeline.folders.manifest import Identity
 from ...pipeline.folders.provenance import package_versions
-from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.folders.shard_run import open_folder
 from ...pipeline.signals import notes_termination
 from ...pipeline.storage.locks import locked
 from ..data.batch import Collator
+from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
@@ -31,7 +31,7 @@ from .checkpoint import Checkpoints, latest_checkpoint
 from .evaluator import Evaluator
 from .folder import finish, finished_run, remove_checkpoints, run_identity
 from .loop import Run, TrainResult, result_from
-from .target_folders import check_fit, open_folders, open_samples
+from .target_folders import TargetFolders, check_fit, open_folders, open_samples
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -42,41 +42,38 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises UserError where the targets do not fit the model, the output folder holds something else,
     or the loss is not finite.
     """
-    folders, weights = open_folders(settings.folders, settings.mixture_weights)
+    targets = open_folders(settings.folders, settings.mixture_weights)
     base = find_model(settings.model, settings.revision)
-    check_fit(folders, base)
-    objective = common_objective(folders, settings.method)
-    settings = replace(
-        settings,
-        targets=tuple(folder.path for folder in folders),
-        mixture_weights=weights,
-        method=objective.choice.method.name,
-    )
+    check_fit(targets, base)
+    objective = common_objective(targets.folders, settings.method)
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
     is_main = accelerator.is_main_process
-    inputs = {f"targets-{n}" if n > 1 else "targets": each for n, each in enumerate(folders, 1)}
     identity = run_identity(
         settings,
-        {name: folder.manifest.fingerprint for name, folder in inputs.items()}
+        {name: folder.manifest.fingerprint for name, folder in targets.named.items()}
         | {"model": base.weights_hash()},
+        method=objective.choice.method.name,
+        mixture_weights=list(shares_of(targets.weights)) or None,  # 6,2 is 3,1
         precision=precision_of(accelerator),
         **({"tokens_alone": True} if objective.tokens_alone else {}),
     )
     record = finished_run(settings.out, identity)
     if record is not None:
         return result_from(settings.out, record["results"])
-    samples, eval_streams = open_samples(folders, weights, settings.eval_fraction, settings.verify)
+    samples, eval_streams = open_samples(targets, settings.eval_fraction, settings.verify)
     with locked(settings.out) if is_main else nullcontext():
         with accelerator.main_process_first():
-            _make_ready(settings, identity, is_main)
+            _make_ready(settings.out, identity, is_main)
         set_seed(settings.seed)  # new adapters are the same everywhere
         student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
         set_seed(settings.seed, device_specific=True)  # dropout is not
-        settings = _adapted(settings, base, student, is_main)
+        collate = Collator(settings.pack and can_pack(student.model), objective.tokens_alone)
+        if is_main:
+            _warn(base, student, is_padded_instead=settings.pack and not collate.packed)
         stepper = Stepper(accelerator, student, settings, objective)
-        run = _run(settings, identity, base, stepper, samples, eval_streams)
+        run = _run(settings, identity, base, stepper, samples, eval_streams, collate)
         if settings.resume == "never" and is_main:
             remove_checkpoints(settings.out)
         accelerator.wait_for_everyone()
@@ -85,35 +82,32 @@ def train(settings: TrainSettings) -> TrainResult:
             save = save_adapter if settings.keep_adapter else save_model
             save(student, base, settings.out, is_main)
             if is_main:
-                finish(settings.out, _record(settings, inputs, identity, accelerator, result))
+                finish(settings.out, _record(run, targets, identity, result))
             accelerator.wait_for_everyone()
     return result
 
 
-def _make_ready(settings: TrainSettings, identity: Identity, is_main: bool) -> None:
-    """Open the output folder, which may hold checkpoints of this run only."""
-    latest_checkpoint(settings.out, identity)
-    open_folder(settings.out, identity)
+def _make_ready(out: Path, identity: Identity, is_main: bool) -> None:
+    """Open the output folder. Raises UserError if it holds another run or something else."""
+    latest_checkpoint(out, identity)
+    open_folder(out, identity)
     if is_main:
-        (settings.out / NOT_FINITE).unlink(missing_ok=True)
+        (out / NOT_FINITE).unlink(missing_ok=True)
 
 
-def _adapted(
-    settings: TrainSettings, base: ModelFiles, student: Student, is_main: bool
-) -> TrainSettings:
-    """The settings as the model can follow them; warns of what it cannot."""
-    warnings = []
+def _warn(base: ModelFiles, student: Student, is_padded_instead: bool) -> None:
+    """Warn of what the model does not support."""
     if student.head_form is None:
-        warnings.append(
-            "the fused loss does not know its output head: the plain one runs, which takes more "
-            "memory and time"
+        print(
+            f"model {base.name}: the fused loss does not know its output head: the plain one runs, "
+            "which takes more memory and time",
+            file=sys.stderr,
         )
-    if settings.pack and not can_pack(student.model):
-        warnings.append("packed demonstrations would not stay apart in it: they are padded")
-        settings = replace(settings, pack=False)
-    for each in warnings if is_main else ():
-        print(f"model {base.name}: {each}", file=sys.stderr)
-    return settings
+    if is_padded_instead:
+        print(
+            f"model {base.name}: packed demonstrations would not stay apart in it: they are padded",
+            file=sys.stderr,
+        )
 
 
 def _run(
@@ -123,11 +117,11 @@ def _run(
     stepper: Stepper,
     samples: Samples,
     eval_streams: Sequence[TargetStream],
+    collate: Collator,
 ) -> Run:
-    """The parts of a run, put together."""
+    """Create the run from its parts."""
     accelerator, out = stepper.accelerator, settings.out
     ranks = accelerator.process_index, accelerator.num_processes
-    collate = Collator(settings.pack, stepper.objective.tokens_alone)
     cut = settings.batch_size, settings.step_tokens, settings.forward_tokens
     loader = StepLoader(samples, settings.seed, *cut, collate, *ranks)
     size = loader.size(settings.epochs, settings.max_steps)
@@ -141,20 +135,23 @@ def _run(
 
 
 def _record(
-    settings: TrainSettings,
-    inputs: Mapping[str, SealedFolder],
-    identity: Identity,
-    accelerator: Accelerator,
-    result: TrainResult,
+    run: Run, targets: TargetFolders, identity: Identity, result: TrainResult
 ) -> dict[str, Any]:
     """The content of `qpipe.json`: the settings, what made the model, and the results."""
+    accelerator, objective = run.stepper.accelerator, run.stepper.objective
+    used = asdict(run.settings) | {
+        "targets": [folder.path for folder in targets],
+        "mixture_weights": targets.weights,
+        "method": objective.choice.method.name,
+        "pack": run.loader.collate.packed,
+    }
     return {
         "identity": identity,
         "fingerprint": identity.fingerprint,
-        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "settings": json.loads(json.dumps(used, default=str)),
         "parents": {
             name: folder.manifest.as_parent | {"fingerprint": folder.manifest.fingerprint}
-            for name, folder in inputs.items()
+            for name, folder in targets.named.items()
         },
         "provenance": {
             "device": str(accelerator.device),

@@ -177,6 +177,6 @@ def test_the_weights_of_a_mixture_do_not_depend_on_which_folder_comes_first(
         ("sft", folders[:1], False),
         ("sft", folders[1:], True),
     ):
-        opened, _ = open_folders(targets, ())
+        opened = open_folders(targets, ())
         check_fit(opened, base)
-        assert common_objective(opened, method).tokens_alone == is_so
+        assert common_objective(opened.folders, method).tokens_alone == is_so
