@@ -99,7 +99,7 @@ def with_target_loss(trainer: type, folder: str | Path, method: str | None = Non
             super().__init__(*args, **kwargs)
             if self.args.remove_unused_columns:
                 raise UserError(
-                    "the targets are no argument of a model: set remove_unused_columns=False"
+                    "the targets are not an argument of the model: set remove_unused_columns=False"
                 )
             self.model_accepts_loss_kwargs = True  # or the tokens of a step are not counted
 

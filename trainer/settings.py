@@ -30,15 +30,15 @@ CHECKPOINT = "{checkpoint}"
 
 
 def parse_command(command: str) -> list[str]:
-    """The words of a command. Raises UserError where it cannot be run."""
+    """The words of an evaluation command. Raises UserError where it cannot be run."""
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise UserError(f"--eval-command {command}: cannot be read: {error}") from error
     if not any(CHECKPOINT in word for word in words):
         raise UserError(
-            f"--eval-command {command}: does not say where the model goes: put {CHECKPOINT} there, "
-            f"as in 'python my_eval.py {CHECKPOINT}'"
+            f"--eval-command {command}: lacks {CHECKPOINT}, which is replaced by the model folder: "
+            f"add it, as in 'python my_eval.py {CHECKPOINT}'"
         )
     if shutil.which(words[0]) is None:
         raise UserError(f"--eval-command {command}: no such program: {words[0]}")
@@ -67,7 +67,7 @@ class TrainSettings:
         metadata=about(
             "Target folder made by `qpipe build-targets`. Several folders are mixed at every step.",
             metavar="DIR",
-            in_identity=False,  # known by its content instead, as are the model and its revision
+            in_identity=False,  # identified by its content, as are the model and its revision
         )
     )
     mixture_weights: tuple[float, ...] = field(
@@ -231,7 +231,7 @@ class TrainSettings:
             shares_of(self.mixture_weights)
         if self.fsdp and self.optimizer != "adamw":
             raise UserError(
-                f"--fsdp: the moments of --optimizer {self.optimizer} cannot be spread over "
+                f"--fsdp: the moments of --optimizer {self.optimizer} cannot be sharded over "
                 "processes: give adamw"
             )
         if self.fsdp and self.precision == "float16":

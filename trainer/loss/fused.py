@@ -72,7 +72,7 @@ def sparse_cross_entropy(
         weights: [N], of each position's loss; divide by the number of tokens for a mean.
         bias: [V].
         scale: A factor of the scores.
-        softcap: A bound of the logits; None is none.
+        softcap: A bound of the logits; None leaves them unbounded.
         tail: "student" or "uniform".
 
     Raises ValueError where a row lacks its observed id.
@@ -132,7 +132,9 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = None
         grad_bias = weight_VD.new_zeros(len(weight_VD), dtype=add_up) if needs_bias else None
-        cast = replace(head, weight=weight_VD.to(hidden_ND.dtype), bias=_like(bias_V, hidden_ND))
+        dtype = hidden_ND.dtype
+        bias = None if bias_V is None else bias_V.to(dtype)
+        cast = replace(head, weight=weight_VD.to(dtype), bias=bias)
 
         for rows in chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             hidden_nD = hidden_ND[rows]
@@ -206,7 +208,8 @@ def _sparse(
     support_nS = torch.where(mask, logits_nV.gather(1, ids), -torch.inf)
     level_n = logits_nV.scatter_(1, ids, 0).sum(1) / outside_n if tail_shape == "uniform" else None
     # one pass of exp for both the sum and the gradient
-    top_n = _finite(logits_nV.scatter_(1, ids, -torch.inf).amax(1))
+    top_n = logits_nV.scatter_(1, ids, -torch.inf).amax(1)
+    top_n = torch.where(top_n > -torch.inf, top_n, 0)
     scaled_nV = logits_nV.sub_(top_n[:, None]).exp_()
     sum_n = scaled_nV.sum(1)
     outside_norm_n = top_n + sum_n.log()
@@ -219,10 +222,10 @@ def _sparse(
         # each share of the tail, times the excess of the whole tail
         excess_n = mass_n * tail_log_probs_n.exp() - tail_n
         factor_n = torch.where(sum_n > 0, weights_n * excess_n / sum_n, 0)
-        gradient_nV = scaled_nV.mul_(factor_n[:, None])
     else:
         factor_n = weights_n * mass_n * (top_n - log_norm_n).exp()
-        gradient_nV = scaled_nV.mul_(factor_n[:, None])
+    gradient_nV = scaled_nV.mul_(factor_n[:, None])
+    if level_n is not None:
         gradient_nV.sub_((weights_n * tail_n / outside_n.clamp(min=1))[:, None])
         gradient_nV.scatter_(1, ids, 0)
     on_support_nS = weights_n[:, None] * (mass_n[:, None] * log_probs_nS.exp() - target_nS)
@@ -270,11 +273,3 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     if is_plain and total.dtype == left.dtype == right.dtype:
         return total.addmm_(left, right)
     return total.add_(left @ right)
-
-
-def _finite(values: Tensor) -> Tensor:
-    return torch.where(values > -torch.inf, values, 0)
-
-
-def _like(bias: Tensor | None, other: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(other.dtype)

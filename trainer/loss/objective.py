@@ -69,15 +69,12 @@ class Objective:
 
     def __call__(self, logits_NV: Tensor, targets: SparseTargets) -> Loss:
         """Σ weight·loss over the batch, to be divided by the supervised tokens of the step."""
-        if not self.choice.reads_student:
-            losses = target_losses(logits_NV, targets, self.tail_shape)
-            return Loss((targets.weights * losses).sum())
         if self.choice.residual == "gem":
             losses = matching_losses(logits_NV, targets.observed_ids, self.choice)
             return Loss((targets.weights * losses).sum())
-        live, bounds = self.followed(logits_NV.detach(), targets)
-        losses = target_losses(logits_NV, live, self.tail_shape)
-        return Loss((live.weights * losses).sum(), bounds)
+        followed, bounds = self.followed(logits_NV.detach(), targets)
+        losses = target_losses(logits_NV, followed, self.tail_shape)
+        return Loss((followed.weights * losses).sum(), bounds)
 
     def followed(
         self, logits_NV: Tensor, targets: SparseTargets

@@ -27,7 +27,7 @@ class ModelFiles:
 
     @property
     def origin(self) -> str:
-        """Its name anywhere on this machine: the path of a folder, or the name on the hub."""
+        """The absolute path of a local model, or the name on the hub."""
         folder = self.folder.resolve()
         return str(folder) if folder.name == self.name else self.name
 
@@ -69,8 +69,8 @@ def find_model(model: str, revision: str | None = None, weights: bool = True) ->
         raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"model {model}: its tokenizer is a {type(tokenizer).__name__}, which does not tell "
-            "where in the text a token stands: save a fast tokenizer (tokenizer.json) in the folder"
+            f"model {model}: its tokenizer is a {type(tokenizer).__name__}, which does not "
+            "return the offsets of tokens: save a fast tokenizer (tokenizer.json) in the folder"
         )
     return ModelFiles(name, revision, folder, config, tokenizer)
 
@@ -116,9 +116,9 @@ def load_scoring_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
 
 
 def check_weights(files: ModelFiles) -> None:
-    """Refuse incomplete weights, where transformers can detect them by their names alone.
+    """Raises UserError for incomplete weights, as far as their names show it.
 
-    For engines that would start with random numbers in their place.
+    Called for engines that would fill the missing ones with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -173,6 +173,6 @@ def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]
     except Exception as error:
         # the hub's client raises errors of many libraries: bad name, no network, no access, ...
         raise UserError(
-            f"model {model}: no such folder here, and not to be had from the hub: {one_line(error)}"
+            f"model {model}: no such folder here, and the hub cannot supply it: {one_line(error)}"
         ) from error
     return Path(snapshot), model

@@ -51,9 +51,7 @@ def _safetensors(model: ModelFiles) -> list[Path]:
     try:
         names = set(read_json(index)["weight_map"].values())
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"model {model.name}: {index.name} names no weights: fetch it again"
-        ) from error
+        raise UserError(f"model {model.name}: {index.name} is damaged: fetch it again") from error
     return [path for path in there if path.name in names]
 
 

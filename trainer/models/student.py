@@ -82,8 +82,8 @@ def load_student(
     model = load_model(base, torch.float32)
     if getattr(model, "is_quantized", False):
         raise UserError(
-            f"model {base.name}: its weights are quantised, and cannot learn: train the model that "
-            "it was made from"
+            f"model {base.name}: its weights are quantised and cannot be trained: train the model "
+            "that it was made from"
         )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -186,7 +186,7 @@ def _load(path: Path, stepper: Stepper) -> Progress:
         cause = _cause(error)
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise UserError(
-                f"{path}: cannot be read: {one_line(cause)}: mend that, then run the same command "
+                f"{path}: cannot be read: {one_line(cause)}: fix that, then run the same command "
                 "again"
             ) from error
         raise UserError(

@@ -33,7 +33,7 @@ _OF_TORCHRUN_TOO = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluator:
-    """Evaluates a student in training, and logs what it finds; every process calls it."""
+    """Evaluates a student in training and logs the results; every process calls it."""
 
     stepper: Stepper
     base: ModelFiles

@@ -1,7 +1,8 @@
 """The folder of a training run.
 
-Under work it holds `plan.json`, as any stage's folder does, and a growing `log.jsonl`. A finished
-run is a model folder with `qpipe.json`, written last: what made the model, and the results.
+During the run it holds `plan.json`, as the folder of any stage does, and `log.jsonl`, which grows.
+After it, it is a model folder. `qpipe.json`, written last, records what made the model, and the
+results.
 """
 
 import json
@@ -62,7 +63,7 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
     lost = [name for name, size in files.items() if _size(folder / name) != size]
     if lost:
         raise UserError(
-            f"{folder / lost[0]}: missing or damaged, {RUN} names it: restore it, or remove "
+            f"{folder / lost[0]}: missing or damaged, but listed in {RUN}: restore it, or remove "
             f"{folder} and train again"
         )
     _tidy(folder)
@@ -129,9 +130,9 @@ def _size(path: Path) -> int | None:
 def open_log(
     folder: Path, is_main: bool, step: int, trackers: tuple[str, ...], identity: Identity
 ) -> Iterator[Log]:
-    """A function that logs an event as one line of JSON, and to the trackers.
+    """A function that logs an event, as a line of JSON and to the trackers, on the main process.
 
-    The lines of an earlier try of the run up to `step` stay. Logs on the main process alone.
+    Lines that an earlier attempt of the run logged up to `step` stay.
     """
     if not is_main:
         yield lambda **event: None
@@ -143,17 +144,14 @@ def open_log(
         open(folder / LOG, "ab", buffering=0) as file,
     ):
 
-        def write(lines: bytes) -> None:
+        def log(**event: Any) -> None:
             try:
-                file.write(lines)
+                file.write(json.dumps(event).encode() + b"\n")
             except OSError as error:
                 raise UserError(
                     f"{folder / LOG}: cannot be written: {error.strerror}: make room, then run the "
                     "same command again"
                 ) from error
-
-        def log(**event: Any) -> None:
-            write(json.dumps(event).encode() + b"\n")
             track(event["step"], scalars(event))
 
         yield log

@@ -60,9 +60,9 @@ class Run:
     checkpoints: Checkpoints
 
     def train(self, must_end: Callable[[], bool] = lambda: False) -> TrainResult:
-        """Take every step that is left; a whole model's weights end rounded to what is saved.
+        """Take the steps that are left, then round the weights to the precision they are saved in.
 
-        Raises Terminated, with a checkpoint written, once `must_end` is true on any process.
+        Once `must_end` returns true on any process, saves a checkpoint and raises Terminated.
         """
         progress = self.checkpoints.load()
         with self._log(progress.step) as log, self._bar(progress.step) as bar:
@@ -118,7 +118,7 @@ class Run:
         bar.update()
 
     def _round_weights(self) -> None:
-        """Round the weights to those that are saved; an adapter that stays apart is saved as it is.
+        """Round the weights to those that are saved; an adapter that is not merged stays as it is.
 
         An adapter of a sharded model is merged only when it is saved.
         """

@@ -1,7 +1,7 @@
-"""TensorBoard and wandb, which show the numbers of a run as it goes; by accelerate's own classes.
+"""TensorBoard and wandb, which plot the numbers of a run, through accelerate's classes.
 
-A tracker gets the lines of log.jsonl as they are written: `scalars` makes names of a line's fields.
-The trackers are not given to the `Accelerator`: it must exist before the identity of the run does.
+A tracker receives each event of log.jsonl when it is logged; `scalars` names its numbers. The
+trackers are not registered with the `Accelerator`, which is created before the identity of the run.
 """
 
 import shutil
@@ -73,7 +73,7 @@ def _tracker(name: str, folder: Path, step: int, identity: Identity) -> Any:
 
 @contextmanager
 def _started(tracker: Any) -> Iterator[Any]:
-    """A tracker that is finished with the block; wandb shows the run as failed if that raises."""
+    """A started tracker, finished at the end; wandb marks the run as failed if the block raises."""
     try:
         tracker.start()
     except Exception as error:

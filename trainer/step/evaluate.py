@@ -55,16 +55,16 @@ def evaluate(
         sums = [a + b for a, b in zip(sums, found.tolist(), strict=True)]
     student.train(was_training)
     reshard(student)
-    tokens, target_loss, nll, divergence, trust, tail_mass, entropy = _of_all(sums, accelerator)
-    residual_is_base = objective.residual == "base"
+    tokens, *totals = _of_all(sums, accelerator)
+    target_loss, nll, divergence, trust, tail_mass, entropy = (total / tokens for total in totals)
     return Evaluation(
-        tokens=round(tokens),
-        target_loss=target_loss / tokens,
-        nll=nll / tokens,
-        kl_to_base=divergence / tokens if residual_is_base else None,
-        trust=trust / tokens if objective.has_trust else None,
-        tail_mass=tail_mass / tokens,
-        entropy=entropy / tokens,
+        round(tokens),
+        target_loss,
+        nll,
+        divergence if objective.residual == "base" else None,
+        trust if objective.has_trust else None,
+        tail_mass,
+        entropy,
     )
 
 
@@ -88,9 +88,9 @@ def _sums(logits_nV: Tensor, targets: SparseTargets, objective: Objective) -> Te
 
 
 def _in_step(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch]:
-    """The batches, then empty ones until every process is done.
+    """The batches, then empty ones until every process has run out of them.
 
-    Sharded weights are gathered by all processes together.
+    All processes must take part whenever sharded weights are gathered.
     """
     own = iter(batches)
     while True:

@@ -101,7 +101,10 @@ def test_a_script_that_fails_ends_nothing(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("python my_eval.py", r"does not say where the model goes: put \{checkpoint\} there"),
+        (
+            "python my_eval.py",
+            r"lacks \{checkpoint\}, which is replaced by the model folder",
+        ),
         ("python 'my_eval.py {checkpoint}", "cannot be read: No closing quotation"),
         ("no-such-program {checkpoint}", "no such program: no-such-program"),
     ],

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_way_out(settings: Train
     ("trouble", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "the device is out of memory: free some"),
-        (OSError(5, "Input/output error"), r"cannot be read: \[Errno 5\].*: mend that, then run"),
+        (OSError(5, "Input/output error"), r"cannot be read: \[Errno 5\].*: fix that, then run"),
     ],
 )
 def test_trouble_with_the_machine_is_not_called_damage(
