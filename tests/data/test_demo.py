@@ -3,7 +3,9 @@
 import runpy
 from pathlib import Path
 
-from qpipe.tests.support.made_up import folder_of, qpipe, scored
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored
+from qpipe.tests.support.folders import folder_of
 
 ROOT = Path(__file__).parents[2]
 

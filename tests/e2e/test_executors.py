@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from qpipe.tests.support.made_up import qpipe
+from qpipe.tests.support.commands import qpipe
 from qpipe.tests.support.tiers import slow
 
 QPIPE = Path(sys.executable).with_name("qpipe")

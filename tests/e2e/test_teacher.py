@@ -15,7 +15,7 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import dense_target
 
 from ..conftest import make_tiny_model
-from ..support.made_up import qpipe
+from ..support.commands import qpipe
 
 VOCAB_SIZE = 320
 

@@ -14,7 +14,7 @@ import pytest
 from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.folders.manifest import read_manifest
 
-from ..support.made_up import kill_after_two_shards, qpipe, run_qpipe
+from ..support.commands import kill_after_two_shards, qpipe, run_qpipe
 
 QPIPE = Path(sys.executable).with_name("qpipe")
 SCORE = ("--engine", "transformers", "--top-k", 16, "--shard-size", 8)

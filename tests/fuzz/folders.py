@@ -19,7 +19,8 @@ from qpipe.stages.folders.status import status_of
 from qpipe.stages.folders.verify import verify
 from qpipe.stages.looking.inspect import inspect
 from qpipe.stages.looking.settings import InspectSettings
-from qpipe.tests.support.sealed import SCORES, build, scored, seal
+from qpipe.tests.support.examples import random_scored
+from qpipe.tests.support.folders import SCORES, build, seal
 
 from .inputs import folder_until_exit, made_or_refused
 
@@ -39,7 +40,7 @@ def whole(stage: str) -> Path:
 
 def make_scores(folder: Path) -> Path:
     """Scores of five demonstrations of up to four positions."""
-    examples = [scored(number) for number in range(5)]
+    examples = [random_scored(number) for number in range(5)]
     return seal(folder, "score", SCORES, [examples[:3], examples[3:]])
 
 

@@ -17,7 +17,7 @@ from qpipe.stages.exchange.import_scores import import_scores
 from qpipe.stages.exchange.settings import Format, ImportSettings, Mass
 from qpipe.stages.exchange.topk_rows import IGNORED
 from qpipe.stages.folders.verify import verify
-from qpipe.tests.support.sealed import TOP_K, VOCAB, scored
+from qpipe.tests.support.examples import TOP_K, VOCAB, random_scored
 
 from .inputs import Draw, damaged, fuzz, made_or_refused
 
@@ -51,7 +51,7 @@ reals = (
 
 def row_of(number: int, format: Format) -> Row:
     """A row as a tool writes it: entries of row r are those of token r + 1."""
-    example = scored(number)
+    example = random_scored(number)
     T, N = len(example.input_ids), len(example.positions)
     ids, logs = np.zeros((T, TOP_K), np.int64), np.full((T, TOP_K), -1e9)
     ids[example.positions - 1] = example.topk_ids.reshape(N, TOP_K)
@@ -162,7 +162,7 @@ def test_tables_spoilt(drawn: tuple[Format, pa.Table], mass: Mass | None, top_k:
 @fuzz(30, number=st.integers(1, 8), format=st.sampled_from(["axolotl", "distillkit"]))
 def test_rows_are_read_as_they_stand_there(number: int, format: Format) -> None:
     table = pa.Table.from_pylist([row_of(number, format)])
-    example = scored(number)
+    example = random_scored(number)
     known = [
         token in example.topk_ids[TOP_K * n : TOP_K * (n + 1)].tolist()
         for n, token in enumerate(example.observed_ids.tolist())

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.threads import Prefetch
-from qpipe.tests.support.sealed import SCORES, as_targets, scored, seal
+from qpipe.tests.support.examples import as_targets, random_scored
+from qpipe.tests.support.folders import SCORES, seal
 from qpipe.trainer.data.batch import Collator
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.mixture import Mixture, mix
@@ -39,7 +40,7 @@ def folder(name: str) -> Path:
 
 
 def target(name: str, number: int) -> TargetExample:
-    return replace(as_targets(scored(number % 10)), id=f"{name}-{number}")
+    return replace(as_targets(random_scored(number % 10)), id=f"{name}-{number}")
 
 
 def ids_of(name: str, eval_fraction: float = 0.0) -> list[str]:
@@ -161,5 +162,5 @@ def test_rows_asked_for_in_any_order(indices: list[int], one_by_one: bool) -> No
     found = [rows[index] for index in indices] if one_by_one else rows.__getitems__(indices)
     assert [row["id"] for row in found] == [ids[index] for index in indices]
     for row in found:
-        written = as_targets(scored(int(row["id"].partition("-")[2]) % 10))
+        written = as_targets(random_scored(int(row["id"].partition("-")[2]) % 10))
         assert row["input_ids"].tolist() == written.input_ids.tolist()

@@ -13,7 +13,8 @@ from qpipe.pipeline.folders.sealed import open_sealed, read_scores, read_targets
 from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
 from qpipe.stages.folders.verify import verify
-from qpipe.tests.support.sealed import VOCAB, reseal
+from qpipe.tests.support.examples import VOCAB
+from qpipe.tests.support.folders import reseal
 from qpipe.trainer.data.stream import open_streams
 
 from .folders import copied, whole

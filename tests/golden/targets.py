@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.pipeline.methods.table import choices
-from qpipe.tests.support.made_up import qpipe
+from qpipe.tests.support.commands import qpipe
 
 from .pinned import arithmetic, hashes_of
 from .scored import make_scores

@@ -13,7 +13,7 @@ import pytest
 from qpipe.pipeline import read_scores
 from qpipe.tests.golden.pinned import arithmetic, hashes_of
 from qpipe.tests.golden.targets import build_all, read_golden
-from qpipe.tests.support.made_up import qpipe
+from qpipe.tests.support.commands import qpipe
 
 Hashes = dict[str, dict[str, str]]
 CONTENT = {"scores": "bf99800a117a348a", "teacher": "01e2d23e679c0ca3"}  # the same on every machine

@@ -16,7 +16,8 @@ import numpy as np
 from qpipe.pipeline.folders import sealed
 from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.tests.support.made_up import folder_of, targeted
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 from qpipe.trainer.data.steps import Samples, Step, micro_batches, read_steps, steps_of_samples
 from qpipe.trainer.data.stream import TargetStream, open_streams
 

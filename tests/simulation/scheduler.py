@@ -28,7 +28,8 @@ from qpipe.pipeline.storage import locks
 from qpipe.stages.execution import ray as ray_cluster
 from qpipe.tests.simulation.fake_ray import FakeRay
 from qpipe.tests.simulation.world import NEVER, Files, Process, World
-from qpipe.tests.support.made_up import VOCAB_SIZE, scored
+from qpipe.tests.support.examples import scored
+from qpipe.tests.support.folders import VOCAB_SIZE
 from tqdm import tqdm
 
 WATCHER = Watcher("score", "simulated")

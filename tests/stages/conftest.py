@@ -1,9 +1,16 @@
-"""The one vLLM engine of `make test`: its tests stay in one process, and share it."""
+"""Folders without `fsync`, and the one vLLM engine of `make test`, which its tests share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are not forced onto the disk, which takes most of the time of small folders."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="session")

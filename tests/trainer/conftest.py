@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qpipe.pipeline.folders.manifest import Identity, identity_schema
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.pipeline.storage.json_files import sha256_of_json
+from qpipe.tests.support.folders import in_shards, seal_shards
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.settings import TrainSettings
 from tokenizers import Tokenizer
@@ -88,7 +85,6 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
         examples: list[TargetExample], name: str = "targets", rows: int = 5, **settings: Any
     ) -> Path:
         folder = tmp_path / name
-        schema = schema_of("build-targets", VOCAB_SIZE)
         own = {
             "method": "sft+kl",
             "form": "frozen-target",
@@ -102,20 +98,14 @@ def make_targets(tmp_path: Path, model: Path) -> Callable[..., Path]:
             "vocab_size": VOCAB_SIZE,
             "tokenizer_hash": find_model(str(model)).tokenizer_hash,
         }
-        inputs = {"scores": sha256_of_json(name)}
-        identity = Identity(
-            "build-targets", own | settings, inputs, identity_schema(schema), TARGETS_VERSION
+        seal_shards(
+            folder,
+            "build-targets",
+            own | settings,
+            in_shards(examples, rows),
+            inputs={"scores": sha256_of_json(name)},
+            parents={"scores": {"made": "up"}},
         )
-        job = Job(folder, schema, identity, parents={"scores": {"made": "up"}}, provenance={})
-        assert open_folder(folder, identity) is None
-        parts = [examples[start : start + rows] for start in range(0, len(examples), rows)]
-        run = ShardRun(job)
-        tasks = [
-            (index, lambda part=part: ShardContent(batches_of(schema, part)))
-            for index, part in enumerate(parts)
-        ]
-        assert len(list(run.shards(tasks))) == len(parts)
-        run.seal()
         return folder
 
     return make

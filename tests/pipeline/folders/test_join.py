@@ -12,7 +12,8 @@ from qpipe.pipeline.folders.join import Join
 from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.tests.support.made_up import folder_of, targeted
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 
 NUMBERS = range(3, 90)
 

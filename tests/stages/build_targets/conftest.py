@@ -1,6 +1,5 @@
 """Score folders of seven demonstrations."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from .made import (
 
 
 @pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut is no matter here, and waiting for the disk takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def _no_sync(no_sync: None) -> None:
+    """For every test here."""
 
 
 @pytest.fixture(scope="module")

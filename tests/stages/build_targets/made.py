@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
-from qpipe.pipeline.folders.manifest import Identity, Manifest, identity_schema
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.folders.shards import ShardContent, batches_of
+from qpipe.pipeline.folders.manifest import Manifest
+from qpipe.pipeline.folders.shard_run import StageResult
 from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choices, choose
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
+from qpipe.tests.support.examples import dense_scored
+from qpipe.tests.support.folders import in_shards, seal_shards
 
 Floats = NDArray[np.float64]
 VOCAB = 24
@@ -45,24 +44,9 @@ class Dense:
         return [self.input_ids[position] for position in self.positions]
 
     def scored(self, top_k: int) -> ScoredExample:
-        """The example as a scorer stores it: each position's top k and what is outside it."""
-        order = np.argsort(-self.log_probs, axis=1, kind="stable")
-        top = order[:, :top_k]
-        rest = np.take_along_axis(self.log_probs, order[:, top_k:], axis=1)
-        columns = np.array(self.observed, np.int64)[:, None]
-        observed = np.take_along_axis(self.log_probs, columns, axis=1)
-        top_log_probs = np.take_along_axis(self.log_probs, top, axis=1)
-        return ScoredExample(
-            id=self.name,
-            input_ids=np.array(self.input_ids, np.int32),
-            positions=np.array(self.positions, np.int32),
-            observed_log_probs=observed[:, 0].astype(np.float32),
-            observed_ranks=(self.log_probs >= observed).sum(axis=1).astype(np.int32),
-            counts=np.full(len(top), top.shape[1], np.int32),
-            topk_ids=top.ravel().astype(np.int32),
-            topk_log_probs=top_log_probs.ravel().astype(np.float32),
-            tail_mass=np.exp(rest).sum(axis=1).astype(np.float32),
-            token_weights=np.array(self.weights, np.float32),
+        """The example as a scorer stores it."""
+        return dense_scored(
+            self.name, self.input_ids, self.positions, self.log_probs, top_k, self.weights
         )
 
     def under_teacher(self, noise: float = 1.0) -> "Dense":
@@ -90,6 +74,11 @@ def random_dense(number: int, vocab_size: int = VOCAB, weighted: bool = False) -
     )
 
 
+def weighted(rows: Sequence[ScoredExample]) -> dict[str, float]:
+    """How many weights are not 1, as `score` counts them."""
+    return {"weighted": sum(int((row.token_weights != 1).sum()) for row in rows)}
+
+
 def one_position(name: str, probs: Sequence[float], observed: int) -> Dense:
     with np.errstate(divide="ignore"):
         log_probs = np.log(np.array([probs], np.float64))
@@ -105,36 +94,25 @@ def score_folder(
     engine: str = "transformers",
 ) -> Path:
     """The demonstrations scored, and a reject."""
-    schema = schema_of("score", vocab_size)
     scored = [each.scored(top_k) for each in demonstrations]
-    identity = Identity(
-        stage="score",
-        settings={
-            "vocab_size": vocab_size,
-            "tokenizer_hash": "3fa9",
-            "top_k": top_k,
-            "model": folder.name,
-            "engine": engine,
-            "shard_size": shard_size,
-        },
+    settings = {
+        "vocab_size": vocab_size,
+        "tokenizer_hash": "3fa9",
+        "top_k": top_k,
+        "model": folder.name,
+        "engine": engine,
+        "shard_size": shard_size,
+    }
+    seal_shards(
+        folder,
+        "score",
+        settings,
+        in_shards(scored, shard_size),
         inputs={"chats.jsonl": "0123"},
-        schema=identity_schema(schema),
+        provenance={"model": folder.name},
+        rejects=[Reject("chats.jsonl", 3, "empty")],
+        sums_of=weighted,
     )
-
-    def content(start: int) -> ShardContent:
-        rows = scored[start : start + shard_size]
-        made = ShardContent(batches_of(schema, rows))
-        made.add_sums(weighted=sum(int((row.token_weights != 1).sum()) for row in rows))
-        if start == 0:
-            made.rejects.append(Reject("chats.jsonl", 3, "empty"))
-        return made
-
-    assert open_folder(folder, identity) is None
-    run = ShardRun(Job(folder, schema, identity, {}, {"model": folder.name}))
-    starts = range(0, len(scored), shard_size)
-    for _ in run.shards((index, partial(content, start)) for index, start in enumerate(starts)):
-        pass
-    run.seal()
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
-from qpipe.tests.support.made_up import Ran, run_qpipe
+from qpipe.tests.support.commands import Ran, run_qpipe
 
 from .made import (
     Made,

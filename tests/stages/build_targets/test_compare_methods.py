@@ -1,24 +1,19 @@
 """`compare-methods`: the ceiling of every method's targets, from scores alone."""
 
 import math
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.sealed import SealedFolder
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.folders.shards import ShardContent
 from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.records import ScoredExample
-from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices
 from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
@@ -26,36 +21,16 @@ from qpipe.stages.build_targets.compare_methods import Comparison, compare_metho
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
-from qpipe.tests.support.made_up import qpipe, run_qpipe
+from qpipe.tests.support.commands import qpipe, run_qpipe
+from qpipe.tests.support.examples import of_probs
+from qpipe.tests.support.folders import in_shards, seal_shards
+
+from .made import weighted
 
 VOCAB = 24
 TOP_K = 20
 UNKNOWN = ["gem", "idft"]  # no distribution, and the entropy over a whole vocabulary
 OF_TEACHER = ["kd", "kd-hybrid", "target-sft", "token-cleaning", "contrast"]
-
-
-def scored(
-    name: str, probs: Sequence[Sequence[float]], observed: Sequence[int], top_k: int
-) -> ScoredExample:
-    """A demonstration whose every token but the first is supervised, under these distributions."""
-    log_probs = np.log(np.array(probs, np.float64))
-    order = np.argsort(-log_probs, axis=1, kind="stable")
-    of_observed = np.take_along_axis(log_probs, np.array(observed)[:, None], axis=1)
-    top = np.take_along_axis(log_probs, order[:, :top_k], axis=1)
-    rest = np.take_along_axis(log_probs, order[:, top_k:], axis=1)
-    size = len(observed)
-    return ScoredExample(
-        id=name,
-        input_ids=np.array([0, *observed], np.int32),
-        positions=np.arange(1, size + 1, dtype=np.int32),
-        observed_log_probs=of_observed[:, 0].astype(np.float32),
-        observed_ranks=(log_probs >= of_observed).sum(axis=1).astype(np.int32),
-        counts=np.full(size, top.shape[1], np.int32),
-        topk_ids=order[:, :top_k].ravel().astype(np.int32),
-        topk_log_probs=top.ravel().astype(np.float32),
-        tail_mass=np.exp(rest).sum(axis=1).astype(np.float32),
-        token_weights=np.ones(size, np.float32),
-    )
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -77,7 +52,7 @@ def examples(
             logits[np.arange(size), observed] += 6.0 * (rng.random(size) < 0.8)
         if teacher:
             logits += rng.standard_normal(logits.shape)
-        example = scored(f"chats:{number}", softmax(logits).tolist(), observed.tolist(), top_k)
+        example = of_probs(f"chats:{number}", softmax(logits).tolist(), observed.tolist(), top_k)
         if weighted:
             weights = rng.choice([0.0, 0.5, 1.0], size).astype(np.float32)
             example = replace(example, token_weights=weights)
@@ -93,34 +68,21 @@ def score_folder(
     vocab_size: int = VOCAB,
 ) -> Path:
     """The examples as a sealed folder, each in a batch of its own."""
-    schema = schema_of("score", vocab_size)
     settings = {
         "model": folder.name,
         "vocab_size": vocab_size,
         "tokenizer_hash": "3fa9",
         "top_k": top_k,
     }
-    identity = Identity("score", settings, {}, identity_schema(schema))
-
-    def content(start: int) -> ShardContent:
-        here = rows[start : start + shard_size]
-        made = ShardContent([flatten(schema, [row]) for row in here])
-        made.add_sums(weighted=sum(int((row.token_weights != 1).sum()) for row in here))
-        return made
-
-    assert open_folder(folder, identity) is None
-    run = ShardRun(Job(folder, schema, identity, {}, {}))
-    starts = range(0, len(rows), shard_size)
-    for _ in run.shards((index, partial(content, start)) for index, start in enumerate(starts)):
-        pass
-    run.seal()
+    seal_shards(
+        folder,
+        "score",
+        settings,
+        in_shards(rows, shard_size),
+        sums_of=weighted,
+        batches=lambda schema, here: [flatten(schema, [row]) for row in here],
+    )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut is no matter here, and waiting for the disk takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -245,8 +207,8 @@ def choice_as_given(choice: Choice) -> Choice:
 def test_a_comparison_worked_out_by_hand(tmp_path: Path) -> None:
     """b(y) is 0.5 as the mode, 0.04 beside a mode of 0.9; 0.25 beside 0.5 in the other one."""
     rows = [
-        scored("a", [[0.5, 0.25, 0.2, 0.05], [0.9, 0.04, 0.03, 0.03]], [0, 1], 4),
-        scored("b", [[0.5, 0.25, 0.2, 0.05]], [1], 4),
+        of_probs("a", [[0.5, 0.25, 0.2, 0.05], [0.9, 0.04, 0.03, 0.03]], [0, 1], 4),
+        of_probs("b", [[0.5, 0.25, 0.2, 0.05]], [1], 4),
     ]
     folder = score_folder(tmp_path / "scores", rows, 1, top_k=4, vocab_size=4)
 
@@ -302,8 +264,8 @@ def test_sharding_does_not_matter(made: Made, tmp_path: Path, shard_size: int) -
 
 def test_a_head_at_which_the_base_is_not_known_leaves_contrast_out(tmp_path: Path) -> None:
     base, apart = [0.5, 0.3, 0.15, 0.04, 0.01], [0.1, 0.1, 0.1, 0.1, 0.6]
-    scores = score_folder(tmp_path / "scores", [scored("a", [base], [0], 2)], 1, 2, 5)
-    teacher = score_folder(tmp_path / "teacher", [scored("a", [apart], [0], 2)], 1, 2, 5)
+    scores = score_folder(tmp_path / "scores", [of_probs("a", [base], [0], 2)], 1, 2, 5)
+    teacher = score_folder(tmp_path / "teacher", [of_probs("a", [apart], [0], 2)], 1, 2, 5)
 
     comparison = compare_methods(scores, teacher)
 
@@ -314,7 +276,7 @@ def test_a_head_at_which_the_base_is_not_known_leaves_contrast_out(tmp_path: Pat
 
 
 def test_a_median_of_0_leaves_flow_out(tmp_path: Path) -> None:
-    rows = [scored(str(n), [[1.0, 1e-9]], [0], 2) for n in range(3)]
+    rows = [of_probs(str(n), [[1.0, 1e-9]], [0], 2) for n in range(3)]
     scores = score_folder(tmp_path / "scores", rows, 3, 2, 2)
 
     comparison = compare_methods(scores)

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.folders.shards import ShardContent, batches_of
-from qpipe.pipeline.format.schema import schema_of
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.build_targets import inputs, stage
+from qpipe.tests.support.folders import seal_shards
 from qpipe.tests.support.methods import FACTS, WITH_TEACHER
 
 from .made import (
@@ -195,16 +193,9 @@ def test_pieces_of_any_size_give_the_same_examples(
 
 
 def test_a_shard_of_rejects_alone_stays_a_shard(tmp_path: Path) -> None:
-    schema = schema_of("score", VOCAB)
     found = [random_dense(number).scored(TOP_K) for number in (2, 3)]
     settings = {"vocab_size": VOCAB, "tokenizer_hash": "3fa9", "top_k": TOP_K}
-    identity = Identity("score", settings, {}, identity_schema(schema))
-    open_folder(tmp_path / "scores", identity)
-    run = ShardRun(Job(tmp_path / "scores", schema, identity, {}, {}))
-    contents = [ShardContent(batches_of(schema, rows)) for rows in ([], found, [])]
-    for _ in run.shards((index, lambda made=made: made) for index, made in enumerate(contents)):
-        pass
-    run.seal()
+    seal_shards(tmp_path / "scores", "score", settings, [[], found, []])
 
     for method in ("sft+kl", "flow", "kd"):
         teacher = tmp_path / "scores" if method == "kd" else None

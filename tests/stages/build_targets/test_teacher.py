@@ -1,10 +1,8 @@
 """A teacher's scores joined to the base's, by example and position."""
 
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,20 @@ import pytest
 from numpy.typing import NDArray
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
+from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.sealed import SealedFolder
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.folders.shards import ShardContent, batches_of
+from qpipe.pipeline.folders.shard_run import StageResult, open_folder
 from qpipe.pipeline.format.records import ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets import inputs
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.build_targets.teacher import Teacher
+from qpipe.tests.support.examples import dense_scored
+from qpipe.tests.support.folders import in_shards, seal_shards
+
+from .made import as_bytes, by_position
 
 VOCAB = 12
 NUMBERS = range(7)
@@ -38,24 +38,11 @@ def scored(number: int, seed: int = 0, name: str = "", known: int = VOCAB) -> Sc
     """
     tokens = np.random.default_rng(number)
     size = number + 1
-    input_ids = tokens.integers(0, 6, size + 3).astype(np.int32)
+    input_ids = tokens.integers(0, 6, size + 3)
     positions = np.sort(tokens.choice(np.arange(1, size + 3), size, replace=False))
     logits = np.random.default_rng((seed, number)).standard_normal((size, known))
     log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    order = np.argsort(-log_probs, axis=1)
-    observed = log_probs[np.arange(size), input_ids[positions]]
-    return ScoredExample(
-        id=name or f"chats:{number}",
-        input_ids=input_ids,
-        positions=positions.astype(np.int32),
-        observed_log_probs=observed.astype(np.float32),
-        observed_ranks=(log_probs >= observed[:, None]).sum(axis=1).astype(np.int32),
-        counts=np.full(size, known, np.int32),
-        topk_ids=order.ravel().astype(np.int32),
-        topk_log_probs=np.take_along_axis(log_probs, order, axis=1).ravel().astype(np.float32),
-        tail_mass=np.zeros(size, np.float32),
-        token_weights=np.ones(size, np.float32),
-    )
+    return dense_scored(name or f"chats:{number}", input_ids, positions, log_probs, top_k=known)
 
 
 def folder_of(
@@ -63,18 +50,8 @@ def folder_of(
 ) -> Path:
     """A score folder of these examples."""
     given = {"vocab_size": VOCAB, "top_k": VOCAB, "tokenizer_hash": "3fa9" * 16} | settings
-    schema = schema_of("score", given["vocab_size"])
-    identity = Identity("score", given, {"of": folder.name}, identity_schema(schema))
-
-    def content(start: int) -> ShardContent:
-        return ShardContent(batches_of(schema, examples[start : start + shard_size]))
-
-    assert open_folder(folder, identity) is None
-    run = ShardRun(Job(folder, schema, identity, {}, {}))
-    starts = range(0, len(examples), shard_size)
-    for _ in run.shards((index, partial(content, start)) for index, start in enumerate(starts)):
-        pass
-    run.seal()
+    shards = in_shards(examples, shard_size)
+    seal_shards(folder, "score", given, shards, inputs={"of": folder.name})
     return folder
 
 
@@ -84,12 +61,6 @@ def base_examples(numbers: Sequence[int] = NUMBERS) -> list[ScoredExample]:
 
 def taught(numbers: Sequence[int] = NUMBERS) -> list[ScoredExample]:
     return [scored(number, seed=1) for number in numbers]
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut is no matter here, and waiting for the disk takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -133,21 +104,11 @@ def join_of(base: Path, teacher: Path) -> Teacher:
     return joined
 
 
-def as_bytes(record: Any) -> dict[str, Any]:
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: value if name == "id" else value.tobytes() for name, value in values.items()}
-
-
-def rows_of(counts: NDArray[Any], values: NDArray[Any]) -> list[list[Any]]:
-    ends = np.cumsum(counts)
-    return [values[end - count : end].tolist() for end, count in zip(ends, counts, strict=True)]
-
-
 def dense_of(example: ScoredExample) -> NDArray[np.float64]:
     """The whole distribution at each position, [N, V]."""
     probs = np.zeros((len(example.counts), VOCAB))
-    ids = rows_of(example.counts, example.topk_ids)
-    log_probs = rows_of(example.counts, example.topk_log_probs)
+    ids = by_position(example.counts, example.topk_ids)
+    log_probs = by_position(example.counts, example.topk_log_probs)
     for n, (row, values) in enumerate(zip(ids, log_probs, strict=True)):
         probs[n, row] = np.exp(values)
     return probs
@@ -169,8 +130,8 @@ def test_folders_in_step_are_read_side_by_side(
     for example, ours, theirs in zip(read, base_examples(), taught(), strict=True):
         mixed = np.sqrt(dense_of(ours) * dense_of(theirs))
         mixed /= mixed.sum(axis=1, keepdims=True)
-        ids = rows_of(example.counts, example.support_ids)
-        probs = rows_of(example.counts, example.support_probs)
+        ids = by_position(example.counts, example.support_ids)
+        probs = by_position(example.counts, example.support_probs)
         for n, (row, values) in enumerate(zip(ids, probs, strict=True)):
             assert len(row) == VOCAB
             np.testing.assert_allclose(values, mixed[n, row], rtol=2e-6)
@@ -471,8 +432,8 @@ def test_the_scores_themselves_may_be_the_teacher(base: Path) -> None:
 
     for method in ("kd", "target-sft"):
         for example, own in zip(built(base, base, method), base_examples(), strict=True):
-            ids = rows_of(example.counts, example.support_ids)
-            probs = rows_of(example.counts, example.support_probs)
+            ids = by_position(example.counts, example.support_ids)
+            probs = by_position(example.counts, example.support_probs)
             for n, (row, values) in enumerate(zip(ids, probs, strict=True)):
                 np.testing.assert_allclose(values, dense_of(own)[n, row], rtol=2e-6)
             np.testing.assert_allclose(example.tail_mass, 0, atol=1e-6)
@@ -516,8 +477,8 @@ def test_ids_that_a_smaller_teacher_does_not_know_are_in_the_tail_of_a_mixture(
         base_probs, teacher_probs = dense_of(ours), dense_of(theirs)[:, :8]
         mixed = np.sqrt(base_probs[:, :8] * teacher_probs)
         mixed /= mixed.sum(axis=1, keepdims=True)  # the teacher has no tail, so the mixture none
-        ids = rows_of(example.counts, example.support_ids)
-        probs = rows_of(example.counts, example.support_probs)
+        ids = by_position(example.counts, example.support_ids)
+        probs = by_position(example.counts, example.support_probs)
         for n, (row, values) in enumerate(zip(ids, probs, strict=True)):
             assert sorted(row) == list(range(8))
             np.testing.assert_allclose(values, mixed[n, row], rtol=2e-6)

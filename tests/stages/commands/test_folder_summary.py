@@ -2,21 +2,16 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, StageResult, open_folder
-from qpipe.pipeline.folders.shards import ShardContent
-from qpipe.pipeline.format.batches import flatten
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.shard_run import StageResult
 from qpipe.pipeline.format.records import Reject, ScoredExample
-from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import METHODS, choose
 from qpipe.pipeline.targets.ceiling import Ceiling
 from qpipe.stages.build_targets.compare_methods import Comparison
@@ -24,34 +19,14 @@ from qpipe.stages.commands.ceiling_summary import print_comparison
 from qpipe.stages.commands.folder_summary import print_scores
 from qpipe.stages.commands.methods import methods
 from qpipe.stages.commands.tables import print_table
-from qpipe.tests.support.made_up import run_qpipe
+from qpipe.tests.support.commands import run_qpipe
+from qpipe.tests.support.examples import of_probs
+from qpipe.tests.support.folders import seal_shards
+
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 # the base at a position: token 0 is its mode in the first, and token 1 far from it in the second
 KNOWN, STRANGE, BETWEEN = [0.6, 0.2, 0.15, 0.05], [0.9, 0.04, 0.03, 0.03], [0.5, 0.25, 0.2, 0.05]
-
-
-def scored(
-    name: str, probs: Sequence[Sequence[float]], observed: Sequence[int], top_k: int = 4
-) -> ScoredExample:
-    """A demonstration whose every token but the first is supervised, under these distributions.
-
-    Each is in descending order, so that an id is its place.
-    """
-    log_probs = np.log(np.array(probs, np.float64))
-    size = len(observed)
-    of_observed = log_probs[np.arange(size), list(observed)]
-    return ScoredExample(
-        id=name,
-        input_ids=np.array([0, *observed], np.int32),
-        positions=np.arange(1, size + 1, dtype=np.int32),
-        observed_log_probs=of_observed.astype(np.float32),
-        observed_ranks=(log_probs >= of_observed[:, None]).sum(axis=1).astype(np.int32),
-        counts=np.full(size, top_k, np.int32),
-        topk_ids=np.tile(np.arange(top_k, dtype=np.int32), size),
-        topk_log_probs=log_probs[:, :top_k].ravel().astype(np.float32),
-        tail_mass=np.exp(log_probs[:, top_k:]).sum(axis=1).astype(np.float32),
-        token_weights=np.ones(size, np.float32),
-    )
 
 
 def score_folder(folder: Path, rows: Sequence[ScoredExample], top_k: int = 4) -> Path:
@@ -61,34 +36,25 @@ def score_folder(folder: Path, rows: Sequence[ScoredExample], top_k: int = 4) ->
 
 
 def sealed(folder: Path, rows: Sequence[ScoredExample], top_k: int = 4) -> StageResult:
-    schema = schema_of("score", 4)
-    settings = {"vocab_size": 4, "tokenizer_hash": "3fa9", "top_k": top_k}
-    identity = Identity("score", settings, {}, identity_schema(schema))
-    content = ShardContent([flatten(schema, rows)])
-    content.rejects += [Reject("chats.jsonl", line, "empty") for line in (3, 8)]
-    content.add_sums(
-        cut=1,
-        weighted=0,
-        tail_mass=sum(float(row.tail_mass.sum()) for row in rows),
-        observed_nll=sum(float(-row.observed_log_probs.sum()) for row in rows),
+    return seal_shards(
+        folder,
+        "score",
+        {"vocab_size": 4, "tokenizer_hash": "3fa9", "top_k": top_k},
+        [list(rows)],
+        rejects=[Reject("chats.jsonl", line, "empty") for line in (3, 8)],
+        sums_of=lambda rows: {
+            "cut": 1,
+            "weighted": 0,
+            "tail_mass": sum(float(row.tail_mass.sum()) for row in rows),
+            "observed_nll": sum(float(-row.observed_log_probs.sum()) for row in rows),
+        },
     )
-    assert open_folder(folder, identity) is None
-    run = ShardRun(Job(folder, schema, identity, {}, {}))
-    for _ in run.shards([(0, lambda: content)]):
-        pass
-    return run.seal()
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut is no matter here, and waiting for the disk takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
 def scores(tmp_path: Path) -> Path:
     """Three tokens of two demonstrations, b(y) 0.6, 0.04 and 0.25."""
-    rows = [scored("a", [KNOWN, STRANGE], [0, 1]), scored("b", [BETWEEN], [1])]
+    rows = [of_probs("a", [KNOWN, STRANGE], [0, 1], 4), of_probs("b", [BETWEEN], [1], 4)]
     return score_folder(tmp_path / "scores", rows)
 
 
@@ -207,7 +173,7 @@ def test_parameters_are_printed_with_what_the_data_set_decided(
 
 
 def test_a_temperature_is_printed_with_how_far_off_it_may_be(tmp_path: Path) -> None:
-    rows = [scored("a", [KNOWN, STRANGE], [0, 1], top_k=2)]
+    rows = [of_probs("a", [KNOWN, STRANGE], [0, 1], top_k=2)]
     folder = score_folder(tmp_path / "scores", rows, top_k=2)
     ran = qpipe(
         "build-targets", "--scores", folder, "--teacher", folder, "--out", tmp_path / "t",
@@ -259,10 +225,11 @@ def test_a_warning_comes_exactly_where_little_can_be_learnt(
 ) -> None:
     """A 1 is a token that its target puts first, a 0 one that it does not."""
     rows = [
-        scored(
+        of_probs(
             str(number),
             [KNOWN if each == "1" else STRANGE for each in letters],
             [0 if each == "1" else 1 for each in letters],
+            4,
         )
         for number, letters in enumerate(demonstrations)
     ]
@@ -422,7 +389,7 @@ def test_a_tables_columns_are_aligned(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_scores_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [scored("a", [KNOWN, STRANGE], [0, 1], 2), scored("b", [BETWEEN], [1], 2)]
+    rows = [of_probs("a", [KNOWN, STRANGE], [0, 1], 2), of_probs("b", [BETWEEN], [1], 2)]
     result = sealed(tmp_path / "scores", rows, top_k=2)
 
     print_scores(tmp_path / "scores", result)

@@ -15,7 +15,7 @@ from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.stages.folders.verify import verify
 from qpipe.trainer.data.stream import open_streams
 
-from ...support.sealed import build, seal_scores
+from ...support.folders import build, seal_scores
 
 ROWS = 9
 

@@ -25,7 +25,10 @@ from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.storage.json_files import sha256_of_json
 from qpipe.stages.folders.verify import verify
 
-from ...support.sealed import SCORES, build, reseal, rewrite, scored, seal, seal_scores
+from ...support.examples import random_scored
+from ...support.folders import SCORES, build, reseal, rewrite, seal, seal_scores
+
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 MOST_MEMORY = 300  # MB above what the interpreter takes
 
@@ -71,11 +74,6 @@ def read_in_a_child(*folders: Path) -> list[list[str]]:
     assert int(memory) < MOST_MEMORY
     assert len(said) == 3 * len(folders)
     return [said[start : start + 3] for start in range(0, len(said), 3)]
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -489,14 +487,14 @@ print(peak() - before)
 
 def test_building_for_the_largest_vocabulary_takes_little_memory(tmp_path: Path) -> None:
     settings = SCORES | {"vocab_size": 2**31 - 1}
-    scores = seal(tmp_path / "scores", "score", settings, [[scored(5)]])
+    scores = seal(tmp_path / "scores", "score", settings, [[random_scored(5)]])
     (memory,) = in_a_child(BUILD, scores, tmp_path / "targets")
     assert int(memory) < MOST_MEMORY
     (target,) = read_targets(tmp_path / "targets")
     assert len(target.positions) == 5
 
 
-@pytest.mark.parametrize("shards", [[], [[]], [[scored(0)]]])
+@pytest.mark.parametrize("shards", [[], [[]], [[random_scored(0)]]])
 def test_scores_of_nothing_are_refused(tmp_path: Path, shards: list[list[Any]]) -> None:
     scores = seal(tmp_path / "scores", "score", SCORES, shards)
     with pytest.raises(UserError, match="scores: has no supervised token"):

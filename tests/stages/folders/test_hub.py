@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 from qpipe.tests.support.hub import hub_server
-from qpipe.tests.support.made_up import folder_of, targeted
 
 # in a process of its own: the hub's address is read when its library is imported
 SCRIPT = """
 import sys
-from qpipe.tests.support.made_up import qpipe
+from qpipe.tests.support.commands import (qpipe)
 for line in sys.stdin.read().splitlines():
     fails, *words = line.split("|")
     print(qpipe(*words, fails=bool(fails)).strip())

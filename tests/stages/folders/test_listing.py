@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline.folders.manifest import MANIFEST, PLAN, read_manifest
 from qpipe.pipeline.storage.remote import open_path
-from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 from qpipe.tests.support.s3 import Bucket
 
 

@@ -20,7 +20,7 @@ from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.support.settings import score_settings
 
 from ...conftest import make_tiny_model
-from ...support.made_up import qpipe
+from ...support.commands import qpipe
 from ..score.test_plan import write_chats
 
 

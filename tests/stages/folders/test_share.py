@@ -20,7 +20,9 @@ from qpipe.pipeline.storage.remote import open_path
 from qpipe.stages.folders import share as sharing
 from qpipe.stages.folders.card import card, plain
 from qpipe.stages.folders.lineage import generations
-from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 from qpipe.tests.support.s3 import Bucket
 from qpipe.tests.support.tiers import slow
 

@@ -19,7 +19,8 @@ from qpipe.stages.folders.settings import SubsetSettings
 from qpipe.stages.folders.subset import subset
 from qpipe.stages.folders.verify import verify
 
-from ...support.sealed import SCORES, scored, seal
+from ...support.examples import random_scored
+from ...support.folders import SCORES, seal
 
 
 def taken(folder: Path, out: Path, *where: str, ids: Path | None = None) -> Path:
@@ -100,7 +101,9 @@ def test_everything_downstream_takes_a_subset(scores: Path, tmp_path: Path) -> N
 
 def test_targets_of_a_few_rows_of_many_shards(tmp_path: Path) -> None:
     """Most shards of such a subset are empty, and the ids that pack well are told from a sample."""
-    folder = seal(tmp_path / "many", "score", SCORES, [[scored(number)] for number in range(140)])
+    folder = seal(
+        tmp_path / "many", "score", SCORES, [[random_scored(number)] for number in range(140)]
+    )
     some = taken(folder, tmp_path / "some", "supervised_tokens == 7")
     build_targets(BuildSettings(some, tmp_path / "targets", choose("sft+kl")))
     assert list(verify(tmp_path / "targets")) == []
@@ -174,8 +177,10 @@ def test_the_command(
 
 def test_rows_that_are_left_out_are_not_counted_as_weighted(tmp_path: Path) -> None:
     """Else cft would be allowed, and an export refused, for weights that are not there."""
-    weighted = replace(scored(5), token_weights=np.full(5, 0.5, np.float32))
-    folder = seal(tmp_path / "all", "score", SCORES, [[scored(4), weighted], [scored(6)]])
+    weighted = replace(random_scored(5), token_weights=np.full(5, 0.5, np.float32))
+    folder = seal(
+        tmp_path / "all", "score", SCORES, [[random_scored(4), weighted], [random_scored(6)]]
+    )
     without = taken(folder, tmp_path / "without", "supervised_tokens != 5")
     assert read_manifest(without).totals["sums"]["weighted"] == 0
     alone = taken(folder, tmp_path / "alone", "supervised_tokens == 5")

@@ -12,7 +12,9 @@ import pytest
 from qpipe.pipeline import decoder, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.storage.remote import open_path
-from qpipe.tests.support.made_up import folder_of, qpipe, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 from qpipe.tests.support.s3 import Bucket
 from qpipe.tests.support.tiers import slow
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,24 +19,12 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.storage.json_files import write_json
 from qpipe.stages import cli
 
-from ...support.sealed import (
-    SCORES,
-    TOP_K,
-    VOCAB,
-    build,
-    reseal,
-    rewrite,
-    scored,
-    seal,
-    seal_scores,
-)
+from ...support.examples import TOP_K, VOCAB, random_scored
+from ...support.folders import SCORES, build, reseal, rewrite, seal, seal_scores
+
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 Verify = Callable[[Path], tuple[int, str]]
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +225,7 @@ def test_a_wrong_value_is_named_with_shard_row_and_column(
 def test_rows_are_counted_over_the_record_batches_of_a_shard(
     verify: Verify, tmp_path: Path
 ) -> None:
-    examples = [dataclasses.replace(scored(3), id=f"e{number}") for number in range(70)]
+    examples = [dataclasses.replace(random_scored(3), id=f"e{number}") for number in range(70)]
     examples[66].token_weights[1] = -1
     folder = seal(tmp_path / "scores", "score", SCORES, [examples])
     refused(verify, folder, "row 66 ('e66'): column token_weights is no weight")

@@ -8,7 +8,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.stages.looking.examples import Companion, looks, open_examples
 from qpipe.stages.looking.overview import Overview
-from qpipe.tests.support.made_up import folder_of, scored, targeted
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 
 IDS = [0, 7, 8]
 HALF = {7: 0.5, 9: 0.5}

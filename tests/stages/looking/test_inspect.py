@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from qpipe.stages.commands.inspect_summary import ink, sparkline, use_colour
-from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 
 IDS = [0, 7, 8]
 

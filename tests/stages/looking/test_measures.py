@@ -9,7 +9,8 @@ from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.targets.distributions import known_supports
 from qpipe.stages.looking import measures
 from qpipe.stages.looking.measures import MEASURES
-from qpipe.tests.support.made_up import VOCAB_SIZE, scored, targeted
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import VOCAB_SIZE
 
 LOG2 = math.log(2)
 

@@ -8,7 +8,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.provenance import tokenizer_hash
 from qpipe.stages.looking.token_text import TokenText, escaped, of_tokenizer, token_text
-from qpipe.tests.support.made_up import folder_of, targeted
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from qpipe.pipeline.folders.provenance import tokenizer_hash
 from qpipe.tests.support.browser import browser, missing
-from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

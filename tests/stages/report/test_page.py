@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from qpipe.stages.report.page import asset
-from qpipe.tests.support.made_up import folder_of, qpipe, scored, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import scored, targeted
+from qpipe.tests.support.folders import folder_of
 
 IDS = [0, 7, 8]
 HOSTILE = "</script><script>window.hurt = 1</script><!--"

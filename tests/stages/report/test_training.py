@@ -12,7 +12,9 @@ import pytest
 from msgspec import to_builtins
 from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training_page import charts, read_runs, smoothed, thinned, training_head
-from qpipe.tests.support.made_up import folder_of, qpipe, targeted
+from qpipe.tests.support.commands import qpipe
+from qpipe.tests.support.examples import targeted
+from qpipe.tests.support.folders import folder_of
 
 
 def run_folder(folder: Path, events: list[dict[str, Any]], **settings: Any) -> Path:

@@ -9,7 +9,7 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.storage.locks import locked
 from qpipe.stages.cli import cli
 
-from ...support.sealed import seal_scores
+from ...support.folders import seal_scores
 
 
 def run(*words: object) -> Result:

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from qpipe.pipeline.folders.manifest import Identity, identity_schema
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.folders.shards import ShardContent, batches_of
 from qpipe.pipeline.format.records import Example, ScoredExample
-from qpipe.pipeline.format.schema import schema_of
 from qpipe.stages.score.settings import ScoreSettings
+from qpipe.tests.support.folders import seal_shards
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
@@ -71,15 +68,15 @@ def make_folder(
         "supervise": "last",
         "shard_size": 3,
     } | settings
-    schema = schema_of("score", own["vocab_size"])
-    identity = Identity("score", own, {"chats.jsonl": "0123"}, identity_schema(schema))
-    job = Job(folder, schema, identity, parents={}, provenance={"model": "base"})
-    assert open_folder(folder, identity) is None
-    run = ShardRun(job)
-    contents = [ShardContent(batches_of(schema, shard)) for shard in shards]
-    for _ in run.shards([(i, lambda content=c: content) for i, c in enumerate(contents)]):
-        pass
-    run.seal()
+    inputs, provenance = {"chats.jsonl": "0123"}, {"model": "base"}
+    seal_shards(
+        folder,
+        "score",
+        own,
+        [list(shard) for shard in shards],
+        inputs=inputs,
+        provenance=provenance,
+    )
     return folder
 
 

@@ -17,7 +17,7 @@ from qpipe.stages.folders.lineage import described
 from qpipe.stages.score.from_folder import score_at
 from qpipe.trainer.models.files import find_model
 
-from ....support.made_up import kill_after_two_shards
+from ....support.commands import kill_after_two_shards
 from .folders import (
     SHARDS,
     TOLERANCE,

@@ -7,14 +7,14 @@ from typing import Any
 import click
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.pipeline.folders.manifest import Identity, identity_schema, read_manifest
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
+from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.pipeline.folders.shard_run import open_folder
 from qpipe.stages.cli import cli
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.score.from_folder import score_at
 from qpipe.trainer.models.files import find_model
 
+from ....support.folders import seal_shards
 from .folders import VOCAB, make_folder, scored_by_hand, settings
 
 
@@ -96,7 +96,6 @@ def test_a_folder_that_is_no_sealed_score_folder_is_refused(
     open_folder(tmp_path / "begun", begun)
     with pytest.raises(UserError, match="begun: not finished yet"):
         score_at(settings(teacher, tmp_path / "begun", out))
-    schema = schema_of("build-targets", VOCAB)
     described = begun.settings | {
         "method": "gift",
         "form": "live",
@@ -105,9 +104,7 @@ def test_a_folder_that_is_no_sealed_score_folder_is_refused(
         "tail_shape": "student",
         "top_p": None,
     }
-    targets = Identity("build-targets", described, {}, identity_schema(schema), TARGETS_VERSION)
-    open_folder(tmp_path / "targets", targets)
-    ShardRun(Job(tmp_path / "targets", schema, targets, {}, {})).seal()
+    seal_shards(tmp_path / "targets", "build-targets", described, [])
     with pytest.raises(UserError, match="targets: made by `qpipe build-targets`, but the output"):
         score_at(settings(teacher, tmp_path / "targets", out))
     assert not out.exists()
