@@ -88,7 +88,8 @@ def main(scores: Path) -> None:
 
 def _build(scores: Path, out: Path, top_p: float, most: int, precision: Precision) -> None:
     choice = choose("sft+kl", "frozen-target")
-    build_targets(BuildSettings(scores, out, choice, None, False, top_p, most, precision))
+    kept = {"top_p": top_p, "max_support": most, "precision": precision}
+    build_targets(BuildSettings(scores, out, choice, **kept))
 
 
 def _whole(batch: FlatBatch, vocab_size: int) -> Whole:
