@@ -30,7 +30,7 @@ class Comparison:
     """Each method with its ceiling overall and the share of demonstrations it can reproduce."""
 
     rows: list[tuple[Choice, Ceiling, float]]
-    left_out: dict[str, list[str]]  # why, and the methods
+    left_out: dict[str, list[str]]  # by the reason
     positions: int
     examples: int
 
@@ -42,7 +42,7 @@ def compare_methods(
     teacher_temperature: float = 1.0,
     all_forms: bool = False,
 ) -> Comparison:
-    """Build the targets of every method with its defaults, and keep their ceilings alone."""
+    """Build the targets of every method with its defaults, and keep only their ceilings."""
     check_temperatures(temperature, teacher_temperature, teacher)
     inputs = open_inputs(scores, teacher, temperature, teacher_temperature)
     left_out = LeftOut()
@@ -67,7 +67,7 @@ def compare_methods(
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Why methods are left out, and which."""
+    """The methods left out, by the reason."""
 
     methods: dict[str, list[str]] = field(default_factory=dict)
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """What to make of the scores.
+    """The scores, the method, and what is stored of its targets.
 
-    The support kept of a residual is the smallest prefix of what is known of it that holds `top_p`
-    of the probability, at most `max_support` entries, and the observed token. `precision` is that
-    of their logarithms; what is no such distribution is stored in float32 in any case. With
-    `in_store`, `out` is a store, and the folder's name there is its fingerprint's.
+    The stored support of a residual is the shortest prefix of its known entries, most probable
+    first, that holds `top_p` of the probability, at most `max_support` entries, and the observed
+    token. `precision` is that of the log-probabilities; other values are stored in float32. With
+    `in_store`, `out` is a store, in which the folder is named by its fingerprint.
     """
 
     scores: Path = field(metadata=about("Score folder made by `qpipe score`."))
@@ -53,14 +53,14 @@ class BuildSettings:
         check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
         if self.teacher is not None and not self.choice.needs_teacher:
             raise UserError(
-                f"--teacher {self.teacher}: {self.choice.method.name} reads no teacher: leave it "
-                "out, or give another --method"
+                f"--teacher {self.teacher}: {self.choice.method.name} does not use a teacher: "
+                "leave it out, or give another --method"
             )
 
 
 def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
-    """Raises UserError for values out of their range, or one that nothing is read at."""
+    """Raise UserError for values out of range, or a teacher's temperature without a teacher."""
     for name, value in (("--temperature", base), ("--teacher-temperature", teacher)):
         require(0.05 <= value <= 20, name, value, "0.05 to 20")
     if folder is None and teacher != 1:
-        raise UserError(f"--teacher-temperature {teacher:g} is of no use without --teacher")
+        raise UserError(f"--teacher-temperature {teacher:g} goes with --teacher: give that as well")

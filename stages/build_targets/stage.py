@@ -31,7 +31,7 @@ from .settings import BuildSettings
 def build_targets(
     settings: BuildSettings, execution: Execution | None = None
 ) -> StageResult | TaskResult:
-    """Make the target folder, or what is missing of it."""
+    """Make the target folder, or its missing shards."""
     inputs = _open_inputs(settings)
     lacking = inputs.lacking(settings.choice)
     if lacking is not None:

@@ -49,8 +49,8 @@ def choose_engine(option: str, gathers: bool = False) -> str:
         return option
     if installed and gathers and not _vllm_gathers():
         say_once(
-            "engine transformers: vLLM cannot score given ids here (that takes a GPU and a version "
-            "that can)"
+            "engine transformers: vLLM cannot score given ids here (this takes a GPU and a recent "
+            "vLLM)"
         )
         return "transformers"
     return "vllm" if installed else "transformers"
@@ -59,8 +59,8 @@ def choose_engine(option: str, gathers: bool = False) -> str:
 def _vllm_gathers() -> bool:
     """Whether vLLM can score given ids, determined without starting an engine (a minute).
 
-    This takes a version that has the parameter, and the model runner written in Triton, for which a
-    GPU is the sign here. `VllmScorer` asks the engine itself.
+    This takes a version with the parameter, and the model runner written in Triton, which is
+    assumed on a GPU. `VllmScorer` asks the engine itself.
     """
     import torch
 
@@ -82,5 +82,4 @@ def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
         own = str(config.get_text_config().dtype).removeprefix("torch.")
         has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         option = own if has_gpu else "float32"
-    known: dict[str, Dtype] = {dtype: dtype for dtype in DTYPES}
-    return known.get(option, "float32")
+    return option if option in DTYPES else "float32"

@@ -30,7 +30,6 @@ _CONNECT_SECONDS = 10.0
 _MASS_TOLERANCE = 1e-3  # float32 sums over a large vocabulary
 _PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
 
-
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # ids and ranks
 
 
@@ -67,18 +66,67 @@ class _RefusedError(Exception):
     """Raised when the server rejects a request as invalid."""
 
 
+class _Api:
+    """Requests to a server, retried while it is busy, failing or unreachable."""
+
+    def __init__(self, server: ServerSettings) -> None:
+        self.server = server
+        self.client = new_client(server)
+
+    async def models(self) -> list[_Model]:
+        """The models that the server serves."""
+        try:
+            return (await self.ask("/v1/models", _Models)).data
+        except _RefusedError as error:
+            raise UserError(
+                f"server {self.server.url}: does not list its models: {one_line(error)}: give the "
+                "address of a vLLM server, as in http://host:8000"
+            ) from error
+
+    async def ask(self, path: str, kind: type, body: Any = None, tries: int = _START_TRIES) -> Any:
+        """Send a request, a POST if it has a body, and return the answer as a `kind`.
+
+        Raises _RefusedError for an invalid request, UserError after the last try.
+        """
+        trouble = ""
+        for attempt in range(tries):
+            if attempt:
+                await asyncio.sleep(self._wait(attempt))
+            try:
+                method = "GET" if body is None else "POST"
+                response = await self.client.request(method, path, json=body)
+            except httpx.TransportError as error:
+                trouble = f"{type(error).__name__} {one_line(error)}".strip()
+                continue
+            if response.status_code == 429 or response.status_code >= 500:
+                trouble = f"status {response.status_code} {one_line(Exception(response.text))}"
+            elif response.status_code != 200:
+                raise _RefusedError(f"status {response.status_code} {response.text}")
+            else:
+                try:
+                    return msgspec.json.decode(response.content, type=kind)
+                except msgspec.DecodeError as error:
+                    trouble = f"an answer that cannot be read: {one_line(error)}"
+        raise UserError(
+            f"server {self.server.url}: no answer in {tries} tries: {trouble}: finished shards are "
+            "kept: run again when it is back"
+        )
+
+    def _wait(self, attempt: int) -> float:
+        """Seconds before a retry: exponential backoff with jitter."""
+        longest = min(_LONGEST_WAIT, self.server.first_wait * 2 ** (attempt - 1))
+        return longest * random.uniform(0.5, 1)
+
+
 class ServerScorer:
     """A model run by a vLLM server; tokenizer and vocabulary come from local files."""
 
     def __init__(self, model: ModelFiles, settings: EngineSettings) -> None:
-        assert settings.server.model is not None
         self.model = model
-        self.settings = settings
         self.server = settings.server
-        self.name = settings.server.model
+        self.api = _Api(settings.server)
         self.runner = asyncio.Runner()
-        self.client = new_client(self.server)
-        self.runner.run(self._check())
+        self.runner.run(self._check(settings.max_length))
 
     def score(
         self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
@@ -120,14 +168,13 @@ class ServerScorer:
     async def _prompt(self, token_ids: list[int], count: int, tries: int) -> _Prompt:
         """The log-probabilities of a prompt, `count` at each token; -1 is all."""
         body = {
-            "model": self.name,
+            "model": self.server.model,
             "prompt": token_ids,
             "prompt_logprobs": count,
             "max_tokens": 1,
             "temperature": 0,
         }
-        path = "/v1/completions"
-        answer = await _ask(self.client, self.server, "POST", path, body, _Completion, tries)
+        answer = await self.api.ask("/v1/completions", _Completion, body, tries)
         prompt = answer.choices[0].prompt_logprobs if len(answer.choices) == 1 else []
         if len(prompt) != len(token_ids):
             raise UserError(
@@ -138,7 +185,7 @@ class ServerScorer:
 
     def _refused(self, error: _RefusedError) -> UserError:
         words = one_line(error)
-        way_out = "see that it serves this model"
+        way_out = "check that it serves this model"
         if "logprobs" in words:
             way_out = "start it with `vllm serve --max-logprobs -1`, or give a smaller --top-k"
         return UserError(
@@ -146,35 +193,33 @@ class ServerScorer:
             "kept"
         )
 
-    async def _check(self) -> None:
+    async def _check(self, max_length: int) -> None:
         """Raise UserError for a server that runs another model, as far as its answers show."""
-        await self._check_length()
+        await self._check_length(max_length)
         await self._check_tokenizer()
         await self._check_vocabulary()
 
-    async def _check_length(self) -> None:
-        models = await served_models(self.client, self.server)
-        found = next((each for each in models if each.id == self.name), None)
+    async def _check_length(self, max_length: int) -> None:
+        models = await self.api.models()
+        found = next((each for each in models if each.id == self.server.model), None)
         if found is None:
             names = ", ".join(each.id for each in models)
             raise UserError(
-                f"--server-model {self.name}: {self.server.url} does not serve it: give one of "
-                f"{names}"
+                f"--server-model {self.server.model}: {self.server.url} does not serve it: give "
+                f"one of {names}"
             )
-        needed = self.settings.max_length + 1  # a prompt needs one free position
+        needed = max_length + 1  # a prompt needs one free position
         if found.max_model_len is not None and found.max_model_len < needed:
             raise UserError(
                 f"server {self.server.url}: takes {found.max_model_len} tokens, demonstrations of "
-                f"--max-length {needed - 1} need {needed}: start it with --max-model-len {needed}, "
+                f"--max-length {max_length} need {needed}: start it with --max-model-len {needed}, "
                 f"or give --max-length {found.max_model_len - 1} or less"
             )
 
     async def _check_tokenizer(self) -> None:
-        body = {"model": self.name, "prompt": _PROBE, "add_special_tokens": False}
+        body = {"model": self.server.model, "prompt": _PROBE, "add_special_tokens": False}
         try:
-            answer = await _ask(
-                self.client, self.server, "POST", "/tokenize", body, _Tokens, _START_TRIES
-            )
+            answer = await self.api.ask("/tokenize", _Tokens, body)
         except _RefusedError:
             return  # the server does not offer this
         ours = self.model.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
@@ -228,27 +273,17 @@ def served_model(server: ServerSettings) -> str:
     if server.model is not None:
         return server.model
 
+    api = _Api(server)
+
     async def ask() -> list[_Model]:
-        async with new_client(server) as client:
-            return await served_models(client, server)
+        async with api.client:
+            return await api.models()
 
     models = asyncio.run(ask())
     if len(models) != 1:
         names = ", ".join(each.id for each in models) or "none"
         raise UserError(f"server {server.url}: serves {names}: name one with --server-model")
     return models[0].id
-
-
-async def served_models(client: httpx.AsyncClient, server: ServerSettings) -> list[_Model]:
-    """The models that a server serves."""
-    try:
-        answer = await _ask(client, server, "GET", "/v1/models", None, _Models, _START_TRIES)
-    except _RefusedError as error:
-        raise UserError(
-            f"server {server.url}: does not list its models: {one_line(error)}: give the address "
-            "of a vLLM server, as in http://host:8000"
-        ) from error
-    return answer.data
 
 
 def new_client(server: ServerSettings) -> httpx.AsyncClient:
@@ -277,55 +312,12 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
         ) from error
 
 
-async def _ask(
-    client: httpx.AsyncClient,
-    server: ServerSettings,
-    method: str,
-    path: str,
-    body: Any,
-    kind: type,
-    tries: int,
-) -> Any:
-    """Send a request, with retries while the server is busy, failing or unreachable.
-
-    Raises _RefusedError for an invalid request, UserError after the last retry.
-    """
-    trouble = ""
-    for attempt in range(tries):
-        if attempt:
-            await asyncio.sleep(_wait(server, attempt))
-        try:
-            response = await client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            trouble = f"{type(error).__name__} {one_line(error)}".strip()
-            continue
-        if response.status_code == 429 or response.status_code >= 500:
-            trouble = f"status {response.status_code} {one_line(Exception(response.text))}"
-        elif response.status_code != 200:
-            raise _RefusedError(f"status {response.status_code} {response.text}")
-        else:
-            try:
-                return msgspec.json.decode(response.content, type=kind)
-            except msgspec.DecodeError as error:
-                trouble = f"an answer that cannot be read: {one_line(error)}"
-    raise UserError(
-        f"server {server.url}: no answer in {tries} tries: {trouble}: finished shards are kept: "
-        "run again when it is back"
-    )
-
-
-def _wait(server: ServerSettings, attempt: int) -> float:
-    """Seconds before a retry: exponential backoff with jitter."""
-    longest = min(_LONGEST_WAIT, server.first_wait * 2 ** (attempt - 1))
-    return longest * random.uniform(0.5, 1)
-
-
 def _scored(
     example: WeightedExample, prompt: _Prompt, top_k: int, vocab_size: int
 ) -> ScoredExample:
     """The scores in a server's answer.
 
-    It holds each id once, so an observed token in the top k has its place there as its rank.
+    It holds each id once, so for an observed token in the top k its rank is its place there.
     """
     N = len(example.positions)
     ids_Nk = np.empty((N, top_k), np.int32)
@@ -366,8 +358,8 @@ def _scored(
 
 def _impossible(example: Example, what: str) -> UserError:
     return UserError(
-        f"example {example.id}: the server's answer cannot be: {what}: finished shards are kept: a "
-        "vLLM server is needed here"
+        f"example {example.id}: the server's answer is impossible: {what}: finished shards are "
+        "kept: a vLLM server is needed here"
     )
 
 

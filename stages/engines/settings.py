@@ -1,4 +1,4 @@
-"""The settings of a scoring engine, each an option of `qpipe score`."""
+"""The settings of an engine, each an option of `qpipe score`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from ...pipeline.errors import UserError
 from ...pipeline.options import Range, check, option
 
-ENGINES = ("vllm", "transformers")  # that run in this process; "server" runs elsewhere
+ENGINES = ("vllm", "transformers")  # those that run in this process, unlike "server"
 EngineName = Literal["auto", "vllm", "transformers", "server"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
@@ -16,7 +16,7 @@ _COUNT = Range(1, 10**6)
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How a server is asked. Only `model`, its name there, changes what is stored."""
+    """Access to a vLLM server. Only `model`, the model's name there, changes what is stored."""
 
     url: str | None = option(
         None,
@@ -41,13 +41,15 @@ class ServerSettings:
         metavar="SECONDS",
         names=("--server-timeout",),
     )
-    tries: int = 8  # of a request that finds the server busy, broken or away
-    first_wait: float = 0.5  # seconds before the second, doubled for each one after
+    tries: int = 8  # of a request, while the server is busy, failing or unreachable
+    first_wait: float = 0.5  # seconds before the second try, doubled for each one after
 
     def __post_init__(self) -> None:
         check(self)
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--server-url {self.url}: no address, as in http://host:8000")
+            raise UserError(
+                f"--server-url {self.url}: not an address: give one as in http://host:8000"
+            )
 
     @property
     def address(self) -> str:
@@ -57,9 +59,9 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What scores. `auto` is resolved, and `max_length` set, before an engine starts.
+    """The engine and its options. `auto` is resolved, and `max_length` set, before it starts.
 
-    The parallel sizes and the share of the memory are vLLM's own and change nothing stored.
+    The parallel sizes and the memory utilization are vLLM's and do not change what is stored.
     """
 
     engine: EngineName = option(
@@ -102,7 +104,7 @@ class EngineSettings:
 
     @property
     def gpus(self) -> int:
-        """How many GPUs share the model; none of this machine's with a server."""
+        """The number of GPUs that share the model; 0 with a server."""
         if self.engine == "server":
             return 0
         return self.tensor_parallel_size * self.pipeline_parallel_size

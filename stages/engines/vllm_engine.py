@@ -1,8 +1,7 @@
 """The vLLM engine: prompt log-probabilities, as arrays from the engine to the shard.
 
-Log-probabilities at given ids come from vLLM's own token-id scoring, in the same request.
-
-An engine that runs out of memory is restarted with smaller steps; its finished examples are kept.
+Log-probabilities at given ids come from vLLM's own token-id scoring, in the same request. An engine
+that runs out of memory is restarted with smaller steps; its finished examples are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,10 @@ from ...trainer.models.files import ModelFiles, check_weights
 from .base import GivenIds, scored, with_given
 from .settings import EngineSettings
 from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
-from .vllm_memory import LEAST_SCHEDULED
+from .vllm_memory import STEPS, WINDOW_TOKENS, plan_memory
 from .vllm_start import (
-    WINDOW_TOKENS,
-    EngineDiedError,
+    EngineStoppedError,
     is_memory,
-    plan_memory,
     says_no_more,
     start_engine,
     starts_late,
@@ -70,15 +67,15 @@ class VllmScorer:
         given = [None] * len(examples) if at is None else at
         left = dict.fromkeys(range(len(examples)))
         while left:
-            died = None
+            cause = None
             try:
                 for place, output in self._outputs(examples, given, top_k, list(left)):
                     yield place, self._scored(examples[place], given[place], output, top_k)
                     del left[place], output  # its arrays would stay in memory beside the next
-            except EngineDiedError as error:
-                died = str(error)  # the error itself holds a reference to the engine's last step
-            if died is not None:
-                self._restart_smaller(died)
+            except EngineStoppedError as error:
+                cause = str(error)  # the error itself holds a reference to the engine's last step
+            if cause is not None:
+                self._restart_smaller(cause)
 
     def _outputs(
         self,
@@ -149,49 +146,48 @@ class VllmScorer:
 
     def _start(self) -> None:
         """Start the engine, with smaller steps if memory runs out."""
-        llm, deaths = None, 0
-        while llm is None:
-            died = ""
+        failures = 0
+        while True:
             try:
                 llm = start_engine(
                     self.model, self.settings, self.scheduled_tokens, self.memory.utilization
                 )
-            except EngineDiedError as error:
-                died = str(error)
-            if llm is None:
-                deaths += 1
-                if deaths > 1 and says_no_more(died):
-                    raise UserError(
-                        f"vLLM cannot start with model {self.model.name}: {died}: see its "
-                        "output above: free memory, or try --engine transformers"
-                    )
-                self._make_smaller(died)
+                break
+            except EngineStoppedError as error:
+                cause = str(error)
+            failures += 1
+            if failures > 1 and says_no_more(cause):
+                raise UserError(
+                    f"vLLM cannot start with model {self.model.name}: {cause}: see its output "
+                    "above: free memory, or try --engine transformers"
+                )
+            self._make_smaller(cause)
         self.llm = llm
         self.engine: Any = llm.llm_engine
         self.takes_ids = takes_ids(self.engine)
         self.starts_late = starts_late(self.engine)
 
-    def _restart_smaller(self, died: str) -> None:
-        self._make_smaller(died)
+    def _restart_smaller(self, cause: str) -> None:
+        self._make_smaller(cause)
         llm = self.llm
         del self.llm, self.engine  # otherwise the weights stay in memory
         stop_engine(llm)
         del llm
         self._start()
 
-    def _make_smaller(self, died: str) -> None:
+    def _make_smaller(self, cause: str) -> None:
         """Halve the tokens of a step. Raises UserError after the last attempt."""
-        if self.restarts == _RESTARTS or self.scheduled_tokens <= LEAST_SCHEDULED:
+        if self.restarts == _RESTARTS or self.scheduled_tokens <= STEPS[-1]:
             raise UserError(
-                f"vLLM stopped again, at {self.scheduled_tokens} tokens a step: {died}: finished "
+                f"vLLM stopped again, at {self.scheduled_tokens} tokens a step: {cause}: finished "
                 "shards are kept: free memory, or use more --tensor-parallel-size or --engine "
                 "transformers"
             )
         self.restarts += 1
         self.scheduled_tokens //= 2
         say(
-            f"vLLM stopped ({died}): starting it again with {self.scheduled_tokens} tokens a step; "
-            "no finished work is lost"
+            f"vLLM stopped ({cause}): starting it again with {self.scheduled_tokens} tokens a "
+            "step; no finished work is lost"
         )
 
     def _scored(
@@ -216,7 +212,7 @@ class VllmScorer:
 def _stopped(error: Exception) -> Exception:
     """The exception to raise for an engine's error."""
     if is_memory(error):
-        return EngineDiedError(one_line(error))
+        return EngineStoppedError(one_line(error))
     return UserError(
         f"vLLM stopped: {one_line(error)}: finished shards are kept: run again, or with --engine "
         "transformers and another --out"

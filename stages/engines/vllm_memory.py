@@ -7,40 +7,20 @@ and the rank of the observed token (`GPUModelRunner._get_prompt_logprobs_dict`, 
 newer model runner takes 1024 rows at a time and needs less.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-MOST_SCHEDULED, LEAST_SCHEDULED = 2048, 64  # tokens of a step
+from ...trainer.models.files import ModelFiles
+from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
+from .settings import EngineSettings
+
+STEPS = (2048, 1024, 512, 256, 128, 64)  # tokens of a step, the first that fits is taken
+WINDOW_TOKENS = 16384  # in the engine at a time, which bounds memory
+CPU_KV_CACHE = 2  # GiB
 _GPU_RESERVE = 2**30  # CUDA itself, fragmentation, other processes on the GPU
 _CPU_RESERVE = 2**30
 _ACTIVATIONS = 2**30  # found by the trial run in addition to the weights
-
-
-@dataclass(frozen=True, slots=True)
-class RowCost:
-    """The memory of one row of prompt log-probabilities."""
-
-    vocab_size: int
-    top_k: int
-    value_bytes: int  # of the model's number format
-    tensor_parallel_size: int = 1
-    on_cpu: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """The peak memory of a row.
-
-        With V values in the logits' format: their parts on each GPU, as gathered and in order; then
-        the logits, their float32 copy and the log-probabilities; then these with the comparison
-        that counts the rank and, if it is not compiled (on a CPU), its sum in 64-bit integers.
-        """
-        own = self.value_bytes
-        parts = self.tensor_parallel_size
-        gathering = own * (2 + 1 / parts) if parts > 1 else own
-        normalising = own + 4 + (4 if own < 4 else 0)
-        ranking = own + 4 + (1 + 8 if self.on_cpu else 0)
-        # per entry of the top k: value and index, both copied next to the observed, narrowed index
-        of_top = self.top_k * (4 + 8 + 4 + 8 + 4)
-        return int(self.vocab_size * max(gathering, normalising, ranking)) + of_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +33,53 @@ class EngineMemory:
     needed: int  # by the weights and one KV cache window, inside of it
 
 
+def plan_memory(
+    model: ModelFiles, settings: EngineSettings, gpu_memory: int | None = None
+) -> EngineMemory:
+    """Choose the engine's configuration.
+
+    `gpu_memory` is the memory of a GPU in bytes; None means that of this machine, which may have
+    no GPU.
+    """
+    import torch
+
+    on_cpu = gpu_memory is None and not torch.cuda.is_available()
+    value_bytes, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
+    row = row_bytes(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu)
+    weights = weight_bytes(model, settings.dtype) // settings.gpus
+    if on_cpu:
+        kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_KV_CACHE) * 2**30
+        return fit_cpu(_available_memory(), weights, kv_cache, row, settings.max_length)
+    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
+    total = gpu_memory or _gpu_memory()
+    share = settings.gpu_memory_utilization
+    return fit_gpu(total, share, weights, kv_cache, row, settings.max_length)
+
+
+def row_bytes(
+    vocab_size: int,
+    top_k: int,
+    value_bytes: int,
+    tensor_parallel_size: int = 1,
+    on_cpu: bool = False,
+) -> int:
+    """The peak memory of one row of prompt log-probabilities; `value_bytes` are of the logits.
+
+    With V values in the logits' format: their parts on each GPU, as gathered and in order; then the
+    logits, their float32 copy and the log-probabilities; then these with the comparison that counts
+    the rank and, if it is not compiled (on a CPU), its sum in 64-bit integers.
+    """
+    parts = tensor_parallel_size
+    gathering = value_bytes * (2 + 1 / parts) if parts > 1 else value_bytes
+    normalising = value_bytes + 4 + (4 if value_bytes < 4 else 0)
+    ranking = value_bytes + 4 + (1 + 8 if on_cpu else 0)
+    # per entry of the top k: value and index, both copied next to the observed, narrowed index
+    of_top = top_k * (4 + 8 + 4 + 8 + 4)
+    return int(vocab_size * max(gathering, normalising, ranking)) + of_top
+
+
 def fit_gpu(
-    total: int, most_utilization: float, weights: int, kv_cache: int, row: RowCost, longest: int
+    total: int, most_utilization: float, weights: int, kv_cache: int, row: int, longest: int
 ) -> EngineMemory:
     """The largest step that fits a GPU of `total` bytes beside the weights on it.
 
@@ -63,29 +88,42 @@ def fit_gpu(
     """
     needed = weights + kv_cache + _ACTIVATIONS
     plans = []
-    for tokens in _steps():
-        added = min(tokens, longest) * row.bytes
+    for tokens in STEPS:
+        added = min(tokens, longest) * row
         share = max(0.01, 1 - (added + _GPU_RESERVE) / total)
-        plan = EngineMemory(tokens, round(min(most_utilization, share), 4), added, needed)
-        if plan.utilization * total >= needed:
-            return plan
-        plans.append(plan)
-    return plans[-1]
+        plans.append(EngineMemory(tokens, round(min(most_utilization, share), 4), added, needed))
+    fitting = (plan for plan in plans if plan.utilization * total >= needed)
+    return next(fitting, plans[-1])
 
 
-def fit_cpu(
-    available: int, weights: int, kv_cache: int, row: RowCost, longest: int
-) -> EngineMemory:
+def fit_cpu(available: int, weights: int, kv_cache: int, row: int, longest: int) -> EngineMemory:
     """The largest step that fits into `available` bytes beside the weights and the KV cache."""
     spare = available - weights - kv_cache - _CPU_RESERVE
-    fitting = (each for each in _steps() if min(each, longest) * row.bytes <= spare)
-    tokens = next(fitting, LEAST_SCHEDULED)
-    return EngineMemory(tokens, 1.0, min(tokens, longest) * row.bytes, weights + kv_cache)
+    fitting = (tokens for tokens in STEPS if min(tokens, longest) * row <= spare)
+    tokens = next(fitting, STEPS[-1])
+    return EngineMemory(tokens, 1.0, min(tokens, longest) * row, weights + kv_cache)
 
 
-def _steps() -> list[int]:
-    """Step sizes in tokens, the largest first."""
-    steps = [MOST_SCHEDULED]
-    while steps[-1] > LEAST_SCHEDULED:
-        steps.append(steps[-1] // 2)
-    return steps
+def _gpu_memory() -> int:
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory()
+
+
+def _available_memory() -> int:
+    """Bytes of memory that this process may still allocate."""
+    import resource
+
+    import psutil
+
+    limits = [psutil.virtual_memory().available]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        limits.append(most - psutil.Process().memory_info().vms)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        limits.append(most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or no limit
+        pass
+    return max(0, min(limits))

@@ -3,46 +3,19 @@
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError, one_line
 from ...trainer.models.files import ModelFiles
-from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
 from .settings import EngineSettings
-from .vllm_memory import EngineMemory, RowCost, fit_cpu, fit_gpu
+from .vllm_memory import CPU_KV_CACHE
 
-WINDOW_TOKENS = 16384  # in the engine at a time, which bounds memory
-_CPU_KV_CACHE = 2  # GiB
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 _NO_MORE = "initialization failed"  # the only message about an engine in another process
 
 
-class EngineDiedError(Exception):
+class EngineStoppedError(Exception):
     """Raised when the engine ended, probably out of memory: smaller steps may help."""
-
-
-def plan_memory(
-    model: ModelFiles, settings: EngineSettings, gpu_memory: int | None = None
-) -> EngineMemory:
-    """Choose the engine's configuration.
-
-    `gpu_memory` is the memory of a GPU in bytes; None is that of this machine, which may have no
-    GPU.
-    """
-    import torch
-
-    on_cpu = gpu_memory is None and not torch.cuda.is_available()
-    value_bytes, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
-    row = RowCost(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu=on_cpu)
-    weights = weight_bytes(model, settings.dtype) // settings.gpus
-    if on_cpu:
-        kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _CPU_KV_CACHE) * 2**30
-        return fit_cpu(_available_memory(), weights, kv_cache, row, settings.max_length)
-    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
-    total = gpu_memory or _gpu_memory()
-    share = settings.gpu_memory_utilization
-    return fit_gpu(total, share, weights, kv_cache, row, settings.max_length)
 
 
 def start_engine(
@@ -50,7 +23,7 @@ def start_engine(
 ) -> Any:
     """Start a `vllm.LLM` with the weights of `model`.
 
-    Raises EngineDiedError if memory ran out, UserError if it cannot start for another reason.
+    Raises EngineStoppedError if memory ran out, UserError if it cannot start for another reason.
     """
     _prepare_environment(settings.max_length, model.max_length)
     try:
@@ -75,7 +48,7 @@ def start_engine(
     except Exception as error:
         # vLLM raises many kinds, from bad configurations to memory
         if is_memory(error):
-            raise EngineDiedError(one_line(error)) from error
+            raise EngineStoppedError(one_line(error)) from error
         raise UserError(
             f"vLLM cannot start with model {model.name}: {one_line(error)}: "
             "try --engine transformers, or a smaller --max-length"
@@ -130,38 +103,13 @@ def is_memory(error: BaseException) -> bool:
     return says_no_more(str(error)) or _names_memory(str(error))
 
 
-def says_no_more(said: str) -> bool:
+def says_no_more(message: str) -> bool:
     """Whether the error of an engine that did not start leaves the cause open."""
-    return _NO_MORE in said.lower() and not _names_memory(said)
+    return _NO_MORE in message.lower() and not _names_memory(message)
 
 
-def _names_memory(said: str) -> bool:
-    return any(words in said.lower() for words in _MEMORY_WORDS)
-
-
-def _gpu_memory() -> int:
-    from vllm.platforms import current_platform
-
-    return current_platform.get_device_total_memory()
-
-
-def _available_memory() -> int:
-    """Bytes of memory that this process may still allocate."""
-    import resource
-
-    import psutil
-
-    limits = [psutil.virtual_memory().available]
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        limits.append(most - psutil.Process().memory_info().vms)
-    group = Path("/sys/fs/cgroup")
-    try:
-        most = int((group / "memory.max").read_text())
-        limits.append(most - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or no limit
-        pass
-    return max(0, min(limits))
+def _names_memory(message: str) -> bool:
+    return any(words in message.lower() for words in _MEMORY_WORDS)
 
 
 def _prepare_environment(max_length: int, model_limit: int) -> None:
@@ -177,7 +125,7 @@ def _prepare_environment(max_length: int, model_limit: int) -> None:
         defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     else:
         defaults |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(_CPU_KV_CACHE),
+            "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a worker process would bind to one core
         }
         # the first request would spend half a minute compiling

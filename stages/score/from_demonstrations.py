@@ -74,8 +74,8 @@ def _refuse_today(rows: RowSettings, demonstrations: "Demonstrations") -> None:
     day = demonstrations.encoder.day
     if day is not None and rows.date is None:
         raise UserError(
-            "--store: the template writes today's date, and the folder's name there follows from "
-            f"all that is in it: give the day, as in --date {day.isoformat()}"
+            "--store: the template writes today's date, and the name of the folder depends on it: "
+            f"give a date, as in --date {day.isoformat()}"
         )
 
 
@@ -109,9 +109,9 @@ class Demonstrations:
     def settings(self) -> dict[str, Any]:
         template, day = self.encoder.template, self.encoder.day
         special_tokens = self.encoder.special_tokens
-        told = {"special_tokens": special_tokens} if special_tokens else {}
-        told |= {} if day is None else {"date": day.isoformat()}
-        return told | {
+        extra = {"special_tokens": special_tokens} if special_tokens else {}
+        extra |= {} if day is None else {"date": day.isoformat()}
+        return extra | {
             "max_length": self.max_length,
             "too_long": self.options.too_long,
             "format": self.options.format,
@@ -176,5 +176,5 @@ def _max_length(settings: RowSettings, model: ModelFiles) -> int:
 
 def _unusable(reject: Reject) -> UserError:
     return UserError(
-        f"{reject.source}, line {reject.line}: {reject.reason}: mend it, or leave --strict out"
+        f"{reject.source}, line {reject.line}: {reject.reason}: correct it, or leave --strict out"
     )

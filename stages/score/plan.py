@@ -19,8 +19,7 @@ from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
 from ..engines.choose import choose_dtype
 from ..engines.settings import EngineSettings, ServerSettings
-from ..engines.vllm_memory import EngineMemory
-from ..engines.vllm_start import WINDOW_TOKENS, plan_memory
+from ..engines.vllm_memory import WINDOW_TOKENS, EngineMemory, plan_memory
 from .from_demonstrations import Demonstrations
 from .settings import ScoreSettings
 from .stage import check_top_k

@@ -11,7 +11,7 @@ from ..engines.settings import EngineSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSettings:
-    """Which rows of text are scored, and how they become examples."""
+    """The demonstrations to score, and how they become examples."""
 
     demonstrations: tuple[str, ...] = option(
         (),
@@ -58,9 +58,9 @@ class RowSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSettings:
-    """What is scored (`rows`, or the examples of the score folder `at`), by what, and where to.
+    """The input (`rows`, or the examples of the score folder `at`), the engine and the output.
 
-    With `in_store`, `out` is a store: the folder's name there is its fingerprint's.
+    With `in_store`, `out` is a store, in which the folder is named by its fingerprint.
     """
 
     model: str = field(metadata=about("Base model: a local folder or a name on the Hub."))

@@ -147,7 +147,7 @@ class ScoreStage:
             "top_k": engine.top_k,
         }
         if is_server:
-            # what a server runs is known by its name there, its number format by what the user says
+            # a server's weights are known only by their name, its number format by --dtype
             dtype = self.settings.engine.dtype
             dtype = "unknown" if dtype == "auto" else dtype
             own |= {"dtype": dtype, "server_model": engine.server.model}
@@ -178,15 +178,15 @@ def check_top_k(top_k: int, model: ModelFiles) -> None:
 
 
 def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles) -> EngineSettings:
-    """The settings without `auto`, and the name of a server's model asked for if none is given."""
+    """The settings without `auto`, with the name of a server's model and the longest example."""
     check_top_k(settings.top_k, model)
     engine = choose_engine(settings.engine, source.gathers)
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if engine != "vllm" and (value := getattr(settings, name)) > 1:
             option = option_of(name)
             raise UserError(
-                f"{option} {value}: goes with vLLM, and here --engine is {engine}: leave it out, "
-                "or give --engine vllm"
+                f"{option} {value}: goes with --engine vllm, not with {engine}: leave it out, or "
+                "give --engine vllm"
             )
     server = settings.server
     if engine == "server":

@@ -85,9 +85,12 @@ TEMPERATURE = "give 0.05 to 20"
             (("--teacher", "T", "--teacher-temperature", each), TEMPERATURE)
             for each in (0.0499, 20.01, 0, NAN)
         ],
-        (("--teacher-temperature", 2), "is of no use without --teacher"),
-        (("--teacher", "T", "--method", "gift"), "T: gift reads no teacher"),
-        (("--teacher", "T", "--method", "sft+kl", "--form", "live"), "sft+kl reads no teacher"),
+        (("--teacher-temperature", 2), "goes with --teacher: give that as well"),
+        (("--teacher", "T", "--method", "gift"), "T: gift does not use a teacher"),
+        (
+            ("--teacher", "T", "--method", "sft+kl", "--form", "live"),
+            "sft+kl does not use a teacher",
+        ),
         (("--method", "magic"), "'magic' is not known: choose one of sft, dft, "),
         (("--method", "gift", "--form", "frozen-weight"), "choose one of frozen-target, live"),
         (("--method", "gem", "--form", "frozen-target"), "the loss has no lower bound"),

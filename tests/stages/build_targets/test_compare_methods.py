@@ -360,7 +360,7 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             ("--teacher", "T", "--teacher-temperature", 21),
             "--teacher-temperature 21 is out of range: give 0.05 to 20",
         ),
-        (("--teacher-temperature", 2), "is of no use without --teacher"),
+        (("--teacher-temperature", 2), "goes with --teacher: give that as well"),
         ((), "missing: no such folder"),
     ],
 )

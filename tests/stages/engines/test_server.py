@@ -445,7 +445,7 @@ def test_given_ids_are_not_for_a_server() -> None:
         ({"engine": "server"}, "needs --server-url"),
         ({"engine": "vllm", "server_url": "http://a"}, "goes with --engine server"),
         ({"engine": "vllm", "server_model": "m"}, "--server-model m: goes with --engine server"),
-        ({"engine": "server", "server_url": "host:8000"}, "--server-url host:8000: no address"),
+        ({"engine": "server", "server_url": "host:8000"}, "--server-url host:8000: not an address"),
         ({"server_requests": 0}, "--server-requests 0 is out of range"),
         ({"server_timeout": 0}, "--server-timeout 0 is out of range"),
     ],

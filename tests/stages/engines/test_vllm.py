@@ -335,7 +335,7 @@ def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(
 
     def start(model: Any, settings: Any, scheduled_tokens: int, utilization: float) -> Any:
         tried.append(scheduled_tokens)
-        raise vllm_start.EngineDiedError(death)
+        raise vllm_start.EngineStoppedError(death)
 
     monkeypatch.setattr(vllm_engine, "start_engine", start)
     with pytest.raises(UserError, match=words):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from qpipe.pipeline.errors import UserError
-from qpipe.stages.engines import vllm_start
 from qpipe.stages.engines.settings import EngineSettings
-from qpipe.stages.engines.vllm_memory import RowCost, fit_cpu, fit_gpu
+from qpipe.stages.engines.vllm_memory import fit_cpu, fit_gpu, plan_memory, row_bytes
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
 
@@ -20,15 +19,15 @@ GIB = 2**30
 
 def test_rows_on_one_gpu() -> None:
     # logits in bfloat16, their float32 copy, the result: 10 bytes a value; 28 of each of the top k
-    assert RowCost(1000, 0, value_bytes=2).bytes == 10_000
-    assert RowCost(1000, 10, value_bytes=2).bytes == 10_280
-    assert RowCost(1000, 0, value_bytes=4).bytes == 8_000
+    assert row_bytes(1000, 0, value_bytes=2) == 10_000
+    assert row_bytes(1000, 10, value_bytes=2) == 10_280
+    assert row_bytes(1000, 0, value_bytes=4) == 8_000
 
 
 def test_rows_of_a_shared_vocabulary_are_gathered() -> None:
     # a half, the whole as gathered, the whole in order: 2.5 values, more than what comes after
-    assert RowCost(1000, 0, value_bytes=4, tensor_parallel_size=2).bytes == 10_000
-    assert RowCost(1000, 0, value_bytes=2, tensor_parallel_size=2).bytes == 10_000
+    assert row_bytes(1000, 0, value_bytes=4, tensor_parallel_size=2) == 10_000
+    assert row_bytes(1000, 0, value_bytes=2, tensor_parallel_size=2) == 10_000
 
 
 _SAMPLER = """
@@ -59,11 +58,11 @@ def test_rows_take_on_a_cpu_what_is_planned(dtype: str, value_bytes: int) -> Non
     done = subprocess.run(
         [sys.executable, "-c", _SAMPLER, dtype], capture_output=True, text=True, check=True
     )
-    planned = RowCost(40_000, 64, value_bytes, on_cpu=True).bytes / 40_000
+    planned = row_bytes(40_000, 64, value_bytes, on_cpu=True) / 40_000
     assert float(done.stdout) == pytest.approx(planned, rel=0.1)
 
 
-ROWS = RowCost(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
+ROWS = row_bytes(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
 
 
 def test_a_large_gpu_takes_the_whole_step() -> None:
@@ -90,11 +89,11 @@ def test_a_full_gpu_takes_a_smaller_step() -> None:
 def test_short_examples_need_no_room_for_a_whole_step() -> None:
     plan = fit_gpu(24 * GIB, 0.95, 18 * GIB + GIB // 2, 1 * GIB, ROWS, longest=500)
     assert plan.scheduled_tokens == 2048
-    assert plan.added == 500 * ROWS.bytes
+    assert plan.added == 500 * ROWS
 
 
 def test_a_cpu_takes_what_is_free() -> None:
-    rows = RowCost(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
+    rows = row_bytes(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
     assert fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 2048
     assert fit_cpu(8 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 1024
     assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 64
@@ -121,7 +120,7 @@ def test_a_damaged_file_of_weights_is_named(tiny_model: Path, tmp_path: Path) ->
 
 def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
     settings = EngineSettings("vllm", "bfloat16", max_length=256, gpu_memory_utilization=0.9)
-    plan = vllm_start.plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
+    plan = plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
     assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.9)
     assert plan.added == 256 * (VOCAB * 10 + 64 * 28)
 
@@ -132,7 +131,7 @@ def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
     files = find_model(str(tiny_model))
     of_model = weight_bytes(files, "bfloat16") + kv_cache_bytes(files, "bfloat16") * 16384
     needed = [
-        vllm_start.plan_memory(
+        plan_memory(
             files,
             EngineSettings(
                 "vllm", "bfloat16", 256, tensor_parallel_size=tp, pipeline_parallel_size=pp

@@ -34,7 +34,9 @@ def test_a_row_rejected_before_is_refused(options: dict[str, Any], rank: int | N
     world_size = None if rank is None else 2
     score(score_settings(**options), Execution(rank=rank, world_size=world_size))
     assert (options["out"] / "manifest.json").exists() == (rank is None)
-    with pytest.raises(UserError, match=r"chats\.jsonl, line 4: no known format, .*: mend it, or"):
+    with pytest.raises(
+        UserError, match=r"chats\.jsonl, line 4: no known format, .*: correct it, or"
+    ):
         score(score_settings(**options, strict=True))
 
 
