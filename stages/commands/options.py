@@ -1,4 +1,4 @@
-"""What the commands' options have in common."""
+"""Options that several commands share, and options made of settings dataclasses."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field
@@ -28,7 +28,7 @@ class _Place(click.ParamType):
 
 
 class _FileToWrite(click.Path):
-    """A local file, of any content before: the folder that it lies in must be there."""
+    """A local file to write or overwrite, in an existing folder."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path, dir_okay=False, writable=True)
@@ -36,9 +36,9 @@ class _FileToWrite(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = cast(Path, super().convert(value, param, ctx))
         if not path.name:
-            self.fail(f"{value!r} names no file", param, ctx)
+            self.fail(f"{value!r} is not a file name", param, ctx)
         if not path.parent.is_dir():
-            self.fail(f"{path.parent} is no folder", param, ctx)
+            self.fail(f"{path.parent} is not a folder", param, ctx)
         return path
 
 
@@ -83,12 +83,12 @@ class Command(click.Command):
         except click.MissingParameter as error:
             if greedy is None or not isinstance(error.param, click.Argument):
                 raise
-            message = f"{error.format_message()} {greedy} takes all that follows it: put it last"
+            message = f"{error.format_message()} {greedy} takes all values after it: put it last"
             raise click.UsageError(message, ctx) from error
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Take the options of a YAML file as defaults, so that the command line wins."""
+    """Use the options of a YAML file as defaults; the command line takes precedence."""
     if path is None:
         return
     import yaml
@@ -102,12 +102,12 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     if isinstance(config, dict) and config.keys() & commands.keys():
         config = config.get(ctx.info_name) or {}
     if not isinstance(config, dict):
-        raise click.ClickException(f"--config {path}: it must hold options, as in `top-k: 64`")
+        raise click.ClickException(f"--config {path}: must hold options, as in `top-k: 64`")
     ctx.default_map = dict(_default(ctx, path, str(key), val) for key, val in config.items())
 
 
 def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any]:
-    """The parameter that a key of a config file means, and its value as click takes it."""
+    """The parameter for a key of a config file, and its value in the form that click takes."""
     option = option_of(key)
     for parameter in ctx.command.params:
         if option in parameter.opts and option != "--config" and parameter.name is not None:
@@ -115,8 +115,8 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
             values = value if isinstance(value, list) else list(named.values()) or [value]
             if any(isinstance(one, list | dict | None) for one in values):
                 raise click.ClickException(
-                    f"--config {path}: {option} is no value: {shown(value)}: give one, or leave "
-                    "it out"
+                    f"--config {path}: {option}: {shown(value)} is not a value: give one, or "
+                    "leave it out"
                 )
             if not parameter.multiple and isinstance(value, list | dict):
                 raise click.ClickException(
@@ -126,7 +126,7 @@ def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str,
             if not all(map(_can_be_typed, words)):
                 raise click.ClickException(
                     f"--config {path}: {option} holds half a surrogate pair or a NUL: "
-                    f"{shown(value)}: no command line can, leave it out"
+                    f"{shown(value)}: leave that out"
                 )
             return parameter.name, words if parameter.multiple else words[0]
     raise click.ClickException(f"--config {path}: `{ctx.command_path}` has no option {option}")
@@ -142,7 +142,7 @@ def _can_be_typed(word: str) -> bool:
 def options_of(
     *kinds: type, only: Sequence[str] = (), without: Collection[str] = (), **changes: Any
 ) -> Callable[[Any], Any]:
-    """A decorator: an option for each described field of settings dataclasses, in their order.
+    """A decorator that adds an option for each described field of settings dataclasses, in order.
 
     `only`, in this order, and `without` are names of fields; `changes` are arguments of
     `click.option` by field.
@@ -170,7 +170,7 @@ def options_of(
 
 
 def take(kind: Callable[..., Settings], options: dict[str, Any], **others: Any) -> Settings:
-    """The settings of a dataclass that `options_of` made options of; they leave `options`."""
+    """The settings dataclass of options added by `options_of`; these are removed from `options`."""
     given = {
         each.name: options.pop(name)
         for each, about in described(kind).items()
@@ -184,7 +184,7 @@ def _parameter(each: Field[Any], about: Option) -> str:
 
 
 def _arguments(each: Field[Any], about: Option) -> dict[str, Any]:
-    """What click makes an option of, by the annotation and the default of a field."""
+    """Arguments of `click.option` for the annotation and the default of a field."""
     choices = choices_of(each.type)
     types = _types_in(each.type)
     kind = next((one for one in (bool, int, float, Path) if one in types), str)
@@ -202,7 +202,7 @@ def _arguments(each: Field[Any], about: Option) -> dict[str, Any]:
 
 
 def _types_in(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of, as {tuple, Path} of `tuple[Path, ...]`."""
+    """The types in an annotation: {tuple, Path} for `tuple[Path, ...]`."""
     parts = get_args(annotation)
     own = {annotation} if not parts else {get_origin(annotation)}
     return own.union(*map(_types_in, parts))
@@ -221,7 +221,7 @@ def config_option(command: Any) -> Any:
 
 
 def log_json_option(help: str) -> Any:
-    """A file of JSON lines that the command appends to."""
+    """`--log-json`, a file of JSON lines that the command appends to."""
     return click.option(
         "--log-json",
         type=FILE_TO_WRITE,
@@ -235,7 +235,7 @@ execution_options = options_of(Execution, log_json={"type": FILE_TO_WRITE})
 
 
 def out_options(command: Any) -> Any:
-    """Where to: one of `--out` and `--store`, which `take_place` makes settings of."""
+    """`--out` and `--store`, one of which `take_place` turns into settings."""
     command = click.option(
         "--store",
         type=FOLDER,
@@ -248,9 +248,9 @@ def out_options(command: Any) -> Any:
 
 
 def take_place(options: dict[str, Any]) -> None:
-    """Settle `out_options` among the options: `out`, and whether it is a store."""
+    """Replace `out_options` by the settings `out` and `in_store`."""
     store = options.pop("store")
     if (store is None) == (options["out"] is None):
-        raise click.UsageError("give --out DIR, or --store ROOT")
+        raise click.UsageError("give either --out DIR or --store ROOT")
     options["in_store"] = store is not None
     options["out"] = options["out"] if store is None else store

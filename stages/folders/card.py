@@ -1,4 +1,4 @@
-"""The data set card of a shared folder: what it is, what made it, how to open it."""
+"""The data set card of a shared folder: its content, its origin, and how to load it."""
 
 import html
 import re

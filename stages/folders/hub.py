@@ -1,7 +1,7 @@
-"""Uploading to the Hugging Face hub in one commit, so that a folder appears there as a whole.
+"""Uploads a folder to the Hugging Face hub in one commit, so that it appears there as a whole.
 
-The hub stores files by their hash, which it compares as it receives them: nothing is hashed again
-here, and an interrupted upload continues where it stopped.
+The hub verifies the hash of each file that it receives, so files are not hashed again here. An
+interrupted upload continues where it stopped.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ class HubFolder:
         name, _, self.inner = rest.partition("/")
         name, _, revision = name.partition("@")
         if not (owner and name):
-            raise UserError(f"{url}: names no repository: give {DATASETS}OWNER/NAME")
+            raise UserError(f"{url}: not a repository: give {DATASETS}OWNER/NAME")
         self.url = url
         self.where: dict[str, Any] = {
             "repo_id": f"{owner}/{name}",
             "repo_type": "dataset",
             "revision": revision or None,
         }
-        self.api: HfApi = self._made()
+        self.api: HfApi = self._create()
 
-    def _made(self) -> "HfApi":
+    def _create(self) -> "HfApi":
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -44,8 +44,8 @@ class HubFolder:
             api.create_repo(self.where["repo_id"], repo_type="dataset", private=True, exist_ok=True)
         except Exception as error:  # of the hub or of the network
             raise UserError(
-                f"{self.url}: the repository cannot be made: {one_line(error)}: log in with "
-                "`hf auth login`, or make it on the hub"
+                f"{self.url}: the repository cannot be created: {one_line(error)}: log in with "
+                "`hf auth login`, or create it on the hub"
             ) from error
         return api
 

@@ -1,4 +1,4 @@
-"""`qpipe lineage`: the chain of folders back to the demonstrations."""
+"""`qpipe lineage`: the folders that a folder was made from, back to the demonstrations."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -49,8 +49,8 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     manifest = source.manifest
     if source.stage == MIX:
         raise UserError(
-            f"{folder}: a mixture names folders and holds none of their rows: share each of them, "
-            "then `qpipe mix` their URLs"
+            f"{folder}: a mixture refers to folders and holds no rows: share each of them, then "
+            "`qpipe mix` their URLs"
         )
     beside = {
         REJECTS: rejects_bytes(manifest.shards),
@@ -79,16 +79,14 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
 
 
 def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) -> Shared:
-    """As `share`, to the Hugging Face hub."""
+    """Share to the Hugging Face hub, in one commit."""
     manifest = source.manifest
     hub = HubFolder(str(target))
     if finished(target, manifest.identity) is not None:
         return _was_there(target, manifest, beside[MANIFEST])
     others = {path.name for path in target.iterdir()} - {HUB_FILE}
     if others:
-        raise UserError(
-            f"{target}: holds something else ({min(others)}): give a folder inside of it"
-        )
+        raise UserError(f"{target}: holds something else ({min(others)}): give a folder inside it")
     sidecars = {
         sidecar_path(target, index).name: sidecar_bytes(entry)
         for index, entry in enumerate(manifest.shards)
@@ -105,14 +103,14 @@ def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) 
 
 def _was_there(target: Path, manifest: Manifest, content: bytes) -> Shared:
     if read_bytes(target / MANIFEST) != content:
-        raise UserError(f"{target}: holds the same work, made another time: give another URL")
+        raise UserError(f"{target}: holds the same folder, made another time: give another URL")
     return Shared(manifest, 0, was_done=True)
 
 
 def _sound_shard(
     source: SealedFolder, index: int, copy: Callable[[Path, str], Path] = local_copy
 ) -> Path:
-    """A local file of a shard's content, its hash compared."""
+    """A local copy of a shard. Raises UserError if its hash is not that in the manifest."""
     path, sha256 = source.shard_path(index), source.manifest.shards[index].sha256
     local = copy(path, sha256)
     if not local.exists() or sha256_of_file(local) != sha256:
@@ -131,7 +129,7 @@ def copy_shard(source: SealedFolder, target: Path, index: int) -> None:
 
 
 def sha256_there(path: Path) -> str:
-    """The hash of a file, wherever it is; never of a copy in the cache."""
+    """The hash of a file, also of a remote one, but never of a copy in the cache."""
     if not is_remote(path):
         return sha256_of_file(path)
     with nameless_file() as (_, local):

@@ -56,16 +56,16 @@ def _of_manifest(folder: SealedFolder) -> Iterator[str]:
     if not rejects.exists():
         yield f"{rejects}: missing"
     elif not is_content(rejects, rejects_bytes(manifest.shards)):
-        yield f"{rejects}: is not what the manifest says was rejected"
+        yield f"{rejects}: differs from the rejects in the manifest"
     if folder.stage != MIX and manifest.identity.schema != identity_schema(folder.schema):
-        yield f"{folder.path / MANIFEST}: its schema is not that of its settings"
+        yield f"{folder.path / MANIFEST}: its schema does not match its settings"
 
 
 def _of_chain(where: Path, identity: Identity, parents: Any) -> Iterator[str]:
-    """The folders that this one was made from have the fingerprints that it was made with."""
+    """The problems of the parents: their fingerprints must match the inputs."""
     try:
         if identity.stage == "build-targets" and identity.inputs.keys() != dict(parents).keys():
-            yield f"{where}: parents: not those that inputs names"
+            yield f"{where}: parents: not the same names as in inputs"
         for name, parent in dict(parents).items():
             own = msgspec.convert(parent["identity"], Identity)
             if identity.inputs.get(name) != own.fingerprint:
@@ -80,7 +80,7 @@ def _strays(folder: SealedFolder) -> Iterator[str]:
     known |= {sidecar_path(folder.path, shard).name for shard in folder.shards}
     for path in sorted(folder.path.glob("shard-*")):
         if path.name not in known:
-            yield f"{path}: the manifest does not name it"
+            yield f"{path}: not in the manifest"
 
 
 def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
@@ -88,16 +88,16 @@ def _of_sidecar(folder: Path, index: int, entry: ShardEntry) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: missing"
     elif not is_content(path, sidecar_bytes(entry)):
-        yield f"{path}: is not what the manifest says of {entry.file}"
+        yield f"{path}: differs from the entry of {entry.file} in the manifest"
 
 
 def _of_shard(folder: SealedFolder, shard: int) -> Iterator[str]:
-    """What is wrong with a shard's bytes, then with its rows as far as they can be read."""
+    """The problems of a shard's bytes, then of its rows as far as they can be read."""
     path, entry = folder.shard_path(shard), folder.manifest.shards[shard]
     if path.is_file():
         size = path.stat().st_size
         if size != entry.bytes:
-            yield f"{path}: has {size:,} bytes, the manifest says {entry.bytes:,}"
+            yield f"{path}: has {size:,} bytes, {entry.bytes:,} in the manifest"
         if sha256_of_file(path) != entry.sha256:
             yield f"{path}: its hash is not the manifest's"
     first = 0

@@ -88,6 +88,15 @@ class Companion:
         return is_same
 
 
+def base_scores(main: SealedFolder, path: Path) -> Companion:
+    """The base scores of a target folder. Raises UserError for any other folder."""
+    if not main.has_targets:
+        raise UserError(
+            f"--scores {path}: requires a target folder, {main.path} holds scores: leave it out"
+        )
+    return Companion(main, open_sealed(path, "score"))
+
+
 def looks(main: SealedFolder, companions: Mapping[str, Companion]) -> Iterator[list[Look]]:
     """The examples of a folder with all their measures, a record batch at a time.
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.errors import UserError
-from ...pipeline.folders.sealed import SealedFolder, open_sealed
+from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.progress import progress_bar
-from .examples import Companion, Look, looks, open_examples, parts_of
+from .examples import Companion, Look, base_scores, looks, open_examples, parts_of
 from .measures import MEASURES
 from .overview import Overview, folder_json
 from .settings import InspectSettings
@@ -176,14 +176,7 @@ def _check_measures(settings: InspectSettings, main: SealedFolder, look: Look) -
 def _companions(main: SealedFolder, settings: InspectSettings) -> dict[str, Companion]:
     if settings.against is not None:
         return {"other": Companion(main, open_examples(settings.against))}
-    if settings.scores is None:
-        return {}
-    if not main.has_targets:
-        raise UserError(
-            f"--scores {settings.scores}: requires a target folder, {main.path} holds scores: use "
-            "--against"
-        )
-    return {"base": Companion(main, open_sealed(settings.scores, "score"))}
+    return {} if settings.scores is None else {"base": base_scores(main, settings.scores)}
 
 
 def _left_out(companions: dict[str, Companion], overview: Overview) -> list[str]:

@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.progress import progress_bar
-from ..looking.examples import Companion, Look, looks, open_examples, role_of
+from ..looking.examples import Companion, Look, base_scores, looks, open_examples, role_of
 from ..looking.measures import MEASURES
 from ..looking.overview import Overview, folder_json
 from ..looking.token_text import TokenText, escaped, one_line_of, token_text
@@ -107,8 +106,8 @@ def folder_page(settings: ReportSettings) -> Page:
             progress.update(len(group))
     if not overview.examples:
         raise UserError(
-            f"{main.path}: no example in common with the folders given beside it: give folders of "
-            "the same demonstrations"
+            f"{main.path}: no example in common with the other folders: give folders of the same "
+            "demonstrations"
         )
     notes = [note] if note else []
     if len(drawn) < main.size:
@@ -122,17 +121,12 @@ def folder_page(settings: ReportSettings) -> Page:
 
 
 def _companions(main: SealedFolder, settings: ReportSettings) -> dict[str, Companion]:
-    given: Mapping[str, Path | None] = {"base": settings.scores, "teacher": settings.teacher}
-    if settings.scores is not None and not main.has_targets:
-        raise UserError(
-            f"--scores {settings.scores}: requires a target folder, {main.path} holds scores: "
-            "leave it out"
-        )
-    return {
-        role: Companion(main, open_sealed(path, "score"))
-        for role, path in given.items()
-        if path is not None
-    }
+    companions = {}
+    if settings.scores is not None:
+        companions["base"] = base_scores(main, settings.scores)
+    if settings.teacher is not None:
+        companions["teacher"] = Companion(main, open_sealed(settings.teacher, "score"))
+    return companions
 
 
 def _entry(look: Look, text: TokenText, vocabulary: Vocabulary, most: int) -> Entry:
@@ -147,7 +141,7 @@ def _entry(look: Look, text: TokenText, vocabulary: Vocabulary, most: int) -> En
         vocabulary.add(ids, text.pieces(ids)),
         is_supervised,
         {
-            name: quantised(_COLUMNS[name], _stored(name, values))
+            name: quantised(_COLUMNS[name], values)
             for name, values in look.values.items()
             if name in _COLUMNS
         },
@@ -157,23 +151,15 @@ def _entry(look: Look, text: TokenText, vocabulary: Vocabulary, most: int) -> En
     )
 
 
-def _stored(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A probability as −log p."""
-    return -np.log(np.maximum(values, 1e-30)) if _COLUMNS[name] == "log-prob" else values
-
-
 def _facts(
     main: SealedFolder, companions: Mapping[str, Companion], overview: Overview, notes: list[str]
 ) -> dict[str, Any]:
-    """What the page says besides its demonstrations."""
+    """The data of the page apart from the demonstrations."""
     roles = [role_of(main), *companions]
     names = [name for name in MEASURES if name in overview.spreads]
     colours = [name for name in names if name in _COLUMNS or name == "gain"]
-    constant = {
-        name
-        for name in ("trust", "weight")
-        if name in overview.spreads and overview.spreads[name].is_constant
-    }
+    spreads = overview.spreads
+    constant = [n for n in ("trust", "weight") if n in spreads and spreads[n].is_constant]
     return {
         "kind": "folder",
         "folder": _shown(folder_json(main)),
@@ -181,12 +167,15 @@ def _facts(
         "summary": overview.as_json(),
         "roles": roles,
         "measures": {
-            name: {"title": m.title, "words": m.words, "scale": m.scale}
-            for name, m in MEASURES.items()
-            if name in overview.spreads
+            name: {
+                "title": MEASURES[name].title,
+                "words": MEASURES[name].words,
+                "scale": MEASURES[name].scale,
+            }
+            for name in names
         },
         "colours": [name for name in colours if not (name == "weight" and name in constant)],
-        "constant": sorted(constant),
+        "constant": constant,
         "columns": [[name, _COLUMNS[name]] for name in names if name in _COLUMNS],
         "notes": notes,
     }

@@ -15,9 +15,9 @@ from .training_page import is_run, read_runs, training_head
 def make_report(
     folders: Sequence[Path], settings: ReportSettings, out: Path | None, png: Path | None
 ) -> None:
-    """Write the page, and the picture, of some folders. Raises UserError for mixed kinds."""
+    """Write the page or the picture of some folders. Raises UserError for mixed kinds."""
     if out is None and png is None:
-        raise UserError("give --out, the HTML file to write, as in --out report.html")
+        raise UserError("no output: give --out FILE, as in --out report.html")
     are_runs = [is_run(folder) for folder in folders]
     if all(are_runs):
         _report_runs(folders, settings, out, png)
@@ -26,11 +26,11 @@ def make_report(
             if not folder.exists():
                 raise UserError(f"{folder}: no such folder")
         raise UserError(
-            "one folder of targets or scores makes a page, or one or several training runs: of "
-            f"{', '.join(map(str, folders))} give one kind"
+            f"{', '.join(map(str, folders))}: cannot be on one page: give one folder of targets or "
+            "scores, or only training runs"
         )
     elif png is not None:
-        raise UserError(f"--png {png}: is of training runs alone, {folders[0]} is none")
+        raise UserError(f"--png {png}: requires training runs, {folders[0]} is not one")
     else:
         assert out is not None
         _report_folder(out, settings)
@@ -52,7 +52,7 @@ def _report_runs(
 ) -> None:
     for name in ("scores", "teacher", "model"):
         if (value := getattr(settings, name)) is not None:
-            raise UserError(f"--{name} {value}: training runs have none: leave it out")
+            raise UserError(f"--{name} {value}: does not apply to training runs: leave it out")
     runs = read_runs(folders)
     if out is not None:
         blobs = {"head": training_head(runs)}

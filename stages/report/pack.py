@@ -34,7 +34,9 @@ class Alternatives:
 
 
 def quantised(kind: str, values: Floats) -> NDArray[np.uint16]:
-    """Values as whole numbers of units, clipped to the largest."""
+    """Values, or −log of them for "log-prob", as whole numbers of units, clipped to the largest."""
+    if kind == "log-prob":
+        values = -np.log(np.maximum(values, 1e-30))
     units = np.rint(np.nan_to_num(values, posinf=1e9) * _PER_UNIT[kind])
     return np.clip(units, 0, 2**16 - 1).astype(np.uint16)
 

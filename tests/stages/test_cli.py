@@ -46,7 +46,7 @@ def test_a_value_after_an_option_that_takes_one_is_refused() -> None:
 
 def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
     with pytest.raises(
-        click.UsageError, match=r"'DIR'.* --where takes all that follows it: put it"
+        click.UsageError, match=r"'DIR'.* --where takes all values after it: put it"
     ):
         parsed("subset", "--where", "tokens < 3", "scores", "--out", "o")
     for words in (("subset", "--out", "o"), ("score", "--demonstrations", "a", "b", "--out", "o")):
@@ -124,10 +124,10 @@ def test_parameters_may_be_a_mapping_and_numbers_are_read_as_words(tmp_path: Pat
         ("top-k: 2024-13-45\n", "cannot be read: month must be in 1..12"),
         ("top-p: [1, 2]\n", "--top-p takes one value"),
         ("method: {a: 1}\n", "--method takes one value"),
-        ("top-p: null\n", "--top-p is no value"),
-        ("param: [[1]]\n", "--param is no value"),
+        ("top-p: null\n", "--top-p: None is not a value"),
+        ("param: [[1]]\n", "--param: [[1]] is not a value"),
         ("config: other.yaml\n", "has no option --config"),
-        ('log-json: ""\n', "'--log-json': '' names no file"),
+        ('log-json: ""\n', "'--log-json': '' is not a file name"),
         ('log-json: "\\ud800"\n', "--log-json holds half a surrogate pair or a NUL: '\\ud800'"),
         ('log-json: "a\\0b"\n', "--log-json holds half a surrogate pair or a NUL: 'a\\x00b'"),
     ],
@@ -165,7 +165,7 @@ def each_in_the_next(lists: int, times: int) -> str:
 )
 def test_a_config_file_of_values_within_values(tmp_path: Path, value: str) -> None:
     config = config_file(tmp_path, f"param: {value}\n")
-    with pytest.raises(click.ClickException, match="--param is no value") as refused:
+    with pytest.raises(click.ClickException, match="--param: .* is not a value") as refused:
         parsed("build-targets", *BUILD, "--config", config)
     assert len(refused.value.format_message()) < 500
 

@@ -188,7 +188,7 @@ def test_the_same_work_made_another_time_is_no_copy(s3: Bucket, made: Path, tmp_
     again = scores(tmp_path / "again", chance=0.5001)  # another GPU's
     qpipe("share", made, "s3://bucket/copy")
     said = qpipe("share", again, "s3://bucket/copy", fails=True)
-    assert said.startswith("Error: s3://bucket/copy: holds the same work, made another time")
+    assert said.startswith("Error: s3://bucket/copy: holds the same folder, made another time")
 
 
 def test_a_damaged_source_is_refused(s3: Bucket, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_store_that_goes_away_in_the_middle_is_one_line(
 
 def test_the_hub_out_of_reach_is_one_line(made: Path) -> None:
     said = qpipe("share", made, "hf://datasets/name/targets", fails=True)
-    assert said.startswith("Error: hf://datasets/name/targets: the repository cannot be made: ")
+    assert said.startswith("Error: hf://datasets/name/targets: the repository cannot be created: ")
     assert "`hf auth login`" in said
 
 

@@ -161,21 +161,25 @@ def test_missing_or_changed_sidecars_are_named(
     sidecar.unlink()
     if content is not None:
         sidecar.write_bytes(content)
-    what = "missing" if content is None else "is not what the manifest says of shard-00001.arrow"
+    what = (
+        "missing"
+        if content is None
+        else "differs from the entry of shard-00001.arrow in the manifest"
+    )
     refused(verify, own, f"shard-00001.json: {what}", "1 problem(s)")
 
 
 def test_missing_or_changed_rejects_are_named(verify: Verify, own_scores: Path) -> None:
     path = own_scores / "rejects.jsonl"
     path.write_text(path.read_text().replace("3", "4"))
-    refused(verify, own_scores, "rejects.jsonl: is not what the manifest says was rejected")
+    refused(verify, own_scores, "rejects.jsonl: differs from the rejects in the manifest")
     path.unlink()
     refused(verify, own_scores, "rejects.jsonl: missing")
 
 
 def test_strays_are_named(verify: Verify, own: Path) -> None:
     shutil.copy(own / "shard-00000.arrow", own / "shard-00002.arrow")
-    refused(verify, own, "shard-00002.arrow: the manifest does not name it", "1 problem(s)")
+    refused(verify, own, "shard-00002.arrow: not in the manifest", "1 problem(s)")
 
 
 def test_a_manifest_changed_by_hand_is_refused(verify: Verify, own: Path) -> None:
@@ -249,7 +253,7 @@ def test_a_size_that_the_shard_does_not_have_is_named(verify: Verify, own: Path)
     entries = [replace(first, bytes=first.bytes + 1), *rest]
     write_sidecar(own, 0, entries[0])
     write_manifest(own, replace(manifest, shards=entries, totals=totals_of(entries)))
-    refused(verify, own, "shard-00000.arrow: has", "bytes, the manifest says", "1 problem(s)")
+    refused(verify, own, "shard-00000.arrow: has", "in the manifest", "1 problem(s)")
 
 
 def test_a_schema_that_is_not_that_of_the_settings_is_named(verify: Verify, own: Path) -> None:
@@ -258,14 +262,17 @@ def test_a_schema_that_is_not_that_of_the_settings_is_named(verify: Verify, own:
         return replace(manifest, identity=replace(manifest.identity, schema=schema))
 
     reseal(own, change)
-    refused(verify, own, "manifest.json: its schema is not that of its settings", "1 problem(s)")
+    refused(verify, own, "manifest.json: its schema does not match its settings", "1 problem(s)")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda parents: parents.pop("scores"), "parents: not those that inputs names"),
-        (lambda parents: parents.update(teacher=parents["scores"]), "not those that inputs"),
+        (lambda parents: parents.pop("scores"), "parents: not the same names as in inputs"),
+        (
+            lambda parents: parents.update(teacher=parents["scores"]),
+            "not the same names as in inputs",
+        ),
         (
             lambda parents: parents["scores"]["identity"]["settings"].update(top_k=13),
             "parents, 'scores': its fingerprint is not the one in inputs",
@@ -300,7 +307,7 @@ def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
     for index in range(30):
         (own / f"shard-1{index:04d}.arrow").write_bytes(b"")
     said = refused(verify, own, "30 problem(s): restore it, or make it again")
-    assert said.count("the manifest does not name it") == 20
+    assert said.count("not in the manifest") == 20
 
 
 # Folders of other versions
@@ -327,7 +334,7 @@ def test_a_folder_of_another_version_is_refused_with_the_way_out(
 
 def test_a_sidecar_without_a_seal_is_named(verify: Verify, own: Path) -> None:
     write_json(own / "shard-00000.json", read_manifest(own).shards[0])
-    refused(verify, own, "shard-00000.json: is not what the manifest says", "1 problem(s)")
+    refused(verify, own, "shard-00000.json: differs from the entry of", "1 problem(s)")
 
 
 # Readers

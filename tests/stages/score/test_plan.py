@@ -173,7 +173,7 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
         (["--plan", "--at", "x"], "--plan reads --demonstrations FILE"),
         (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "goes with --plan"),
         (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed goes with --plan"),
-        (["--demonstrations", "x.jsonl"], "give --out DIR, or --store ROOT"),
+        (["--demonstrations", "x.jsonl"], "give either --out DIR or --store ROOT"),
     ],
 )
 def test_options_that_do_not_go_together(words: list[str], message: str) -> None:

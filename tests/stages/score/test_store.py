@@ -69,4 +69,4 @@ def test_a_half_made_folder_of_a_store_is_continued(scores: Path, tmp_path: Path
 def test_a_folder_goes_to_one_place(scores: Path, places: tuple[str, ...]) -> None:
     done = run("build-targets", "--scores", scores, *places)
     assert done.exit_code == 2
-    assert "give --out DIR, or --store ROOT" in done.output
+    assert "give either --out DIR or --store ROOT" in done.output
