@@ -165,7 +165,7 @@ def each_in_the_next(lists: int, times: int) -> str:
 )
 def test_a_config_file_of_values_within_values(tmp_path: Path, value: str) -> None:
     config = config_file(tmp_path, f"param: {value}\n")
-    with pytest.raises(click.ClickException, match="--param: .* is not a value") as refused:
+    with pytest.raises(click.ClickException, match=r"--param: .* is not a value") as refused:
         parsed("build-targets", *BUILD, "--config", config)
     assert len(refused.value.format_message()) < 500
 
