@@ -86,7 +86,7 @@ class TransformersScorer:
         places = self._inputs(batch), self._tensor(rows_N), self._tensor(columns_N)
         for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
             asked = self._tensor(observed_N[rows]), self._tensor(given_Nw[rows])
-            results.append(_log_probs(logits_nV, *asked, top_k))
+            results.append(gathered_log_probs(logits_nV, *asked, top_k))
         arrays = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
         ends = np.cumsum(counts)[:-1]
         by_example = zip(*(np.split(array, ends) for array in (*arrays, given_Nw)), strict=True)
@@ -136,7 +136,7 @@ def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int6
     return GivenIds(counts, np.concatenate([each.ids for each in given])).padded()
 
 
-def _log_probs(
+def gathered_log_probs(
     logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
 ) -> tuple[Tensor, ...]:
     """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities [n, k];

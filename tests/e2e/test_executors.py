@@ -31,14 +31,14 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
 
 
 def succeed(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return out
 
 
 def refused(process: subprocess.Popen[str]) -> str:
     """The one line of a command that must refuse."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 2, (out, err)
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("Error: ")]
@@ -204,7 +204,7 @@ def test_ray_ends_with_the_command(score: Sequence[object], tmp_path: Path, stop
     while process.poll() is None and not list(out.glob("shard-*.json")):
         time.sleep(0.01)
     process.send_signal(stop)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
     assert process.returncode == expected[signal.Signals(stop)], err
     assert "Traceback" not in err

@@ -1,6 +1,7 @@
 """Rows of demonstrations for tests: written as files, and read back."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -54,3 +55,15 @@ def read_row(tmp_path, row, **options):
 def reasons(name):
     """Line and reason of each reject, line and None of each demonstration."""
     return [(row.line, row.reason if isinstance(row, Reject) else None) for row in read(name)]
+
+
+def write_chats(path: Path, count: int = 40) -> Path:
+    """A file of conversations of 1 to 20 words, and two lines without one after the third."""
+    rows = [
+        {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}]}
+        for text in ("word " * (1 + number % 20) for number in range(count))
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines[3:3] = ["{broken", json.dumps({"messages": []})]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -15,6 +15,7 @@ from qpipe.pipeline.methods.table import (
 )
 from qpipe.pipeline.methods.words import needs, table
 from qpipe.tests.support.methods import FACTS, LIVE, TARGET, WEIGHT, Facts
+from qpipe.tests.support.tiers import names_of_six_kinds
 
 # name: source, where methods.md names one
 SOURCES: dict[str, str | None] = {
@@ -298,7 +299,7 @@ def test_a_refused_form_says_why_and_what_there_is(pair: tuple[str, str], reason
     assert refusal(name, form) == f"{name} has no form '{form}' ({reason}): choose one of {there}"
 
 
-@pytest.mark.parametrize("name", list(SOURCES))
+@pytest.mark.parametrize("name", names_of_six_kinds(list(SOURCES)))
 @pytest.mark.parametrize("form", ["frozen", "Live", "", "live "])
 def test_an_unknown_form_is_refused_with_the_known_ones(name: str, form: str) -> None:
     there = ", ".join(each for method, each in FACTS if method == name)
@@ -435,7 +436,7 @@ def test_greek_and_long_names_mean_the_same_parameter(
     assert refusal(name, given={spelling: math.nan}) == refusal(name, given={parameter: math.nan})
 
 
-@pytest.mark.parametrize("name", list(SOURCES))
+@pytest.mark.parametrize("name", names_of_six_kinds(list(SOURCES)))
 @pytest.mark.parametrize("wrong", ["gamma", "", "LAM", "lam ", "γ"])
 def test_an_unknown_parameter_is_refused_with_the_known_ones(name: str, wrong: str) -> None:
     own = [parameter for method, parameter in PARAMETERS if method == name]

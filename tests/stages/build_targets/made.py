@@ -18,6 +18,7 @@ from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.tests.support.examples import dense_scored
 from qpipe.tests.support.folders import in_shards, seal_shards
+from qpipe.tests.support.tiers import of_six_kinds
 
 Floats = NDArray[np.float64]
 VOCAB = 24
@@ -25,7 +26,9 @@ TOP_K = 20
 SFT_KL = choose("sft+kl")
 ALL_CHOICES = list(choices())
 every_choice = pytest.mark.parametrize(
-    "choice", ALL_CHOICES, ids=[f"{each.method.name} {each.form}" for each in ALL_CHOICES]
+    "choice",
+    of_six_kinds(ALL_CHOICES, lambda each: (each.method.name, each.form)),
+    ids=[f"{each.method.name} {each.form}" for each in ALL_CHOICES],
 )
 
 

@@ -16,7 +16,7 @@ from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import Scorer
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import ENGINES, EngineSettings
-from qpipe.stages.engines.transformers_engine import _log_probs, batches
+from qpipe.stages.engines.transformers_engine import batches, gathered_log_probs
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
@@ -241,7 +241,7 @@ def test_tokens_as_probable_as_the_last_of_the_top_k_count_in_the_rank(top_k: in
 
     logits = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).repeat(4, 1)
     no_ids = torch.empty(4, 0, dtype=torch.int64)
-    _, ranks, *_ = _log_probs(logits, torch.arange(4), no_ids, top_k)
+    _, ranks, *_ = gathered_log_probs(logits, torch.arange(4), no_ids, top_k)
     assert ranks.tolist() == [4, 4, 4, 1]
 
 

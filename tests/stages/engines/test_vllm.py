@@ -23,7 +23,7 @@ from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 
 from ...conftest import make_tiny_model
-from ..score.test_plan import write_chats
+from ...support.rows import write_chats
 
 VOCAB = 320
 

@@ -21,7 +21,7 @@ from qpipe.tests.support.settings import score_settings
 
 from ...conftest import make_tiny_model
 from ...support.commands import qpipe
-from ..score.test_plan import write_chats
+from ...support.rows import write_chats
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,12 @@ from qpipe.stages.cli import cli
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import Throughput, Workload, costs, folder_bytes, plan
 from qpipe.stages.score.settings import ScoreSettings
+from qpipe.tests.support.rows import write_chats
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.size import count_weights, forward_flop
 
 GIB = 2**30
-
-
-def write_chats(path: Path, count: int = 40) -> Path:
-    rows = [
-        {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}]}
-        for text in ("word " * (1 + number % 20) for number in range(count))
-    ]
-    lines = [json.dumps(row) for row in rows]
-    lines[3:3] = ["{broken", json.dumps({"messages": []})]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
