@@ -53,8 +53,7 @@ def write_mix(out: Path, parts: Sequence[tuple[Path, float]]) -> StageResult:
     _check(list(opened.values()))
     job = _job(out, opened)
     with locked(out):
-        done = open_folder(out, job.identity)
-        return ShardRun(job).seal() if done is None else StageResult(done, was_done=True)
+        return open_folder(out, job.identity) or ShardRun(job).seal()
 
 
 def _job(out: Path, parts: dict[str, Part]) -> Job:

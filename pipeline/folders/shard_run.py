@@ -1,13 +1,13 @@
-"""How a stage runs over its shards: what is there is kept, what is missing is made, then sealed.
+"""Runs a stage over its shards: opens the folder, makes the missing shards, seals the folder.
 
-The row plan is fixed: shard i covers the same rows whatever the machine. A relaunch makes only the
-missing shards; a folder made with other settings is refused, never overwritten.
+Shard i covers the same rows on every machine and in every run, so a relaunch makes only the missing
+shards. A folder made with other settings is refused, never overwritten.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..format.schema import Schema
 from ..storage.files import TEMPORARY, write_bytes
 from ..storage.json_files import json_bytes, read_json
+from ..storage.locks import claimed
 from ..threads import in_order
 from .manifest import (
     MANIFEST,
@@ -40,24 +41,21 @@ from .manifest import (
 from .shards import ShardContent, commit_shard, committed_shard
 
 REJECTS = "rejects.jsonl"
-MOST_SHARDS = 150_000  # that of a target folder's manifest stay below `storage.MOST_BYTES`
-MOST_OF_REJECTS = 2**27  # bytes, for the same reason
-HUB_FILE = ".gitattributes"  # that a new repository of the Hugging Face hub holds
+MOST_SHARDS = 150_000  # keeps the manifest of a target folder below `storage.files.MOST_BYTES`
+MOST_OF_REJECTS = 2**27  # bytes; for the same reason
+HUB_FILE = ".gitattributes"  # part of every new repository of the Hugging Face hub
 
-
-# a shard's index, and what makes it; that gives None behind the last shard
+# the index of a shard, and a function that makes it or returns None after the last shard
 Task = tuple[int, Callable[[], ShardContent | None]]
-Claim = Callable[[Path], AbstractContextManager[bool]]  # holds a shard; whether it is ours to make
-# index, sidecar, and seconds from the start of its making
+# called with the index, the sidecar, and the seconds since the shard was begun
 OnCommit = Callable[[int, ShardEntry, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One stage over one output folder.
+    """The output folder of a stage, and what its manifest states.
 
-    `frequent_ids` are those of the schema's packing, if it has one, else those by which the stage
-    found its rows packed already.
+    `frequent_ids` is used if the schema has no packing: the ids of rows that are copied packed.
     """
 
     folder: Path
@@ -68,29 +66,38 @@ class Job:
     frequent_ids: tuple[int, ...] = ()
 
 
-def folder_in(out: Path, in_store: bool, identity: Identity) -> Path:
-    """The folder that holds an identity: `out`, or its own place in a store of many folders.
-
-    Whoever wants the same of a store comes to the same folder.
-    """
-    return out / f"{identity.stage}-{identity.fingerprint[:16]}" if in_store else out
-
-
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """A sealed folder's manifest, and what this run did for it (nothing, where it was there)."""
+    """The manifest of a sealed folder, and the work of this run."""
 
     manifest: Manifest
     positions: int = 0  # supervised positions of the shards made
-    seconds: float = 0.0  # spent on them, the start of an engine not counted
+    seconds: float = 0.0  # spent on them, without the start of an engine
     was_done: bool = False  # by an earlier run
 
 
-def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Manifest | None:
-    """Make ready to work in a folder; its manifest, if the work is done already.
+def folder_in(out: Path, in_store: bool, identity: Identity) -> Path:
+    """The folder for an identity: `out`, or a folder inside `out` named after the identity."""
+    return out / f"{identity.stage}-{identity.fingerprint[:16]}" if in_store else out
 
-    `alone` says that nobody else works in it. Raises UserError where the folder holds something
-    else, or the same stage with other settings.
+
+def finished(folder: Path, identity: Identity) -> StageResult | None:
+    """The result of a folder that is sealed and tidy, read without a lock; else None.
+
+    Works in a read-only folder, and for several commands at once. Raises UserError as
+    `open_folder` does.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    is_tidy = not (folder / PLAN).exists() and not any(folder.glob(TEMPORARY))
+    return _result_of(folder, identity) if is_tidy else None
+
+
+def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> StageResult | None:
+    """Prepare a folder for work. Returns its result if it is sealed already.
+
+    `alone` states that no other process works in it. Raises UserError if the folder holds anything
+    else, or output of the same stage with other settings.
     """
     plan = Plan(plan) if isinstance(plan, Identity) else plan
     if plan.shards is not None and plan.shards > MOST_SHARDS:
@@ -98,62 +105,89 @@ def open_folder(folder: Path, plan: Plan | Identity, alone: bool = True) -> Mani
             f"{folder}: would have {plan.shards:,} shards, {MOST_SHARDS:,} is the most that a "
             "manifest can hold: give a larger --shard-size"
         )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file: --out needs a folder")
     if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        refuse_other(folder, plan.identity, manifest.identity)
-        way_out = f"the manifest names it: restore it, or remove {folder} and make it again"
-        refuse_incomplete(folder, manifest.shards, way_out)
+        result = _result_of(folder, plan.identity)
         if alone:
             tidy(folder)
-        return manifest
-    if (folder / PLAN).exists():
-        try:
-            found = read_plan(folder)
-        except UserError:
-            if (folder / MANIFEST).exists():  # another task has sealed it just now
-                return open_folder(folder, plan, alone)
+        return result
+    try:
+        if (folder / PLAN).exists():
+            _resume(folder, plan, alone)
+        else:
+            _begin(folder, plan, alone)
+    except UserError:
+        if not (folder / MANIFEST).exists():
             raise
-        if not alone or _holds_rows(folder):  # a plan that led to nothing binds nobody else
-            refuse_other(folder, plan.identity, found.identity)
-        if found != plan and alone:
-            if found.identity != plan.identity:
-                _forget_shards(folder)
-            write_plan(folder, plan)
-        return None
+        return open_folder(folder, plan, alone)  # another task has sealed it meanwhile
+    return None
+
+
+def _result_of(folder: Path, identity: Identity) -> StageResult:
+    manifest = read_manifest(folder)
+    refuse_other(folder, identity, manifest.identity)
+    way_out = f"the manifest names it: restore it, or remove {folder} and make it again"
+    refuse_incomplete(folder, manifest.shards, way_out)
+    return StageResult(manifest, was_done=True)
+
+
+def _resume(folder: Path, plan: Plan, alone: bool) -> None:
+    """Continue with the plan of a folder, or replace it if no rows were made with it."""
+    found = read_plan(folder)
+    if not alone or _holds_rows(folder):
+        refuse_other(folder, plan.identity, found.identity)
+    if found != plan and alone:
+        if found.identity != plan.identity:
+            for path in folder.glob("shard-*"):
+                path.unlink(missing_ok=True)
+        write_plan(folder, plan)
+
+
+def _begin(folder: Path, plan: Plan, alone: bool) -> None:
+    """Make a folder if it is missing, and write its plan."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()} - {"", HUB_FILE}
-        present = {name for name in names if not fnmatch(name, TEMPORARY)}
     except OSError as error:
         raise UserError(f"{folder}: cannot be used for output: {error.strerror}") from error
-    if present & {PLAN, MANIFEST}:  # another task has opened or sealed it just now
-        return open_folder(folder, plan, alone)
+    present = {name for name in names if not fnmatch(name, TEMPORARY)}
+    if PLAN in present:  # another task has opened the folder meanwhile
+        return _resume(folder, plan, alone)
     if present:
         raise UserError(
             f"{folder}: holds something else ({min(present)}): give an empty or a new folder"
         )
     write_plan(folder, plan)
-    return None
 
 
-def finished(folder: Path, identity: Identity) -> Manifest | None:
-    """The manifest of a folder that is done and tidy, told without holding it.
+def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
+    """Raise UserError, naming the first difference, if a folder holds another identity."""
+    if wanted.fingerprint != found.fingerprint:
+        raise UserError(
+            f"{folder}: already holds `qpipe {found.stage}` output made differently: "
+            f"{first_difference(wanted, found)}: give another --out, or the same options"
+        )
 
-    Any number of commands may find it so at a time, also where they may only read. Raises UserError
-    as `open_folder`.
-    """
-    if not (folder / MANIFEST).exists():
-        return None
-    is_tidy = not (folder / PLAN).exists() and not any(folder.glob(TEMPORARY))
-    return open_folder(folder, identity, alone=False) if is_tidy else None
+
+def _holds_rows(folder: Path) -> bool:
+    # lazily: as a rule the first sidecar has rows
+    entries = (read_json(sidecar) for sidecar in folder.glob("shard-*.json"))
+    return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the plan and the temporary files of a sealed folder."""
+    (folder / PLAN).unlink(missing_ok=True)
+    for leftover in folder.glob(TEMPORARY):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 class ShardRun:
-    """One run of a job: the shards that are there already, and those that it makes.
+    """One run of a job: the shards found at its start, and those it makes.
 
-    `wanted` holds the indices of the shards that the run is about, if not all.
+    `wanted` contains the indices of the shards that matter to this run; None for all.
     """
 
     def __init__(self, job: Job, wanted: Container[int] | None = None) -> None:
@@ -166,31 +200,24 @@ class ShardRun:
         self.seconds = 0.0  # from the start of the first to the commit of the last
         self._began = 0.0
 
-    def shards(
-        self,
-        tasks: Iterable[Task],
-        claim: Claim | None = None,
-        on_commit: OnCommit | None = None,
-    ) -> Iterator[ShardEntry]:
-        """The shards of the tasks in their order, made first where they are missing.
+    def make(self, tasks: Iterable[Task], on_commit: OnCommit | None = None) -> None:
+        """Make and commit the missing shards of the tasks, in order, up to the last shard.
 
-        One is committed, on a thread of its own, while the next is made. It leaves out those that
-        another process has claimed, and ends behind the last one.
+        A thread commits each shard while the next one is made. Shards that another process makes
+        at the moment are skipped.
         """
-        claim = claim or (lambda _: nullcontext(True))
-        made = self._made(tasks, claim, on_commit)
-        return in_order(lambda commit: commit(), made, workers=1)
+        for _ in in_order(lambda commit: commit(), self._commits(tasks, on_commit), workers=1):
+            pass
 
-    def _made(
-        self, tasks: Iterable[Task], claim: Claim, on_commit: OnCommit | None
-    ) -> Iterator[Callable[[], ShardEntry]]:
-        """What is left to do for each shard: to commit it, and to let go of it."""
+    def _commits(
+        self, tasks: Iterable[Task], on_commit: OnCommit | None
+    ) -> Iterator[Callable[[], None]]:
+        """Make the shards; for each one, yields the function that commits and releases it."""
         for index, make in tasks:
             if index in self.committed:
-                yield partial(self.committed.__getitem__, index)
                 continue
             with ExitStack() as held:
-                is_ours = held.enter_context(claim(self.job.folder / shard_name(index)))
+                is_ours = held.enter_context(claimed(self.job.folder / shard_name(index)))
                 if not is_ours or self.find(index, verify=True):  # made since this run began
                     continue
                 start = perf_counter()
@@ -207,7 +234,7 @@ class ShardRun:
         start: float,
         held: ExitStack,
         on_commit: OnCommit | None,
-    ) -> ShardEntry:
+    ) -> None:
         with held:
             job = self.job
             entry = commit_shard(job.folder, index, job.schema, job.identity.fingerprint, content)
@@ -216,12 +243,11 @@ class ShardRun:
             self.seconds = end - self._began
             if on_commit is not None:
                 on_commit(index, entry, end - start)
-        return entry
 
     def add(self, index: int, entry: ShardEntry) -> None:
-        """Take note of a shard that this run made and committed.
+        """Count a shard that was made and committed for this run.
 
-        Raises UserError where the rejects are more than a manifest can hold.
+        Raises UserError if the rejects exceed what a manifest can hold.
         """
         self._count_rejects([entry])
         self.committed[index] = entry
@@ -229,20 +255,19 @@ class ShardRun:
         self.positions += entry.positions
 
     def _count_rejects(self, entries: Iterable[ShardEntry]) -> None:
-        """Refuses more than a manifest can hold, early."""
         self._rejects += sum(len(json_bytes(entry.rejects)) for entry in entries if entry.rejects)
         if self._rejects > MOST_OF_REJECTS:
             raise UserError(
-                f"{self.job.folder}: too many demonstrations cannot be used, its shard-*.json say "
-                f"why in {self._rejects:,} bytes; {MOST_OF_REJECTS:,} is the most that a manifest "
-                "can hold: leave such rows out of the demonstrations"
+                f"{self.job.folder}: too many demonstrations cannot be used, their reasons in "
+                f"shard-*.json take {self._rejects:,} bytes; {MOST_OF_REJECTS:,} is the most that "
+                "a manifest can hold: leave such rows out of the demonstrations"
             )
 
     def find(self, index: int, verify: bool = False) -> bool:
-        """Whether a shard is there, looked up where this run does not know of it.
+        """Whether a shard is there; looks on disk if this run has not seen it.
 
-        `verify` compares its hash. To seal, its size is enough: it is another task's then, which
-        has compared its hash, or the task that seals would read the whole folder.
+        `verify` compares its hash. To seal, the size is enough: the task that made the shard has
+        compared the hash, and the sealing task would read the whole folder.
         """
         if index not in self.committed:
             job = self.job
@@ -252,17 +277,16 @@ class ShardRun:
         return index in self.committed
 
     def find_all(self, shards: int) -> bool:
-        """Whether so many shards are all there, those that this run does not know of looked up."""
+        """Whether the first `shards` shards are all there."""
         unknown = [index for index in range(shards) if index not in self.committed]
         return all(in_order(self.find, unknown))
 
     def seal(self, alone: bool = True) -> StageResult:
-        """Write the rejects and the manifest, the last file of a folder.
+        """Write the rejects, then the manifest, the last file of a folder.
 
-        Several processes may do so at a time: they write the same. `alone` says that nobody else
-        works in the folder, whose temporary files are then removed.
-
-        Raises UserError where a shard has been removed or cut since it was made.
+        Several processes may seal at once: they write the same bytes. `alone` states that no other
+        process works in the folder; its temporary files are then removed. Raises UserError if a
+        shard was removed or cut since it was made.
         """
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
@@ -281,7 +305,7 @@ class ShardRun:
             write_bytes(job.folder / REJECTS, rejects_bytes(shards))
             write_manifest(job.folder, manifest)
         except UserError:
-            # another task has sealed it meanwhile, and tidied our temporary file away
+            # another task may have sealed the folder and removed this task's temporary file
             if not (job.folder / MANIFEST).exists():
                 raise
         if alone:
@@ -292,7 +316,7 @@ class ShardRun:
 
 
 def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
-    """The content of the file of rejects."""
+    """The content of `rejects.jsonl`."""
     rejects = [msgspec.structs.asdict(each) for entry in shards for each in entry.rejects]
     return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rejects).encode()
 
@@ -300,60 +324,27 @@ def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
 def _committed_shards(job: Job, wanted: Container[int] | None) -> dict[int, ShardEntry]:
     indices = [i for i in sidecar_indices(job.folder) if wanted is None or i in wanted]
     look_up = partial(committed_shard, job.folder, fingerprint=job.identity.fingerprint)
-    # hashing leaves the interpreter free, and so does waiting for a store
+    # on threads: hashing and waiting for a store release the interpreter
     entries = zip(indices, in_order(look_up, indices), strict=True)
     return {index: entry for index, entry in entries if entry is not None}
 
 
 def sidecar_indices(folder: Path) -> list[int]:
-    """The shards of which there are sidecars, in their order."""
+    """The indices of the shards that have a sidecar, ascending."""
     digits = [path.stem.removeprefix("shard-") for path in folder.glob("shard-*.json")]
-    return sorted(int(each) for each in digits if each.isdecimal())  # others are not of our making
+    return sorted(int(each) for each in digits if each.isdecimal())
 
 
 def refuse_incomplete(folder: Path, shards: Sequence[ShardEntry], way_out: str) -> None:
-    """Raises UserError, with a way out, for a shard that is missing or of another size."""
+    """Raise UserError, ending with `way_out`, for a shard that is missing or has another size."""
     paths = [folder / entry.file for entry in shards]
     for path, entry, size in zip(paths, shards, in_order(_size, paths), strict=True):
         if size != entry.bytes:
-            what = "missing" if size is None else "damaged"
-            raise UserError(f"{path}: {what}, {way_out}")
+            raise UserError(f"{path}: {'missing' if size is None else 'damaged'}, {way_out}")
 
 
 def _size(path: Path) -> int | None:
-    """The bytes of a file; None where there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _holds_rows(folder: Path) -> bool:
-    # looked at one by one: the first that is there has rows as a rule
-    entries = (read_json(sidecar) for sidecar in folder.glob("shard-*.json"))
-    return any(not isinstance(entry, dict) or entry.get("rows") != 0 for entry in entries)
-
-
-def _forget_shards(folder: Path) -> None:
-    """Remove the shards of a plan that led to nothing, which are of no use to another one."""
-    for path in folder.glob("shard-*"):
-        path.unlink(missing_ok=True)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what a sealed folder no longer needs."""
-    (folder / PLAN).unlink(missing_ok=True)
-    for leftover in folder.glob(TEMPORARY):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)  # or its writer has
-
-
-def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
-    """Raises UserError, naming the first difference, where a folder holds another identity."""
-    if wanted.fingerprint != found.fingerprint:
-        raise UserError(
-            f"{folder}: already holds `qpipe {found.stage}` output made otherwise: "
-            f"{first_difference(wanted, found)}: give another --out, or the same options"
-        )

@@ -1,8 +1,6 @@
-"""Where a stage runs: in this process, or as one task of several that share the shards.
+"""Runs a stage in this process, or as one of several tasks that share the shards of a folder.
 
-Both are short ways over the same thing: a `Stage`, which says what is to be made and makes any one
-shard of it, in this process or, sent there as a pickle, in another. (On a Ray cluster:
-`stages/execution/ray.py`, as this floor of the house does not know ray.)
+`stages/execution/ray.py` runs a stage on Ray; pipeline does not know Ray.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,17 +10,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UserError, require
-from ..storage.locks import claimed, lock_of, locked
+from ..errors import require
+from ..storage.locks import lock_of, locked
 from ..threads import in_order
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
-from .shard_run import Claim, Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
+from .shard_run import Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
 from .shards import ShardContent
 from .watch import Report, Watcher
 
 
 class Stage(Protocol):
-    """The work of a stage. A pickle of it is made of plain settings, so it can be sent anywhere."""
+    """The work of a stage. Its pickle holds plain settings, so that any machine can run it."""
 
     @property
     def job(self) -> Job:
@@ -31,44 +29,44 @@ class Stage(Protocol):
 
     @property
     def shard_count(self) -> int | None:
-        """How many shards there are; None where only reading to the end tells."""
+        """The number of shards; None if it is unknown until all input is read."""
         ...
 
     @property
     def demonstrations(self) -> int | None:
-        """How many demonstrations there are, those that get rejected included."""
+        """The number of demonstrations, rejected ones included; None if unknown."""
         ...
 
     @property
     def gpus(self) -> int:
-        """How many GPUs one worker takes, where there are any."""
+        """The number of GPUs that one worker takes on a machine that has GPUs."""
         ...
 
     def start(self) -> None:
-        """Start what the making needs, an engine above all."""
+        """Start what `make` needs, above all an engine."""
         ...
 
     def read(self, index: int) -> Any | None:
-        """What shard `index` is made of; None behind the last. Quickest in ascending order.
+        """Read the input of shard `index`; None after the last. Fastest in ascending order.
 
-        One call at a time, but beside `make`, on another thread.
+        Called one at a time, on another thread than `make`.
         """
         ...
 
     def make(self, read: Any, report: Report, /) -> ShardContent:
-        """Make a shard of what was read for it, one at a time."""
+        """Make a shard from its input. Called one at a time."""
         ...
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raises UserError where these shards, which are all, are not worth sealing."""
+        """Raise UserError if the shards, which are complete, should not be sealed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TaskShare:
-    """What one of several tasks makes: the shards `rank`, `rank` + `world_size`, and so on.
+    """The shards of one of several tasks: `rank`, `rank + world_size`, and so on.
 
-    The row plan is the same whatever the number of tasks, which may differ from run to run.
+    Which rows a shard covers does not depend on the number of tasks; it may change between runs.
     """
 
     rank: int
@@ -76,11 +74,12 @@ class TaskShare:
 
     def __post_init__(self) -> None:
         require(self.world_size >= 1, "--world-size", self.world_size, "1 or more")
-        if not 0 <= self.rank < self.world_size:
-            raise UserError(
-                f"--rank {self.rank} is out of range: ranks of --world-size {self.world_size} are "
-                f"0 to {self.world_size - 1}"
-            )
+        require(
+            0 <= self.rank < self.world_size,
+            "--rank",
+            self.rank,
+            f"0 to {self.world_size - 1}, below --world-size {self.world_size}",
+        )
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size}"
@@ -89,40 +88,36 @@ class TaskShare:
         return index % self.world_size == self.rank
 
     def indices(self, shard_count: int | None) -> Iterable[int]:
-        """The shards of this task, in their order; endless where their number is not known."""
+        """The shards of this task, ascending; endless if their number is unknown."""
         if shard_count is None:
             return count(self.rank, self.world_size)
         return range(self.rank, shard_count, self.world_size)
 
 
-ALL = TaskShare(0, 1)
-
-
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What one of several tasks has done for a folder that others still work for."""
+    """The work of one task on a folder that other tasks have not finished yet."""
 
     folder: Path
     share: TaskShare
     made: int  # shards, by this run
-    there: int  # shards, whoever made them
-    shards: int  # that the folder will have
-    positions: int  # supervised positions of those made
+    there: int  # shards, by any task
+    shards: int  # in the finished folder
+    positions: int  # supervised positions of the shards made
     seconds: float  # spent on them
 
 
 def run_alone(stage: Stage, watcher: Watcher) -> StageResult:
     """Make the missing shards of a folder in this process, and seal it."""
-    return run_locked(stage, lambda run: _make_missing(stage, ALL, run, watcher))
+    return run_locked(stage, lambda run: _make_missing(stage, TaskShare(0, 1), run, watcher))
 
 
 def run_locked(stage: Stage, make_missing: Callable[[ShardRun], None]) -> StageResult:
-    """Lock a folder, have its missing shards made, and seal it."""
-    folder = stage.job.folder
-    with locked(folder):
-        done = open_folder(folder, plan_of(stage))
+    """Lock a folder, call `make_missing`, and seal the folder."""
+    with locked(stage.job.folder):
+        done = open_folder(stage.job.folder, plan_of(stage))
         if done is not None:
-            return StageResult(done, was_done=True)
+            return done
         run = ShardRun(stage.job)
         make_missing(run)
         stage.check(list(run.committed.values()))
@@ -130,7 +125,7 @@ def run_locked(stage: Stage, make_missing: Callable[[ShardRun], None]) -> StageR
 
 
 def run_task(stage: Stage, share: TaskShare, watcher: Watcher) -> StageResult | TaskResult:
-    """Make what is missing of one task's share; a task that finds all there seals the folder."""
+    """Make the missing shards of one task; a task that finds all shards there seals the folder."""
     folder = stage.job.folder
     with lock_of(folder) as lock:
         alone = lock.alone()
@@ -138,17 +133,17 @@ def run_task(stage: Stage, share: TaskShare, watcher: Watcher) -> StageResult | 
             lock.share(str(share))
         done = open_folder(folder, plan_of(stage), alone)
         if done is not None:
-            return StageResult(done, was_done=True)
+            return done
         lock.share(str(share))  # the task that has opened the folder lets the others in
         run = ShardRun(stage.job, share)
-        _make_missing(stage, share, run, watcher, claimed)
+        _make_missing(stage, share, run, watcher)
         shards = stage.shard_count
         assert shards is not None, "a task reads to the end"
         there = len(sidecar_indices(folder))
         if there < shards or not run.find_all(shards):
             return TaskResult(folder, share, run.made, there, shards, run.positions, run.seconds)
         if (folder / MANIFEST).exists():
-            if lock.alone():  # whoever sealed it was not
+            if lock.alone():  # the task that sealed it was not
                 tidy(folder)
             return StageResult(read_manifest(folder), run.positions, run.seconds)
         stage.check(list(run.committed.values()))
@@ -160,14 +155,12 @@ def plan_of(stage: Stage) -> Plan:
     return Plan(stage.job.identity, stage.shard_count, stage.demonstrations)
 
 
-def _make_missing(
-    stage: Stage, share: TaskShare, run: ShardRun, watcher: Watcher, claim: Claim | None = None
-) -> None:
-    """Make shards one after another, the next one being read and the last one written meanwhile."""
+def _make_missing(stage: Stage, share: TaskShare, run: ShardRun, watcher: Watcher) -> None:
+    """Make shards one by one; meanwhile the next one is read and the last one written."""
     shards, demonstrations = stage.shard_count, stage.demonstrations
     indices = share.indices(shards)
     if shards is None or any(index not in run.committed for index in indices):
-        stage.start()  # before there is a bar, which its own progress would tear apart
+        stage.start()  # before the bar, which the engine's own progress would tear apart
     if shards and demonstrations:
         demonstrations = demonstrations * len(list(indices)) // shards
     missing = (index for index in indices if index not in run.committed)
@@ -178,5 +171,4 @@ def _make_missing(
 
         ahead = in_order(lambda index: (index, stage.read(index)), missing, workers=1)
         tasks = ((index, partial(make, read)) for index, read in ahead)
-        for _ in run.shards(tasks, claim, watch.committed):
-            pass
+        run.make(tasks, watch.committed)

@@ -50,7 +50,7 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     identity = stage.job.identity
     done = finished(stage.job.folder, identity)
     if done is not None:
-        return StageResult(done, was_done=True)
+        return done
     share = task_of(execution) if execution.executor == "local" else None
     label = "" if share is None else str(share)
     watcher = Watcher(identity.stage, identity.fingerprint, execution.log_json, label)

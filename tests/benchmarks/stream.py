@@ -147,8 +147,7 @@ def make_targets(folder: Path) -> None:
         first = index * SHARD_BATCHES
         return ShardContent([made_up(number) for number in range(first, first + SHARD_BATCHES)])
 
-    for _ in run.shards((index, lambda index=index: shard(index)) for index in range(SHARDS)):
-        pass
+    run.make((index, lambda index=index: shard(index)) for index in range(SHARDS))
     run.seal()
 
 

@@ -83,8 +83,7 @@ def resume(job: Job, stage: str) -> bytes:
     """What a run that goes on there seals the folder with."""
     assert open_folder(job.folder, job.identity) is None
     run = ShardRun(job)
-    for _ in run.shards((index, lambda index=index: content_of(stage, index)) for index in (0, 1)):
-        pass
+    run.make((index, lambda index=index: content_of(stage, index)) for index in (0, 1))
     run.seal()
     return (job.folder / MANIFEST).read_bytes()
 

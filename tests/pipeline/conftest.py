@@ -83,11 +83,10 @@ class Toy:
         job = self.job
         done = open_folder(self.folder, job.identity)
         if done is not None:
-            return StageResult(done)
+            return done
         run = ShardRun(job)
         tasks = [(index, partial(self.content, index)) for index in range(self.shard_count)]
-        for _ in run.shards(tasks):
-            pass
+        run.make(tasks)
         return run.seal()
 
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 from msgspec.structs import replace
 from qpipe.pipeline.folders.manifest import (
     Identity,
-    ShardEntry,
     identity_schema,
     read_manifest,
     shard_name,
@@ -152,7 +151,7 @@ def _made_up_targets(folder: Path, batches: int) -> Path:
         return ShardContent([made_up(number) for number in range(8 * index, 8 * index + 8)])
 
     tasks = ((index, lambda index=index: shard(index)) for index in range(batches // 8))
-    entries: list[ShardEntry] = list(run.shards(tasks))
-    assert len(entries) == batches // 8
+    run.make(tasks)
+    assert run.made == batches // 8
     run.seal()
     return folder

@@ -66,8 +66,8 @@ def seal_shards(
         made.add_sums(**sums_of(shards[index]))
         return made
 
-    made = list(run.shards((index, lambda i=index: content(i)) for index in range(len(shards))))
-    assert len(made) == len(shards)
+    run.make((index, lambda i=index: content(i)) for index in range(len(shards)))
+    assert run.made == len(shards)
     return run.seal()
 
 

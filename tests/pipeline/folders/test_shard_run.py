@@ -212,7 +212,7 @@ def test_another_setting_is_refused_with_the_field_and_both_values(
 def test_a_folder_of_another_stage_is_refused(toy: Any, undisturbed: Path) -> None:
     identity = replace(toy(undisturbed).job.identity, stage="build-targets")
 
-    with pytest.raises(UserError, match="already holds `qpipe score` output made otherwise"):
+    with pytest.raises(UserError, match="already holds `qpipe score` output made differently"):
         open_folder(undisturbed, identity)
 
 
@@ -242,7 +242,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_left_alone(
 ) -> None:
     folder.write_text("mine")
 
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="cannot be used for output: File exists"):
         toy(folder).run()
 
     assert folder.read_text() == "mine"
@@ -504,7 +504,7 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
 
     of_four = len(json_bytes([asdict(Reject("chats.jsonl", 1, "too long"))] * 4))
     monkeypatch.setattr("qpipe.pipeline.folders.shard_run.MOST_OF_REJECTS", 2 * of_four - 1)
-    with pytest.raises(UserError, match=f"cannot be used.* in {2 * of_four:,} bytes; .*is the mo"):
+    with pytest.raises(UserError, match=f"cannot be used.* take {2 * of_four:,} bytes; .*is the mo"):
         Rejecting(folder, shard_count=9).run()
     again = Rejecting(folder, shard_count=9)
     with pytest.raises(UserError, match="demonstrations cannot be used"):

@@ -180,7 +180,7 @@ def test_it_refuses_what_is_not_sealed_or_not_its_own(
     qpipe("share", other, f"{root}/taken")
     before = contents(open_path(f"{root}/taken"))
     said = qpipe("share", made, f"{root}/taken", fails=True)
-    assert "already holds `qpipe build-targets` output made otherwise" in said
+    assert "already holds `qpipe build-targets` output made differently" in said
     assert contents(open_path(f"{root}/taken")) == before
 
 

@@ -56,8 +56,7 @@ def begin(folder: Path, shards: int, in_all: int | None = 10, **settings: Any) -
     demonstrations = None if in_all is None else in_all * (ROWS + 1)
     assert open_folder(folder, Plan(identity, in_all, demonstrations)) is None
     run = ShardRun(Job(folder, schema, identity, {}, {}))
-    for _ in run.shards([(i, lambda i=i: content(i)) for i in range(shards)]):
-        pass
+    run.make([(i, lambda i=i: content(i)) for i in range(shards)])
     now = time.time()
     for index in range(shards):
         made = now - 10 * (shards - 1 - index)

@@ -130,7 +130,7 @@ def test_changed_demonstrations_are_fetched_again(
     score(tiny_model, "s3://bucket/chats.jsonl", tmp_path / "scores")
     s3.put("chats.jsonl", LINES.replace(b"is 3", b"is 4"))  # of the same size
     said = score(tiny_model, "s3://bucket/chats.jsonl", tmp_path / "scores", fails=True)
-    assert "made otherwise: inputs.chats.jsonl" in said
+    assert "made differently: inputs.chats.jsonl" in said
 
 
 def test_train_streams_through_the_cache(
