@@ -8,16 +8,15 @@ shard in memory at a time; `decoder(folder)` decodes rows that another tool has 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .folders.decoder import decoder
-    from .folders.sealed import read_scores, read_targets
+    from .folders.sealed import decoder, read_scores, read_targets
 
 __all__ = ["decoder", "read_scores", "read_targets"]
 
 
 def __getattr__(name: str) -> Any:
-    # pyarrow takes longer to import than `qpipe --help` may take to answer
+    # importing pyarrow takes longer than `qpipe --help` may take
     if name in __all__:
-        from .folders import decoder, sealed
+        from .folders import sealed
 
-        return getattr(decoder if name == "decoder" else sealed, name)
+        return getattr(sealed, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

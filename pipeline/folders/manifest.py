@@ -1,7 +1,7 @@
-"""The plan of a folder under work, and the manifest that seals it.
+"""The plan of an unfinished folder, and the manifest that seals it.
 
-A folder under work holds `plan.json`; a sealed one holds `manifest.json` in its place and is never
-changed again. Both carry the stage's identity, whose hash is the fingerprint.
+An unfinished folder holds `plan.json`; a sealed one holds `manifest.json` instead and never changes
+again. Both hold the identity of the stage, whose hash is the fingerprint.
 """
 
 import json
@@ -37,10 +37,10 @@ def shard_name(index: int) -> str:
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What determines a folder's content: the same identity, the same content.
+    """The settings and inputs that determine a folder's content.
 
-    `settings` holds only what changes the stored content; `inputs` names each input and its
-    fingerprint. Both are plain JSON values.
+    `settings` holds only settings that change the stored content; `inputs` maps the name of each
+    input to its fingerprint. Both are plain JSON values.
     """
 
     stage: str
@@ -56,10 +56,10 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShardEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A committed shard, as its sidecar and the manifest describe it.
+    """A committed shard in its sidecar and in the manifest.
 
-    `sums` holds what the stage adds up over its rows (probability masses, nats, counts), so that
-    means over the folder are exact whatever the sharding.
+    `sums` holds the stage's own sums over the rows (probability masses, nats, counts), so that
+    means over the folder do not depend on the sharding.
     """
 
     file: str
@@ -77,11 +77,11 @@ class ShardEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The seal of a folder.
 
-    `parents` holds the identities of the folders that this one was made from, so the chain back to
-    the demonstrations stays readable where those folders are not at hand. `provenance` names what
-    made it and does not affect the content: model, revision, package versions. `totals` adds up the
-    shards: read, rejected, rows, tokens, positions, entries, bytes, and the stage's own sums.
-    `frequent_ids` are the first ranks of a packed folder's ids (`packing.Packing`).
+    `parents` holds the identities of the folders that this one was made from, so that the chain
+    back to the demonstrations can be read without them. `provenance` records what does not affect
+    the content: model, revision, package versions. `totals` adds up the shards: read, rejected,
+    rows, tokens, positions, entries, bytes, and the stage's own sums. `frequent_ids` are the ids
+    of the first ranks of a packed folder (`packing.Packing`).
     """
 
     identity: Identity
@@ -114,10 +114,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The identity of a folder under work.
+    """The identity of an unfinished folder.
 
-    `shards` and `demonstrations` are their expected numbers, where known; they serve only to show
-    progress.
+    `shards` and `demonstrations` are the expected numbers, if known; they only show progress.
     """
 
     identity: Identity
@@ -126,7 +125,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Settings(msgspec.Struct):
-    """The settings that readers of a sealed folder use; a stage may have others."""
+    """The settings that readers of a sealed folder use; stages may have more."""
 
     vocab_size: Annotated[int, Meta(ge=1, le=2**31)]
     tokenizer_hash: str
@@ -171,21 +170,21 @@ def read_plan(folder: Path) -> Plan:
 
 
 def parse_identity(path: Path, value: Any) -> Identity:
-    """The identity of any stage in a JSON value."""
+    """Convert a JSON value to an identity, of any stage."""
     _refuse_other_version(path, value)
     with refuse_misfits(path, "plan", _way_out(path)):
         identity = msgspec.convert(value, Identity)
-        _ = identity.fingerprint  # settings that are nested too deeply cannot be hashed
+        _ = identity.fingerprint  # raises RecursionError for settings nested too deeply
     return identity
 
 
 def identity_schema(schema: Schema) -> dict[str, str]:
-    """A schema in the form that an identity carries."""
+    """The stored columns and their types, for an identity."""
     return {column.name: str(column.arrow_type) for column in schema.stored}
 
 
 def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
-    """The manifest of a sealed folder; `stage` names the only stage the caller can use."""
+    """Read the manifest of a sealed folder; `stage` is the only stage that the caller accepts."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {what}")
@@ -197,7 +196,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
             )
         makers = f"`qpipe {stage}`" if stage else "`qpipe score` or `qpipe build-targets`"
         raise UserError(
-            f"{folder}: not a qpipe folder, it has no {MANIFEST}: give one made by {makers}"
+            f"{folder}: not a qpipe folder, it has no {MANIFEST}: give a folder made by {makers}"
         )
     manifest = parse_manifest(folder / MANIFEST, read_bytes(folder / MANIFEST))
     if stage is not None and manifest.identity.stage != stage:
@@ -211,7 +210,7 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Seal a folder: write its manifest, with a hash of all its values.
 
-    Raises UserError where it would be too large to be read.
+    Raises UserError if the manifest would be too large to read.
     """
     write_readable(folder / MANIFEST, _sealed_bytes(manifest))
 
@@ -223,7 +222,7 @@ def _sealed_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:
-    """The manifest in a file's content. Checks all that can be checked without another file."""
+    """Parse and check a manifest. Reads no other file."""
     value = parse_json(path, content)
     with refuse_misfits(path, "manifest", _way_out(path)):
         value = msgspec.convert(value, dict[str, Any])
@@ -234,26 +233,27 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         _check_settings(manifest)
         for index, entry in enumerate(manifest.shards):
             check_entry(entry, index, manifest.fingerprint)
-        fingerprint, totals = manifest.identity.fingerprint, totals_of(manifest.shards)
-        is_sealed = _sealed_bytes(manifest) == content
-    if manifest.fingerprint != fingerprint:
-        raise _damaged(path, "its fingerprint is not that of its settings")
-    if manifest.totals != totals:
-        raise _damaged(path, "its totals are not those of its shards")
-    if not is_sealed:
-        raise _damaged(path, "its seal is not that of its content", "damaged or changed")
+        is_right = {
+            "fingerprint does not match its settings": manifest.identity.fingerprint
+            == manifest.fingerprint,
+            "totals do not match its shards": totals_of(manifest.shards) == manifest.totals,
+            "seal does not match its content": _sealed_bytes(manifest) == content,
+        }
+    for what, holds in is_right.items():
+        if not holds:
+            raise UserError(f"{path}: damaged or changed, its {what}: {_way_out(path)}")
     return manifest
 
 
 def _parse_ids(text: Any) -> list[int]:
-    """The ids of a manifest, which stores them as one text of few bytes."""
+    """The ids in a manifest, which stores them as one string to save bytes."""
     if not isinstance(text, str):
-        raise ValueError(f"frequent_ids is missing, or not a text: {shown(text)}")
+        raise ValueError(f"frequent_ids is missing, or not a string: {shown(text)}")
     return [int(each) for each in text.split()]
 
 
 def _check_settings(manifest: Manifest) -> None:
-    """Raises ValueError for settings with which the folder cannot be read."""
+    """Raise ValueError for settings with which the folder cannot be read."""
     stage, settings = manifest.identity.stage, manifest.settings
     if stage not in _REQUIRED:
         raise ValueError(f"stage {shown(stage)} is not one of {', '.join(_REQUIRED)}")
@@ -266,13 +266,13 @@ def _check_settings(manifest: Manifest) -> None:
     checked = msgspec.convert(settings, _Settings)
     ids = manifest.frequent_ids
     if len(set(ids)) < len(ids) or not all(0 <= each < checked.vocab_size for each in ids):
-        raise ValueError("frequent_ids holds an id twice, or one outside of the vocabulary")
+        raise ValueError("frequent_ids holds an id twice, or an id outside the vocabulary")
     if manifest.shards and stage not in STAGES:
-        raise ValueError(f"a folder of {stage} has no shards")
+        raise ValueError(f"a folder made by {stage} has no shards")
 
 
 def check_entry(entry: ShardEntry, index: int, fingerprint: str) -> None:
-    """Raises ValueError for a shard of another index or folder."""
+    """Raise ValueError for a shard of another index or folder."""
     name = shard_name(index)
     if entry.file != name:
         raise ValueError(f"{name}: file cannot be {quoted(entry.file)}")
@@ -280,16 +280,12 @@ def check_entry(entry: ShardEntry, index: int, fingerprint: str) -> None:
         raise ValueError(f"{name}: fingerprint cannot be {quoted(entry.fingerprint)}")
 
 
-def _damaged(path: Path, why: str, what: str = "damaged") -> UserError:
-    return UserError(f"{path}: {what}, {why}: {_way_out(path)}")
-
-
 def _way_out(path: Path) -> str:
     return f"restore it, or make {path.parent} again"
 
 
 def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
-    """The shards added up; `read` counts the demonstrations, rejected ones included."""
+    """The sums over the shards; `read` counts demonstrations, rejected ones included."""
     totals: dict[str, Any] = {
         name: sum(getattr(entry, name) for entry in shards)
         for name in ("rows", "tokens", "positions", "entries", "bytes")
@@ -302,7 +298,7 @@ def totals_of(shards: list[ShardEntry]) -> dict[str, Any]:
 
 
 def _refuse_other_version(path: Path, identity: Any) -> None:
-    """Refuse a folder of another format version, whatever else it holds."""
+    """Raise UserError for another format version, before any other field is checked."""
     match identity:
         case {"stage": str(stage), "format_version": found}:
             readable = format_version_of(stage)
@@ -316,7 +312,7 @@ def _refuse_other_version(path: Path, identity: Any) -> None:
 def first_difference(wanted: Identity, found: Identity) -> str:
     """The first field in which two identities differ, with both values, for a message."""
     left, right = _leaves(msgspec.to_builtins(wanted)), _leaves(msgspec.to_builtins(found))
-    # the order of ids follows from other settings, which explain the difference better
+    # the order of ids depends on other settings, which explain the difference better
     weight = {"stage": -1, "settings.support_order": 1}
     for name in sorted(left.keys() | right.keys(), key=lambda name: (weight.get(name, 0), name)):
         there, now = right.get(name, "absent"), left.get(name, "absent")
@@ -326,7 +322,7 @@ def first_difference(wanted: Identity, found: Identity) -> str:
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
-    """A nested dict as one level, names joined by dots, values as the JSON that is hashed."""
+    """Flatten a nested dict: names joined by dots, values as JSON."""
     if not isinstance(value, dict) or not value:
         return {prefix: json.dumps(value, ensure_ascii=False)}
     leaves = {}

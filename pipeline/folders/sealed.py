@@ -1,9 +1,9 @@
-"""Reading a sealed folder: its manifest and the rows of its shards."""
+"""Reads a sealed folder: its manifest and the rows of its shards."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from ..format.arrow import decode
 from ..format.arrow_limits import refuse_bombs
 from ..format.batches import FlatBatch, split
 from ..format.records import ScoredExample, TargetExample
-from ..format.schema import Schema, packing_of, schema_of
+from ..format.schema import Column, Schema, packing_of, schema_of
 from ..storage.cache import local_copy
 from ..storage.files import sha256_of_file
 from ..storage.remote import open_path
 from .manifest import Manifest, read_manifest
 from .shards import COUNTED
 
+Columns = dict[str, list[Any]]
+
 
 @dataclass(frozen=True)
 class SealedFolder:
-    """A sealed folder: where it is, and its manifest.
+    """A sealed folder: its path and its manifest.
 
-    Methods take a shard by its index. They raise UserError where the shard is missing or damaged.
+    Methods take the index of a shard. They raise UserError if the shard is missing or damaged.
     """
 
     path: Path
@@ -51,17 +53,17 @@ class SealedFolder:
 
     @property
     def size(self) -> int:
-        """Its number of examples."""
+        """The number of examples."""
         return self.manifest.totals["rows"]
 
     @property
     def shards(self) -> range:
-        """The indices of its shards."""
+        """The indices of the shards."""
         return range(len(self.manifest.shards))
 
     @cached_property
     def schema(self) -> Schema:
-        """The schema of its shards. Raises UserError for a stage whose folders have none."""
+        """The schema of the shards. Raises UserError for a stage that makes no shards."""
         packing = packing_of(self.settings, self.manifest.frequent_ids)
         return schema_of(self.stage, self.settings["vocab_size"], packing)
 
@@ -70,15 +72,15 @@ class SealedFolder:
         return self.path / self.manifest.shards[shard].file
 
     def records(self, *, verify: bool = True) -> Iterator[Any]:
-        """The examples of all shards, in order, one shard at a time."""
+        """Yield the examples of all shards in order; one shard is in memory at a time."""
         for shard in self.shards:
             for batch in self.batches(shard, verify=verify):
                 yield from split(self.schema, batch)
 
     def batches(self, shard: int, *, verify: bool = True) -> Iterator[FlatBatch]:
-        """The record batches of a shard, decoded; `verify` compares its hash first.
+        """Yield the decoded record batches of a shard; `verify` compares its hash first.
 
-        Raises UserError also where the shard's counts differ from the manifest's.
+        Raises UserError also if the shard's counts differ from the manifest's.
         """
         path, entry = self.shard_path(shard), self.manifest.shards[shard]
         left = {level: getattr(entry, name) for level, name in COUNTED.items()}
@@ -90,14 +92,14 @@ class SealedFolder:
             yield batch
         for level, name in COUNTED.items():
             if left[level]:
-                said = getattr(entry, name)
+                expected = getattr(entry, name)
                 raise UserError(
-                    f"{path}: holds {said - left[level]:,} {name}, the manifest says {said:,}: "
-                    f"make {self.path} again"
+                    f"{path}: holds {expected - left[level]:,} {name}, the manifest says "
+                    f"{expected:,}: make {self.path} again"
                 )
 
     def stored_batches(self, shard: int, *, verify: bool = True) -> Iterator[pa.RecordBatch]:
-        """The record batches of a shard as they are stored; `verify` compares its hash first."""
+        """Yield the record batches of a shard as stored; `verify` compares its hash first."""
         self.check(shard, verify=verify)
         with self._opened(shard) as reader:
             for number in range(reader.num_record_batches):
@@ -106,9 +108,9 @@ class SealedFolder:
     def rows(
         self, shard: int, wanted: Iterable[tuple[int, NDArray[np.integer]]]
     ) -> Iterator[FlatBatch]:
-        """Some rows of some record batches of a shard, decoded; compares no hash.
+        """Yield some rows of a shard, decoded; does not compare the hash.
 
-        `wanted` gives the number of a record batch and the rows of it, for each batch to read.
+        `wanted` gives, for each record batch to read, its number and the rows.
         """
         what = f"{self.shard_path(shard)}, some rows of record batch"
         with self._opened(shard) as reader:
@@ -119,13 +121,13 @@ class SealedFolder:
                 yield decode(self.schema, batch, f"{what} {number}")
 
     def ids(self, shard: int) -> list[list[str]]:
-        """The ids of a shard's rows, batch by batch; reads nothing else and compares no hash."""
+        """The ids of a shard's rows, by batch; does not compare the hash."""
         with self._opened(shard, columns=[0]) as reader:
             batches = range(reader.num_record_batches)
             return [read_batch(reader, number).column("id").to_pylist() for number in batches]
 
     def check(self, shard: int, *, verify: bool = True) -> None:
-        """Raises UserError where a shard is missing, or its hash is not the manifest's."""
+        """Raise UserError if a shard is missing, or its hash is not the manifest's."""
         path, sha256 = self.shard_path(shard), self.manifest.shards[shard].sha256
         if not path.is_file():
             raise UserError(
@@ -141,12 +143,12 @@ class SealedFolder:
     def _opened(
         self, shard: int, columns: list[int] | None = None
     ) -> Iterator[pa.RecordBatchFileReader]:
-        """A reader of a shard, which decompresses nothing before columns and sizes are checked."""
+        """Open a shard; columns and sizes are checked before anything is decompressed."""
         path = self.shard_path(shard)
         local = local_copy(path, self.manifest.shards[shard].sha256)
         arrow = self.schema.arrow
         wanted = arrow if columns is None else pa.schema(map(arrow.field, columns))
-        # buffers are small: threads cost more than they save, and there is a reader for each core
+        # buffers are small, and there is a reader for each core: threads would not save time
         options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
         try:
             with pa.OSFile(str(local)) as file:
@@ -161,32 +163,78 @@ class SealedFolder:
 
 
 def read_batch(reader: pa.RecordBatchFileReader, number: int) -> pa.RecordBatch:
+    """Read and validate a record batch."""
     batch = reader.get_batch(number)
     batch.validate(full=True)  # list offsets out of range would crash the process
     return batch
 
 
 def open_sealed(path: Path, stage: str | None = None) -> SealedFolder:
-    """Open a sealed folder; `stage` is the only stage that the caller can use.
+    """Open a sealed folder; `stage` is the only stage that the caller accepts.
 
-    Raises UserError where the folder is not sealed, or another stage made it.
+    Raises UserError if the folder is not sealed, or was made by another stage.
     """
     return SealedFolder(path, read_manifest(path, stage))
 
 
 def read_scores(folder: str | Path, *, verify: bool = True) -> Iterator[ScoredExample]:
-    """The scored examples of a folder made by `qpipe score`, in order, one shard at a time.
+    """Yield the scored examples of a folder made by `qpipe score`, one shard at a time.
 
-    `verify` compares the hash of each shard when it is opened. Raises UserError where the folder is
+    `verify` compares the hash of each shard when it is opened. Raises UserError if the folder is
     not a sealed score folder, or a shard is missing or damaged.
     """
     yield from open_sealed(open_path(folder), "score").records(verify=verify)
 
 
 def read_targets(folder: str | Path, *, verify: bool = True) -> Iterator[TargetExample]:
-    """The target examples of a folder made by `qpipe build-targets`, in order, one shard at a time.
+    """Yield the target examples of a folder made by `qpipe build-targets`, one shard at a time.
 
-    `verify` compares the hash of each shard when it is opened. Raises UserError where the folder is
+    `verify` compares the hash of each shard when it is opened. Raises UserError if the folder is
     not a sealed target folder, or a shard is missing or damaged.
     """
     yield from open_sealed(open_path(folder), "build-targets").records(verify=verify)
+
+
+def decoder(folder: str | Path) -> Callable[[Mapping[str, Any]], Columns]:
+    """Return a function that decodes rows of a folder's shards, given as columns of lists.
+
+    For tools that read the shards themselves, such as `datasets`. The decoded columns of targets
+    are id, input_ids (T numbers a row), positions, trust, weights, tail_mass (N numbers a row),
+    support_ids and support_probs (N lists a row); those of scores are the fields of
+    `ScoredExample`, with N lists a row for topk_ids and topk_log_probs. T counts the tokens of a
+    row, N its supervised positions. Columns that the folder does not have are left out.
+
+    Raises UserError if the folder is not sealed; the function, if the rows are from another folder.
+    """
+    return partial(_decoded, open_sealed(open_path(folder)).schema, f"decoder of {folder}")
+
+
+def _decoded(schema: Schema, where: str, rows: Mapping[str, Any]) -> Columns:
+    arrow = schema.arrow
+    missing = [name for name in arrow.names if name not in rows]
+    if missing:
+        raise UserError(
+            f"{where}: the rows lack column {missing[0]}: give all columns of a shard, before any "
+            "of them is removed"
+        )
+    try:
+        arrays = [pa.array(rows[field.name], field.type) for field in arrow]
+        stored = pa.RecordBatch.from_arrays(arrays, schema=arrow)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise UserError(f"{where}: the rows are not from this folder: {error}") from error
+    batch = decode(schema, stored, where)
+    lists = {column.name: _lists(batch, column) for column in schema.lists}
+    del lists["counts"]
+    return {"id": batch.ids} | lists
+
+
+def _lists(batch: FlatBatch, column: Column) -> list[Any]:
+    """A column as a list for each row; entries as a list for each position of a row."""
+    values, level = pa.array(batch[column.name]), column.level
+    if level == "entry":
+        values, level = pa.ListArray.from_arrays(_ends(batch["counts"]), values), "position"
+    return pa.ListArray.from_arrays(_ends(batch.lengths[level]), values).to_pylist()
+
+
+def _ends(lengths: NDArray[np.integer]) -> pa.Array:
+    return pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))

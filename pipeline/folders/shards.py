@@ -1,4 +1,4 @@
-"""Writing a shard and its sidecar."""
+"""Writes a shard and its sidecar."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -25,35 +25,35 @@ from ..storage.json_files import (
 from ..storage.remote import is_remote
 from .manifest import ShardEntry, check_entry, shard_name
 
-BATCH_ROWS = 64  # rows of a record batch: what a reader must hold at least
+BATCH_ROWS = 64  # rows of a record batch, the least that a reader holds in memory
 
 
 def _zstd(level: int) -> pa.ipc.IpcWriteOptions:
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=level))
 
 
-# of scores, level 9 would take off one per cent more in twelve times the time
+# for scores, level 9 would save one per cent more and take twelve times as long
 COMPRESSED = {ScoredExample: _zstd(3), TargetExample: _zstd(9)}
-# what the manifest counts at each level
+# the field of the manifest that counts each level
 COUNTED = {"row": "rows", "token": "tokens", "position": "positions", "entry": "entries"}
 
 
 @dataclass(slots=True)
 class ShardContent:
-    """What a stage makes of one shard's rows."""
+    """The rows of one shard, its rejects, and the sums over its rows."""
 
     batches: list[FlatBatch] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
 
     def add_sums(self, **values: float) -> None:
-        """Add to the shard's sums."""
+        """Add values to the sums of the same names."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
 
 def batches_of(schema: Schema, examples: Sequence[Example]) -> list[FlatBatch]:
-    """Examples as batches of `BATCH_ROWS` rows."""
+    """Flatten examples into batches of `BATCH_ROWS` rows."""
     return [
         flatten(schema, examples[start : start + BATCH_ROWS])
         for start in range(0, len(examples), BATCH_ROWS)
@@ -98,13 +98,13 @@ def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
 
 
 def sidecar_bytes(entry: ShardEntry) -> bytes:
-    """A sidecar's content."""
+    """The content of a sidecar."""
     value = msgspec.structs.asdict(entry)
     return json_bytes(value | {"seal": sha256_of_json(value)})
 
 
 def read_sidecar(folder: Path, index: int) -> ShardEntry:
-    """A shard as its sidecar describes it. Raises UserError where that is damaged."""
+    """Read a sidecar. Raises UserError if it is damaged."""
     path = sidecar_path(folder, index)
     content = read_bytes(path)
     value = parse_json(path, content)
@@ -115,7 +115,7 @@ def read_sidecar(folder: Path, index: int) -> ShardEntry:
         check_entry(entry, index, entry.fingerprint)
     if sidecar_bytes(entry) != content:
         raise UserError(
-            f"{path}: damaged or changed, its seal is not that of its content: remove it and run "
+            f"{path}: damaged or changed, its seal does not match its content: remove it and run "
             "again"
         )
     return entry
@@ -124,9 +124,9 @@ def read_sidecar(folder: Path, index: int) -> ShardEntry:
 def committed_shard(
     folder: Path, index: int, fingerprint: str, *, verify: bool = True
 ) -> ShardEntry | None:
-    """The sidecar of a shard, if it speaks of the very file that is there.
+    """The sidecar of a shard, if the shard is there as it describes; else None.
 
-    `verify` compares its hash, else its size alone.
+    Compares the size of the shard and, with `verify`, its hash.
     """
     if not sidecar_path(folder, index).exists():
         return None
@@ -142,7 +142,7 @@ def _is_whole(path: Path, entry: ShardEntry, verify: bool) -> bool:
             return False
     except FileNotFoundError:
         return False
-    # a remote one was put there whole or not at all
+    # a remote file is written whole or not at all
     return is_remote(path) or not verify or sha256_of_file(path) == entry.sha256
 
 
@@ -151,7 +151,7 @@ def _total(batches: Iterable[FlatBatch], level: Any) -> int:
 
 
 class _HashingFile:
-    """A file to write that knows the hash and size of what went through it."""
+    """A file to write that keeps the hash and size of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -168,5 +168,5 @@ class _HashingFile:
         self.file.flush()
 
     def close(self) -> None:
-        """Left open: the block that opened the file still syncs it."""
+        """Only mark it as closed: the block that opened the file still syncs it."""
         self.closed = True

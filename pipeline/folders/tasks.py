@@ -16,7 +16,7 @@ from ..threads import in_order
 from .manifest import MANIFEST, Plan, ShardEntry, read_manifest
 from .shard_run import Job, ShardRun, StageResult, open_folder, sidecar_indices, tidy
 from .shards import ShardContent
-from .watch import Report, Watcher
+from .watch import Report, Watch, Watcher
 
 
 class Stage(Protocol):
@@ -164,7 +164,7 @@ def _make_missing(stage: Stage, share: TaskShare, run: ShardRun, watcher: Watche
     if shards and demonstrations:
         demonstrations = demonstrations * len(list(indices)) // shards
     missing = (index for index in indices if index not in run.committed)
-    with watcher.watch(run.committed.values(), demonstrations, shards) as watch:
+    with Watch(watcher, run.committed.values(), demonstrations, shards) as watch:
 
         def make(read: Any | None) -> ShardContent | None:
             return None if read is None else stage.make(read, watch.report)

@@ -1,4 +1,4 @@
-"""The progress bar and the events of a running stage."""
+"""The progress bar and the logged events of a run."""
 
 import time
 from collections import deque
@@ -10,50 +10,47 @@ from typing import Any, Protocol
 from ..progress import log_event, progress_bar
 from .manifest import ShardEntry
 
-_RECENT = 30.0  # seconds that the speed shown is taken over
+_RECENT = 30.0  # seconds over which the displayed speed is averaged
 
 
 class Report(Protocol):
-    """How the making of a shard tells how far it is."""
+    """Reports progress within a shard; the arguments count what was made since the last call."""
 
     def __call__(self, demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """Where a stage's runs are watched: what the bar is called, and a file of JSON lines."""
+    """The label of a run's bar, and the file of JSON lines for its events."""
 
     stage: str
     fingerprint: str
     log: Path | None = None
-    label: str = ""  # of one among several tasks
-
-    def watch(
-        self, there: Iterable[ShardEntry], demonstrations: int | None, shards: int | None
-    ) -> "Watch":
-        """Watch a run that is to make so many demonstrations and shards, some of them there."""
-        return Watch(self, list(there), demonstrations, shards)
+    label: str = ""  # of one task among several
 
     def log_event(self, event: str, **fields: Any) -> None:
         """Log an event of this stage."""
-        named = {"stage": self.stage, "fingerprint": self.fingerprint}
-        log_event(self.log, event, **named, **fields)
+        log_event(self.log, event, stage=self.stage, fingerprint=self.fingerprint, **fields)
 
 
 class Watch:
-    """A run under way: its bar, which counts demonstrations, and its events."""
+    """A run in progress: its bar, which counts demonstrations, and its events.
+
+    `there` holds the shards made before the run; the other numbers are expected totals.
+    """
 
     def __init__(
         self,
         watcher: Watcher,
-        there: list[ShardEntry],
+        there: Iterable[ShardEntry],
         demonstrations: int | None,
         shards: int | None,
     ) -> None:
+        there = list(there)
         self._watcher = watcher
         self._rejects = sum(len(entry.rejects) for entry in there)
         self._speed = Speed()
-        read = sum(entry.rows + len(entry.rejects) for entry in there)
+        read = sum(entry.rows for entry in there) + self._rejects
         watcher.log_event(
             "start", shards=shards, committed=len(there), demonstrations=demonstrations
         )
@@ -67,19 +64,19 @@ class Watch:
         self._bar.close()
 
     def begin(self) -> None:
-        """Take the time from now on: what makes the shards has started."""
+        """Measure speed from now on: the workers have started."""
         self._speed = Speed()
         self._bar.unpause()
 
     def report(self, demonstrations: int = 0, positions: int = 0, rejects: int = 0) -> None:
-        """Count what has been made; `demonstrations` includes those rejected."""
+        """Count what was made; `demonstrations` includes rejected ones."""
         self._rejects += rejects
         speed = self._speed.add(positions)
         self._bar.set_postfix_str(f"{speed:,.0f} tok/s, {self._rejects:,} rejected", refresh=False)
         self._bar.update(demonstrations)
 
     def report_shard(self, entry: ShardEntry) -> None:
-        """Count a shard that was made where none of its progress is seen."""
+        """Count a whole shard, made by a worker that reports no progress within shards."""
         self.report(entry.rows + len(entry.rejects), entry.positions, len(entry.rejects))
 
     def committed(self, index: int, entry: ShardEntry, seconds: float | None = None) -> None:
@@ -97,18 +94,18 @@ class Watch:
 
 
 class Speed:
-    """How many of something come in a second, over the last half minute."""
+    """A rate per second, averaged over the last 30 seconds."""
 
     def __init__(self) -> None:
         self._counts: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._sum = 0
 
     def add(self, count: int) -> float:
-        """Count some; the speed now."""
+        """Add a count. Returns the present rate."""
         now = time.monotonic()
         self._counts.append((now, count))
         self._sum += count
         while len(self._counts) > 2 and self._counts[0][0] < now - _RECENT:
             self._counts.popleft()
-            self._sum -= self._counts[0][1]  # counts came in the time before their entry
+            self._sum -= self._counts[0][1]  # counted before the window that starts at its time
         return self._sum / max(now - self._counts[0][0], 1e-9)

@@ -62,7 +62,7 @@ def run_on_ray(
             return
         with connected(address) as ray:
             room = _room(ray, stage, workers)
-            with watcher.watch(run.committed.values(), stage.demonstrations, shards) as watch:
+            with Watch(watcher, run.committed.values(), stage.demonstrations, shards) as watch:
                 _Dispatcher(ray, stage, run, room, watch).make_missing(shards)
 
     return run_locked(stage, make_missing)

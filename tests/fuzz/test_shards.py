@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
-from qpipe.pipeline.folders.decoder import decoder
+from qpipe.pipeline import decoder
 from qpipe.pipeline.folders.sealed import open_sealed, read_scores, read_targets
 from qpipe.pipeline.format.arrow_limits import refuse_bombs
 from qpipe.pipeline.format.records import ScoredExample, TargetExample

@@ -86,7 +86,7 @@ def test_rows_that_are_not_the_folders_are_refused(targets: Path, scores: Path) 
     row = opened(targets)[:1]
     with pytest.raises(UserError, match="the rows lack column tail_log_probs"):
         decoder(targets)({name: row[name] for name in row if name != "tail_log_probs"})
-    with pytest.raises(UserError, match="rows are not that folder's"):
+    with pytest.raises(UserError, match="rows are not from this folder"):
         decoder(targets)(row | {"trust": [["high"]]})
     with pytest.raises(UserError, match="counts does not add up"):
         decoder(targets)(row | {"counts": [[1] * len(row["counts"][0])]})

@@ -221,7 +221,9 @@ def test_an_unknown_field_of_a_manifest_is_refused(sealed: Path) -> None:
 def test_a_setting_changed_by_hand_is_noticed(sealed: Path) -> None:
     edit(sealed, lambda manifest: manifest["identity"]["settings"].update(top_k=7))
 
-    with pytest.raises(UserError, match="damaged, its fingerprint is not that of its settings"):
+    with pytest.raises(
+        UserError, match="damaged or changed, its fingerprint does not match its settings"
+    ):
         read_manifest(sealed)
 
 

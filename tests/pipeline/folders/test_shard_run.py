@@ -504,7 +504,7 @@ def test_more_rejects_than_a_manifest_can_hold_end_the_run(
 
     of_four = len(json_bytes([asdict(Reject("chats.jsonl", 1, "too long"))] * 4))
     monkeypatch.setattr("qpipe.pipeline.folders.shard_run.MOST_OF_REJECTS", 2 * of_four - 1)
-    with pytest.raises(UserError, match=f"cannot be used.* take {2 * of_four:,} bytes; .*is the mo"):
+    with pytest.raises(UserError, match=f"cannot be used.* take {2 * of_four:,} bytes; .*is the m"):
         Rejecting(folder, shard_count=9).run()
     again = Rejecting(folder, shard_count=9)
     with pytest.raises(UserError, match="demonstrations cannot be used"):

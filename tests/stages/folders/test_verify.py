@@ -186,9 +186,9 @@ def test_a_manifest_changed_by_hand_is_refused(verify: Verify, own: Path) -> Non
     text = (own / "manifest.json").read_text()
     (own / "manifest.json").write_text(text.replace('"made": "up"', '"made": "UP"'))
     assert text != (own / "manifest.json").read_text()
-    refused(verify, own, "its seal is not that of its content")
+    refused(verify, own, "its seal does not match its content")
     (own / "manifest.json").write_text(text + "\n")
-    refused(verify, own, "its seal is not that of its content")
+    refused(verify, own, "its seal does not match its content")
 
 
 def change_first(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], Any]:
