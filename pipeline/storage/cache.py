@@ -1,4 +1,4 @@
-"""Local copies of remote files, under a limit: shards by their content, others by their version."""
+"""A size-limited cache of remote files: shards by their hash, other files by their version."""
 
 import fcntl
 import math
@@ -16,32 +16,24 @@ from .remote import fetch, is_remote, version_of
 
 FOLDER, SIZE = "QPIPE_CACHE", "QPIPE_CACHE_GB"  # environment variables
 _DEFAULT_GB = "50"
-FRESH = 10.0  # seconds in which a process that has been given a copy has opened it
-_ABANDONED = 86400.0  # seconds after which nobody fetches any more
+FRESH = 10.0  # seconds within which a process opens the copy that it was given
+_ABANDONED = 86400.0  # seconds after which a download is no longer in progress
 
 _checked: dict[Path, tuple[int, ...]] = {}  # copies that this process has hashed
 _held: list[int] = []  # descriptors of copies that this process keeps in the cache
 
 
 def local_copy(path: Path, sha256: str) -> Path:
-    """A local file of the same content: itself, or a copy in the cache, its hash compared.
+    """The file itself if it is local, else a copy in the cache with the given hash.
 
-    The cache holds what was used last, up to its size; a copy that was damaged there is fetched
-    again. Raises UserError where the content has another hash, or cannot be had.
+    The cache keeps the copies used last, up to its size; a damaged copy is fetched again. Raises
+    UserError if the content has another hash, or cannot be fetched.
     """
     if not is_remote(path):
         return path
-    copy = _folder("shards") / sha256
+    copy = _cache() / "shards" / sha256
     if not _is_sound(copy, sha256):
-
-        def check(fetched: Path) -> None:
-            if sha256_of_file(fetched) != sha256:
-                raise UserError(
-                    f"{path}: damaged, its hash is not the manifest's: restore it, or share the "
-                    "folder again"
-                )
-
-        _fetch(path, copy, check)
+        _fetch(path, copy, sha256)
         _checked[copy] = _state(copy)
     _touch(copy)
     return copy
@@ -49,18 +41,18 @@ def local_copy(path: Path, sha256: str) -> Path:
 
 @contextmanager
 def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
-    """As `local_copy`, for files of one folder that are all needed at a time.
+    """Yield a function like `local_copy` whose copies stay until the block ends.
 
-    Their copies stay until the block ends, also where they are more than the cache holds.
+    For files of one folder that are needed together, also if they exceed the size of the cache.
     """
     if not is_remote(folder):
         yield local_copy
         return
-    with _temporary(_folder("shards")) as kept:
+    with _temporary(_cache() / "shards") as kept:
 
         def keep(path: Path, sha256: str) -> Path:
             link = Path(kept) / sha256
-            if not link.exists():  # shards without rows are all alike
+            if not link.exists():  # equal shards share a copy
                 copy = local_copy(path, sha256)
                 try:
                     os.link(copy, link)
@@ -72,18 +64,18 @@ def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
 
 
 def local_version(path: Path) -> Path:
-    """A local file of the same content as it is now: itself, or a copy of the same suffixes.
+    """The file itself if it is local, else a copy of its present version with the same suffixes.
 
-    The copy stays in the cache as long as this process lives.
+    The copy stays in the cache until this process ends.
     """
     if not is_remote(path):
         return path
-    copy = _folder("files") / (version_of(path) + "".join(path.suffixes[-2:]))
+    copy = _cache() / "files" / (version_of(path) + "".join(path.suffixes[-2:]))
     while True:
         if not copy.exists():
-            _fetch(path, copy, lambda _: None)
+            _fetch(path, copy)
         _touch(copy)
-        with suppress(FileNotFoundError):  # another process has made room just now
+        with suppress(FileNotFoundError):  # another process has just removed the copy
             descriptor = os.open(copy, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             _held.append(descriptor)
@@ -91,30 +83,23 @@ def local_version(path: Path) -> Path:
                 return copy
 
 
-def _folder(kind: str) -> Path:
-    folder = Path(os.environ.get(FOLDER, "~/.cache/qpipe")).expanduser() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    return folder
+def _cache() -> Path:
+    return Path(os.environ.get(FOLDER, "~/.cache/qpipe")).expanduser()
 
 
 def _temporary(folder: Path) -> "tempfile.TemporaryDirectory[str]":
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-")
     except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: the cache cannot be written ({error.strerror}): give another folder in {FOLDER}"
-    )
+        raise UserError(
+            f"{folder}: the cache cannot be written ({error.strerror}): give another folder in "
+            f"{FOLDER}"
+        ) from error
 
 
 def _is_sound(copy: Path, sha256: str) -> bool:
-    """Whether a copy is there and whole; it is read once a process, and after any change."""
+    """Whether a copy exists with its hash; hashes it once a process, and after any change."""
     try:
         if _checked.get(copy) != _state(copy):
             if sha256_of_file(copy) != sha256:
@@ -131,17 +116,22 @@ def _state(copy: Path) -> tuple[int, ...]:
 
 
 def _touch(copy: Path) -> None:
-    """Note that a copy is used now: in its time of access, as that of change tells of damage."""
-    with suppress(OSError):  # of another user's cache, or gone just now
+    """Set the access time of a copy to now; its modification time, which `_state` reads, stays."""
+    with suppress(OSError):  # another user's cache, or removed just now
         os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
 
 
-def _fetch(path: Path, copy: Path, check: Callable[[Path], None]) -> None:
+def _fetch(path: Path, copy: Path, sha256: str | None = None) -> None:
+    """Fetch a file into the cache, compare its hash, and make room for it."""
     limit = _limit()
     with _temporary(copy.parent) as folder:
         fetched = Path(folder) / copy.name
         fetch(path, fetched)
-        check(fetched)
+        if sha256 is not None and sha256_of_file(fetched) != sha256:
+            raise UserError(
+                f"{path}: damaged, its hash is not the manifest's: restore it, or share the folder "
+                "again"
+            )
         os.replace(fetched, copy)
     _touch(copy)
     _shrink(copy.parent.parent, copy, limit)
@@ -158,10 +148,10 @@ def _limit() -> float:
 
 
 def _shrink(cache: Path, latest: Path, limit: float) -> None:
-    """Remove the copies that were used longest ago until the rest fit, never the latest."""
+    """Remove the copies used longest ago until the rest fit into the limit; keep the latest."""
     found: list[tuple[os.stat_result, Path]] = []
     for path in cache.glob("*/*"):
-        with suppress(FileNotFoundError):  # another process shrinks it too
+        with suppress(FileNotFoundError):  # another process also shrinks the cache
             found.append((path.stat(), path))
     now = time.time()
     for stat, path in found:
@@ -180,7 +170,7 @@ def _shrink(cache: Path, latest: Path, limit: float) -> None:
 
 
 def _remove(copy: Path) -> bool:
-    """Remove a copy, unless a process holds it."""
+    """Remove a copy unless a process holds it."""
     with suppress(OSError):
         descriptor = os.open(copy, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, read with a bound and hashed."""
+"""Atomic writes, reads of bounded size, and hashes."""
 
 import hashlib
 import os
@@ -12,22 +12,22 @@ from typing import BinaryIO
 from ..errors import UserError
 from .remote import is_remote, remote_file
 
-TEMPORARY = ".*.tmp"  # names of files under work; a killed run may leave some
-MOST_BYTES = 2**28  # of a JSON file: that of half a million scored shards, or two million rejects
+TEMPORARY = ".*.tmp"  # names of unfinished files; a killed run may leave some
+MOST_BYTES = 2**28  # of a JSON file: enough for half a million scored shards, or 2 million rejects
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when the block ends well.
+    """Open a file that appears at `path` only if the block ends without an error.
 
-    A local one is written beside `path` under a temporary name, synced, then renamed; a remote one
-    is put there as a whole. Whatever goes wrong in between leaves `path` as it was.
+    A local file is written under a temporary name, synced and renamed; a remote file is uploaded
+    as a whole. After an error `path` is unchanged.
     """
     if is_remote(path):
         with remote_file(path) as file:
             yield file
         return
-    # no two writers share it, whatever machines they are on
+    # random, so that writers on different machines do not share it
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -44,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that its file names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,14 +59,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file that this package wrote, which is never huge."""
+    """Read a file that this package wrote. Raises UserError if it is larger than those."""
     try:
-        status = path.stat()  # once: for a remote file that is a request
+        status = path.stat()  # one call: a request for a remote file
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: cannot be read: not a file")
         if status.st_size > MOST_BYTES:
-            size = status.st_size
-            raise UserError(f"{path}: damaged, no such file of ours has {size:,} bytes")
+            raise UserError(
+                f"{path}: damaged, it has {status.st_size:,} bytes, more than qpipe writes"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -75,7 +76,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def is_content(path: Path, content: bytes) -> bool:
-    """Whether a file holds just this; reads no more than that."""
+    """Whether a file holds exactly this content; reads it only if the size is right."""
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 

@@ -1,4 +1,4 @@
-"""Canonical JSON: written the same for the same value, parsed with bounds."""
+"""Canonical JSON: the same bytes for the same value, parsed within bounds."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ import msgspec
 from ..errors import UserError, one_line
 from .files import MOST_BYTES, read_bytes, write_bytes
 
-MOST_DENSE = 100_000  # values of a JSON file, however short they are
+MOST_DENSE = 100_000  # values that a JSON file of any size may hold
 _MOST = sys.float_info.max
 Number = (  # finite
     Annotated[float, msgspec.Meta(ge=-_MOST, le=_MOST)]
     | Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 )
-_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")  # escaped
+_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")  # an escaped surrogate
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,17 +29,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_readable(path: Path, content: bytes) -> None:
-    """Write a JSON file atomically. Raises UserError where it would not be read back."""
+    """Write a JSON file atomically. Raises UserError if it would be too large to read back."""
     if excess := _excess(content):
         raise UserError(
-            f"{path}: would have {excess}, more than is read back: leave rows that cannot be used "
-            "out, or give another --shard-size"
+            f"{path}: would have {excess}, more than is read back: remove the rows that cannot be "
+            "used, or give another --shard-size"
         )
     write_bytes(path, content)
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON file's content, the same bytes for the same value; a struct is written as a dict."""
+    """The content of a JSON file, the same bytes for the same value; structs become dicts."""
     text = json.dumps(
         value,
         indent=1,
@@ -57,11 +57,11 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(path: Path, content: bytes) -> Any:
-    """The value in the content of a JSON file."""
+    """Parse the content of a JSON file. Raises UserError if it exceeds the bounds."""
     if excess := _excess(content):
-        raise UserError(f"{path}: damaged, no file of ours has {excess}")
-    if _HALF_PAIR.search(content):  # written as they are, no character needs an escaped pair
-        raise UserError(f"{path}: damaged, not JSON of ours (half a character)")
+        raise UserError(f"{path}: damaged, it has {excess}, more than qpipe writes")
+    if _HALF_PAIR.search(content):  # qpipe writes every character unescaped
+        raise UserError(f"{path}: damaged, not JSON that qpipe writes (half a character)")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -70,7 +70,7 @@ def parse_json(path: Path, content: bytes) -> Any:
 
 @contextmanager
 def refuse_misfits(path: Path, what: str, way_out: str) -> Iterator[None]:
-    """Raises UserError, naming the field, where a value of the file is not one of a `what`."""
+    """Raise UserError, naming the field, if the block finds that the file is not a `what`."""
     try:
         yield
     except (msgspec.ValidationError, ValueError, RecursionError) as error:
@@ -78,9 +78,9 @@ def refuse_misfits(path: Path, what: str, way_out: str) -> Iterator[None]:
 
 
 def _excess(content: bytes) -> str | None:
-    """What is too much in the content of a JSON file."""
+    """The size of a JSON file that exceeds the bounds, in words; else None."""
     size = len(content)
-    # empty lists take 20 times their text in memory; this package writes each value on its line
+    # empty lists take 20 times their text in memory; qpipe writes one value on a line
     values = sum(map(content.count, (b",", b"[", b"{")))
     if values > MOST_DENSE + size // 8:
         return f"{values:,} values in {size:,} bytes"
@@ -100,5 +100,5 @@ def sha256_of_json(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a file is a number that a float can hold."""
+    """Whether a value from a file is a number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= _MOST

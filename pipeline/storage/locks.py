@@ -1,11 +1,12 @@
-"""Who may work in a folder: one command alone, or the tasks of one job together.
+"""Folder locks: exclusive for one command, shared among the tasks of one job.
 
-The locks end with the process, however that ends. They hold on this machine, and between machines
-where their shared file system passes locks on; on a file system without locks they hold nobody off.
-In a remote folder whoever works there leaves a lease, an object that is renewed as long as the
-process lives; one of a killed process runs out, and on the same machine holds nobody off. As there
-are no locks on single shards there, it also holds off the same task when that is started twice. Two
-that come within the same moment may not see each other: they write the same.
+Locks end with the process. They work on one machine, and between machines if their shared file
+system supports locks; without lock support they have no effect.
+
+A process that works in a remote folder writes a lease there, an object that it renews. The lease of
+a killed process expires; on the same machine it has no effect. Single shards are not locked there,
+so a lease also excludes a second start of the same task. Two processes that start at the same
+moment may miss each other's leases; they write the same bytes.
 """
 
 import fcntl
@@ -23,15 +24,15 @@ from typing import Any
 from ..errors import UserError
 from .remote import is_remote, remote_file
 
-PATIENCE = 10.0  # seconds for the task that is opening the folder just now
-LEASE = 120.0  # seconds that a remote folder stays held after its holder was last heard of
+PATIENCE = 10.0  # seconds to wait while another task opens the folder
+LEASE = 120.0  # seconds until a lease expires that is not renewed
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made where it is missing, against everybody else.
+    """Lock a folder for one command; creates a missing one.
 
-    Raises UserError where somebody works in it.
+    Raises UserError if another process works in it.
     """
     with lock_of(folder) as lock:
         if not lock.alone():
@@ -40,16 +41,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock_of(folder: Path) -> "FolderLock | Lease":
-    """The lock on a folder that suits where it lies."""
+    """The lock of a folder: a lease if it is remote."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file: --out needs a folder")
     return Lease(folder) if is_remote(folder) else FolderLock(folder)
 
 
 class FolderLock:
-    """A lock on a folder, which is made where it is missing: alone, or with other tasks."""
+    """The lock of a local folder, which it creates if it is missing."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file: --out needs a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder, os.O_RDONLY)
@@ -64,15 +65,15 @@ class FolderLock:
         os.close(self._descriptor)
 
     def alone(self) -> bool:
-        """Hold the folder alone, if nobody else works in it; a share that was held may be lost."""
+        """Lock the folder exclusively, if no other process works in it. May lose a held share."""
         return _try(self._descriptor, fcntl.LOCK_EX)
 
     def share(self, task: str) -> None:
-        """Hold the folder, as one of the tasks that share it.
+        """Lock the folder as one of the tasks that share it.
 
-        Raises UserError where a command works in it alone, and goes on to.
+        Raises UserError if another process keeps it locked exclusively.
         """
-        del task  # that another process does it too is seen shard by shard: `claimed`
+        del task  # two processes with the same task exclude each other shard by shard: `claimed`
         deadline = time.monotonic() + PATIENCE
         while not _try(self._descriptor, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
@@ -81,11 +82,9 @@ class FolderLock:
 
 
 class Lease:
-    """A lock on a remote folder: one object for each process that works there."""
+    """The lock of a remote folder: an object for each process that works there."""
 
     def __init__(self, folder: Path) -> None:
-        if folder.is_file():
-            raise UserError(f"{folder}: is a file: --out needs a folder")
         self._folder = folder
         self._path = folder / f".lease-{secrets.token_hex(6)}.tmp"
         self._kind = self._task = ""
@@ -99,7 +98,7 @@ class Lease:
         if self._kind:
             self._ended.set()
             self._renewing.join()
-            with suppress(UserError):  # out of reach: it runs out by itself
+            with suppress(UserError):  # if the store cannot be reached, the lease expires
                 self._path.unlink(missing_ok=True)
 
     def alone(self) -> bool:
@@ -110,14 +109,14 @@ class Lease:
         return True
 
     def share(self, task: str) -> None:
-        """As `FolderLock.share`, and a UserError also where the same task is at work.
+        """As `FolderLock.share`; raises UserError also if another process has the same task.
 
-        Waits first, until a killed one would be forgotten.
+        Waits first, until the lease of a killed process would expire.
         """
         if self._kind == "share":
             return
         self._task = task
-        if self._kind == "alone":  # nobody can refuse it, or two that came at once would each wait
+        if self._kind == "alone":  # without a check: two that started at once would both wait
             self._kind = "share"
             self._write()
             return
@@ -149,29 +148,27 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(LEASE / 4):
-            with suppress(UserError):  # it still holds for a while
+            with suppress(UserError):  # the present lease is valid for some time
                 self._write()
 
 
 def _leases(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names and contents of the leases in a remote folder that hold."""
+    """Yield the names and contents of the valid leases in a remote folder."""
     for path in folder.glob(".lease-*.tmp"):
         try:
             lease = json.loads(path.read_bytes())
             is_held = lease["kind"] in ("alone", "share") and lease["until"] > time.time()
             if is_held and not (lease["host"] == _host() and _has_ended(lease["pid"])):
                 yield path.name, lease
-        except FileNotFoundError:  # given up just now
-            continue
-        except (ValueError, TypeError, KeyError, OverflowError):  # no lease of ours
-            continue
+        except (FileNotFoundError, ValueError, TypeError, KeyError, OverflowError):
+            continue  # just removed, or not a lease of qpipe
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Hold a file that is to be made against other tasks; False where one of them makes it.
+    """Lock a file to be made by this process; yields False if another process makes it.
 
-    In a remote folder nobody is held off: two that make the same file write the same.
+    Has no effect in a remote folder: processes that make the same file write the same bytes.
     """
     if is_remote(path):
         yield True
@@ -197,13 +194,13 @@ def _try(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # a file system without lock support
         pass
     return True
 
 
 def _host() -> str:
-    """This machine, as far as processes see each other."""
+    """The name of this machine and process namespace."""
     return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
@@ -212,22 +209,22 @@ def _has_ended(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         pass
     return False
 
 
 def _busy(folder: Path) -> UserError:
-    until = f" (a killed one is forgotten after {LEASE:.0f} s)" if is_remote(folder) else ""
+    until = f" (the lease of a killed one expires after {LEASE:.0f} s)" if is_remote(folder) else ""
     return UserError(
         f"{folder}: another qpipe works in it: wait for it{until}, or give another --out"
     )
 
 
 def is_worked_in(folder: Path) -> bool | None:
-    """Whether a process of this machine holds a folder, told without touching its locks.
+    """Whether a process has locked a folder; does not touch the locks.
 
-    Of a remote folder: whether a process anywhere does. None where the machine does not tell.
+    Covers this machine for a local folder, all machines for a remote one; None if unknown.
     """
     if is_remote(folder):
         return any(_leases(folder))
@@ -236,5 +233,5 @@ def is_worked_in(folder: Path) -> bool | None:
         inode = str(folder.stat().st_ino)
     except OSError:
         return None
-    words = [line.split() for line in lines if "->" not in line]  # that is one who waits
+    words = [line.split() for line in lines if "->" not in line]  # such a process waits
     return any(each[1] == "FLOCK" and each[5].rpartition(":")[2] == inode for each in words)

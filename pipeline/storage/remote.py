@@ -1,9 +1,8 @@
-"""Folders behind URLs: `s3://`, `gs://`, `hf://`, `memory://` and whatever else fsspec knows.
+"""Files behind URLs: `s3://`, `gs://`, `hf://`, `memory://` and others that fsspec supports.
 
-A remote path has the interface of a local one (universal_pathlib), so the code above works with
-both. Only this file and those that import it tell them apart: an object is put in its place as a
-whole, shards are read from local copies (`cache`), and who works in a folder leaves a lease there
-(`locks`).
+A remote path has the interface of a local path (universal_pathlib), so most code works with both.
+The differences: objects are uploaded as a whole, shards are read from local copies (`cache`), and
+folders are locked by leases (`locks`).
 """
 
 import hashlib
@@ -16,17 +15,17 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import UserError, one_line
 
-_BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores in which a folder lies in a bucket
+_BUCKETS = ("s3", "s3a", "gs", "gcs")  # stores whose folders are in buckets
 
 
 def open_path(words: str | Path) -> Path:
-    """What a path or a URL names. Raises UserError for what names nothing that can be used here."""
+    """The path of a local path or URL. Raises UserError if it cannot be used."""
     if not isinstance(words, str):
         return words
     protocol, is_url, place = words.partition("://")
     if not is_url or protocol == "file":
         path = _local(words) if is_url else Path(words)
-        if "\0" in str(path):  # which a URL can write as %00
+        if "\0" in str(path):  # from %00 in a URL
             raise UserError(f"{str(path)!r}: a name cannot hold the character NUL: give another")
         return path
     if protocol in _BUCKETS and not place.split("/")[0]:
@@ -34,9 +33,9 @@ def open_path(words: str | Path) -> Path:
     from .remote_path import RemotePath, unusable  # importing fsspec is slow
 
     try:
-        # listings are not to be remembered: other machines work in the same folder
+        # without a cache of listings: other machines work in the same folder
         path = RemotePath(words, use_listings_cache=False)
-        path.exists()  # whoever cannot be reached, or lets nobody in, says so here
+        path.exists()  # fails here if the store cannot be reached or refuses access
     except UserError:
         raise
     except Exception as error:  # each kind of store raises its own
@@ -45,13 +44,13 @@ def open_path(words: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is a URL's."""
+    """Whether a path stands for a URL."""
     return not isinstance(path, Path)
 
 
 @contextmanager
 def remote_file(path: Path) -> Iterator[BinaryIO]:
-    """A local file to write that is put in its remote place when the block ends well."""
+    """Open a local file that is uploaded to `path` if the block ends without an error."""
     with nameless_file() as (file, local):
         try:
             yield file
@@ -59,16 +58,13 @@ def remote_file(path: Path) -> Iterator[BinaryIO]:
         except OSError as error:
             where = tempfile.gettempdir()
             raise UserError(f"{where}: cannot be written: {error.strerror or error}") from error
-        store, place = _store(path)
-        try:
+        with _store(path, "written") as (store, place):
             store.put_file(str(local), place)
-        except Exception as error:
-            raise UserError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 @contextmanager
 def nameless_file() -> Iterator[tuple[BinaryIO, Path]]:
-    """A temporary file that is gone with this process, however that ends, and a way to open it."""
+    """A temporary file that disappears with this process, and a path to open it by."""
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError as error:
@@ -79,42 +75,40 @@ def nameless_file() -> Iterator[tuple[BinaryIO, Path]]:
 
 def fetch(path: Path, local: Path) -> None:
     """Copy a remote file to a local one."""
-    store, place = _store(path)
-    try:
+    with _store(path, "read") as (store, place):
         store.get_file(place, str(local))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def forget_listing(path: Path) -> None:
-    """Forget what a remote path's file system remembers, as the hub's does, of what lies there."""
-    _store(path)[0].invalidate_cache()
+    """Clear the listings that the file system of a remote path has cached, as the hub's does."""
+    with _store(path, "read") as (store, _):
+        store.invalidate_cache()
 
 
 def version_of(path: Path) -> str:
     """A hash that changes when a remote file does."""
-    store, place = _store(path)
-    try:
-        version = store.ukey(place)
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
-    return hashlib.sha256(f"{path}\n{version}".encode()).hexdigest()
+    with _store(path, "read") as (store, place):
+        return hashlib.sha256(f"{path}\n{store.ukey(place)}".encode()).hexdigest()
 
 
-def _store(path: Path) -> tuple[Any, str]:
-    """The file system of fsspec that a remote path lies in, and its place there."""
+@contextmanager
+def _store(path: Path, use: str) -> Iterator[tuple[Any, str]]:
+    """The fsspec file system of a remote path, and the place there; its errors as UserErrors."""
     remote = cast(Any, path)
-    return remote.fs, remote.path
+    try:
+        yield remote.fs, remote.path
+    except Exception as error:
+        is_missing = use == "read" and isinstance(error, FileNotFoundError)
+        what = "no such file" if is_missing else f"cannot be {use}: {one_line(error)}"
+        raise UserError(f"{path}: {what}") from error
 
 
 def _local(words: str) -> Path:
     parts = urlsplit(words)
     if parts.netloc not in ("", "localhost"):
         raise UserError(
-            f"{words}: names the machine {parts.netloc}, not a place on this one: give "
-            f"file:///{parts.netloc}{parts.path} or a path"
+            f"{words}: names the machine {parts.netloc}: give file:///{parts.netloc}{parts.path} "
+            "or a path for a file on this machine"
         )
-    # what looks like a query is part of the name
+    # a question mark is part of the name
     return Path(unquote(words.split("://", 1)[1].removeprefix(parts.netloc)))

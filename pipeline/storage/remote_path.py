@@ -1,6 +1,6 @@
-"""The path behind a URL: that of universal_pathlib, with errors that a user can read.
+"""The path behind a URL: the path of universal_pathlib, with UserErrors.
 
-Each kind of store raises errors of its own, and any look at a path may meet one.
+Each kind of store raises its own errors, at any use of a path.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from ..errors import UserError, one_line
 
 
 def unusable(path: object, error: Exception) -> UserError:
-    """What a store raised, as an error of ours."""
+    """The UserError for an error that a store raised."""
     hint = ""
     if isinstance(error, ImportError):
         hint = ": pip install 'qpipe[s3]', or the package that fsspec names for it"
@@ -23,13 +23,13 @@ def unusable(path: object, error: Exception) -> UserError:
 def _with_user_errors(
     method: Callable[..., Any], *passed_on: type[Exception]
 ) -> Callable[..., Any]:
-    """A method whose errors are UserErrors, but for those that its callers know of."""
+    """Make the errors of a method UserErrors, except those `passed_on`."""
 
     @wraps(method)
     def call(self: Any, *given: Any, **named: Any) -> Any:
         try:
             found = method(self, *given, **named)
-            # a listing is read to its end here, while its errors can be told
+            # read a listing to its end here, where its errors are handled
             return iter(list(found)) if isinstance(found, Iterator) else found
         except (UserError, *passed_on):
             raise
@@ -52,14 +52,14 @@ class RemotePath(ProxyUPath):
     mkdir = _with_user_errors(ProxyUPath.mkdir)
     unlink = _with_user_errors(ProxyUPath.unlink, FileNotFoundError)
 
-    # in one request, or an object that another process replaces between two could not be read
+    # one request: another process may replace the object between two
     read_bytes = _with_user_errors(lambda self: self.fs.cat_file(self.path), FileNotFoundError)
 
     @_with_user_errors
     def iterdir(self) -> Iterator[Any]:
-        """What lies in a folder; nothing where there is none, as buckets have no empty ones."""
+        """Yield what is in a folder; nothing if it is missing: a bucket has no empty folders."""
         if not self.exists():
             return iter(())
         found = (place.rstrip("/") for place in self.fs.ls(self.path, detail=False))
-        own = self.path.rstrip("/")  # that a console made the folder as an object
+        own = self.path.rstrip("/")  # the object of a folder made in a web console
         return (self / place.rpartition("/")[2] for place in found if place != own)

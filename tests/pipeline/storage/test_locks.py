@@ -30,7 +30,7 @@ def test_a_held_folder_is_refused_and_let_go(s3: Bucket) -> None:
     with locked(folder):
         assert len(s3.names("held/.lease-")) == 1
         with (
-            pytest.raises(UserError, match=r"another qpipe works in it.*forgotten after 120 s"),
+            pytest.raises(UserError, match=r"another qpipe works in it.*expires after 120 s"),
             locked(open_path(HELD)),
         ):
             pass
