@@ -1,7 +1,7 @@
-"""What a method is, and a method with its form and parameters settled (the table: `methods`)."""
+"""The types of a method, a row of the table, and of a chosen method."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, cast
 
 from array_api_compat import array_namespace
@@ -10,30 +10,33 @@ from ..errors import UserError
 from .rules import ONE, Array, Rule, Signals
 
 Form = Literal["live", "frozen-target", "frozen-weight"]
-# what π̃ is; "gem" names the one method whose gradient is no trust in a token
+# π̃; "gem" is the one method whose gradient is not made of a trust and a residual
 Residual = Literal[
     "observed", "student", "base", "teacher", "uniform", "mixture", "contrast", "gem"
 ]
-# what a target folder holds for it; "base-observed" is the base's probability of y alone
+# what a target folder stores for it; "base-observed" is only the base's probability of y
 Stored = Literal["observed", "base-observed", "base", "teacher", "uniform", "mixture", "contrast"]
 
 FROZEN: tuple[Form, ...] = ("frozen-target", "frozen-weight")
 _OF_STUDENT = frozenset({"log_prob", "entropy", "top_entropy", "sequence_log_ratio"})
 _OF_TEACHER = frozenset({"teacher_log_prob", "divergence"})
+_NO_WEIGHT: Mapping[Form, str] = {
+    "frozen-weight": "a weight alone would drop its residual, and with it what it is for"
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a method: a number in a range, or one of some words.
+    """A parameter of a method: a number in a range, or one of `words`.
 
-    `default` None means that the data decide (see `Statistic`).
+    `default` None takes the value from the data (see `Statistic`).
     """
 
     name: str
     default: float | str | None
     low: float = 0.0
     high: float = 1e6
-    above: bool = False  # `low` itself is out of range
+    above: bool = False  # excludes `low` itself
     words: tuple[str, ...] = ()
 
     @property
@@ -44,7 +47,7 @@ class Parameter:
         return f"{'above ' if self.above else ''}{self.low:g}{',' * self.above} to {self.high:g}"
 
     def parse(self, method: str, value: Any) -> float | str:
-        """The value as a rule takes it. Raises UserError where it is not allowed."""
+        """Convert and check a value. Raises UserError if it is not allowed."""
         if self.words:
             if value not in self.words:
                 raise UserError(f"{method}: {self.name}={value} is not known: give {self.allowed}")
@@ -53,7 +56,7 @@ class Parameter:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{method}: {self.name}={value} is no number: give {self.allowed}"
+                f"{method}: {self.name}={value} is not a number: give {self.allowed}"
             ) from None
         inside = self.low < number if self.above else self.low <= number
         if not (inside and number <= self.high):  # also refuses NaN
@@ -65,44 +68,45 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A parameter that is taken from the data set where it is not given.
+    """A parameter that is computed from the data set if it is not given.
 
-    It is the mean of the order statistics of `values` over all positions whose places, in ascending
-    order from 0, `places` tells from their number; `otherwise` where there are none of these.
+    It is the mean of some order statistics of `values` over all positions. `places` gives their
+    places in ascending order, from 0, for a number of positions; without any it is `otherwise`.
     """
 
     parameter: str
-    reads: frozenset[str]
-    values: Callable[[Signals], Array]  # [...]
+    values: Rule
     places: Callable[[int, Mapping[str, Any]], tuple[int, ...]]
     otherwise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the table.
+    """One row of the table; the defaults are those of SFT.
 
-    `trust` and `scale` give γ and s from the signals named in `reads`. `refused` says of a form
-    that could be asked for why it is not there. The first of `forms` is what build-targets takes.
+    `refused` gives the reason why a form is missing. build-targets takes the first of `forms`.
     """
 
     name: str
-    trust: Rule
-    trust_formula: str
-    residual: Residual
-    source: str
+    trust: Rule = ONE
+    residual: Residual = "observed"
     scale: Rule = ONE
-    scale_formula: str = "1"
-    reads: frozenset[str] = frozenset()
+    _: KW_ONLY
+    source: str
     parameters: tuple[Parameter, ...] = ()
     forms: tuple[Form, ...] = ("frozen-target", "live")
-    refused: Mapping[Form, str] = field(default_factory=dict)
+    refused: Mapping[Form, str] = field(default_factory=lambda: _NO_WEIGHT)
     statistic: Statistic | None = None
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The signals that its rules read."""
+        return self.trust.reads | self.scale.reads
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A method with its form and parameters settled."""
+    """A method with its form and parameters."""
 
     method: Method
     form: Form
@@ -110,19 +114,19 @@ class Choice:
 
     @property
     def reads_student(self) -> bool:
-        """Whether the target depends on the student as it trains."""
+        """Whether the target depends on the student in training."""
         reads = self.method.reads & _OF_STUDENT or self.method.residual in ("mixture", "gem")
         return self.form == "live" and bool(reads)
 
     @property
     def is_weight(self) -> bool:
-        """Whether the loss is a weighted NLL: s·γ is then its weight and Q is one-hot."""
+        """Whether the loss is a weighted NLL: the weight is s·γ, and Q is one-hot."""
         live = self.form == "live" and self.method.residual == "student"
         return self.form == "frozen-weight" or live
 
     @property
     def residual(self) -> Residual:
-        """π̃ in this form: what stands for a residual that is the student."""
+        """π̃ in this form; frozen forms replace the student."""
         if self.form == "frozen-weight":
             return "observed"
         is_base = self.form == "frozen-target" and self.method.residual == "student"
@@ -147,22 +151,22 @@ class Choice:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether the demonstrations must say which tokens count."""
+        """Whether the demonstrations must supply a mask."""
         return "mask" in self.method.reads
 
     @property
     def unresolved(self) -> Statistic | None:
-        """The statistic of the data set that is still to be found."""
+        """The statistic that is still to be computed from the data set."""
         statistic = self.method.statistic
         return statistic if statistic and statistic.parameter not in self.parameters else None
 
     @property
     def statistic_reads(self) -> frozenset[str]:
-        """The signals that the statistic is taken of."""
-        return self.method.statistic.reads if self.method.statistic else frozenset()
+        """The signals that the statistic reads."""
+        return self.method.statistic.values.reads if self.method.statistic else frozenset()
 
     def resolved(self, value: float) -> "Choice":
-        """The choice with its statistic's value. Raises UserError where it is no use."""
+        """The choice with the value of its statistic. Raises UserError if that is out of range."""
         assert self.method.statistic is not None
         name = self.method.statistic.parameter
         (parameter,) = (each for each in self.method.parameters if each.name == name)
@@ -180,7 +184,7 @@ class Choice:
         )
 
     def trust_and_weight(self, signals: Signals) -> tuple[Array, Array]:
-        """The trust to store or train with, and the weight of the loss: 1 and s·γ for a weight."""
+        """The trust and the weight of the loss, [...] each: 1 and s·γ for a weight."""
         trust, scale = self.trust_and_scale(signals)
         if self.is_weight:
             return array_namespace(trust).ones_like(trust), scale * trust

@@ -1,6 +1,6 @@
-"""Targets over the whole vocabulary, the plain reference beside every sparse path.
+"""Targets over the whole vocabulary: the plain reference for every sparse path.
 
-V vocabulary; [...] any shape of positions, its last axis one example.
+V vocabulary; [...] any shape of positions, whose last axis is one example.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def dense(
     signals = _signals(choice, given, observed, mask)
     statistic = choice.unresolved
     if statistic is not None:
-        values = statistic.values(signals).reshape(-1)
+        values = statistic.values(signals, choice.parameters).reshape(-1)
         values = array_namespace(values).sort(values)
         places = statistic.places(len(values), choice.parameters)
         found = sum(float(values[place]) for place in places) / max(len(places), 1)
@@ -37,7 +37,7 @@ def dense(
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """The models' log-probabilities that were handed in."""
+    """The log-probabilities of the given models."""
 
     method: str
     models: Mapping[str, Array]
@@ -83,7 +83,7 @@ def _signals(choice: Choice, given: _Given, observed: Array, mask: Array) -> Sig
         "mask": given_mask,
     }
     reads = choice.method.reads | choice.statistic_reads
-    if not reads:  # something must tell the shape
+    if not reads:  # a rule still needs the shape
         model = next(name for name in given.models if given.models[name] is not None)
         return Signals(log_prob=at_observed(model))
     return Signals(**{name: compute[name]() for name in reads})
@@ -128,6 +128,6 @@ def _residual(choice: Choice, given: _Given, one_hot: Array) -> Array:
 
 
 def _one_hot(observed: Array, like: Array) -> Array:
-    """Where the observed token stands in the vocabulary, [..., V] of truth values."""
+    """True at the observed token, [..., V]."""
     xp = array_namespace(like)
     return xp.arange(like.shape[-1]) == xp.asarray(observed)[..., None]

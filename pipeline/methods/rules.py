@@ -1,10 +1,10 @@
-"""What targets are made of: trust, scale and residual rules as pure array functions.
+"""Trust and scale rules, and the distributions that residuals are made of, as array functions.
 
-Each runs on numpy arrays (frozen, in build-targets) and on torch tensors (live, in the trainer)
-from the same code and keeps the arrays' precision. Shapes: [...] is any shape of positions,
-[..., S] a support of S ids at each, [..., V] the whole vocabulary. Log-probabilities are in nats.
+They run on numpy arrays (frozen forms, in build-targets) and on torch tensors (live forms, in the
+trainer) and keep the precision of the arrays. Shapes: [...] any shape of positions, [..., S] a
+support of S ids at each, [..., V] the whole vocabulary. Log-probabilities are in nats.
 
-Sources are in the table of `methods.py`, which names every rule.
+`table` names the source of every rule.
 """
 
 import math
@@ -16,92 +16,107 @@ from array_api_compat import array_namespace
 
 Array = Any  # of numpy or torch
 Parameters = Mapping[str, Any]
-TOP_ENTROPY_SIZE = 20  # tokens that eaft's entropy is taken over
+TOP_ENTROPY_SIZE = 20  # tokens over which eaft takes the entropy
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What a rule may read at a set of positions, each [...]; None where nobody asked for it.
+    """The inputs of rules at a set of positions, [...] each; None if no rule reads it.
 
-    The followed model is the student as it trains in the live form and the base prior in the frozen
-    ones; y is the observed token.
+    The followed model is the student in training for the live form, the base for frozen forms. y is
+    the observed token.
     """
 
     log_prob: Array = None  # log p(y) of the followed model
     entropy: Array = None  # of the followed model, over the whole vocabulary
-    top_entropy: Array = None  # of its 20 most probable tokens, renormalised among themselves
-    sequence_log_ratio: Array = (
-        None  # mean of log p(y) − log b(y) over the positions of the example
-    )
+    top_entropy: Array = None  # of its 20 most probable tokens, renormalised
+    sequence_log_ratio: Array = None  # mean of log p(y) − log b(y) over an example's positions
     base_log_prob: Array = None  # log b(y)
     teacher_log_prob: Array = None  # log q(y)
     divergence: Array = None  # KL(teacher ‖ base)
-    mask: Array = None  # in [0, 1], as it came with the demonstrations
+    mask: Array = None  # in [0, 1], from the demonstrations
 
 
-Rule = Callable[[Signals, Parameters], Array]
+_Function = Callable[[Signals, Parameters], Array]
 
 
-def constant(value: Callable[[Parameters], float]) -> Rule:
-    """The same number at every position, whatever signal is there to tell the shape."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A value [...] computed from signals and parameters, its formula, and the signals it reads."""
+
+    formula: str
+    reads: frozenset[str]
+    function: _Function
+
+    def __call__(self, signals: Signals, parameters: Parameters) -> Array:
+        return self.function(signals, parameters)
+
+
+def _rule(formula: str, *reads: str) -> Callable[[_Function], Rule]:
+    return lambda function: Rule(formula, frozenset(reads), function)
+
+
+def constant(formula: str, value: Callable[[Parameters], float]) -> Rule:
+    """The same number at every position; any signal gives the shape."""
 
     def rule(signals: Signals, parameters: Parameters) -> Array:
         arrays = [getattr(signals, name) for name in signals.__dataclass_fields__]
         known = next(array for array in arrays if array is not None)
         return array_namespace(known).full_like(known, value(parameters))
 
-    return rule
+    return Rule(formula, frozenset(), rule)
 
 
-ONE = constant(lambda _: 1.0)
+ZERO = constant("0", lambda _: 0.0)
+ONE = constant("1", lambda _: 1.0)
 
 
+@_rule("p_y", "log_prob")
 def likelihood(signals: Signals, _: Parameters) -> Array:
-    """p_y."""
     return _exp(signals.log_prob)
 
 
+@_rule("p_y^alpha", "log_prob")
 def likelihood_power(signals: Signals, parameters: Parameters) -> Array:
-    """p_y^alpha."""
     return _exp(parameters["alpha"] * signals.log_prob)
 
 
+@_rule("1 if p_y >= tau, else 0", "log_prob")
 def likely(signals: Signals, parameters: Parameters) -> Array:
-    """1 where p_y ≥ tau."""
     return _indicator(signals.log_prob, math.log(parameters["tau"]))
 
 
+@_rule("(H_20/3)^a", "top_entropy")
 def entropy_power(signals: Signals, parameters: Parameters) -> Array:
-    """(H₂₀/3)^a."""
     return (signals.top_entropy / 3.0) ** parameters["a"]
 
 
+@_rule("min(16, exp(T mean_t log(p_y/b_y)))", "sequence_log_ratio")
 def sequence_weight(signals: Signals, parameters: Parameters) -> Array:
-    """clamp(exp(T·mean_t(log p_y − log b_y)), 0, 16), the same at all positions of an example."""
     xp = array_namespace(signals.sequence_log_ratio)
     log_weight = parameters["T"] * signals.sequence_log_ratio
     return xp.exp(xp.clip(log_weight, None, math.log(16.0)))
 
 
+@_rule("mask", "mask")
 def masked(signals: Signals, _: Parameters) -> Array:
-    """What came with the demonstration."""
     return signals.mask
 
 
+@_rule("p_y+lam", "log_prob")
+def anchored_scale(signals: Signals, parameters: Parameters) -> Array:
+    return _exp(signals.log_prob) + parameters["lam"]
+
+
+@_rule("p_y/(p_y+lam)", "log_prob")
 def anchored_trust(signals: Signals, parameters: Parameters) -> Array:
-    """p_y/(p_y + lam)."""
     total = anchored_scale(signals, parameters)
     xp = array_namespace(total)
     return _exp(signals.log_prob) / xp.clip(total, xp.finfo(total.dtype).smallest_normal, None)
 
 
-def anchored_scale(signals: Signals, parameters: Parameters) -> Array:
-    """p_y + lam."""
-    return _exp(signals.log_prob) + parameters["lam"]
-
-
+@_rule("r if r <= 1+eps_hi, else 0; r = p_y/b_y", "log_prob", "base_log_prob")
 def proximal_weight(signals: Signals, parameters: Parameters) -> Array:
-    """r·1{r ≤ 1 + eps_hi}, r = p_y/b_y."""
     log_ratio = signals.log_prob - signals.base_log_prob
     xp = array_namespace(log_ratio)
     limit = math.log1p(parameters["eps_hi"])
@@ -109,8 +124,9 @@ def proximal_weight(signals: Signals, parameters: Parameters) -> Array:
     return xp.where(inside, xp.exp(xp.where(inside, log_ratio, 0.0)), 0.0)
 
 
+@_rule("b_y(e^beta-1)/(1+b_y(e^beta-1))", "base_log_prob")
 def gift_trust(signals: Signals, parameters: Parameters) -> Array:
-    """What softmax(log b + beta·δ_y) adds to y: b_y(e^beta − 1)/(1 + b_y(e^beta − 1))."""
+    """The share that softmax(log b + beta·δ_y) adds to y."""
     floored = array_namespace(signals.base_log_prob).clip(
         signals.base_log_prob, math.log(1e-10), None
     )
@@ -121,41 +137,46 @@ def gift_trust(signals: Signals, parameters: Parameters) -> Array:
     return odds / (1 + odds)
 
 
+@_rule("-log b_y", "base_log_prob")
+def base_loss(signals: Signals, _: Parameters) -> Array:
+    return -signals.base_log_prob
+
+
+@_rule("b_y^(1/tau)", "base_log_prob")
 def flow_trust(signals: Signals, parameters: Parameters) -> Array:
-    """b_y^(1/tau)."""
     return _exp(signals.base_log_prob / parameters["tau"])
 
 
+@_rule("1 if b_y >= tau, else 0", "base_log_prob")
 def base_likely(signals: Signals, parameters: Parameters) -> Array:
-    """1 where b_y ≥ tau."""
     return _indicator(signals.base_log_prob, math.log(parameters["tau"]))
 
 
-def excess_loss(signals: Signals) -> Array:
-    """By how much the base's loss exceeds the teacher's: log q_y − log b_y."""
+@_rule("log(q_y/b_y)", "base_log_prob", "teacher_log_prob")
+def excess_loss(signals: Signals, _: Parameters) -> Array:
     return signals.teacher_log_prob - signals.base_log_prob
 
 
+@_rule("1 if log(q_y/b_y) >= threshold, else 0", "base_log_prob", "teacher_log_prob")
 def worth_learning(signals: Signals, parameters: Parameters) -> Array:
-    """1 where the excess loss is threshold or more."""
-    return _indicator(excess_loss(signals), parameters["threshold"])
+    return _indicator(excess_loss(signals, parameters), parameters["threshold"])
 
 
+@_rule("1 if KL(q,b) >= beta, else 0", "divergence")
 def divergent(signals: Signals, parameters: Parameters) -> Array:
-    """1 where KL(teacher ‖ base) ≥ beta."""
     return _indicator(signals.divergence, parameters["beta"])
 
 
+@_rule("p_y^clip(exp(-(log p_y+H)/beta), 0.1, 2)", "log_prob", "entropy")
 def tempered_likelihood(signals: Signals, parameters: Parameters) -> Array:
-    """p_y^g with g = clip(exp(−(log p_y + H)/beta), 0.1, 2)."""
     log_prob = signals.log_prob
     xp = array_namespace(log_prob)
     log_power = -(log_prob + signals.entropy) / parameters["beta"]
     return xp.exp(xp.exp(xp.clip(log_power, math.log(0.1), math.log(2.0))) * log_prob)
 
 
+@_rule("min(1, p_y/tau)", "log_prob")
 def trust_region(signals: Signals, parameters: Parameters) -> Array:
-    """min(1, p_y/tau)."""
     xp = array_namespace(signals.log_prob)
     return xp.exp(xp.clip(signals.log_prob - math.log(parameters["tau"]), None, 0.0))
 
@@ -163,11 +184,11 @@ def trust_region(signals: Signals, parameters: Parameters) -> Array:
 def geometric_mixture(
     log_probs: Array, log_tail: Array, other_log_probs: Array, other_log_tail: Array, eta: float
 ) -> tuple[Array, Array]:
-    """∝ p^(1−η)·q^η on a support [..., S] and in the bucket outside of it [...], both as logs.
+    """log of ∝ p^(1−η)·q^η on a support [..., S] and in its tail [...].
 
-    Exact where the tails are empty. Else each tail counts as one outcome, and the gradient of a
-    cross-entropy to the mixture is off by at most 2·m̂ in the sum of absolute values, m̂ being the
-    mixture's own tail mass.
+    Exact if the tails are empty. Otherwise each tail counts as one outcome, and the gradient of a
+    cross-entropy to the mixture is off by at most 2·m̂ in the sum of absolute values, where m̂ is
+    the tail mass of the mixture.
     """
     xp = array_namespace(log_probs)
     mixed = _scaled(log_probs, 1 - eta) + _scaled(other_log_probs, eta)
@@ -185,7 +206,7 @@ def contrast(expert_log_probs: Array, amateur_log_probs: Array, alpha: float) ->
 
 
 def contrast_head(expert_log_probs: Array, alpha: float) -> Array:
-    """Which ids of a support [..., S] have at least `alpha` times its highest probability."""
+    """True for ids of a support [..., S] with at least `alpha` times its highest probability."""
     xp = array_namespace(expert_log_probs)
     highest = xp.max(expert_log_probs, axis=-1)
     return expert_log_probs >= highest[..., None] + math.log(alpha)
@@ -194,7 +215,7 @@ def contrast_head(expert_log_probs: Array, alpha: float) -> Array:
 def matching_gradient(log_probs: Array, is_observed: Array, beta: float, h: str) -> Array:
     """The gradient of gem with respect to the logits, a − (Σa)·δ_y, from log p [..., V].
 
-    a is softmax(z/beta), for h "logsigmoid" times σ(0.01·(z − z_y)).
+    a is softmax(z/beta); for h "logsigmoid" it is multiplied by σ(0.01·(z − z_y)).
     """
     xp = array_namespace(log_probs)
     pull = matching_weights(log_probs, is_observed, beta, h)
@@ -202,7 +223,7 @@ def matching_gradient(log_probs: Array, is_observed: Array, beta: float, h: str)
 
 
 def matching_weights(log_probs: Array, is_observed: Array, beta: float, h: str) -> Array:
-    """gem's a [..., V]: how hard each token is pushed down in favour of the observed one."""
+    """gem's a [..., V]: the weight that each token loses to the observed token."""
     xp = array_namespace(log_probs)
     sharpened = (log_probs - xp.max(log_probs, axis=-1)[..., None]) / beta
     weights = xp.exp(sharpened - log_sum_exp(sharpened)[..., None])
@@ -235,7 +256,7 @@ def divergence(log_probs: Array, other_log_probs: Array) -> Array:
 
 
 def log_sum_exp(values: Array) -> Array:
-    """log Σ exp over the last axis, −inf where all are."""
+    """log Σ exp over the last axis; −inf if all values are."""
     xp = array_namespace(values)
     highest = xp.max(values, axis=-1)
     shift = xp.where(highest > -math.inf, highest, 0.0)
@@ -244,14 +265,14 @@ def log_sum_exp(values: Array) -> Array:
 
 
 def _scaled(log_probs: Array, power: float) -> Array:
-    """power·log p, with p⁰ = 1 also where p is 0."""
+    """power·log p, with p⁰ = 1 also for p = 0."""
     if power == 0:
         return array_namespace(log_probs).zeros_like(log_probs)
     return power * log_probs
 
 
 def _indicator(values: Array, threshold: float) -> Array:
-    """1 where a value is the threshold or more, else 0, in the values' own type."""
+    """1 for values ≥ threshold, else 0, in the type of the values."""
     return array_namespace(values).astype(values >= threshold, values.dtype)
 
 

@@ -1,20 +1,20 @@
-"""The table of target methods: the one place where a method is described.
+"""The table of target methods, a row for each, and the choice of one.
 
-At every supervised position the target is Q = γ·δ_y + (1 − γ)·π̃, and the loss s·CE(Q, p), with no
-gradient through γ, π̃ and s: how far to trust the observed token y, where the rest goes, and a
-per-token scale. p is the student as it trains, b the frozen base prior, q a frozen teacher. The
-frame is of "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design", arXiv
-2606.11189, and the first fifteen methods are those of its table.
+The target at a supervised position is Q = γ·δ_y + (1 − γ)·π̃, and the loss s·CE(Q, p): the trust γ
+in the observed token y, the residual π̃ for the rest, and the scale s of the token's loss. γ, π̃ and
+s have no gradient. p is the student in training, b the frozen base, q a frozen teacher. The form is
+from "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design", arXiv
+2606.11189; the first fifteen methods are those of its table.
 
-A rule that reads p in its paper comes in up to three forms, which are different methods:
+A rule that reads p in its paper has up to three forms, which are different methods:
 
-- live: it reads the student as it trains, which is what the papers do. Where π̃ is p too, the
-  residual has no gradient: the loss is s·γ·NLL.
-- frozen-target: b stands for p, in γ and in π̃. It stops at a soft fixed point, like an anchor.
-- frozen-weight: the loss is s·γ(b)·NLL. Its fixed point is one-hot; only the speed changes.
+- live: reads the student as it trains, as in the papers. If π̃ is p too, the residual has no
+  gradient, and the loss is s·γ·NLL.
+- frozen-target: b replaces p in γ and π̃. Training stops at a soft fixed point, as with an anchor.
+- frozen-weight: the loss is s·γ(b)·NLL. Its fixed point is one-hot; only the speed differs.
 
-All three have the same gradient while the student is the base. A method that reads no student has
-one and the same meaning in the live and the frozen-target form, unless its π̃ is p.
+All three have the same gradient while the student equals the base. For a method that does not read
+the student, live and frozen-target are the same, unless its π̃ is p.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from ..errors import UserError
 from . import rules
 from .definition import FROZEN, Choice, Form, Method, Parameter, Statistic
 from .dense import dense
-from .rules import ONE, Array, constant
+from .rules import Array, constant
 
 _SPELLINGS = {
     "λ": "lam",
@@ -40,10 +40,10 @@ _SPELLINGS = {
 
 
 def choose(name: str, form: str | None = None, given: Mapping[str, Any] | None = None) -> Choice:
-    """Settle a method's form and parameters.
+    """Choose a method, its form and its parameters.
 
-    Raises UserError for an unknown method, a form that it does not have, an unknown parameter, or
-    one that is out of its range.
+    Raises UserError for an unknown method or parameter, a form that the method does not have, and a
+    value out of range.
     """
     if name not in METHODS:
         raise UserError(f"method {name!r} is not known: choose one of {', '.join(METHODS)}")
@@ -87,19 +87,16 @@ def dense_target(
 ) -> tuple[Array, Array]:
     """The target over the whole vocabulary, [..., V], and the scale, [...]: the plain reference.
 
-    Log-probabilities [..., V] in nats and observed ids [...], of numpy or torch; the last axis of
-    `observed` is one example (iw-sft takes its mean over it), all of it one data set (for flow and
-    token-cleaning, unless their statistic is given). The gradient of the loss with respect to the
-    logits is scale·(p − target). gem's target alone has negative entries: p minus its gradient.
+    Log-probabilities [..., V] are in nats and observed ids [...], both of numpy or torch. The last
+    axis of `observed` is one example (iw-sft takes its mean over it), all of it one data set (flow
+    and token-cleaning take their statistic of it, unless it is given). The gradient of the loss
+    with respect to the logits is scale·(p − target). Only gem's target has negative entries: it is
+    p minus gem's gradient.
 
-    Raises UserError where a model that the method reads is not given, and as `choose` does.
+    Raises UserError if a model that the method reads is not given, and as `choose` does.
     """
     models = {"student": student_log_probs, "base": base_log_probs, "teacher": teacher_log_probs}
     return dense(choose(name, form, params), models, observed, mask)
-
-
-def _reads(*names: str) -> frozenset[str]:
-    return frozenset(names)
 
 
 def _middle(count: int, _: Mapping[str, Any]) -> tuple[int, ...]:
@@ -113,135 +110,86 @@ def _first_kept(count: int, parameters: Mapping[str, Any]) -> tuple[int, ...]:
 
 _LAMBDA = Parameter("lam", 0.1)
 _SHARE = Parameter("lam", 0.1, 0.0, 1.0)
+_ONE_MINUS_LAMBDA = constant("1-lam", lambda parameters: 1 - parameters["lam"])
 _ALL: tuple[Form, ...] = ("frozen-target", "frozen-weight", "live")
 _BY_WEIGHT: tuple[Form, ...] = ("frozen-weight", "frozen-target", "live")
-_NO_WEIGHT: Mapping[Form, str] = {
-    "frozen-weight": "a weight alone would drop its residual, and with it what it is for"
-}
 _IS_SFT: Mapping[Form, str] = dict.fromkeys(
     FROZEN, "with the base as reference the ratio is 1 everywhere: that is sft"
 )
 
 _ROWS = (
+    Method("sft", forms=_ALL, source="maximum likelihood"),
+    Method("dft", rules.likelihood, "student", forms=_ALL, source="arXiv 2508.05629"),
     Method(
-        name="sft",
-        trust=ONE,
-        trust_formula="1",
-        residual="observed",
-        forms=_ALL,
-        source="maximum likelihood",
-    ),
-    Method(
-        name="dft",
-        trust=rules.likelihood,
-        trust_formula="p_y",
-        residual="student",
-        reads=_reads("log_prob"),
-        forms=_ALL,
-        source="arXiv 2508.05629",
-    ),
-    Method(
-        name="beyond-log",
-        trust=rules.likelihood_power,
-        trust_formula="p_y^alpha",
-        residual="student",
-        reads=_reads("log_prob"),
+        "beyond-log",
+        rules.likelihood_power,
+        "student",
         parameters=(Parameter("alpha", 8.0, above=True),),
         forms=_ALL,
         source="arXiv 2510.00526",
     ),
     Method(
-        name="profit",
-        trust=rules.likely,
-        trust_formula="1 if p_y >= tau, else 0",
-        residual="student",
-        reads=_reads("log_prob"),
+        "profit",
+        rules.likely,
+        "student",
         parameters=(Parameter("tau", 0.1, 0.0, 1.0, above=True),),
         forms=_ALL,
         source="arXiv 2601.09195",
     ),
     Method(
-        name="eaft",
-        trust=rules.entropy_power,
-        trust_formula="(H_20/3)^a",
-        residual="student",
-        reads=_reads("top_entropy"),
+        "eaft",
+        rules.entropy_power,
+        "student",
         parameters=(Parameter("a", 1.0),),
         forms=_ALL,
         source="arXiv 2601.02151",
     ),
     Method(
-        name="iw-sft",
-        trust=ONE,
-        trust_formula="1",
-        residual="observed",
+        "iw-sft",
         scale=rules.sequence_weight,
-        scale_formula="min(16, exp(T mean_t log(p_y/b_y)))",
-        reads=_reads("sequence_log_ratio"),
         parameters=(Parameter("T", 1.0),),
         forms=("live",),
         refused=_IS_SFT,
         source="arXiv 2507.12856",
     ),
+    Method("cft", rules.masked, "student", forms=_BY_WEIGHT, source="arXiv 2510.10974"),
     Method(
-        name="cft",
-        trust=rules.masked,
-        trust_formula="mask",
-        residual="student",
-        reads=_reads("mask"),
-        forms=_BY_WEIGHT,
-        source="arXiv 2510.10974",
-    ),
-    Method(
-        name="label-smoothing",
-        trust=constant(lambda parameters: 1 - parameters["lam"]),
-        trust_formula="1-lam",
-        residual="uniform",
+        "label-smoothing",
+        _ONE_MINUS_LAMBDA,
+        "uniform",
         parameters=(_SHARE,),
-        refused=_NO_WEIGHT,
         source="arXiv 1512.00567",
     ),
     Method(
-        name="sft+kl",
-        trust=constant(lambda parameters: 1 / (1 + parameters["lam"])),
-        trust_formula="1/(1+lam)",
-        residual="base",
-        scale=constant(lambda parameters: 1 + parameters["lam"]),
-        scale_formula="1+lam",
+        "sft+kl",
+        constant("1/(1+lam)", lambda parameters: 1 / (1 + parameters["lam"])),
+        "base",
+        scale=constant("1+lam", lambda parameters: 1 + parameters["lam"]),
         parameters=(_LAMBDA,),
-        refused=_NO_WEIGHT,
         source="arXiv 2509.04259",
     ),
     Method(
-        name="asft",
-        trust=rules.anchored_trust,
-        trust_formula="p_y/(p_y+lam)",
-        residual="base",
+        "asft",
+        rules.anchored_trust,
+        "base",
         scale=rules.anchored_scale,
-        scale_formula="p_y+lam",
-        reads=_reads("log_prob"),
         parameters=(_LAMBDA,),
-        refused=_NO_WEIGHT,
         source="arXiv 2509.23753",
     ),
     Method(
-        name="psft",
-        trust=ONE,
-        trust_formula="1",
-        residual="observed",
+        "psft",
         scale=rules.proximal_weight,
-        scale_formula="r if r <= 1+eps_hi, else 0; r = p_y/b_y",
-        reads=_reads("log_prob", "base_log_prob"),
         parameters=(Parameter("eps_hi", 0.28),),
         forms=("live",),
         refused=_IS_SFT,
         source="arXiv 2508.17784",
     ),
     Method(
-        name="gem",
-        trust=ONE,
-        trust_formula="gradient a-(sum a)delta_y, a = softmax(z/beta)[sigmoid(0.01(z-z_y))]",
-        residual="gem",
+        "gem",
+        constant(
+            "gradient a-(sum a)delta_y, a = softmax(z/beta)[sigmoid(0.01(z-z_y))]", lambda _: 1.0
+        ),
+        "gem",
         parameters=(
             Parameter("beta", 0.7, above=True),
             Parameter("h", "linear", words=("linear", "logsigmoid")),
@@ -249,105 +197,70 @@ _ROWS = (
         forms=("live",),
         refused={
             "frozen-target": "with the base's gradient at every step the loss has no lower bound",
-            "frozen-weight": "it is no weighted likelihood",
+            "frozen-weight": "it is not a weighted likelihood",
         },
         source="arXiv 2408.16673",
     ),
+    Method("kd", rules.ZERO, "teacher", source="arXiv 1503.02531"),
     Method(
-        name="kd",
-        trust=constant(lambda _: 0.0),
-        trust_formula="0",
-        residual="teacher",
-        refused=_NO_WEIGHT,
-        source="arXiv 1503.02531",
-    ),
-    Method(
-        name="kd-hybrid",
-        trust=constant(lambda parameters: 1 - parameters["lam"]),
-        trust_formula="1-lam",
-        residual="teacher",
+        "kd-hybrid",
+        _ONE_MINUS_LAMBDA,
+        "teacher",
         parameters=(Parameter("lam", 0.5, 0.0, 1.0),),
-        refused=_NO_WEIGHT,
         source="arXiv 1503.02531",
     ),
     Method(
-        name="target-sft",
-        trust=rules.likelihood,
-        trust_formula="p_y",
-        residual="mixture",
-        reads=_reads("log_prob"),
+        "target-sft",
+        rules.likelihood,
+        "mixture",
         parameters=(Parameter("eta", 0.5, 0.0, 1.0),),
-        refused=_NO_WEIGHT,
         source="arXiv 2606.11189",
     ),
     Method(
-        name="gift",
-        trust=rules.gift_trust,
-        trust_formula="b_y(e^beta-1)/(1+b_y(e^beta-1))",
-        residual="base",
-        reads=_reads("base_log_prob"),
+        "gift",
+        rules.gift_trust,
+        "base",
         parameters=(Parameter("beta", 20.0, 0.0, 500.0),),
-        refused=_NO_WEIGHT,
         source="arXiv 2601.09233",
     ),
     Method(
-        name="flow",
-        trust=rules.flow_trust,
-        trust_formula="b_y^(1/tau)",
-        residual="student",
-        reads=_reads("base_log_prob"),
+        "flow",
+        rules.flow_trust,
+        "student",
         parameters=(Parameter("tau", None, above=True),),
         forms=_BY_WEIGHT,
-        statistic=Statistic(
-            "tau", _reads("base_log_prob"), lambda signals: -signals.base_log_prob, _middle
-        ),
+        statistic=Statistic("tau", rules.base_loss, _middle),
         source="arXiv 2502.02797",
     ),
     Method(
-        name="stm",
-        trust=rules.base_likely,
-        trust_formula="1 if b_y >= tau, else 0",
-        residual="student",
-        reads=_reads("base_log_prob"),
+        "stm",
+        rules.base_likely,
+        "student",
         parameters=(Parameter("tau", 0.4, 0.0, 1.0, above=True),),
         forms=_BY_WEIGHT,
         source="arXiv 2501.14315",
     ),
     Method(
-        name="token-cleaning",
-        trust=rules.worth_learning,
-        trust_formula="1 if log(q_y/b_y) >= threshold, else 0",
-        residual="student",
-        reads=_reads("base_log_prob", "teacher_log_prob"),
+        "token-cleaning",
+        rules.worth_learning,
+        "student",
         parameters=(Parameter("keep", 0.6, 0.0, 1.0), Parameter("threshold", None, -1e6, 1e6)),
         forms=_BY_WEIGHT,
-        statistic=Statistic(
-            "threshold",
-            _reads("base_log_prob", "teacher_log_prob"),
-            rules.excess_loss,
-            _first_kept,
-            otherwise=1e6,
-        ),
+        statistic=Statistic("threshold", rules.excess_loss, _first_kept, otherwise=1e6),
         source="arXiv 2502.01968",
     ),
     Method(
-        name="contrast",
-        trust=constant(lambda _: 0.0),
-        trust_formula="0",
-        residual="contrast",
+        "contrast",
+        rules.ZERO,
+        "contrast",
         scale=rules.divergent,
-        scale_formula="1 if KL(q,b) >= beta, else 0",
-        reads=_reads("divergence"),
         parameters=(Parameter("alpha", 0.2, 0.0, 1.0, above=True), Parameter("beta", 0.4)),
-        refused=_NO_WEIGHT,
         source="arXiv 2510.07962",
     ),
     Method(
-        name="idft",
-        trust=rules.tempered_likelihood,
-        trust_formula="p_y^clip(exp(-(log p_y+H)/beta), 0.1, 2)",
-        residual="student",
-        reads=_reads("log_prob", "entropy"),
+        "idft",
+        rules.tempered_likelihood,
+        "student",
         parameters=(Parameter("beta", 1.0, above=True),),
         forms=("live",),
         refused=dict.fromkeys(
@@ -356,11 +269,9 @@ _ROWS = (
         source="arXiv 2602.12222",
     ),
     Method(
-        name="trsft",
-        trust=rules.trust_region,
-        trust_formula="min(1, p_y/tau)",
-        residual="student",
-        reads=_reads("log_prob"),
+        "trsft",
+        rules.trust_region,
+        "student",
         parameters=(Parameter("tau", 0.1, 0.0, 1.0, above=True),),
         forms=("live",),
         refused=dict.fromkeys(
@@ -377,7 +288,7 @@ DEFAULT_METHOD_WITH_TEACHER = "kd"
 
 
 def choices() -> Iterator[Choice]:
-    """Every method in every form, with its defaults, the form of build-targets first."""
+    """Yield every method in every form with default parameters; build-targets' form first."""
     for method in METHODS.values():
         for form in method.forms:
             yield choose(method.name, form)

@@ -1,4 +1,4 @@
-"""The table of methods in words, for the command line and the README."""
+"""The table of methods in words, for `qpipe methods` and the README."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ from .table import METHODS, choose
 
 
 def table() -> list[dict[str, str]]:
-    """The table as rows of words, for the command line and the README."""
+    """The rows of the table, each a dict from column to text."""
     return [
         {
             "name": method.name,
-            "trust": method.trust_formula,
+            "trust": method.trust.formula,
             "residual": _RESIDUAL_WORDS[method.residual],
-            "scale": method.scale_formula,
+            "scale": method.scale.formula,
             "parameters": ", ".join(map(_parameter_words, method.parameters)) or "-",
             "forms": ", ".join(method.forms),
             "needs": needs(method),
@@ -24,7 +24,7 @@ def table() -> list[dict[str, str]]:
 
 
 def needs(method: Method) -> str:
-    """What the targets must hold besides the tokens, by form where the forms differ."""
+    """What targets hold besides the tokens, by form if the forms differ."""
     by_form = {form: _needs(choose(method.name, form)) for form in method.forms}
     if len(set(by_form.values())) == 1:
         return next(iter(by_form.values()))
@@ -65,7 +65,8 @@ _STORED_WORDS: Mapping[Stored, str] = {
 
 def _parameter_words(parameter: Parameter) -> str:
     default = parameter.default
-    words = (
-        "of the data" if default is None else f"{default}" if parameter.words else f"{default:g}"
-    )
-    return f"{parameter.name}={words} ({parameter.allowed})"
+    if default is None:
+        default = "of the data"
+    elif not parameter.words:
+        default = f"{default:g}"
+    return f"{parameter.name}={default} ({parameter.allowed})"

@@ -118,10 +118,11 @@ def with_statistics(
     A choice whose parameter is then out of range is passed to `leave_out`, or raises UserError.
     """
     pairs = [(choice, OrderStatistics()) for choice in choices]
-    wanted = [(choice.unresolved, numbers) for choice, numbers in pairs if choice.unresolved]
+    wanted = [(c, numbers, c.unresolved) for c, numbers in pairs if c.unresolved]
     for evidence in inputs.all_evidence("statistics") if wanted else ():
-        for statistic, numbers in wanted:
-            numbers.add(statistic.values(evidence.signals(statistic.reads)))
+        for choice, numbers, statistic in wanted:
+            values = statistic.values
+            numbers.add(values(evidence.signals(values.reads), choice.parameters))
     resolved = []
     for choice, numbers in pairs:
         try:

@@ -76,7 +76,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("psft", TARGET): IS_SFT,
     ("psft", WEIGHT): IS_SFT,
     ("gem", TARGET): "with the base's gradient at every step the loss has no lower bound",
-    ("gem", WEIGHT): "it is no weighted likelihood",
+    ("gem", WEIGHT): "it is not a weighted likelihood",
     ("idft", TARGET): "it needs the entropy over the whole vocabulary, which scores do not hold",
     ("idft", WEIGHT): "it needs the entropy over the whole vocabulary, which scores do not hold",
     ("trsft", TARGET): "its region is around the model as it trains: take dft or profit",
@@ -381,7 +381,7 @@ def test_a_parameter_that_is_no_number_is_refused(
     allowed = f"above {low:g}, to {high:g}" if above else f"{low:g} to {high:g}"
 
     assert refusal(name, given={parameter: value}) == (
-        f"{name}: {parameter}={value} is no number: give {allowed}"
+        f"{name}: {parameter}={value} is not a number: give {allowed}"
     )
 
 

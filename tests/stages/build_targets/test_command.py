@@ -96,7 +96,7 @@ TEMPERATURE = "give 0.05 to 20"
         (("--method", "gem", "--form", "frozen-target"), "the loss has no lower bound"),
         (("--param", "lam=-1"), "lam=-1 is out of range: give 0 to 1e+06"),
         (("--param", "lam=nan"), "lam=nan is out of range: give 0 to 1e+06"),
-        (("--param", "lam=x"), "lam=x is no number: give 0 to 1e+06"),
+        (("--param", "lam=x"), "lam=x is not a number: give 0 to 1e+06"),
         (("--param", "beta=1"), "no parameter 'beta': its parameters: lam"),
         (("--param", "lam=1", "lam=2"), "given twice"),
         (("--param", "lam"), "give a name and a value"),

@@ -351,11 +351,11 @@ def test_every_method_is_printed_with_all_that_it_has(
     head, formula, *rest = lines
     assert head == f"{name}  ({method.source})"
     words = {"student": "p", "base": "b", "teacher": "q", "uniform": "1/V"}
-    target = f"    γ = {method.trust_formula}"
+    target = f"    γ = {method.trust.formula}"
     if method.residual in words:
         target += f"   π̃ {words[method.residual]}"
     assert formula.startswith(target)
-    assert (f"   s = {method.scale_formula}" in formula) == (method.scale_formula != "1")
+    assert (f"   s = {method.scale.formula}" in formula) == (method.scale.formula != "1")
     named = dict(line.strip().split(": ", 1) for line in rest)
     assert named["forms"] == ", ".join(method.forms)
     assert ("parameters" in named) == bool(method.parameters)
