@@ -1,4 +1,4 @@
-"""Between flat batches and Arrow record batches, and what decoding refuses."""
+"""Converts flat batches to Arrow record batches and back, and checks what it decodes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +11,28 @@ from ..errors import UserError, quoted
 from .batches import FlatBatch
 from .packing import pack, unpack
 from .ragged import segment_sums
-from .schema import Schema, lists
+from .schema import Schema
 
 
 def encode(schema: Schema, batch: FlatBatch) -> pa.RecordBatch:
-    """The Arrow form of a batch, ids narrowed to their stored type."""
+    """Encode a batch, with ids narrowed to their stored type."""
     columns: list[pa.Array] = [pa.array(batch.ids, pa.string())]
     arrays = batch.arrays if schema.packing is None else pack(batch.arrays, schema.packing)
-    for column in lists(schema.stored):
+    for column in schema.as_stored.lists:
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[column.level])]).astype(np.int32)
         values = arrays[column.name]
         stored = values.astype(column.stored, copy=False)
         fits = stored.dtype == values.dtype or np.array_equal(stored, values)
-        assert fits, f"{column.name} holds values that its type does not"
+        assert fits, f"{column.name} holds values outside the range of its type"
         columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(stored)))
     return pa.RecordBatch.from_arrays(columns, schema=schema.arrow)
 
 
 def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
-    """The flat arrays of an Arrow batch.
+    """Decode an Arrow batch.
 
-    `where` begins the error raised for empty values, lists that disagree in length, counts that do
-    not add up, and positions and ids that point astray; it names the row and the column.
+    Raises UserError for null values, lists of different lengths, counts that do not add up, and
+    positions or ids out of range. The message begins with `where` and names the row and the column.
     """
     if batch.schema != schema.arrow:
         raise UserError(f"{where}: its columns are not those of this format")
@@ -40,19 +40,19 @@ def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
     arrays: dict[str, NDArray[Any]] = {}
     lengths: dict[str, NDArray[np.int64]] = {}
     rows = _Rows(where, ids, lengths)
-    rows.refuse("row", _nulls(ids), "id has empty values")
-    for column in lists(schema.stored):
+    rows.refuse("row", _nulls(ids), "id has null values")
+    for column in schema.as_stored.lists:
         values = batch.column(column.name)
-        rows.refuse("row", _nulls(values), f"{column.name} has empty values")
+        rows.refuse("row", _nulls(values), f"{column.name} has null values")
         length = np.diff(values.offsets.to_numpy()).astype(np.int64)
         others = lengths.setdefault(column.level, length)
-        rows.refuse("row", length != others, f"{column.name} differs in length from its neighbours")
+        rows.refuse("row", length != others, f"{column.name} differs in length from other columns")
         flat = values.flatten()
-        rows.refuse(column.level, _nulls(flat), f"{column.name} has empty values")
-        arrays[column.name] = flat.to_numpy().astype(column.dtype, copy=False)
+        rows.refuse(column.level, _nulls(flat), f"{column.name} has null values")
+        array = arrays[column.name] = flat.to_numpy().astype(column.dtype, copy=False)
         if column.name.endswith("_ids"):
-            outside = is_outside(arrays[column.name], schema.vocab_size)
-            rows.refuse(column.level, outside, f"{column.name} is outside of the vocabulary")
+            outside = (array < 0) | (array >= schema.vocab_size)
+            rows.refuse(column.level, outside, f"{column.name} is outside the vocabulary")
     _check_references(arrays, rows)
     if schema.packing is not None:
         arrays = unpack(arrays, schema.packing, rows.error)
@@ -61,47 +61,42 @@ def decode(schema: Schema, batch: pa.RecordBatch, where: str) -> FlatBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """The rows of a batch under the hand of `decode`, to be named in its errors."""
+    """The rows of a batch that is being decoded, for error messages."""
 
     where: str
     ids: pa.Array
     lengths: dict[str, NDArray[np.int64]]
 
     def error(self, level: str, place: int, what: str) -> UserError:
-        """What is wrong at a level's value, or at a row for the level "row"."""
+        """The error for the value at `place` of a level; the level "row" counts rows."""
         row = row_of(self.lengths, level, place)
         name = quoted(str(self.ids[row].as_py()))
         return UserError(f"{self.where}, row {row} ({name}): column {what}")
 
     def refuse(self, level: str, is_wrong: NDArray[np.bool_], what: str) -> None:
-        """Raises the error of the first place that is wrong, if there is one."""
+        """Raise the error for the first place that is wrong, if any."""
         if is_wrong.any():
             raise self.error(level, int(np.argmax(is_wrong)), what)
 
 
 def _check_references(arrays: dict[str, NDArray[Any]], rows: _Rows) -> None:
-    """Refuse counts and positions that point outside of their row."""
+    """Refuse counts and positions that are out of range."""
     counts, positions, lengths = arrays["counts"], arrays["positions"], rows.lengths
     rows.refuse("position", counts < 0, "counts is negative")
-    # in 64 bits: added up in fewer, huge counts can come out small
+    # in 64 bits: a sum of huge counts could overflow to a small number
     entries = segment_sums(counts.astype(np.int64), lengths["position"])
     is_off = entries != lengths["entry"]
     rows.refuse("row", is_off, "counts does not add up to the entries of its row")
     tokens_N = np.repeat(lengths["token"], lengths["position"])
     astray = (positions < 1) | (positions >= tokens_N)
-    rows.refuse("position", astray, "positions points outside of the tokens of its row")
+    rows.refuse("position", astray, "positions is outside the tokens of its row")
 
 
 def row_of(lengths: dict[str, NDArray[np.int64]], level: str, place: int) -> int:
-    """The row that a level's value at some place of a batch belongs to; the level "row" is rows."""
+    """The row of the value at `place` of a level; the level "row" counts rows."""
     if level == "row":
         return place
     return int(np.searchsorted(np.cumsum(lengths[level]), place, side="right"))
-
-
-def is_outside(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.bool_]:
-    """Where an id is no token of the vocabulary."""
-    return (ids < 0) | (ids >= vocab_size)
 
 
 def _nulls(values: pa.Array) -> NDArray[np.bool_]:

@@ -1,8 +1,8 @@
-"""Refuses Arrow files that would grow out of all proportion, before anything of them is unpacked.
+"""Refuses Arrow files whose buffers decompress out of proportion, before they are decompressed.
 
-Every compressed buffer of a record batch says how large it will be, and pyarrow sets so much memory
-aside unasked. These sizes are read here from the file's own tables (flatbuffers: the footer lists
-the record batches, the head of each lists its buffers), which pyarrow does not show.
+Every compressed buffer of a record batch states its decompressed size, and pyarrow allocates that
+much memory without a check. These sizes are read here from the tables of the file (flatbuffers: the
+footer lists the record batches, the head of each lists its buffers), which pyarrow does not expose.
 """
 
 import struct
@@ -10,9 +10,9 @@ import struct
 import numpy as np
 import pyarrow as pa
 
-MOST_RATIO = 100  # of unpacked to stored bytes; targets of real text stay below 20
+MOST_RATIO = 100  # of decompressed to stored bytes; targets of real text stay below 20
 ALWAYS_ALLOWED = 8 * 2**20  # bytes of a record batch, whatever the ratio
-_MOST_HEAD = 2**20  # bytes of the tables: some hundred buffers a batch take a few thousand
+_MOST_HEAD = 2**20  # bytes of a head; a hundred buffers take a few thousand
 _MAGIC = b"ARROW1"
 _NOT_COMPRESSED = -1
 _BLOCK = np.dtype([("offset", "<i8"), ("head", "<i4"), ("_", "<i4"), ("body", "<i8")])
@@ -25,9 +25,9 @@ _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
 
 
 def refuse_bombs(file: pa.NativeFile) -> None:
-    """Raises ArrowInvalid for an Arrow file of damaged tables, or whose batches would explode.
+    """Raise ArrowInvalid for an Arrow file with damaged tables or oversized buffers.
 
-    What it accepts may still be damaged in every other way.
+    Checks nothing else.
     """
     try:
         for offset, head_size in _batches(file):
@@ -39,7 +39,7 @@ def refuse_bombs(file: pa.NativeFile) -> None:
 
 
 def _batches(file: pa.NativeFile) -> list[tuple[int, int]]:
-    """Where each record batch begins, and the size of its head."""
+    """The offset of each record batch, and the size of its head."""
     end = file.size() - len(_MAGIC) - 4
     tail = _read(file, end, 4 + len(_MAGIC))
     if tail[4:] != _MAGIC:
@@ -48,7 +48,7 @@ def _batches(file: pa.NativeFile) -> list[tuple[int, int]]:
     footer = _read(file, end - size, size)
     root = _follow(footer, 0)
     if len(_vector(footer, root, _FOOTER_DICTIONARIES, _BLOCK)):
-        raise pa.ArrowInvalid("it holds dictionaries, which no shard does")
+        raise pa.ArrowInvalid("it holds dictionaries, unlike any shard")
     blocks = _vector(footer, root, _FOOTER_BATCHES, _BLOCK)
     return list(zip(blocks["offset"].tolist(), blocks["head"].tolist(), strict=True))
 
@@ -63,7 +63,7 @@ def _refuse_bomb(file: pa.NativeFile, offset: int, head_size: int) -> None:
     body_size = struct.unpack_from("<q", head, body_field)[0] if body_field else 0
     start = offset + head_size
     if not 0 <= body_size <= file.size() - start:
-        raise pa.ArrowInvalid(f"a record batch has {body_size:,} bytes, more than there are")
+        raise pa.ArrowInvalid(f"a record batch of {body_size:,} bytes exceeds the file")
     header = _field(head, message, _MESSAGE_HEADER)
     batch = _follow(head, header) if header else 0
     if not _field(head, batch, _BATCH_COMPRESSION):
@@ -88,7 +88,7 @@ def _follow(data: bytes, place: int) -> int:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Where a field of a table stands; None where it is left out."""
+    """The place of a field of a table; None if it is absent."""
     fields = table - struct.unpack_from("<i", data, table)[0]
     (size,) = struct.unpack_from("<H", data, fields)
     entry = 4 + 2 * number

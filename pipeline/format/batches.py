@@ -1,4 +1,4 @@
-"""Flat batches: several examples as one set of arrays, without a Python loop over tokens."""
+"""Flat batches: several examples as one set of arrays, processed without loops over tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from .schema import Schema
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatBatch:
-    """Several examples as one: the rows' lists joined end to end, and how long each row's list is.
+    """Several examples: the lists of all rows joined end to end, and their lengths.
 
-    `lengths[level][r]` is the number of values that row r has at that level.
+    `lengths[level][r]` is the number of values of row r at that level.
     """
 
     ids: list[str]
@@ -60,7 +60,7 @@ def split(schema: Schema, batch: FlatBatch) -> Iterator[Any]:
 
 
 def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> list[FlatBatch]:
-    """The batch as pieces of whole rows: as many as have so many positions, but at least one."""
+    """Cut a batch into pieces of whole rows: at most `most_positions` each, but at least a row."""
     ends = np.cumsum(batch.lengths["position"])
     stops = [0]
     while stops[-1] < len(ends):
@@ -71,7 +71,7 @@ def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> list[FlatBatch
 
 
 def join(batches: Sequence[FlatBatch]) -> FlatBatch:
-    """Batches end to end, at least one."""
+    """Join one batch or more end to end."""
     first = batches[0]
     return FlatBatch(
         [row_id for batch in batches for row_id in batch.ids],

@@ -1,27 +1,27 @@
-"""An order of a folder's ids in which the supports take short steps from one rank to the next.
+"""Orders the ids of a folder so that the steps between the ranks of a support are short.
 
-Frequent ids come first, in blocks of like frequency, and within a block those that stand at the
-same positions come side by side: digits, names, ways to begin a sentence. The order is a chain:
-each id is followed by the one that shares most of its positions with the last few of the chain.
+Frequent ids come first, in blocks of similar frequency. Within a block, ids that occur at the same
+positions stand side by side: digits, names, words that begin a sentence. The order is a chain: each
+id is followed by the id that shares most positions with the last few ids of the chain.
 
-It is the same on every machine: whole numbers are counted, and what is computed of them rounds the
-same everywhere. N positions, S ids at each, K ids at all of them, I listed ids of a block.
+It is the same on every machine: counts are integers, and the arithmetic on them rounds the same
+everywhere. N positions, S ids at each, K ids at all of them, I listed ids of a block.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_LISTED = 4096  # ids: more would take more room in a small folder than they save
-_WORTH = 8  # positions of the folder from which on an id saves more than its name takes
+MOST_LISTED = 4096  # ids; in a small folder, more would take more bytes than they save
+_WORTH = 8  # positions of the folder at which an id must occur to save more than it takes
 _FIRST_BLOCK = 512  # ids; each block is twice as large as the one before
-_FADING = 0.9  # weight of each id of the chain against that of the next
+_FADING = 0.9  # weight of an id of the chain relative to the next one
 
 
 def rank_order(ids_NS: NDArray[np.int32], share: float) -> tuple[int, ...]:
-    """The ids worth a rank of their own, in the order of their ranks.
+    """The ids that are worth listing, in the order of their ranks.
 
-    `ids_NS` are the supports of a sample of positions, −1 where there are fewer; `share` is that of
-    the sample in the folder.
+    `ids_NS` holds the supports of a sample of positions, padded with −1; `share` is the sample's
+    share of the folder's positions.
     """
     ids, places, times = np.unique(ids_NS, return_inverse=True, return_counts=True)
     worth = (ids >= 0) & (times >= _WORTH * share)
@@ -42,7 +42,7 @@ def rank_order(ids_NS: NDArray[np.int32], share: float) -> tuple[int, ...]:
 def _together(
     positions_K: NDArray[np.int64], places_K: NDArray[np.int64], size: int
 ) -> NDArray[np.int64]:
-    """At how many positions each two stand, [I, I]; `positions_K` ascend."""
+    """The number of positions that each two ids share, [I, I]; `positions_K` ascend."""
     together = np.zeros(size * size, np.int64)
     left = np.arange(len(positions_K))
     for shift in range(1, len(positions_K)):
@@ -56,7 +56,7 @@ def _together(
 
 
 def _chain(together_II: NDArray[np.int64], times_I: NDArray[np.integer]) -> NDArray[np.int64]:
-    """An order from the most frequent on, which is at 0."""
+    """Order the ids of a block as a chain, from the most frequent id, which is at 0."""
     alike_II = together_II / (times_I[:, None] + times_I - together_II)  # Jaccard's index
     order = np.zeros(len(times_I), np.int64)
     is_left = np.ones(len(times_I), bool)

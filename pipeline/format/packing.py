@@ -1,12 +1,12 @@
-"""How target distributions are packed: ids as steps between ranks, probabilities as logarithms.
+"""Packs target distributions: ids as steps between ranks, probabilities as logarithms.
 
-At each position the support is stored in the order of its ids' ranks, `frequent_ids` first and all
-other ids after them in their own order, and each rank as its step from the one before (the first as
-itself), low byte and the rest apart. Sorted steps take half the bytes of ids.
+Every id has a rank: `frequent_ids` come first, then all other ids in ascending order. The support
+of a position is stored by ascending rank, each rank as the step from the one before (the first as
+itself), with the low byte and the rest in separate columns. Sorted steps take half the bytes of
+ids.
 
-Probabilities are stored as natural logarithms, those of the entries and of the tail, and scaled to
-add up to 1 when they are read, so a support and its tail never contradict each other. As `uint8`
-each is a one-byte code (`probability_codes`).
+The probabilities of the entries and of the tail are stored as natural logarithms and are scaled to
+add up to 1 when they are read. With `uint8`, each is a one-byte code (`probability_codes`).
 
 N positions, K entries of all of them end to end, V ids.
 """
@@ -26,12 +26,12 @@ from .ragged import segment_sums
 Precision = Literal["uint8", "float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-_LARGEST_TABLE = 2**20  # ids; no list of them all is held of a larger vocabulary
+_LARGEST_TABLE = 2**20  # ids of the largest vocabulary whose ranks are kept in a table
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What a folder's settings say of how its targets are packed."""
+    """The packing of a folder's targets."""
 
     precision: Precision
     vocab_size: int
@@ -40,9 +40,9 @@ class Packing:
 
 
 def ids_of(ranks: NDArray[np.integer], packing: Packing) -> NDArray[np.int64]:
-    """The ids of ranks: those listed, and behind them all others in their own order."""
+    """The ids of ranks."""
     listed = np.array(packing.frequent_ids, np.int64)
-    passed = np.sort(listed) - np.arange(len(listed))  # others below each listed id
+    passed = np.sort(listed) - np.arange(len(listed))  # unlisted ids below each listed one
     others = np.maximum(ranks.astype(np.int64) - len(listed), 0)
     others += np.searchsorted(passed, others, side="right")
     return np.where(
@@ -54,7 +54,7 @@ def ranks_of(ids: NDArray[np.integer], packing: Packing) -> NDArray[np.int64]:
     """The ranks of ids, the inverse of `ids_of`."""
     listed = np.array(packing.frequent_ids, np.int64)
     order = np.argsort(listed)
-    ids = ids.astype(np.int64)  # some ranks are above the largest of 32 bits on the way
+    ids = ids.astype(np.int64)  # intermediate ranks may exceed 32 bits
     below = np.searchsorted(listed[order], ids)
     is_listed = np.append(listed[order], -1)[below] == ids
     return np.where(is_listed, np.append(order, 0)[below], ids + len(listed) - below)
@@ -71,9 +71,9 @@ def _rank_table(packing: Packing) -> NDArray[np.int32]:
 
 
 def pack(arrays: dict[str, NDArray[Any]], packing: Packing) -> dict[str, NDArray[Any]]:
-    """The stored columns of a batch of targets, for those of its records."""
+    """Replace the columns of a batch of targets by the stored columns."""
     counts, ids = arrays["counts"], arrays["support_ids"]
-    assert ((ids >= 0) & (ids < packing.vocab_size)).all(), "ids outside of the vocabulary"
+    assert ((ids >= 0) & (ids < packing.vocab_size)).all(), "ids outside the vocabulary"
     has_table = packing.vocab_size <= _LARGEST_TABLE
     ranks = _rank_table(packing)[ids] if has_table else ranks_of(ids, packing)
     order = np.argsort(np.repeat(np.arange(len(counts)) * packing.vocab_size, counts) + ranks)
@@ -88,23 +88,23 @@ def pack(arrays: dict[str, NDArray[Any]], packing: Packing) -> dict[str, NDArray
         if name not in ("support_ids", "support_probs", "tail_mass")
     }
     return rest | {
-        "rank_steps_low": steps.astype(np.uint8),  # its lowest bits
+        "rank_steps_low": steps.astype(np.uint8),  # the lowest 8 bits
         "rank_steps_high": steps >> 8,
         "support_log_probs": _stored(arrays["support_probs"][order], packing),
         "tail_log_probs": _stored(arrays["tail_mass"], packing),
     }
 
 
-# makes the error of a level's value at some place of a batch
+# makes the error for the value at a place of a level
 Wrong = Callable[[str, int, str], UserError]
 
 
 def unpack(
     arrays: dict[str, NDArray[Any]], packing: Packing, wrong: Wrong
 ) -> dict[str, NDArray[Any]]:
-    """The records' columns of a batch, for those that are stored; the counts add up.
+    """Replace the stored columns of a batch by the columns of targets. The counts must add up.
 
-    Raises what `wrong` makes for ids and numbers that nobody packed.
+    Raises the error that `wrong` makes for ids and numbers that `pack` does not write.
     """
     rest = dict(arrays)
     low, high = rest.pop("rank_steps_low"), rest.pop("rank_steps_high")
@@ -115,7 +115,7 @@ def unpack(
     is_distribution = np.isfinite(totals) & (totals > 0)
     if not is_distribution.all():
         place = int(np.argmin(is_distribution))
-        raise wrong("position", place, "support_log_probs holds what is no distribution")
+        raise wrong("position", place, "support_log_probs is not a distribution")
     steps = (high.astype(np.uint32) << np.uint32(8)) | low
     return rest | {
         "support_ids": _ids(steps, counts, packing, wrong),
@@ -127,14 +127,14 @@ def unpack(
 def _ids(
     steps: NDArray[np.uint32], counts: NDArray[np.int64], packing: Packing, wrong: Wrong
 ) -> NDArray[np.int32]:
-    """The ids at the ends of the steps; sums wrap around, and back where the base is taken off."""
+    """The ids that the steps lead to. Sums may wrap around; subtracting the base undoes it."""
     sums = np.cumsum(steps, dtype=np.uint32)
     ends = np.cumsum(counts)
     bases = np.append(np.uint32(0), sums)[ends - counts]
     ranks = sums - np.repeat(bases, counts)
     if len(ranks) and ranks.max() >= packing.vocab_size:
         place = int(np.argmax(ranks >= packing.vocab_size))
-        raise wrong("entry", place, "rank_steps_high leads out of the vocabulary")
+        raise wrong("entry", place, "rank_steps_high leads outside the vocabulary")
     if packing.vocab_size <= _LARGEST_TABLE:
         return _id_table(packing)[ranks]
     return ids_of(ranks, packing).astype(np.int32)

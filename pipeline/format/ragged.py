@@ -1,4 +1,4 @@
-"""Ragged lists: values end to end, and how many of them belong to each."""
+"""Ragged lists: values end to end, and the length of each list."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def segment_sums(values: NDArray[Any], lengths: NDArray[np.integer]) -> NDArray[Any]:
-    """The sum of each run of `lengths[i]` values, 0 for an empty run."""
+    """The sum of each list, 0 for an empty one."""
     starts = np.cumsum(lengths) - lengths
     sums = np.zeros(len(lengths), values.dtype)
     filled = lengths > 0

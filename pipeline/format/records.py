@@ -1,8 +1,8 @@
-"""What travels between the stages, one demonstration at a time.
+"""The examples that pass between the stages.
 
-T tokens in an example, N supervised positions, K_n support entries at position n, K = Σ K_n.
-Position t is supervised when token t counts in the loss; it is predicted from the tokens before it,
-so position 0 never is. Log-probabilities are natural logarithms (nats) at temperature 1.
+T tokens of an example, N supervised positions, K_n support entries at position n, K = Σ K_n.
+Position t is supervised if the loss counts token t, which is predicted from the tokens before it;
+position 0 is never supervised. Log-probabilities are natural logarithms (nats) at temperature 1.
 
 Ragged lists are flat: `counts[n]` entries belong to position n, in the order of the positions.
 """
@@ -29,27 +29,27 @@ class Example:
 
     @property
     def observed_ids(self) -> Ints:
-        """The supervised tokens themselves, [N]."""
+        """The supervised tokens, [N]."""
         return self.input_ids[self.positions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightedExample(Example):
-    """An example to score, with the weights that came with the demonstration."""
+    """An example to score, with the token weights of the demonstration."""
 
-    token_weights: Floats  # [N] a factor of the loss; 1 where none was given
+    token_weights: Floats  # [N] a factor of the loss; 1 by default
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredExample(Example):
-    """An example under a frozen model: its top-k log-probabilities at each supervised position.
+    """An example with a model's top-k log-probabilities at each supervised position.
 
-    Entries gathered at given ids stand among the top k, in the order of their probability.
+    Entries of further ids that were asked for stand among the top k, ordered by probability.
     """
 
-    observed_log_probs: Floats  # [N] log b(y), also where y is outside the top k
-    observed_ranks: Ints  # [N] tokens at least as probable as y, y included: 1 is the mode
-    counts: Ints  # [N] entries at each position: the top k, and what was gathered besides
+    observed_log_probs: Floats  # [N] log b(y), also if y is outside the top k
+    observed_ranks: Ints  # [N] number of tokens at least as probable as y: 1 is the mode
+    counts: Ints  # [N] entries at each position: the top k and further ids
     topk_ids: Ints  # [K] vocabulary ids, most probable first at each position
     topk_log_probs: Floats  # [K] their log b, descending at each position
     tail_mass: Floats  # [N] probability outside the entries
@@ -61,15 +61,15 @@ class TargetExample(Example):
     """An example with its target Q = trust·δ_y + (1 − trust)·residual at each position."""
 
     trust: Floats  # [N] γ in [0, 1]
-    counts: Ints  # [N] entries of the residual's support, the observed token always among them
+    counts: Ints  # [N] entries of the residual's support, which has the observed token
     support_ids: Ints  # [K] vocabulary ids, each once at each position, in any order
-    support_probs: Floats  # [K] the residual's probabilities at them
+    support_probs: Floats  # [K] the residual's probabilities of these ids
     tail_mass: Floats  # [N] the residual's probability outside its support
-    weights: Floats  # [N] the per-token factor of the loss (s in the table of methods)
+    weights: Floats  # [N] the factor of each token's loss (s in the table of methods)
 
 
 class Reject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A demonstration that could not be used, and why."""
+    """A demonstration that could not be used, and the reason."""
 
     source: str  # file or data set
     line: Count  # line (JSON lines) or row (everything else), from 1

@@ -1,6 +1,6 @@
-"""What holds of every row of a shard, whoever made it.
+"""Checks the values of decoded rows.
 
-R rows of a batch, T tokens, N supervised positions, K entries of all of them end to end.
+R rows of a batch, T tokens, N supervised positions, K entries of all positions end to end.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from .arrow import row_of
 from .batches import FlatBatch
 from .ragged import segment_sums
 
-MASS_TOLERANCE = 1e-3  # what an engine's own rounding may take from 1, or add to it
+MASS_TOLERANCE = 1e-3  # deviation from 1 that an engine's rounding may cause
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A value that cannot be right."""
+    """A value that breaks a rule."""
 
     row: int  # of the batch
     column: str
@@ -27,20 +27,19 @@ class Violation:
 
 
 def violations(stage: str, batch: FlatBatch, vocab_size: int) -> Iterator[Violation]:
-    """What is wrong with a batch of a stage's records, for each rule its first row.
+    """Yield, for each rule that a batch of a stage breaks, the first row that does.
 
-    The lists agree in length already, counts add up, positions lie in their rows and ids in the
-    vocabulary: `decode` sees to that.
+    `decode` has checked the lengths of lists, counts, and the ranges of positions and ids.
     """
     checks = {"score": _of_scores, "build-targets": _of_targets}[stage]
-    with np.errstate(all="ignore"):  # what is no number is found, not warned of
+    with np.errstate(all="ignore"):  # NaN is reported as a violation
         found = [_ascent(batch), *checks(batch, vocab_size)]
     for level, column, wrong, what in found:
         if wrong.any():
             yield Violation(row_of(batch.lengths, level, int(np.argmax(wrong))), column, what)
 
 
-_Check = tuple[str, str, NDArray[np.bool_], str]  # level, column, where it is wrong, in words
+_Check = tuple[str, str, NDArray[np.bool_], str]  # level, column, where it is wrong, message
 
 
 def _ascent(batch: FlatBatch) -> _Check:
@@ -55,20 +54,20 @@ def _of_scores(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
     tail, observed = batch["tail_mass"], batch["observed_log_probs"]
     repeats = _repeats(ids, counts, vocab_size)
     yield "position", "topk_ids", repeats, "holds an id twice at one position"
-    yield "entry", "topk_log_probs", ~(logs <= MASS_TOLERANCE), "is no log-probability"
+    yield "entry", "topk_log_probs", ~(logs <= MASS_TOLERANCE), "is not a log-probability"
     rises = np.diff(logs, prepend=0) > 0
     yield "entry", "topk_log_probs", rises & ~_starts(counts, len(logs)), "does not descend"
-    yield "position", "tail_mass", _no_share(tail), "is no share"
+    yield "position", "tail_mass", _not_a_share(tail), "is not a share"
     masses = segment_sums(np.exp(logs.astype(np.float64)), counts) + tail
     yield "position", "tail_mass", _is_off(masses, 1), "does not add up to 1 with the entries"
     finite = np.isfinite(observed) & (observed <= MASS_TOLERANCE)
-    yield "position", "observed_log_probs", ~finite, "is no log-probability of a token"
+    yield "position", "observed_log_probs", ~finite, "is not a log-probability of a token"
     is_observed = ids == np.repeat(batch.observed_ids, counts)
     apart = is_observed & _is_off(logs, np.repeat(observed, counts))
     yield "entry", "observed_log_probs", apart, "is not that of the same id among the entries"
     ranks = batch["observed_ranks"]
-    yield "position", "observed_ranks", (ranks < 1) | (ranks > vocab_size), "is no rank"
-    yield "position", "token_weights", _no_weight(batch["token_weights"]), "is no weight"
+    yield "position", "observed_ranks", (ranks < 1) | (ranks > vocab_size), "is not a rank"
+    yield "position", "token_weights", _not_a_weight(batch["token_weights"]), "is not a weight"
 
 
 def _of_targets(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
@@ -78,16 +77,16 @@ def _of_targets(batch: FlatBatch, vocab_size: int) -> Iterator[_Check]:
     is_observed = ids == np.repeat(batch.observed_ids, counts)
     lacks = segment_sums(is_observed.astype(np.int64), counts) == 0
     yield "position", "support_ids", lacks, "lacks the observed token"
-    yield "entry", "support_probs", _no_share(probs), "is no share"
-    yield "position", "tail_mass", _no_share(batch["tail_mass"]), "is no share"
+    yield "entry", "support_probs", _not_a_share(probs), "is not a share"
+    yield "position", "tail_mass", _not_a_share(batch["tail_mass"]), "is not a share"
     masses = segment_sums(probs.astype(np.float64), counts) + batch["tail_mass"]
     yield "position", "tail_mass", _is_off(masses, 1), "does not add up to 1 with the support"
-    yield "position", "trust", _no_share(batch["trust"]), "is no share"
-    yield "position", "weights", _no_weight(batch["weights"]), "is no weight"
+    yield "position", "trust", _not_a_share(batch["trust"]), "is not a share"
+    yield "position", "weights", _not_a_weight(batch["weights"]), "is not a weight"
 
 
 def _starts(lengths: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
-    """Where the lists of these lengths begin."""
+    """True at the first value of each list."""
     is_start = np.zeros(size + 1, bool)
     is_start[np.cumsum(lengths) - lengths] = True
     return is_start[:size]
@@ -96,18 +95,18 @@ def _starts(lengths: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
 def _repeats(
     ids: NDArray[np.integer], counts: NDArray[np.integer], vocab_size: int
 ) -> NDArray[np.bool_]:
-    """The positions at which an id stands more than once."""
+    """True at positions that have an id more than once."""
     keys = np.sort(np.repeat(np.arange(len(counts)) * vocab_size, counts) + ids)
     repeats = np.zeros(len(counts), bool)
     repeats[keys[1:][keys[1:] == keys[:-1]] // vocab_size] = True
     return repeats
 
 
-def _no_share(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+def _not_a_share(values: NDArray[np.floating]) -> NDArray[np.bool_]:
     return ~((values >= 0) & (values <= 1 + MASS_TOLERANCE))
 
 
-def _no_weight(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+def _not_a_weight(values: NDArray[np.floating]) -> NDArray[np.bool_]:
     return ~((values >= 0) & np.isfinite(values))
 
 

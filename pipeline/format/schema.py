@@ -1,11 +1,11 @@
-"""What a shard holds: the columns of each stage's Arrow files, and the format's version.
+"""The columns of each stage's shards, and the versions of the format.
 
-A column belongs to a level: one value an example, or a list of values in each row, one a token (T),
-one a supervised position (N) or one a support entry (K). A list column is a plain Arrow list, so
-pyarrow, `datasets` and polars open a shard without this package.
+A column belongs to a level: it has one value for each example, or a list with one value for each
+token (T), supervised position (N) or support entry (K) of a row. Lists are plain Arrow lists, so
+pyarrow, `datasets` and polars can read a shard without this package.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from .packing import Packing, Precision
+from .packing import Packing
 from .records import Example, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
@@ -24,12 +24,12 @@ Level = Literal["example", "token", "position", "entry"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a shard; the record's field of the same name holds it decoded."""
+    """One column of a shard; the field of the same name in the record holds it decoded."""
 
     name: str
     level: Level
     dtype: type  # in memory; str for text
-    stored: type  # in the file, where narrower
+    stored: type  # in the file; may be narrower
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -40,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The columns of one stage's records, and how a shard holds them: as they are, or packed."""
+    """The columns of one stage's records, and their packing, if they are stored packed."""
 
     record: type[Example]
     columns: tuple[Column, ...]
@@ -54,7 +54,7 @@ class Schema:
 
     @property
     def as_stored(self) -> "Schema":
-        """The same shards, their columns taken as they stand there, neither packed nor unpacked."""
+        """The schema that reads and writes the stored columns without packing."""
         return Schema(self.record, self.stored, self.vocab_size)
 
     @property
@@ -65,18 +65,13 @@ class Schema:
     @property
     def lists(self) -> tuple[Column, ...]:
         """The columns that hold a list in each row."""
-        return lists(self.columns)
-
-
-def lists(columns: Iterable[Column]) -> tuple[Column, ...]:
-    """Those of the columns that hold a list in each row."""
-    return tuple(column for column in columns if column.level != "example")
+        return tuple(column for column in self.columns if column.level != "example")
 
 
 def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Schema:
-    """The schema of a stage's shards; vocabulary ids take two bytes where they fit.
+    """The schema of a stage's shards; ids take two bytes if the vocabulary allows it.
 
-    Raises UserError for a stage that makes none.
+    Raises UserError for a stage that makes no shards.
     """
     if stage not in _OF_STAGE:
         raise UserError(
@@ -97,12 +92,12 @@ def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Sc
 
 
 def format_version_of(stage: str) -> int:
-    """The format version of the folders that a stage makes, the only one that is read."""
+    """The format version of a stage's folders, the only one that is read."""
     return TARGETS_VERSION if stage == "build-targets" else FORMAT_VERSION
 
 
 def packing_of(settings: Mapping[str, Any], frequent_ids: tuple[int, ...]) -> Packing | None:
-    """The packing that a stage's settings describe; None for plain columns, as scores have."""
+    """The packing in a stage's settings; None for plain columns, as in scores."""
     if settings.get("precision") is None:
         return None
     return Packing(
@@ -116,9 +111,9 @@ def packing_of(settings: Mapping[str, Any], frequent_ids: tuple[int, ...]) -> Pa
 
 
 def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]:
-    """The stored columns in place of the records'."""
+    """The stored columns for the columns of records."""
     high = _narrowest(packing.vocab_size >> 8)
-    log_prob = _STORED_AS[packing.precision]
+    log_prob = getattr(np, packing.precision)
     instead = {
         "counts": (Column("counts", "position", np.int32, _narrowest(packing.most_entries)),),
         "support_ids": (
@@ -133,13 +128,6 @@ def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]
 
 def _narrowest(largest: int) -> type:
     return next(each for each in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(each).max)
-
-
-_STORED_AS: dict[Precision, type] = {
-    "uint8": np.uint8,
-    "float16": np.float16,
-    "float32": np.float32,
-}
 
 
 _Columns = tuple[tuple[str, Level, type], ...]

@@ -250,19 +250,19 @@ def test_a_batch_survives_a_shard_and_its_rows_stand_alone(precision: Precision)
 def test_ids_outside_of_the_vocabulary_are_never_stored() -> None:
     wrong = replace(batch())
     wrong.arrays["support_ids"][-1] = 10
-    with pytest.raises(AssertionError, match="outside of the vocabulary"):
+    with pytest.raises(AssertionError, match="outside the vocabulary"):
         encode(schema_of("build-targets", 10, Packing("uint8", 10, 3)), wrong)
 
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("rank_steps_high", 3, "rank_steps_high leads out of the vocabulary"),
-        ("rank_steps_low", 200, "rank_steps_high leads out of the vocabulary"),
-        ("support_log_probs", np.nan, "support_log_probs holds what is no distribution"),
-        ("support_log_probs", np.inf, "support_log_probs holds what is no distribution"),
-        ("support_log_probs", -np.inf, "support_log_probs holds what is no distribution"),
-        ("tail_log_probs", np.nan, "support_log_probs holds what is no distribution"),
+        ("rank_steps_high", 3, "rank_steps_high leads outside the vocabulary"),
+        ("rank_steps_low", 200, "rank_steps_high leads outside the vocabulary"),
+        ("support_log_probs", np.nan, "support_log_probs is not a distribution"),
+        ("support_log_probs", np.inf, "support_log_probs is not a distribution"),
+        ("support_log_probs", -np.inf, "support_log_probs is not a distribution"),
+        ("tail_log_probs", np.nan, "support_log_probs is not a distribution"),
     ],
 )
 def test_what_nobody_packed_is_refused(column: str, value: float, said: str) -> None:

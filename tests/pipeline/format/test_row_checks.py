@@ -78,8 +78,8 @@ def test_an_empty_batch_breaks_no_rule(stage: str) -> None:
     assert list(violations(stage, empty, VOCAB)) == []
 
 
-SHARE, WEIGHT, TWICE = "is no share", "is no weight", "holds an id twice at one position"
-LOG = "is no log-probability"
+SHARE, WEIGHT, TWICE = "is not a share", "is not a weight", "holds an id twice at one position"
+LOG = "is not a log-probability"
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ LOG = "is no log-probability"
         ("score", "positions", {2: 1}, 2, "does not ascend"),
         ("score", "topk_ids", {4: 1}, 2, TWICE),
         ("score", "topk_log_probs", {2: np.log(0.125), 4: np.log(0.5)}, 2, "does not descend"),
-        ("score", "observed_log_probs", {2: -np.inf}, 2, "is no log-probability of a token"),
-        ("score", "observed_log_probs", {2: np.nan}, 2, "is no log-probability of a token"),
-        ("score", "observed_log_probs", {2: 0.1}, 2, "is no log-probability of a token"),
+        ("score", "observed_log_probs", {2: -np.inf}, 2, "is not a log-probability of a token"),
+        ("score", "observed_log_probs", {2: np.nan}, 2, "is not a log-probability of a token"),
+        ("score", "observed_log_probs", {2: 0.1}, 2, "is not a log-probability of a token"),
         ("score", "observed_log_probs", {0: -0.7}, 0, "is not that of the same id"),
         ("score", "tail_mass", {0: 0.26}, 0, "does not add up to 1 with the entries"),
-        ("score", "observed_ranks", {1: 0}, 2, "is no rank"),
-        ("score", "observed_ranks", {1: VOCAB + 1}, 2, "is no rank"),
+        ("score", "observed_ranks", {1: 0}, 2, "is not a rank"),
+        ("score", "observed_ranks", {1: VOCAB + 1}, 2, "is not a rank"),
         ("score", "token_weights", {0: -1}, 0, WEIGHT),
         ("score", "token_weights", {0: np.inf}, 0, WEIGHT),
         ("score", "token_weights", {0: np.nan}, 0, WEIGHT),

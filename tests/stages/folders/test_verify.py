@@ -201,17 +201,17 @@ def change_first(name: str, row: int, value: Any) -> Callable[[dict[str, list[An
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("topk_log_probs", 0.5, "column topk_log_probs is no log-probability"),
-        ("topk_log_probs", float("nan"), "column topk_log_probs is no log-probability"),
+        ("topk_log_probs", 0.5, "column topk_log_probs is not a log-probability"),
+        ("topk_log_probs", float("nan"), "column topk_log_probs is not a log-probability"),
         ("tail_mass", 0.9, "column tail_mass does not add up to 1"),
-        ("observed_ranks", 0, "column observed_ranks is no rank"),
-        ("token_weights", float("inf"), "column token_weights is no weight"),
+        ("observed_ranks", 0, "column observed_ranks is not a rank"),
+        ("token_weights", float("inf"), "column token_weights is not a weight"),
         ("positions", 3, "column positions does not ascend"),
-        ("positions", 99, "column positions points outside"),
-        ("topk_ids", 65_000, "column topk_ids is outside of the vocabulary"),
-        ("input_ids", VOCAB, "column input_ids is outside of the vocabulary"),
+        ("positions", 99, "column positions is outside"),
+        ("topk_ids", 65_000, "column topk_ids is outside the vocabulary"),
+        ("input_ids", VOCAB, "column input_ids is outside the vocabulary"),
         ("counts", TOP_K - 1, "column counts does not add up"),
-        ("counts", None, "column counts has empty values"),
+        ("counts", None, "column counts has null values"),
     ],
 )
 def test_a_wrong_value_is_named_with_shard_row_and_column(
@@ -232,7 +232,7 @@ def test_rows_are_counted_over_the_record_batches_of_a_shard(
     examples = [dataclasses.replace(random_scored(3), id=f"e{number}") for number in range(70)]
     examples[66].token_weights[1] = -1
     folder = seal(tmp_path / "scores", "score", SCORES, [examples])
-    refused(verify, folder, "row 66 ('e66'): column token_weights is no weight")
+    refused(verify, folder, "row 66 ('e66'): column token_weights is not a weight")
 
 
 @pytest.mark.parametrize("name", ["rows", "tokens", "positions", "entries"])
