@@ -8,7 +8,7 @@ Ragged lists are flat: `counts[n]` entries belong to position n, in the order of
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Level = Literal["example", "token", "position", "entry"]
+# lists of a value for each token, position or entry, as `schema` makes columns of them
+TokenInts = Annotated[Ints, "token", np.int32]
+PositionInts = Annotated[Ints, "position", np.int32]
+PositionFloats = Annotated[Floats, "position", np.float32]
+EntryInts = Annotated[Ints, "entry", np.int32]
+EntryFloats = Annotated[Floats, "entry", np.float32]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]  # in JSON
 
 
@@ -24,8 +31,8 @@ class Example:
     """A tokenised demonstration."""
 
     id: str
-    input_ids: Ints  # [T]
-    positions: Ints  # [N], ascending, each in 1..T-1
+    input_ids: TokenInts  # [T]
+    positions: PositionInts  # [N], ascending, each in 1..T-1
 
     @property
     def observed_ids(self) -> Ints:
@@ -47,25 +54,25 @@ class ScoredExample(Example):
     Entries of further ids that were asked for stand among the top k, ordered by probability.
     """
 
-    observed_log_probs: Floats  # [N] log b(y), also if y is outside the top k
-    observed_ranks: Ints  # [N] number of tokens at least as probable as y: 1 is the mode
-    counts: Ints  # [N] entries at each position: the top k and further ids
-    topk_ids: Ints  # [K] vocabulary ids, most probable first at each position
-    topk_log_probs: Floats  # [K] their log b, descending at each position
-    tail_mass: Floats  # [N] probability outside the entries
-    token_weights: Floats  # [N] as in `WeightedExample`
+    observed_log_probs: PositionFloats  # [N] log b(y), also if y is outside the top k
+    observed_ranks: PositionInts  # [N] number of tokens at least as probable as y: 1 is the mode
+    counts: PositionInts  # [N] entries at each position: the top k and further ids
+    topk_ids: EntryInts  # [K] vocabulary ids, most probable first at each position
+    topk_log_probs: EntryFloats  # [K] their log b, descending at each position
+    tail_mass: PositionFloats  # [N] probability outside the entries
+    token_weights: PositionFloats  # [N] as in `WeightedExample`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetExample(Example):
     """An example with its target Q = trust·δ_y + (1 − trust)·residual at each position."""
 
-    trust: Floats  # [N] γ in [0, 1]
-    counts: Ints  # [N] entries of the residual's support, which has the observed token
-    support_ids: Ints  # [K] vocabulary ids, each once at each position, in any order
-    support_probs: Floats  # [K] the residual's probabilities of these ids
-    tail_mass: Floats  # [N] the residual's probability outside its support
-    weights: Floats  # [N] the factor of each token's loss (s in the table of methods)
+    trust: PositionFloats  # [N] γ in [0, 1]
+    counts: PositionInts  # [N] entries of the residual's support, which has the observed token
+    support_ids: EntryInts  # [K] vocabulary ids, each once at each position, in any order
+    support_probs: EntryFloats  # [K] the residual's probabilities of these ids
+    tail_mass: PositionFloats  # [N] the residual's probability outside its support
+    weights: PositionFloats  # [N] the factor of each token's loss (s in the table of methods)
 
 
 class Reject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

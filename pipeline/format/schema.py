@@ -6,20 +6,20 @@ pyarrow, `datasets` and polars can read a shard without this package.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
 from .packing import Packing
-from .records import Example, ScoredExample, TargetExample
+from .records import Example, Level, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
 TARGETS_VERSION = 4
-
-Level = Literal["example", "token", "position", "entry"]
+_RECORDS: dict[str, type[Example]] = {"score": ScoredExample, "build-targets": TargetExample}
+STAGES = tuple(_RECORDS)  # the stages whose folders hold shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +73,23 @@ def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Sc
 
     Raises UserError for a stage that makes no shards.
     """
-    if stage not in _OF_STAGE:
+    if stage not in _RECORDS:
         raise UserError(
             f"a folder made by `qpipe {stage}` holds no rows: give one made by "
-            f"{' or '.join(f'`qpipe {each}`' for each in _OF_STAGE)}"
+            f"{' or '.join(f'`qpipe {each}`' for each in _RECORDS)}"
         )
+    record = _RECORDS[stage]
+    return Schema(record, _columns(record, vocab_size), vocab_size, packing)
+
+
+def _columns(record: type[Example], vocab_size: int) -> tuple[Column, ...]:
     narrow = np.uint16 if vocab_size <= 2**16 else np.int32
-    record, columns = _OF_STAGE[stage]
-    return Schema(
-        record,
-        tuple(
-            Column(name, level, dtype, narrow if name.endswith("_ids") else dtype)
-            for name, level, dtype in _EXAMPLE + columns
-        ),
-        vocab_size,
-        packing,
-    )
+    hints = get_type_hints(record, include_extras=True)
+    columns = []
+    for name in (each.name for each in fields(record)):
+        level, dtype = getattr(hints[name], "__metadata__", ("example", str))
+        columns.append(Column(name, level, dtype, narrow if name.endswith("_ids") else dtype))
+    return tuple(columns)
 
 
 def format_version_of(stage: str) -> int:
@@ -128,33 +129,3 @@ def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]
 
 def _narrowest(largest: int) -> type:
     return next(each for each in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(each).max)
-
-
-_Columns = tuple[tuple[str, Level, type], ...]
-_EXAMPLE: _Columns = (
-    ("id", "example", str),
-    ("input_ids", "token", np.int32),
-    ("positions", "position", np.int32),
-)
-_SCORES: _Columns = (
-    ("observed_log_probs", "position", np.float32),
-    ("observed_ranks", "position", np.int32),
-    ("counts", "position", np.int32),
-    ("topk_ids", "entry", np.int32),
-    ("topk_log_probs", "entry", np.float32),
-    ("tail_mass", "position", np.float32),
-    ("token_weights", "position", np.float32),
-)
-_TARGETS: _Columns = (
-    ("trust", "position", np.float32),
-    ("counts", "position", np.int32),
-    ("support_ids", "entry", np.int32),
-    ("support_probs", "entry", np.float32),
-    ("tail_mass", "position", np.float32),
-    ("weights", "position", np.float32),
-)
-_OF_STAGE: dict[str, tuple[type[Example], _Columns]] = {
-    "score": (ScoredExample, _SCORES),
-    "build-targets": (TargetExample, _TARGETS),
-}
-STAGES = tuple(_OF_STAGE)  # those whose folders hold shards

@@ -1,6 +1,6 @@
-"""From scores to targets, a batch at a time, and what the targets can teach at best.
+"""Computes the targets of a batch from its scores.
 
-N positions of a batch, V vocabulary. All of it in float64, rounded where it is stored.
+N positions of a batch, V vocabulary. All values are float64 until they are stored.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ from .distributions import (
 from .temperature import tempered
 
 Floats = NDArray[np.float64]
-SMALLEST_PROB = float(np.finfo(np.float32).smallest_normal)  # that a stored probability resolves
+SMALLEST_PROB = float(np.finfo(np.float32).smallest_normal)  # of stored probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """How much of a distribution is stored: a prefix of mass `top_p`, at most `max_support` ids."""
+    """The stored part of a distribution: a prefix of mass `top_p`, at most `max_support` ids."""
 
     top_p: float = 0.99
     max_support: int = 64
@@ -46,7 +46,7 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class ScoreModel:
-    """How a score folder is read: its k and its vocabulary, and at which temperature."""
+    """The k and the vocabulary of a score folder, and the temperature to read it at."""
 
     top_k: int
     vocab_size: int
@@ -55,7 +55,7 @@ class ScoreModel:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What is known of the base and the teacher at the positions of a batch."""
+    """The base and the teacher at the positions of a batch."""
 
     scores: FlatBatch
     base_model: ScoreModel
@@ -69,32 +69,32 @@ class Evidence:
 
     @property
     def token_weights(self) -> Floats:
-        """The weights that came with the demonstrations, [N]."""
+        """The token weights of the demonstrations, [N]."""
         return self.scores["token_weights"].astype(np.float64)
 
     @cached_property
     def plain_base_log_prob(self) -> Floats:
-        """log b(y) as it was scored, [N]."""
+        """log b(y) at temperature 1, [N]."""
         return _observed_log_prob(self.scores)
 
     @cached_property
     def plain_base(self) -> Supports:
-        """The base prior as it was scored."""
+        """The base at temperature 1."""
         return known_supports(self.scores)
 
     @cached_property
     def base_and_bound(self) -> tuple[Supports, Floats]:
-        """The base prior at its temperature, and how far off it may be, [N]."""
+        """The base at its temperature, and a bound of its error, [N]."""
         return _at_temperature(self.plain_base, self.base_model)
 
     @property
     def base(self) -> Supports:
-        """The base prior at its temperature."""
+        """The base at its temperature."""
         return self.base_and_bound[0]
 
     @cached_property
     def teacher_and_bound(self) -> tuple[Supports, Floats]:
-        """The teacher at its temperature, and how far off it may be, [N]."""
+        """The teacher at its temperature, and a bound of its error, [N]."""
         assert self.teacher_scores is not None
         assert self.teacher_model is not None
         known = known_supports(self.teacher_scores)
@@ -108,11 +108,11 @@ class Evidence:
 
     @cached_property
     def common(self) -> SharedSupport:
-        """Base and teacher on the ids at which both are known."""
+        """Base and teacher on their common ids."""
         return common_supports(self.base, self.teacher)
 
     def mixture(self, eta: float) -> Supports:
-        """∝ b^(1−η)·q^η on the ids at which both are known."""
+        """∝ b^(1−η)·q^η on the common ids."""
         if eta not in self._mixtures:
             self._mixtures[eta] = mixture(self.common, eta)
         return self._mixtures[eta]
@@ -138,7 +138,7 @@ class Evidence:
         return _at_observed(self.teacher, self.observed_ids)
 
     def signals(self, reads: frozenset[str]) -> Signals:
-        """The signals that a rule reads, the base standing for the model that it follows."""
+        """The signals that a rule reads, with the base as the followed model."""
         compute: dict[str, Callable[[], Floats]] = {
             "log_prob": lambda: self.base_log_prob,
             "entropy": self._entropy,
@@ -152,17 +152,17 @@ class Evidence:
         return Signals(**{name: compute[name]() for name in reads | {"log_prob"}})
 
     def _entropy(self) -> Floats:
-        """The tail as one outcome: a lower bound."""
+        """A lower bound: the tail counts as one outcome."""
         log_probs_NS = padded(self.base.counts, self.base.log_probs, -np.inf)
         return rules.entropy(np.concatenate([log_probs_NS, self.base.log_tail[:, None]], axis=1))
 
     def _mask(self) -> Floats:
-        """Raises UserError for token weights that are no shares."""
+        """Raises UserError for token weights above 1."""
         too_much = self.token_weights > 1
         if too_much.any():
             raise UserError(
                 f"example {_example_at(self.scores, too_much)}: a token has the weight "
-                f"{self.token_weights[too_much][0]:g}, a mask goes from 0 to 1: mend its weights"
+                f"{self.token_weights[too_much][0]:g}, but a mask is 0 to 1: correct its weights"
             )
         return self.token_weights
 
@@ -173,7 +173,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets:
-    """The targets of a batch by one choice, before they are rounded to be stored."""
+    """The targets of a batch by one choice, not yet rounded."""
 
     choice: Choice
     trust: Floats  # [N] to store
@@ -182,22 +182,22 @@ class Targets:
 
 
 def targets_of(evidence: Evidence, choice: Choice, truncation: Truncation) -> Targets:
-    """What a target folder holds of a batch.
+    """The targets of a batch.
 
-    What the trainer reads off the student as it trains is stored as trust 1 and weight 1.
+    Trust and weight are 1 if the trainer computes them from the student.
     """
     if choice.reads_student:
         trust = np.ones(len(evidence.observed_ids))
         weights = trust
     else:
         trust, weights = choice.trust_and_weight(evidence.signals(choice.method.reads))
-    if not choice.needs_mask:  # a mask has had its say as γ
+    if not choice.needs_mask:  # a mask is part of γ already
         weights = weights * evidence.token_weights
     return Targets(choice, trust, weights, stored_residual(evidence, choice, truncation))
 
 
 def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) -> Supports:
-    """The distribution that a target folder holds, on its stored support."""
+    """The distribution that a target folder stores, on its support."""
     observed = evidence.observed_ids
     match choice.stored:
         case "observed":
@@ -221,7 +221,7 @@ def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) 
 
 
 def flat_targets(evidence: Evidence, targets: Targets) -> FlatBatch:
-    """The targets as they are stored."""
+    """The targets as a batch to store."""
     scores, residual = evidence.scores, targets.residual
     arrays = {
         "input_ids": scores["input_ids"],
@@ -238,25 +238,25 @@ def flat_targets(evidence: Evidence, targets: Targets) -> FlatBatch:
 
 
 def _refuse_unknown_head(evidence: Evidence, alpha: float) -> None:
-    """Raises UserError where the base is not known at an id of the teacher's head."""
-    teacher, common = evidence.teacher, evidence.common
+    """Raise UserError if the base's probability is unknown at an id of the teacher's head."""
+    teacher, common = evidence.teacher, evidence.common.second
     size = len(teacher.counts)
     starts = np.cumsum(teacher.counts) - teacher.counts
     lowest = np.maximum.reduceat(teacher.log_probs, starts) + np.log(alpha) if size else np.zeros(0)
     in_head = teacher.log_probs >= lowest[teacher.position_of]
-    in_common = common.other_log_probs >= lowest[common.second.position_of]
+    in_common = common.log_probs >= lowest[common.position_of]
     wanted = np.bincount(teacher.position_of[in_head], minlength=size)
-    known = np.bincount(common.second.position_of[in_common], minlength=size)
+    known = np.bincount(common.position_of[in_common], minlength=size)
     if (wanted > known).any():
         raise UserError(
             f"example {_example_at(evidence.scores, wanted > known)}: the base's probability of a "
-            "token that the teacher finds likely is not known: score the base with `qpipe score "
+            "token that is likely under the teacher is unknown: score the base with `qpipe score "
             "--at` the teacher's folder, and build from that"
         )
 
 
 def _example_at(scores: FlatBatch, at_N: NDArray[np.bool_]) -> str:
-    """The id of the first example with a position at which something holds."""
+    """The id of the first example with a position at which `at_N` is true."""
     ends = np.cumsum(scores.lengths["position"])
     return scores.ids[int(np.searchsorted(ends, np.argmax(at_N), side="right"))]
 

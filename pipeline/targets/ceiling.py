@@ -1,12 +1,12 @@
-"""The ceiling of targets: what a model that learnt them perfectly would do.
+"""The ceiling of targets: the behaviour of a model that has learnt them perfectly.
 
-A target can put so little on the observed token that no training teaches it. Mean −log Q(y) is what
-such a model still pays, the share of tokens with argmax Q = y how much of the demonstrations it
-would write itself. Both need no training run and no learning rate. For a method that reads the
-student, Q is that of the start, where the student is the base.
+A target may give the observed token so little that training cannot teach it. Mean −log Q(y) is the
+loss that such a model keeps; the share of tokens with argmax Q = y is the part of a demonstration
+that it would write itself. Neither needs a training run. For a method that reads the student, Q is
+the target at the start, when the student equals the base.
 
-N positions. All are added up over a folder, overall and by b(y), so that the shares and means are
-the same whatever the sharding.
+N positions. Sums are kept over a folder, in all and by b(y), so that shares and means do not depend
+on the sharding.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from .distributions import (
 
 BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
 SMALL_TRUST = 0.05
-SMALLEST_TARGET = 1e-10  # a Q(y) below counts as this, or one token would make the mean infinite
+SMALLEST_TARGET = 1e-10  # the least Q(y) that counts; 0 would make the mean infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,18 @@ class Ceiling:
     nll: float  # mean −log Q(y) in nats
     learnable: float  # share of tokens with argmax Q = y
     starved: float  # share of tokens with γ < 0.05
-    divergence: float  # mean KL(Q ‖ base) in nats, at least: tails count as one outcome
+    divergence: float  # mean KL(Q ‖ base) in nats, a lower bound: tails count as one outcome
 
 
 def has_ceiling(choice: Choice, base: ScoreModel) -> bool:
-    """Whether the method's target at the start is a distribution, and known from the scores."""
+    """Whether the target at the start is a distribution that the scores determine."""
     needed = {"top_entropy": min(TOP_ENTROPY_SIZE, base.vocab_size), "entropy": base.vocab_size}
     enough = all(base.top_k >= needed.get(name, 0) for name in choice.method.reads)
     return choice.residual != "gem" and enough
 
 
 def ceiling_sums(evidence: Evidence, choice: Choice, residual: Supports) -> dict[str, float]:
-    """What to add up over a folder; `residual` is the one stored."""
+    """The sums of a batch for the ceiling; `residual` is the stored one."""
     if not has_ceiling(choice, evidence.base_model):
         return {}
     trust, _ = choice.trust_and_scale(evidence.signals(choice.method.reads))
@@ -82,7 +82,7 @@ def ceiling_sums(evidence: Evidence, choice: Choice, residual: Supports) -> dict
 
 
 def ceilings(sums: Mapping[str, float]) -> list[Ceiling]:
-    """The ceiling overall, then by bucket; empty where the method has none."""
+    """The ceiling overall, then by bucket; empty if the method has none."""
     if "ceiling.reproducible" not in sums:
         return []
     rows = [_ceiling(_bucket_name(bucket), [bucket], sums) for bucket in range(len(BUCKETS) - 1)]
@@ -90,12 +90,12 @@ def ceilings(sums: Mapping[str, float]) -> list[Ceiling]:
 
 
 def reproducible_share(sums: Mapping[str, float], demonstrations: int) -> float:
-    """The share of demonstrations that greedy decoding of their targets writes."""
+    """The share of demonstrations that greedy decoding of the targets reproduces."""
     return sums["ceiling.reproducible"] / max(demonstrations, 1)
 
 
 def ceiling_advice(overall: Ceiling, reproducible: float) -> str:
-    """What to say where a third of the tokens or most demonstrations cannot be learnt, else ""."""
+    """A warning if a third of the tokens or most demonstrations cannot be learnt, else ""."""
     if overall.learnable >= 2 / 3 and reproducible >= 1 / 2:
         return ""
     return (
@@ -121,7 +121,7 @@ def _bucket_name(bucket: int) -> str:
 
 
 def _residual_at_start(evidence: Evidence, choice: Choice, residual: Supports) -> Supports:
-    """π̃ while the student is the base."""
+    """π̃ when the student equals the base."""
     if choice.residual == "student" and choice.reads_student:
         return evidence.base
     if choice.residual in ("observed", "student"):
@@ -135,7 +135,7 @@ def _residual_at_start(evidence: Evidence, choice: Choice, residual: Supports) -
 def _observed_target(
     evidence: Evidence, choice: Choice, trust: Floats, residual: Supports
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """log Q(y), and whether no other token has as much, [N] each."""
+    """log Q(y), and whether y is the only mode of Q, [N] each."""
     is_observed = residual.ids == evidence.observed_ids[residual.position_of]
     probs = residual.probs
     observed = segment_sums(np.where(is_observed, probs, 0.0), residual.counts)
@@ -151,44 +151,41 @@ def _observed_target(
 def _divergence_from_base(
     evidence: Evidence, choice: Choice, trust: Floats, residual: Supports
 ) -> Floats:
-    """KL(Q ‖ base), [N]: exact for a residual that is the base or none, else a lower bound."""
+    """KL(Q ‖ base), [N]: exact if the residual is the base or absent, else a lower bound."""
     log_base = evidence.plain_base_log_prob
     if choice.residual == "observed" or (trust == 1).all():
         return -log_base
     if choice.residual in ("base", "student") and evidence.base_model.temperature == 1:
         target = trust + (1 - trust) * np.exp(log_base)
-        log_share = safe_log(1 - trust, 0.0)  # of what Q gives to all other tokens
+        log_share = safe_log(1 - trust, 0.0)  # Q(z)/b(z) for every other token z
         return target * (safe_log(target, 0.0) - log_base) + (1 - target) * log_share
-    on_common, common = _residual_and_base(evidence, choice, residual)
-    is_observed = common.ids == evidence.observed_ids[on_common.position_of]
-    trust_K = trust[on_common.position_of]
+    base, on_common = _base_and_residual(evidence, choice, residual)
+    is_observed = base.ids == evidence.observed_ids[base.position_of]
+    trust_K = trust[base.position_of]
     target = np.where(is_observed, trust_K, 0.0) + (1 - trust_K) * on_common.probs
-    inner = target * (safe_log(target, 0.0) - common.log_probs)
+    inner = target * (safe_log(target, 0.0) - base.log_probs)
     tail = (1 - trust) * on_common.tail_mass
-    base_tail = np.maximum(common.tail_mass, SMALLEST_TAIL)
-    return segment_sums(inner, common.counts) + tail * (safe_log(tail, 0.0) - np.log(base_tail))
+    base_tail = np.maximum(base.tail_mass, SMALLEST_TAIL)
+    return segment_sums(inner, base.counts) + tail * (safe_log(tail, 0.0) - np.log(base_tail))
 
 
-def _residual_and_base(
-    evidence: Evidence, choice: Choice, residual: Supports
-) -> tuple[Supports, SharedSupport]:
-    """π̃ and the base on the same ids, the base being the first of the common."""
+def _base_and_residual(evidence: Evidence, choice: Choice, residual: Supports) -> SharedSupport:
+    """The base and π̃ on their common ids."""
     if evidence.base_model.temperature == 1 and choice.needs_teacher:
-        common = evidence.common
         match choice.residual:
             case "teacher":
-                return common.second, common
+                return evidence.common
             case "mixture":
-                return evidence.mixture(choice.parameters["eta"]), common
+                return evidence.common._replace(second=evidence.mixture(choice.parameters["eta"]))
             case "contrast":
-                return contrasted(common, choice.parameters["alpha"]), common
+                contrast = contrasted(evidence.common, choice.parameters["alpha"])
+                return evidence.common._replace(second=contrast)
             case _:
                 pass
-    common = common_supports(evidence.plain_base, residual)
-    return common.second, common
+    return common_supports(evidence.plain_base, residual)
 
 
 def _reproducible(scores: FlatBatch, is_mode: NDArray[np.bool_]) -> float:
-    """How many demonstrations greedy decoding of their targets would write."""
+    """The number of demonstrations that greedy decoding of their targets reproduces."""
     missed = segment_sums((~is_mode).astype(np.int64), scores.lengths["position"])
     return float((missed == 0).sum())

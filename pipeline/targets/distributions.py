@@ -1,11 +1,11 @@
-"""Ragged distributions over the vocabulary: some entries at each position, the rest in a tail.
+"""Ragged distributions over the vocabulary: entries at each position, and the mass of the tail.
 
-N positions, K entries of all of them end to end. Everything is in float64: what is stored is
-rounded at the end, once.
+N positions, K entries of all positions end to end. All values are float64; targets are rounded
+once, when they are stored.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,15 @@ from ..methods import rules
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-LOG_OF_ZERO = -1e4  # stands for log 0 = −inf among scores: exp of it is 0, and 0 times it is no NaN
-SMALLEST_TAIL = float(np.finfo(np.float32).smallest_normal)  # stands for a tail of 0 in a log
+LOG_OF_ZERO = -1e4  # replaces log 0 = −inf in scores: its exp is 0, and 0 times it is not NaN
+SMALLEST_TAIL = float(np.finfo(np.float32).smallest_normal)  # replaces a tail mass of 0 in logs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Supports:
-    """`counts[n]` entries at position n, most probable first, but for an observed token at the end.
+    """`counts[n]` entries at position n, most probable first; an added observed token comes last.
 
-    `tail_mass` adds up what is outside the entries; it is not 1 minus their sum, which cancels.
+    `tail_mass` is added up itself: 1 minus the sum of the entries would lose precision.
     """
 
     counts: Ints  # [N]
@@ -34,28 +34,28 @@ class Supports:
 
     @property
     def probs(self) -> Floats:
-        """The entries' probabilities, [K]."""
+        """The probabilities of the entries, [K]."""
         return np.exp(self.log_probs)
 
     @property
     def position_of(self) -> Ints:
-        """The position that each entry belongs to, [K]."""
+        """The position of each entry, [K]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @property
     def ranks(self) -> Ints:
-        """Each entry's place at its position, from 0, [K]."""
+        """The place of each entry at its position, from 0, [K]."""
         starts = np.cumsum(self.counts) - self.counts
         return np.arange(len(self.ids)) - np.repeat(starts, self.counts)
 
     @property
     def log_tail(self) -> Floats:
-        """log of the tail's mass, −inf where there is none, [N]."""
+        """log of the tail mass, −inf for 0, [N]."""
         return safe_log(self.tail_mass)
 
 
 def known_supports(scores: FlatBatch) -> Supports:
-    """What a batch of scores knows of its model: its entries and the observed token."""
+    """The distributions of a batch of scores: their entries and the observed token."""
     counts = scores["counts"].astype(np.int64)
     ids = scores["topk_ids"]
     log_probs = np.maximum(scores["topk_log_probs"].astype(np.float64), LOG_OF_ZERO)
@@ -74,7 +74,7 @@ def known_supports(scores: FlatBatch) -> Supports:
 
 
 def within(supports: Supports, vocab_size: int) -> Supports:
-    """The same distribution, ids from `vocab_size` on in its tail."""
+    """Move the ids from `vocab_size` on to the tail."""
     inside = supports.ids < vocab_size
     if inside.all():
         return supports
@@ -87,7 +87,7 @@ def within(supports: Supports, vocab_size: int) -> Supports:
 
 
 def observed_only(observed_ids: NDArray[np.int32], log_probs: Floats) -> Supports:
-    """The observed token with its probability, the rest in the tail."""
+    """Only the observed token with its probability; the rest is in the tail."""
     counts = np.ones(len(observed_ids), np.int64)
     return Supports(counts, observed_ids, log_probs, 0 - np.expm1(log_probs))  # never -0.0
 
@@ -95,9 +95,9 @@ def observed_only(observed_ids: NDArray[np.int32], log_probs: Floats) -> Support
 def truncated(
     supports: Supports, observed_ids: NDArray[np.int32], top_p: float, max_support: int
 ) -> Supports:
-    """The smallest prefix of mass `top_p`, at most `max_support` entries, and the observed token.
+    """Keep the observed token and the smallest prefix of mass `top_p`, at most `max_support` ids.
 
-    What is left out goes to the tail; support and tail are then scaled to add up to 1.
+    The other entries move to the tail; support and tail are then scaled to add up to 1.
     """
     probs, counts = supports.probs, supports.counts
     is_observed = supports.ids == np.repeat(observed_ids, counts)
@@ -113,75 +113,56 @@ def truncated(
 
 
 def normalised(supports: Supports) -> Supports:
-    """The same distribution, its entries and tail scaled to add up to 1."""
+    """Scale entries and tail to add up to 1."""
     total = segment_sums(supports.probs, supports.counts) + supports.tail_mass
     log_probs = supports.log_probs - np.repeat(np.log(total), supports.counts)
     return replace(supports, log_probs=log_probs, tail_mass=supports.tail_mass / total)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedSupport:
-    """Two distributions on the ids at which both are known; the rest of each in its tail."""
+class SharedSupport(NamedTuple):
+    """Two distributions with the same counts and ids."""
 
-    counts: Ints  # [N]
-    ids: NDArray[np.int32]  # [K]
-    log_probs: Floats  # [K] of the one
-    other_log_probs: Floats  # [K] of the other
-    tail_mass: Floats  # [N]
-    other_tail_mass: Floats  # [N]
-
-    @property
-    def first(self) -> Supports:
-        """The one distribution."""
-        return Supports(self.counts, self.ids, self.log_probs, self.tail_mass)
-
-    @property
-    def second(self) -> Supports:
-        """The other distribution."""
-        return Supports(self.counts, self.ids, self.other_log_probs, self.other_tail_mass)
+    first: Supports
+    second: Supports
 
 
 def common_supports(one: Supports, other: Supports) -> SharedSupport:
-    """Two distributions on their common ids, in the order of the first."""
+    """Two distributions on their common ids, in the order of the first; the rest is in tails."""
     place, other_place = _matches(one, other)
     is_kept = np.zeros(len(one.ids), np.int64)
     is_kept[place] = 1
+    counts, ids = segment_sums(is_kept, one.counts), one.ids[place]
     return SharedSupport(
-        segment_sums(is_kept, one.counts),
-        one.ids[place],
-        one.log_probs[place],
-        other.log_probs[other_place],
-        _tail_without(one, place),
-        _tail_without(other, other_place),
+        Supports(counts, ids, one.log_probs[place], _tail_without(one, place)),
+        Supports(counts, ids, other.log_probs[other_place], _tail_without(other, other_place)),
     )
 
 
 def mixture(common: SharedSupport, eta: float) -> Supports:
-    """∝ p^(1−η)·q^η on the common support, its tail as one outcome, in the order of the common."""
+    """∝ p^(1−η)·q^η on the common support, with the tails as one outcome; q is the second."""
+    p, q = common
     mixed_NS, mixed_tail_N = rules.geometric_mixture(
-        padded(common.counts, common.log_probs, -np.inf),
-        safe_log(common.tail_mass),
-        padded(common.counts, common.other_log_probs, -np.inf),
-        safe_log(common.other_tail_mass),
+        padded(p.counts, p.log_probs, -np.inf),
+        p.log_tail,
+        padded(q.counts, q.log_probs, -np.inf),
+        q.log_tail,
         eta,
     )
-    log_probs = unpadded(common.counts, mixed_NS)
-    return Supports(common.counts, common.ids, log_probs, np.exp(mixed_tail_N))
+    return replace(p, log_probs=unpadded(p.counts, mixed_NS), tail_mass=np.exp(mixed_tail_N))
 
 
 def contrasted(common: SharedSupport, alpha: float) -> Supports:
-    """∝ q/p where q ≥ alpha·max q, 0 elsewhere, in the order of the common; q is the second."""
+    """∝ q/p where q ≥ alpha·max q, 0 elsewhere; q is the second."""
+    p, q = common
     ratio_NS = rules.contrast(
-        padded(common.counts, common.other_log_probs, -np.inf),
-        padded(common.counts, common.log_probs, 0.0),
-        alpha,
+        padded(q.counts, q.log_probs, -np.inf), padded(p.counts, p.log_probs, 0.0), alpha
     )
-    log_probs = unpadded(common.counts, ratio_NS)
-    return Supports(common.counts, common.ids, log_probs, np.zeros(len(common.counts)))
+    no_tail = np.zeros(len(p.counts))
+    return replace(p, log_probs=unpadded(p.counts, ratio_NS), tail_mass=no_tail)
 
 
 def most_probable_first(supports: Supports) -> Supports:
-    """The same distribution, its entries sorted; equals stay in their order."""
+    """Sort the entries; equal ones keep their order."""
     counts = supports.counts
     log_probs_NS = padded(counts, supports.log_probs, -np.inf)
     order_NS = _descending(log_probs_NS)
@@ -194,16 +175,15 @@ def most_probable_first(supports: Supports) -> Supports:
 
 
 def common_divergence(common: SharedSupport) -> Floats:
-    """KL(second ‖ first) at each position, [N], the tails as one outcome: a lower bound."""
-    log_second, log_first = common.other_log_probs, common.log_probs
-    inner = segment_sums(np.exp(log_second) * (log_second - log_first), common.counts)
-    tail = common.other_tail_mass
-    log_tail = np.log(np.maximum(common.tail_mass, SMALLEST_TAIL))
-    return inner + tail * (safe_log(tail, 0.0) - log_tail)
+    """KL(second ‖ first), [N], with each tail as one outcome: a lower bound."""
+    p, q = common
+    inner = segment_sums(q.probs * (q.log_probs - p.log_probs), p.counts)
+    log_tail = np.log(np.maximum(p.tail_mass, SMALLEST_TAIL))
+    return inner + q.tail_mass * (safe_log(q.tail_mass, 0.0) - log_tail)
 
 
 def padded(counts: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
-    """Ragged values [K] as [N, S], `fill` beyond each position's own."""
+    """Ragged values [K] as [N, S], filled up with `fill`."""
     filled = np.full((len(counts), counts.max(initial=1)), fill, values.dtype)
     filled[_is_entry(counts)] = values
     return filled
@@ -215,7 +195,7 @@ def unpadded(counts: Ints, values_NS: NDArray[Any]) -> NDArray[Any]:
 
 
 def safe_log(values: Floats, of_zero: float = -np.inf) -> Floats:
-    """log of values ≥ 0, without a warning where they are 0."""
+    """log of values ≥ 0, without a warning for 0."""
     positive = values > 0
     return np.where(positive, np.log(np.where(positive, values, 1.0)), of_zero)
 
@@ -225,9 +205,9 @@ def _is_entry(counts: Ints) -> NDArray[np.bool_]:
 
 
 def _mass_before(counts: Ints, probs: Floats) -> Floats:
-    """The mass of the entries before each one at its position, [K].
+    """The mass of the entries before each entry of its position, [K].
 
-    Added up row by row, so that the same distribution gives the same sums wherever it stands.
+    Added up row by row, so that the sums do not depend on the other rows of the batch.
     """
     probs_NS = padded(counts, probs, 0.0)
     before_NS = np.zeros_like(probs_NS)
@@ -236,9 +216,9 @@ def _mass_before(counts: Ints, probs: Floats) -> Floats:
 
 
 def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
-    """The entries of both that have the same id at the same position, as places in each, [K].
+    """The places of entries that have the same id at the same position, in each, [K].
 
-    Both are sorted by id in one row a position: an id that both have then stands there twice.
+    Sorts the ids of both together in a row for each position: a common id then stands there twice.
     """
     split = int(one.counts.max(initial=1))
     bits = (split + int(other.counts.max(initial=1)) - 1).bit_length()  # of a column's number
@@ -264,11 +244,11 @@ def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
 
 
 def _descending(log_probs_NS: Floats) -> Ints:
-    """The columns of log-probabilities ≤ 0 in descending order, equals in theirs, [N, S].
+    """The columns of log-probabilities ≤ 0 in descending order; equal ones keep theirs, [N, S].
 
-    The bits of such numbers, as integers, grow with their size; the lowest bits give way to the
-    column's number, so numbers that agree in all but 52 − log₂ S bits count as equal. A sort of
-    integers is three times as fast as a stable one of places.
+    The bits of such numbers, as integers, grow with their absolute value. The column replaces the
+    lowest bits, so numbers that agree in their first 52 − log₂ S bits count as equal. Sorting
+    integers is three times as fast as a stable sort of places.
     """
     column_bits = max(log_probs_NS.shape[1] - 1, 1).bit_length()
     keys_NS = np.abs(log_probs_NS).view(np.int64) >> column_bits << column_bits
@@ -278,7 +258,7 @@ def _descending(log_probs_NS: Floats) -> Ints:
 
 
 def _tail_without(supports: Supports, kept: Ints) -> Floats:
-    """The tail of a distribution of which only some entries are kept."""
+    """The tail mass of a distribution that keeps only some entries."""
     probs = supports.probs
     probs[kept] = 0
     return supports.tail_mass + segment_sums(probs, supports.counts)

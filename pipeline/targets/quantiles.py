@@ -1,4 +1,4 @@
-"""Quantiles of a stream of numbers, in one pass and bounded memory, whatever its order."""
+"""Order statistics of a stream of numbers, in one pass and bounded memory."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,15 +6,15 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Keys = NDArray[np.int64]
 
-MOST_DISTINCT = 2**22  # numbers kept apart: 64 MiB
+MOST_DISTINCT = 2**22  # different numbers that are kept: 64 MiB
 
 
 class OrderStatistics:
-    """Counts numbers by value, exactly up to `most_distinct` different ones.
+    """Counts numbers by value, exactly for up to `most_distinct` different ones.
 
-    Beyond that neighbouring values are counted as one: numbers are kept to ever fewer bits of
-    their mantissa, just as few as it takes. How few depends on the numbers alone, not on their
-    order or on how they were cut into batches; `relative_error` says what it comes to.
+    Beyond that, neighbouring values are counted as one: low bits of the mantissa are dropped, as
+    few as necessary. The result depends on the numbers alone, not on their order or batches;
+    `relative_error` bounds its error.
     """
 
     def __init__(self, most_distinct: int = MOST_DISTINCT) -> None:
@@ -27,7 +27,7 @@ class OrderStatistics:
         self._waiting_size = 0
 
     def add(self, values: Floats) -> None:
-        """Count some numbers, none of them NaN or infinite."""
+        """Count finite numbers."""
         self._waiting.append(_ordered(values) >> self._dropped_bits)
         self._waiting_size += len(values)
         self.count += len(values)
@@ -43,7 +43,7 @@ class OrderStatistics:
 
     @property
     def relative_error(self) -> float:
-        """How far off a number may be, relative to itself: 0 while all are kept apart."""
+        """The relative error of a number; 0 while no bits are dropped."""
         self._merge()
         return 0.0 if self._dropped_bits == 0 else 2.0 ** (self._dropped_bits - 53)
 
@@ -59,7 +59,7 @@ class OrderStatistics:
 
 
 def _count(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
-    """Each different key once, in order, and how often it occurs."""
+    """The different keys, ascending, and their counts."""
     order = np.argsort(keys)
     keys, counts = keys[order], counts[order]
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
@@ -67,7 +67,7 @@ def _count(keys: Keys, counts: Keys) -> tuple[Keys, Keys]:
 
 
 def _ordered(values: Floats) -> Keys:
-    """Integers in the order of the numbers: their bits, turned round for the negative ones."""
+    """Integers in the order of the numbers: their bits, inverted for negative numbers."""
     bits = (values.astype(np.float64) + 0.0).view(np.int64)  # + 0.0 makes −0 a 0
     return np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
 

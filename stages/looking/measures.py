@@ -16,7 +16,6 @@ from ...pipeline.format.arrow import segment_sums
 from ...pipeline.format.batches import FlatBatch
 from ...pipeline.targets.distributions import (
     LOG_OF_ZERO,
-    SharedSupport,
     Supports,
     common_divergence,
     common_supports,
@@ -155,9 +154,9 @@ def divergence(one: Supports, other: Supports) -> Floats:
 
 def total_variation(one: Supports, other: Supports) -> Floats:
     """Half the sum of absolute differences, the tails as one outcome, [N]."""
-    common: SharedSupport = common_supports(one, other)
-    inner = np.abs(np.exp(common.log_probs) - np.exp(common.other_log_probs))
-    tails = np.abs(common.tail_mass - common.other_tail_mass)
+    common, others = common_supports(one, other)
+    inner = np.abs(common.probs - others.probs)
+    tails = np.abs(common.tail_mass - others.tail_mass)
     return (segment_sums(inner, common.counts) + tails) / 2
 
 
