@@ -1,4 +1,4 @@
-"""The stored folders and the targets: format, methods, folders. This floor does not import torch.
+"""Stored folders and targets: format, methods, folders. This floor does not import torch.
 
 `read_scores(folder)` and `read_targets(folder)` yield the decoded examples of a sealed folder, one
 shard in memory at a time; `decoder(folder)` decodes rows that another tool has read. Begin with

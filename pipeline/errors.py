@@ -1,32 +1,32 @@
-"""The one error that is the user's to mend, and how values are shown in it."""
+"""The exception for user errors, and helpers that format values in its messages."""
 
 import reprlib
 
-_MOST_SAID = 300  # characters
+_MOST_CHARACTERS = 300  # of another error's message
 
 
 class UserError(Exception):
-    """Something the user can put right: the message names the thing, its value and the way out.
+    """An error that the user can correct; the message names the thing, its value and the way out.
 
-    The command line prints it as one line and exits with status 2. Any other exception is a defect
-    of qpipe and keeps its traceback.
+    The command line prints the message on one line and exits with status 2. Any other exception is
+    a defect of qpipe and keeps its traceback.
     """
 
 
 def option_of(name: str) -> str:
-    """The option of a setting: "--top-k" of "top_k"."""
+    """The option of a setting: "--top-k" for "top_k"."""
     return "--" + name.replace("_", "-")
 
 
 def require(holds: bool, option: str, value: object, allowed: str) -> None:
-    """Raises UserError for an option, such as "--top-k", whose value is out of range."""
+    """Raise UserError for an option, such as "--top-k", unless its value is in range."""
     if not holds:
-        said = f"{value:g}" if isinstance(value, float) else value
-        raise UserError(f"{option} {said} is out of range: give {allowed}")
+        number = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"{option} {number} is out of range: give {allowed}")
 
 
 def require_utf8(what: str, name: str) -> None:
-    """Raises UserError for a file's name that a manifest, which is UTF-8, cannot hold."""
+    """Raise UserError for a file name that a manifest, which is UTF-8, cannot hold."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -34,21 +34,21 @@ def require_utf8(what: str, name: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
+    """The message of an error on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:_MOST_CHARACTERS] or type(error).__name__
 
 
 def reason(error: BaseException) -> str:
-    """What an error says of a row, at most 300 characters, which any file can hold."""
-    said = str(error)[:_MOST_SAID].encode("utf-8", "backslashreplace")  # half a pair, spelt out
-    return said.decode()[:_MOST_SAID] or type(error).__name__
+    """The message of an error about a row, at most 300 characters; surrogates are escaped."""
+    message = str(error)[:_MOST_CHARACTERS].encode("utf-8", "backslashreplace").decode()
+    return message[:_MOST_CHARACTERS] or type(error).__name__
 
 
 def quoted(text: str) -> str:
-    """A text from a file as an error may show it: cut, on one line, nothing that moves a cursor."""
+    """Text from a file for an error message: cut, on one line, control characters escaped."""
     return repr(text[:80])
 
 
 def shown(value: object) -> str:
-    """Any value from a file as an error may show it: short, whatever lies within what."""
+    """Any value from a file for an error message, cut at every level of nesting."""
     return reprlib.repr(value)[:80]

@@ -1,8 +1,8 @@
-"""Options of a command, each described once: in the metadata of a settings dataclass's field.
+"""Options of a command, each declared once, in the metadata of a field of a settings dataclass.
 
-The field's annotation gives the type of the option and, where it is a `Literal`, the choices. The
-command line makes an option of each described field; `check` checks the values, wherever they come
-from. Begin with `option`.
+The annotation of the field gives the type of the option and, for a `Literal`, its choices. The
+command line makes an option of every such field; `check` checks the values, from any source. Begin
+with `option`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers from `low` to `high`; `above` and `below` exclude the bound itself. Never NaN."""
+    """Numbers from `low` to `high`; `above` and `below` exclude the bound itself. Excludes NaN."""
 
     low: float
     high: float = inf
@@ -41,12 +41,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field's annotation and default leave open."""
+    """What the annotation and the default of a field do not give."""
 
     help: str
     range: Range | None
     metavar: str | None
-    names: tuple[str, ...]  # none: the field's own
+    names: tuple[str, ...]  # empty: the name of the field
     in_identity: bool
 
 
@@ -58,21 +58,21 @@ def about(
     names: tuple[str, ...] = (),
     in_identity: bool = True,
 ) -> Mapping[str, Option]:
-    """The metadata of a field that is an option; for a field without a default.
+    """The metadata of a field that is an option; used directly for a field without a default.
 
-    `in_identity` is False where the value does not change what is stored.
+    `in_identity` is False if the value does not change what is stored.
     """
     return {_KEY: Option(help, range, metavar, names, in_identity)}
 
 
 def option(default: T, help: str, **others: Any) -> T:
-    """A field with a default that is an option; `others` are those of `about`."""
-    # a field for `dataclass`, its default for a type checker
+    """A field that is an option with a default; `others` are arguments of `about`."""
+    # `dataclass` sees a field, a type checker the default
     return field(default=default, metadata=about(help, **others))
 
 
 def described(settings: Any) -> dict[Field[Any], Option]:
-    """The fields of a settings dataclass that are options, in their order."""
+    """The fields of a settings dataclass that are options, in order."""
     return {each: each.metadata[_KEY] for each in fields(settings) if _KEY in each.metadata}
 
 
@@ -82,14 +82,14 @@ def names_of(each: Field[Any], option: Option) -> tuple[str, ...]:
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The values of the `Literal` in an annotation; none where it has none."""
+    """The values of the `Literal` in an annotation; empty if there is none."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in choices_of(part))
 
 
 def check(settings: Any) -> None:
-    """Raises UserError for a value that its field does not allow; None stands for no value."""
+    """Raise UserError for a value that its field does not allow; None is always allowed."""
     for each, about in described(settings).items():
         value = getattr(settings, each.name)
         if value is None:

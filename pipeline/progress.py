@@ -1,4 +1,4 @@
-"""Progress bars, messages and events that do not disturb each other."""
+"""Progress bars, messages and logged events."""
 
 import json
 import sys
@@ -13,24 +13,24 @@ from .errors import UserError
 
 
 def say(line: str) -> None:
-    """Tell the user something without tearing a progress bar."""
+    """Print a line to standard error without breaking a progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
 @cache
 def say_once(line: str) -> None:
-    """The same, once."""
+    """As `say`, but each line only once."""
     say(line)
 
 
 def progress_bar(**options: Any) -> tqdm:
-    """A tqdm bar on standard error; where that is a log and no terminal, a line every 10 s."""
+    """A tqdm bar on standard error; a line every 10 s if that is not a terminal."""
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(mininterval=interval, dynamic_ncols=True, **options)
 
 
 def log_event(log: Path | None, event: str, **fields: Any) -> None:
-    """Append an event to a file of JSON lines, if there is one; several processes may share it."""
+    """Append an event to a file of JSON lines, if given; several processes may share it."""
     if log is None:
         return
     line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"

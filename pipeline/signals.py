@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers and `kill` ask a process to end, and Ctrl-C."""
+"""Handles SIGTERM, which schedulers and `kill` send to end a process, and Ctrl-C."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 PATIENCE = 3.0  # seconds
-_raised: dict[int, float] = {}  # when a signal last became an exception: blocks may be nested
+_raised: dict[int, float] = {}  # when a signal last became an exception; shared by nested blocks
 
 
 class Terminated(SystemExit):
-    """The end of a process that was asked to end; what it could not finish is to be made again."""
+    """The end of a process by SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -20,14 +20,14 @@ class Terminated(SystemExit):
 
 @contextmanager
 def ends_in_order() -> Iterator[None]:
-    """Make SIGTERM an exception, as Ctrl-C is, so that whatever is under work is left in order.
+    """Turn SIGTERM into an exception, as Ctrl-C is, so that cleanup code runs.
 
-    Raises Terminated or KeyboardInterrupt in the block where the signal comes. Once more within
-    PATIENCE seconds it is the same wish, of one who presses twice or holds the key, and does not
-    disturb what is being put in order; later it does, since that may hang.
+    Raises Terminated or KeyboardInterrupt in the block. A repeated signal within PATIENCE seconds,
+    from a key pressed twice or held, is ignored, so that it does not interrupt the cleanup; a later
+    one is not, since the cleanup may hang.
     """
     with _handled(signal.SIGTERM, _raises(Terminated)):
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind `&` in a script
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as after `&` in a script
             yield
             return
         with _handled(signal.SIGINT, _raises(KeyboardInterrupt)):
@@ -36,9 +36,9 @@ def ends_in_order() -> Iterator[None]:
 
 @contextmanager
 def notes_termination() -> Iterator[Callable[[], bool]]:
-    """Only take note of SIGTERM: a function that tells whether it has come in the block."""
+    """Only record SIGTERM; yields a function that returns whether it has come."""
     came: list[Any] = []
-    # Python lets no other thread than the first one handle signals
+    # Python handles signals only in the main thread
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

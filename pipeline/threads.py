@@ -1,4 +1,4 @@
-"""Work on several threads, its results in order; items prefetched by one thread."""
+"""Ordered results of work on several threads, and an iterator that prefetches items."""
 
 import os
 from collections import deque
@@ -21,11 +21,11 @@ def in_order(
     workers: int | None = None,
     held: int | None = None,
 ) -> Iterator[_Result]:
-    """The function's result for each item, on as many threads as this process has cores.
+    """Yield the function's result for each item, in order, computed on a thread for each core.
 
-    At most `held` items are in work or done at once, by default two for each thread. Threads pay
-    where the work is done by numpy and the like, which release the interpreter meanwhile. With one
-    worker, an item is worked on while the caller uses the one before it, or makes the one after it.
+    At most `held` items are in progress or done at once, by default two for each thread. Threads
+    save time if the work releases the interpreter, as numpy does. With one worker, an item is
+    processed while the caller uses the one before, or makes the one after.
     """
     workers = workers or len(os.sched_getaffinity(0))
     held = held or 2 * workers
@@ -38,21 +38,21 @@ def in_order(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except GeneratorExit:  # the caller takes no more; after an error, what is begun is finished
+        except GeneratorExit:  # the caller stops; after an error, begun items are finished
             pool.shutdown(cancel_futures=True)
             raise
 
 
 class Prefetch(Generic[_Item]):
-    """An iterator over the items of another, of which a thread makes up to `ahead` in advance.
+    """An iterator over items, of which a thread makes up to `ahead` in advance.
 
         with Prefetch(batches, ahead=4) as ready:
             for batch in ready:
                 ...
 
-    The thread starts with the first item and ends with the block, once the item in the making is
-    done. An error of the items is raised in the place of the item. `waited` is the time in seconds
-    that the consumer has waited for items.
+    The thread starts with the first item and ends with the block, after the item in progress. An
+    error in making an item is raised in place of the item. `waited` is the time in seconds that the
+    consumer has waited.
     """
 
     def __init__(self, items: Iterable[_Item], ahead: int) -> None:
