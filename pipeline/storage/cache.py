@@ -105,7 +105,7 @@ def _is_sound(copy: Path, sha256: str) -> bool:
             if sha256_of_file(copy) != sha256:
                 return False
             _checked[copy] = _state(copy)
-    except FileNotFoundError:
+    except OSError:
         return False
     return True
 

@@ -15,7 +15,6 @@ import yaml
 from msgspec.structs import replace
 from qpipe.pipeline import decoder
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest
-from qpipe.pipeline.storage import remote
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.stages.folders import share as sharing
 from qpipe.stages.folders.card import card, plain
@@ -260,9 +259,9 @@ def test_a_store_that_goes_away_in_the_middle_is_one_line(
 ) -> None:
     committed = sharing.committed_shard
 
-    def gone(folder: Path, index: int, fingerprint: str) -> Any:
+    def gone(folder: Any, index: int, fingerprint: str) -> Any:
         if index == 1:
-            target_fs = remote._store(folder)[0]
+            target_fs = folder.fs
 
             def refuse(*_: object, **__: object) -> None:
                 raise OSError("connection lost")
