@@ -64,19 +64,13 @@ def _stage(
     )
     folder = None if settings.in_store else settings.out
     demonstrations = Demonstrations(rows, sources, model, folder)
-    if settings.in_store:
-        _refuse_today(rows, demonstrations)
-    return ScoreStage(settings, demonstrations, model, job)
-
-
-def _refuse_today(rows: RowSettings, demonstrations: "Demonstrations") -> None:
-    """Raise UserError for a date in the identity that would depend on when the command starts."""
     day = demonstrations.encoder.day
-    if day is not None and rows.date is None:
+    if settings.in_store and day is not None and rows.date is None:
         raise UserError(
             "--store: the template writes today's date, and the name of the folder depends on it: "
             f"give a date, as in --date {day.isoformat()}"
         )
+    return ScoreStage(settings, demonstrations, model, job)
 
 
 class Demonstrations:

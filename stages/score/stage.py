@@ -86,7 +86,6 @@ class ScoreStage:
         self.settings = settings
         self.source = source
         self.model = model
-        self.schema = schema_of("score", model.vocab_size)
         self.engine = _resolved(settings.engine, source, model)
         self.job = job or self._job()
 
@@ -127,7 +126,7 @@ class ScoreStage:
             scored[place] = example
             report(demonstrations=1, positions=len(example.positions))
         in_order = [scored[place] for place in range(len(shard.examples))]
-        shard.content.batches = batches_of(self.schema, in_order)
+        shard.content.batches = batches_of(self.job.schema, in_order)
         shard.content.add_sums(**score_sums(in_order))
         return shard.content
 
@@ -137,6 +136,7 @@ class ScoreStage:
 
     def _job(self) -> Job:
         model, engine = self.model, self.engine
+        schema = schema_of("score", model.vocab_size)
         is_server = engine.engine == "server"
         own = {
             "weights_hash": None if is_server else model.weights_hash(),
@@ -155,7 +155,7 @@ class ScoreStage:
             stage="score",
             settings=self.source.settings() | own,
             inputs=self.source.inputs(),
-            schema=identity_schema(self.schema),
+            schema=identity_schema(schema),
         )
         provenance = {
             "model": model.name,
@@ -165,7 +165,7 @@ class ScoreStage:
             ),
         }
         folder = folder_in(self.settings.out, self.settings.in_store, identity)
-        return Job(folder, self.schema, identity, self.source.parents(), provenance)
+        return Job(folder, schema, identity, self.source.parents(), provenance)
 
 
 def check_top_k(top_k: int, model: ModelFiles) -> None:

@@ -80,7 +80,7 @@ def test_a_day_of_ones_own(options: dict[str, Any]) -> None:
 def test_a_store_is_told_the_day(options: dict[str, Any]) -> None:
     """Each day would make a folder of its own, also in the middle of the night."""
     store = options | {"out": options["out"].with_name("store"), "in_store": True}
-    with pytest.raises(UserError, match=r"--store: .*: give the day, as in --date 2026-11-25$"):
+    with pytest.raises(UserError, match=r"--store: .*: give a date, as in --date 2026-11-25$"):
         score(score_settings(**store))
     assert not store["out"].exists()
     score(score_settings(**store, date="2026-11-25"), Execution(rank=0, world_size=2))
