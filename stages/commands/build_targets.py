@@ -42,10 +42,7 @@ from .options import (
 @execution_options
 @config_option
 def build_targets(
-    params: tuple[str, ...],
-    method: str | None,
-    form: str | None,
-    **options: Any,
+    params: tuple[str, ...], method: str | None, form: str | None, **options: Any
 ) -> None:
     """Build sparse target distributions from scores.
 

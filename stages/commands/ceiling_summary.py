@@ -18,8 +18,12 @@ def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> 
         return
     at = " (at the start, where the student is the base)" if form == "live" else ""
     click.echo(f"\nWhat these targets can teach at best{at}")
+    cells = [
+        (row.name, f"{row.positions:,}", *(_cells(row) if row.positions else [""] * 4))
+        for row in rows
+    ]
     head = ("b(y)", "tokens", "-log Q(y)", "Q's mode is y", "γ < 0.05", "KL from base")
-    print_table([head, *(_ceiling_cells(row) for row in rows)])
+    print_table([head, *cells])
     share = reproducible_share(totals["sums"], totals["rows"])
     click.echo(f"Demonstrations that greedy decoding of Q writes: {share:.1%}")
     advice = ceiling_advice(rows[0], share)
@@ -27,34 +31,18 @@ def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> 
         click.echo(f"Warning: {advice}", err=True)
 
 
-def _ceiling_cells(row: Ceiling) -> tuple[str, ...]:
-    if not row.positions:
-        return (row.name, "0", "", "", "", "")
-    return (
-        row.name,
-        f"{row.positions:,}",
-        f"{row.nll:.4f}",
-        f"{row.learnable:.1%}",
-        f"{row.starved:.1%}",
-        f"{row.divergence:.4f}",
-    )
+def _cells(row: Ceiling) -> list[str]:
+    shares = (f"{row.learnable:.1%}", f"{row.starved:.1%}")
+    return [f"{row.nll:.4f}", *shares, f"{row.divergence:.4f}"]
 
 
 def print_comparison(comparison: "Comparison") -> None:
     """Print the ceiling of every method."""
     head = ("method", "form", "-log Q(y)", "Q's mode is y", "demos", "γ < 0.05", "KL from base")
-    rows = [
-        (
-            choice.method.name,
-            choice.form,
-            f"{row.nll:.4f}",
-            f"{row.learnable:.1%}",
-            f"{share:.1%}",
-            f"{row.starved:.1%}",
-            f"{row.divergence:.4f}",
-        )
-        for choice, row, share in comparison.rows
-    ]
+    rows = []
+    for choice, row, share in comparison.rows:
+        nll, learnable, *others = _cells(row)
+        rows.append((choice.method.name, choice.form, nll, learnable, f"{share:.1%}", *others))
     print_table([head, *rows])
     click.echo(
         f"\n{comparison.positions:,} supervised tokens of {comparison.examples:,} demonstrations. "

@@ -222,13 +222,7 @@ def config_option(command: Any) -> Any:
 
 def log_json_option(help: str) -> Any:
     """`--log-json`, a file of JSON lines that the command appends to."""
-    return click.option(
-        "--log-json",
-        type=FILE_TO_WRITE,
-        default=None,
-        metavar="FILE",
-        help=help,
-    )
+    return click.option("--log-json", type=FILE_TO_WRITE, default=None, metavar="FILE", help=help)
 
 
 execution_options = options_of(Execution, log_json={"type": FILE_TO_WRITE})

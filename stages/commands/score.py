@@ -86,11 +86,12 @@ def score(ctx: click.Context, plan: bool, **options: Any) -> None:
     """
     gpu = {name: options.pop(name) for name in ("gpu_memory", "gpu_tflops", "gpu_speed")}
     if plan:
-        _plan(ctx, options, **gpu)
+        _plan(ctx, options, gpu)
         return
-    for name in (name for name, value in gpu.items() if value is not None):
-        option = option_of(name)
-        raise click.UsageError(f"{option} goes with --plan: leave it out, or add --plan", ctx)
+    for name, value in gpu.items():
+        if value is not None:
+            option = option_of(name)
+            raise click.UsageError(f"{option} requires --plan: give both, or leave it out", ctx)
     from .folder_summary import report
 
     take_place(options)
@@ -101,7 +102,7 @@ def score(ctx: click.Context, plan: bool, **options: Any) -> None:
     elif options["demonstrations"]:
         from ..score.from_demonstrations import score as run
     else:
-        raise click.UsageError("give --demonstrations FILE, or --at DIR", ctx)
+        raise click.UsageError("give either --demonstrations FILE or --at DIR", ctx)
     settings = _settings(options)
     report(settings.out, settings.in_store, run(settings, execution), execution.log_json)
 
@@ -111,23 +112,17 @@ def _settings(options: dict[str, Any]) -> ScoreSettings:
     return ScoreSettings(rows=take(RowSettings, options), engine=engine, **options)
 
 
-def _plan(
-    ctx: click.Context,
-    options: dict[str, Any],
-    gpu_memory: float | None,
-    gpu_tflops: float | None,
-    gpu_speed: float | None,
-) -> None:
+def _plan(ctx: click.Context, options: dict[str, Any], gpu: dict[str, float | None]) -> None:
     from ...pipeline.progress import log_event
     from ..score.plan import H100_TFLOPS, Throughput, plan
 
     if not options["demonstrations"] or options["at"] is not None:
-        raise click.UsageError("--plan reads --demonstrations FILE: give one, and no --at", ctx)
+        raise click.UsageError("--plan requires --demonstrations FILE and excludes --at", ctx)
     del options["store"]
-    options["out"] = Path()  # nothing is written
+    options["out"] = Path()  # unused: nothing is written
     execution = take(Execution, options)
-    throughput = Throughput(gpu_tflops or H100_TFLOPS, gpu_speed)
-    result = plan(_settings(options), gpu_memory, throughput)
+    throughput = Throughput(gpu["gpu_tflops"] or H100_TFLOPS, gpu["gpu_speed"])
+    result = plan(_settings(options), gpu["gpu_memory"], throughput)
     print_plan(result)
     log_event(execution.log_json, **plan_event(result))
 
@@ -138,12 +133,12 @@ def _refuse_row_options(ctx: click.Context) -> None:
         if ctx.get_parameter_source(each.name) is not ParameterSource.DEFAULT:
             option = option_of(each.name)
             raise click.UsageError(
-                f"{option} goes with --demonstrations, not with --at: leave one of them out", ctx
+                f"{option} requires --demonstrations and excludes --at: leave one out", ctx
             )
 
 
 def print_plan(plan: "ScorePlan") -> None:
-    """What `qpipe score` would do."""
+    """Print the estimates of `qpipe score --plan`."""
     memory = plan.memory
     print_table(
         [
@@ -179,13 +174,13 @@ def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
             f"{work.read:,} read, {work.examples:,} to score, {work.rejected:,} "
             f"rejected, {work.cut:,} cut to the limit",
         ),
-        *([("the first", _told(first))] if first else []),
+        *([("the first", _reject_words(first))] if first else []),
         ("tokens", f"{work.tokens:,}, {work.positions:,} of them supervised"),
         ("lengths", ", ".join(quantiles)),
     ]
 
 
-def _told(reject: "Reject") -> str:
+def _reject_words(reject: "Reject") -> str:
     from ..looking.token_text import escaped, one_line_of
 
     return f"{reject.source}, line {reject.line}: {escaped(one_line_of(reject.reason))}"
@@ -199,18 +194,18 @@ def _memory_rows(memory: "Memory") -> list[tuple[str, str]]:
         (
             "vLLM",
             f"{engine.scheduled_tokens:,} tokens a step (max_num_batched_tokens), "
-            f"{engine.utilization:.1%} of the GPU planned with",
+            f"{engine.utilization:.1%} of the GPU's memory",
         ),
         (
             "GPU memory",
             f"up to {_size(memory.peak)} of {_size(memory.gpu)}, "
-            f"{_size(engine.added)} of it for prompt log-probabilities outside of vLLM's share",
+            f"{_size(engine.added)} of it for prompt log-probabilities outside vLLM's share",
         ),
     ]
 
 
 def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
-    """What scoring takes, and what then comes of it."""
+    """Rows for the cost of scoring, and of training on targets."""
     if costs is None:
         return []
     from ..score.plan import EPOCH, TRAINED_WEIGHT_BYTES, UTILIZATION
@@ -218,9 +213,9 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
     throughput = costs.throughput
     basis = (
         f"{costs.flop:.2g} FLOP at {UTILIZATION:.0%} of {throughput.tflops:g} TFLOP/s, which is "
-        "assumed: --gpu-speed takes what you measured"
+        "an assumption: give a measured speed with --gpu-speed"
         if throughput.speed is None
-        else f"at the {throughput.speed:,.0f} supervised tokens/s of a GPU that you gave"
+        else f"at the given {throughput.speed:,.0f} supervised tokens/s of a GPU"
     )
     return [
         ("scoring", f"{_hours(costs.score_hours)}: {basis}"),
@@ -235,14 +230,14 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
 
 
 def _hours(hours: float) -> str:
-    """GPU hours in two digits."""
+    """GPU hours with two digits."""
     if hours < 1 / 60:
         return "below a GPU minute"
     return f"about {hours:,.0f} GPU hours" if hours >= 10 else f"about {hours:.2g} GPU hours"
 
 
 def plan_event(plan: "ScorePlan") -> dict[str, Any]:
-    """A plan as a JSON value."""
+    """A plan as a JSON event."""
     from msgspec import to_builtins
 
     work = asdict(plan.workload)
@@ -254,7 +249,7 @@ def plan_event(plan: "ScorePlan") -> dict[str, Any]:
 
 
 def _size(size: float) -> str:
-    """Bytes in the unit that gives them one to three digits before the point."""
+    """Bytes in the unit that leaves one to three digits before the point."""
     units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while size >= 1000 and unit != "TiB":

@@ -39,11 +39,7 @@ def print_status(folder: Path, status: "FolderStatus | TrainStatus") -> None:
     """Print the progress of a folder."""
     from ..folders.status import FolderStatus
 
-    work = {
-        True: "in progress",
-        False: "not finished, no command is running",
-        None: "not finished",
-    }
+    work = {True: "in progress", False: "not finished, no command is running", None: "not finished"}
     state = "done" if status.is_done else work[status.is_worked_in]
     rows = [(status.stage, f"{folder}  ({state})")]
     rows += _shard_rows(status) if isinstance(status, FolderStatus) else _step_rows(status)

@@ -7,12 +7,7 @@ from typing import Any
 import msgspec
 
 from ...pipeline.errors import UserError, one_line, quoted
-from ...pipeline.folders.manifest import (
-    MANIFEST,
-    Identity,
-    ShardEntry,
-    identity_schema,
-)
+from ...pipeline.folders.manifest import MANIFEST, Identity, ShardEntry, identity_schema
 from ...pipeline.folders.mixing import MIX, read_mix
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import REJECTS, rejects_bytes

@@ -16,15 +16,7 @@ from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.provenance import tokenizer_hash
 
 _HARMLESS = "\n\t\u200c\u200d"  # line feed and tab; joiners, which some scripts need
-_HIDDEN = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-    "Zl",
-    "Zp",
-}  # invisible and control characters
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # invisible and control characters
 
 
 class TokenText:

@@ -148,7 +148,7 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     assert "42 read, 40 to score, 2 rejected" in done.output
     assert "chats.jsonl, line 4: not JSON" in done.output
     assert "2,048 tokens a step" in done.output
-    assert "FLOP at 40% of 989 TFLOP/s, which is assumed" in done.output
+    assert "FLOP at 40% of 989 TFLOP/s, which is an assumption" in done.output
     event = json.loads(log.read_text())
     assert event["event"] == "plan"
     assert event["workload"]["lengths"]["1.0"] > event["workload"]["lengths"]["0.0"]
@@ -160,9 +160,9 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "--at", "x"], "--plan reads --demonstrations FILE"),
-        (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "goes with --plan"),
-        (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed goes with --plan"),
+        (["--plan", "--at", "x"], "--plan requires --demonstrations FILE"),
+        (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "requires --plan"),
+        (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed requires --plan"),
         (["--demonstrations", "x.jsonl"], "give either --out DIR or --store ROOT"),
     ],
 )

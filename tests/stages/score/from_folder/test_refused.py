@@ -141,7 +141,7 @@ def words_of(*words: object) -> str:
 def test_how_rows_are_read_is_no_option_beside_at(
     option: tuple[object, ...], scores: Path, tmp_path: Path
 ) -> None:
-    expected = f"{option[0]} goes with --demonstrations, not with --at: leave one of them out"
+    expected = f"{option[0]} requires --demonstrations and excludes --at: leave one out"
     assert words_of("--at", scores, *option) == expected
     config = tmp_path / "config.yaml"
     value = option[1] if len(option) > 1 else "true"
@@ -150,7 +150,7 @@ def test_how_rows_are_read_is_no_option_beside_at(
 
 
 def test_the_command_needs_demonstrations_or_a_folder() -> None:
-    assert words_of() == "give --demonstrations FILE, or --at DIR"
+    assert words_of() == "give either --demonstrations FILE or --at DIR"
 
 
 @pytest.mark.parametrize("option", [{"top_k": 0}, {"gpu_memory_utilization": 1.5}])
