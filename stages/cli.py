@@ -1,6 +1,6 @@
-"""The command line: its commands, and how it ends.
+"""The command line: its commands and its exit status.
 
-Nothing heavy is imported before a command runs, so that `qpipe --help` answers at once.
+A command is imported when it runs, so that `qpipe --help` answers at once.
 """
 
 import signal
@@ -9,7 +9,6 @@ from importlib import import_module
 
 import click
 
-from .. import __version__
 from .quiet import quiet_libraries
 
 # module and function in `commands`, and the first line of the help; in the order of the flow
@@ -62,7 +61,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     if wanted and not ctx.resilient_parsing:
         from .commands.doctor import version_line
 
-        click.echo(version_line(__version__))
+        click.echo(version_line())
         ctx.exit()
 
 

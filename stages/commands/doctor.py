@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import click
 
@@ -23,7 +25,7 @@ def doctor(as_json: bool) -> None:
 
     Changes nothing. The exit status is always 0.
     """
-    found = diagnose(__version__)
+    found = diagnose()
     if as_json:
         click.echo(json.dumps(asdict(found)))
     else:
@@ -101,35 +103,29 @@ class Diagnosis:
 
 def installed(name: str) -> str | None:
     """The version of a package by its metadata; does not import it."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def version_line(own: str) -> str:
+def version_line() -> str:
     """The version of qpipe, followed by those of torch, transformers and vLLM."""
-    import platform
-
     found = [
         f"{part.names[0]} {part.version or 'not installed'}"
         for part in PARTS
         if {"torch", "transformers", "vllm"} & set(part.names)
     ]
-    return f"qpipe {own} (Python {platform.python_version()}, {', '.join(found)})"
+    return f"qpipe {__version__} (Python {platform.python_version()}, {', '.join(found)})"
 
 
-def diagnose(own: str) -> Diagnosis:
+def diagnose() -> Diagnosis:
     """Collect the findings on this machine. Imports torch."""
-    import platform
-
     devices, problem = _devices()
     packages = {part.names[0]: part.version for part in PARTS}
     page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Diagnosis(
-        qpipe=own,
+        qpipe=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)),

@@ -126,7 +126,7 @@ def _load(model: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if Path(model).is_absolute() and not Path(model).is_dir():
-        raise UserError(f"--model {model}: no such folder: give that of the model that was scored")
+        raise UserError(f"--model {model}: no such folder: give the model that was scored")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # libraries raise many kinds for damaged files

@@ -67,7 +67,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if not (folder / LOG).exists():
-        raise UserError(f"{folder}: no {LOG} in it: give a folder made by `qpipe train`")
+        raise UserError(f"{folder}: has no {LOG}: give a folder made by `qpipe train`")
     curves: dict[tuple[str, str], Points] = {}
     tokens = 0
     for event in _events(folder / LOG):
@@ -198,13 +198,13 @@ def _run_json(run: TrainingRun, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(run: TrainingRun, event: str, field: str) -> str:
-    """The column name of a value in the table; the user's own are told apart from ours."""
+    """The column of a value in the table; a name of --eval-command that is taken gets a suffix."""
     is_taken = event == "eval_command" and ("evaluation", field) in run.curves
     return escaped(field) + (" of --eval-command" if is_taken else "")
 
 
 def _differing(runs: Sequence[TrainingRun]) -> list[tuple[TrainingRun, dict[str, Any]]]:
-    """The runs with the settings in which they differ; of one run, a selection of settings."""
+    """The runs with the settings in which they differ; a selection of settings for one run."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if len(runs) == 1:
         wanted = ["method", "learning_rate", "batch_size", "epochs", "seed"]
