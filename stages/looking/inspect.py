@@ -41,19 +41,10 @@ def inspect(settings: InspectSettings) -> Inspection:
     companions = _companions(main, settings)
     text, note = token_text(main.manifest, settings.model)
     overview = Overview()
-    with progress_bar(total=main.size, desc="inspect", unit="demo") as progress:
-
-        def every_look() -> Iterator[Look]:
-            for group in looks(main, companions):
-                _check_measures(settings, main, group[0])
-                overview.add(group)
-                progress.update(len(group))
-                yield from group
-
-        sort = _sort(settings)
-        every = every_look()
-        examples = _extremes(settings, sort, every) if sort else _chosen(settings, main, every)
-        deque(every, maxlen=0)  # the rest, for the summary
+    every = _every(settings, main, companions, overview)
+    sort = _sort(settings)
+    examples = _extremes(settings, sort, every) if sort else _chosen(settings, main, every)
+    deque(every, maxlen=0)  # the rest, for the summary
     notes = [*([note] if note else []), *_left_out(companions, overview)]
     missing = sorted(set(settings.ids) - {each.id for each in examples})
     if missing:
@@ -63,6 +54,21 @@ def inspect(settings: InspectSettings) -> Inspection:
     colour_by = settings.colour_by or _colour_by(main, settings, overview)
     sorted_by = sort.partition("-")[2] if sort else None
     return Inspection(main, overview, examples, colour_by, sorted_by, text, notes)
+
+
+def _every(
+    settings: InspectSettings,
+    main: SealedFolder,
+    companions: dict[str, Companion],
+    overview: Overview,
+) -> Iterator[Look]:
+    """Yield every example of a folder, and add it to the overview."""
+    with progress_bar(total=main.size, desc="inspect", unit="demo") as progress:
+        for group in looks(main, companions):
+            _check_measures(settings, main, group[0])
+            overview.add(group)
+            progress.update(len(group))
+            yield from group
 
 
 def _sort(settings: InspectSettings) -> str | None:
