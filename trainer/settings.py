@@ -19,13 +19,6 @@ Schedule = Literal["cosine", "linear", "constant"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse a tracker whose library is not installed."""
-    for name in names:
-        if find_spec(name) is None:
-            raise UserError(f"--track {name} needs {name}: pip install 'qpipe[{name}]'")
-
-
 CHECKPOINT = "{checkpoint}"
 
 
@@ -221,7 +214,9 @@ class TrainSettings:
             )
         if self.eval_command is not None:
             parse_command(self.eval_command)
-        check_trackers(self.track)
+        for name in self.track:
+            if find_spec(name) is None:
+                raise UserError(f"--track {name} needs {name}: pip install 'qpipe[{name}]'")
         if self.mixture_weights:
             if len(self.mixture_weights) != len(self.folders):
                 raise UserError(

@@ -1,6 +1,5 @@
 """Models and tokenizers from a folder or the hub, with errors a user can act on."""
 
-import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from ...pipeline.folders.provenance import tokenizer_hash, weights_hash
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 
@@ -140,16 +138,6 @@ def _refuse_incomplete(files: ModelFiles, loading: dict[str, Any]) -> None:
             f"model {files.name}: {len(incomplete)} weights are missing or of another shape, "
             f"{incomplete[0]} among them: fetch the model again"
         )
-
-
-def logits_at(model: Any, columns_C: "Tensor", **inputs: Any) -> "Tensor":
-    """The model's logits at some columns of a batch, [B, C, V].
-
-    The output head runs on those columns alone where the model's forward takes `logits_to_keep`.
-    """
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False, logits_to_keep=columns_C).logits
-    return model(**inputs, use_cache=False).logits[:, columns_C]
 
 
 def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:

@@ -5,6 +5,7 @@ the model's name: a few tokens go through the model and through each candidate, 
 that gives the model's own logits is taken. If none does, the plain loss runs.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..loss.head import Head, chunks
-from .files import logits_at
 
 _PROBE_TOKENS = 4
 
@@ -42,9 +42,16 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor) -> Tensor:
-    """The model's own logits at some positions of a batch, [N, V]."""
+    """The model's own logits at some positions of a batch, [N, V].
+
+    The output head runs on their columns alone where the model's forward takes `logits_to_keep`.
+    """
     columns_C, place_of_N = columns_N.unique(return_inverse=True)
-    return logits_at(model, columns_C, **inputs)[rows_N, place_of_N]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits_BCV = model(**inputs, use_cache=False, logits_to_keep=columns_C).logits
+    else:
+        logits_BCV = model(**inputs, use_cache=False).logits[:, columns_C]
+    return logits_BCV[rows_N, place_of_N]
 
 
 def logit_chunks(

@@ -100,10 +100,9 @@ def _save(model: Any, base: ModelFiles, folder: Path) -> None:
 
 @contextmanager
 def _aside(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files are synced and moved to another, `last` at the end.
+    """A temporary folder, whose files are synced and moved to `folder` at the end, `last` as last.
 
-    They move if the block does not raise. Raises UserError where they cannot be written; the other
-    folder then has none of them.
+    If the block raises, nothing is moved. Raises UserError where the files cannot be written.
     """
     aside = folder / _ASIDE
     shutil.rmtree(aside, ignore_errors=True)
@@ -111,8 +110,9 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         paths = sorted(aside.iterdir(), key=lambda path: path.name == last)
-        for path in aside.rglob("*"):
-            _sync(path)
+        for path in filter(Path.is_file, aside.rglob("*")):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -124,9 +124,3 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
     aside.rmdir()
-
-
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The model that is trained: loading it, its loss, its logits where they count."""
+"""The model that is trained: loading, its loss, its logits at supervised positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,8 @@ class Student(torch.nn.Module):
             loss = objective(self.logits(batch), batch.targets)
         else:
             head = self.head_form.head(self.model)
-            loss = fused_loss(self._hidden(batch), head, batch.targets, objective)
+            hidden_ND = hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
+            loss = fused_loss(hidden_ND, head, batch.targets, objective)
         return loss.sum, loss.error_bounds
 
     def measure(
@@ -53,10 +54,6 @@ class Student(torch.nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """The logits that predict each supervised token of a batch, [N, V]."""
         return logits_of(self.model, batch.inputs, batch.rows, batch.columns)
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The input of the head at the supervised positions, [N, D]."""
-        return hidden_states(self.model, **batch.inputs)[batch.rows, batch.columns]
 
     @property
     def has_adapter(self) -> bool:

@@ -111,7 +111,7 @@ _MOST = 32 * 2**20  # bytes; the library's maximum
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory, so that CPU training does not page it in again at each step.
+    """Configure glibc to keep freed memory, which CPU training would page in again at each step.
 
     By default glibc returns most of the memory of a step to the system, which must find and zero
     pages for the next step: 120,000 of them with 135 million weights, nearly a tenth of the step's

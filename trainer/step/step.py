@@ -46,7 +46,7 @@ class StepResult:
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient that is not finite, and the examples that it comes from."""
+    """A loss or a gradient that is not finite, and the examples that caused it."""
 
     def __init__(self, step: int, loss: float, examples: list[str]) -> None:
         what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
