@@ -8,7 +8,7 @@ all ranks without communication.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, tee
 from typing import NamedTuple, TypeVar
@@ -113,10 +113,8 @@ class HeldOut:
     def __iter__(self) -> Iterator[Batch]:
         """The batches of this process, in the order of the folders."""
         own = (stream.in_order(self.rank, self.world_size) for stream in self.streams)
-        chunks = cut(
-            chain.from_iterable(own), lambda each: len(each.input_ids), self.tokens, packed=False
-        )
-        return map(self.collate, chunks)
+        examples = ((each, len(each.input_ids)) for each in chain.from_iterable(own))
+        return map(self.collate, cut(examples, self.tokens, packed=False))
 
 
 def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterator[Step]:
@@ -129,23 +127,23 @@ def steps_of_samples(lengths: Iterable[int], start: int, samples: int) -> Iterat
 
 def steps_of_tokens(lengths: Iterable[int], start: int, tokens: int) -> Iterator[Step]:
     """Steps of at most `tokens` tokens in total, but of at least one sample."""
-    for step in cut(lengths, int, tokens, packed=True):
+    for step in cut(((length, length) for length in lengths), tokens, packed=True):
         yield Step(start, tuple(step))
         start += len(step)
 
 
-def cut(
-    items: Iterable[_Item], length_of: Callable[[_Item], int], tokens: int, packed: bool
-) -> Iterator[list[_Item]]:
+def cut(items: Iterable[tuple[_Item, int]], tokens: int, packed: bool) -> Iterator[list[_Item]]:
     """Consecutive items of at most `tokens` tokens together, but at least one item.
 
-    Their tokens are the sum of their lengths if packed, their number times the longest if padded.
+    The items are given with their lengths. Their tokens are the sum of the lengths if packed, their
+    number times the longest if padded.
     """
     chunk: list[_Item] = []
     total = longest = 0
-    for item in items:
-        length = length_of(item)
-        total, longest = total + length, max(longest, length)
+    for item, length in items:
+        total += length
+        if length > longest:
+            longest = length
         if chunk and (total if packed else longest * (len(chunk) + 1)) > tokens:
             yield chunk
             chunk, total, longest = [], length, length
@@ -183,7 +181,8 @@ def micro_batch_cut(
     step: Step, share: Iterable[int], batch_tokens: int, packed: bool
 ) -> list[list[int]]:
     """Samples of a step, given longest first, cut into micro-batches."""
-    return list(cut(share, lambda n: step.lengths[n - step.start], batch_tokens, packed))
+    lengths, start = step.lengths, step.start
+    return list(cut([(n, lengths[n - start]) for n in share], batch_tokens, packed))
 
 
 def read_steps(
