@@ -185,7 +185,7 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
         if engine != "vllm" and (value := getattr(settings, name)) > 1:
             option = option_of(name)
             raise UserError(
-                f"{option} {value}: goes with --engine vllm, not with {engine}: leave it out, or "
+                f"{option} {value}: goes with vLLM, but --engine is {engine}: leave it out, or "
                 "give --engine vllm"
             )
     server = settings.server
