@@ -100,6 +100,12 @@ def toy() -> type[Toy]:
     return Toy
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the toy makes its folder."""
+    return tmp_path / "scores"
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy's folder, made in one go. Not to be changed."""

@@ -58,11 +58,6 @@ class ToyStage:
         assert len(shards) == 3
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "scores"
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_one_process_makes_all(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes, known: bool

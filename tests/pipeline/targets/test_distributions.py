@@ -1,15 +1,11 @@
 """Ragged supports against plain loops over dense distributions."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.targets.distributions import (
     Supports,
     common_divergence,
@@ -27,134 +23,24 @@ from qpipe.pipeline.targets.distributions import (
     within,
 )
 
-Probs = list[float]
-seeds = st.integers(0, 2**32 - 1)
-vocab_sizes = st.integers(2, 30)
-spreads = st.sampled_from([0.0, 0.5, 2.0, 8.0, 100.0])
-shares = st.sampled_from([0.0, 0.3, 0.9, 1.0])  # of the vocabulary in the top k
-top_ps = st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.99, 0.999999, 1.0]) | st.floats(1e-6, 1)
-max_supports = st.sampled_from([1, 2, 5, 64, 10**9])
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known at a position: some of a dense distribution's tokens, and the observed one."""
-
-    probs: Probs
-    ids: list[int]  # most probable first
-    observed: int
-
-    @property
-    def tail(self) -> float:
-        return outside(self.probs, self.ids)
-
-    @property
-    def all_ids(self) -> list[int]:
-        return self.ids if self.observed in self.ids else [*self.ids, self.observed]
-
-    def support(self) -> "Row":
-        return Row({token: self.probs[token] for token in self.all_ids}, self.all_tail)
-
-    @property
-    def all_tail(self) -> float:
-        return outside(self.probs, self.all_ids)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A position's support as token: probability, and its tail."""
-
-    entries: Mapping[int, float]
-    tail: float = field(default=0.0)
-
-
-def outside(probs: Probs, ids: Sequence[int]) -> float:
-    return math.fsum(prob for token, prob in enumerate(probs) if token not in ids)
-
-
-def random_probs(rng: np.random.Generator, size: int, spread: float, tied: bool = False) -> Probs:
-    logits = spread * rng.standard_normal(size)
-    if tied:
-        logits = np.round(logits)
-    weights = [math.exp(logit - max(logits)) for logit in logits]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
-def ranked(probs: Probs) -> list[int]:
-    return sorted(range(len(probs)), key=lambda token: -probs[token])
-
-
-def random_known(
-    rng: np.random.Generator, size: int, spread: float, top_k: int, extra: int = 0
-) -> Known:
-    """The top k, some ids gathered besides, and an observed token from anywhere."""
-    probs = random_probs(rng, size, spread)
-    top = set(ranked(probs)[:top_k]) | set(rng.integers(0, size, extra).tolist())
-    ids = [token for token in ranked(probs) if token in top]
-    return Known(probs, ids, int(rng.integers(size)))
-
-
-def scores_of(rows: Sequence[Known], dtype: type = np.float64) -> FlatBatch:
-    """One example with these positions, with nothing rounded unless by the type."""
-    counts = np.array([len(row.ids) for row in rows], np.int32)
-    entries = [row.probs[token] for row in rows for token in row.ids]
-    with np.errstate(divide="ignore"):
-        log_probs = np.log(np.array(entries, np.float64))
-        observed = np.log(np.array([row.probs[row.observed] for row in rows], np.float64))
-    arrays: dict[str, Any] = {
-        "input_ids": np.array([0, *(row.observed for row in rows)], np.int32),
-        "positions": np.arange(1, len(rows) + 1, dtype=np.int32),
-        "counts": counts,
-        "topk_ids": np.array([token for row in rows for token in row.ids], np.int32),
-        "topk_log_probs": log_probs.astype(dtype),
-        "observed_log_probs": observed.astype(dtype),
-        "tail_mass": np.array([row.tail for row in rows], dtype),
-    }
-    lengths = {"token": len(rows) + 1, "position": len(rows), "entry": int(counts.sum())}
-    return FlatBatch(["a"], arrays, {level: np.array([size]) for level, size in lengths.items()})
-
-
-def supports_of(rows: Sequence[Row]) -> Supports:
-    probs = np.array([prob for row in rows for prob in row.entries.values()], np.float64)
-    return Supports(
-        np.array([len(row.entries) for row in rows], np.int64),
-        np.array([token for row in rows for token in row.entries], np.int32),
-        safe_log(probs),
-        np.array([row.tail for row in rows], np.float64),
-    )
-
-
-def observed_of(rows: Sequence[Known]) -> Any:
-    return np.array([row.observed for row in rows], np.int32)
-
-
-def rows_of(supports: Supports) -> list[Row]:
-    """Each position's support in its order; an id that stands twice is an error."""
-    ends = np.cumsum(supports.counts).tolist()
-    assert len(supports.ids) == len(supports.log_probs) == (ends[-1] if ends else 0)
-    rows = []
-    for end, count, tail in zip(ends, supports.counts, supports.tail_mass, strict=True):
-        ids = supports.ids[end - count : end].tolist()
-        log_probs = supports.log_probs[end - count : end].tolist()
-        assert len(set(ids)) == len(ids)
-        probs = [math.exp(log_prob) for log_prob in log_probs]
-        rows.append(Row(dict(zip(ids, probs, strict=True)), float(tail)))
-    return rows
-
-
-def assert_rows(
-    supports: Supports, wanted: Sequence[Row], rtol: float = 1e-12, atol: float = 1e-300
-) -> None:
-    """The same ids in the same order, the same probabilities, the same tails."""
-    found = rows_of(supports)
-    assert [list(row.entries) for row in found] == [list(row.entries) for row in wanted]
-    for row, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(
-            list(row.entries.values()), list(other.entries.values()), rtol=rtol, atol=atol
-        )
-        np.testing.assert_allclose(row.tail, other.tail, rtol=rtol, atol=atol)
-
+from .known import (
+    Known,
+    Probs,
+    Row,
+    assert_rows,
+    max_supports,
+    observed_of,
+    random_known,
+    random_probs,
+    rows_of,
+    scores_of,
+    seeds,
+    shares,
+    spreads,
+    supports_of,
+    top_ps,
+    vocab_sizes,
+)
 
 # What a batch of scores knows.
 
@@ -380,249 +266,6 @@ def test_ids_beyond_a_vocabulary_go_to_the_tail() -> None:
     wanted = [Row({7: 0.5, 1: 0.25}, 0.25), Row({0: 0.5, 6: 0.5}, 1e-20)]
     assert_rows(within(supports, 8), wanted)
     assert_rows(within(supports, 10), rows_of(supports))
-
-
-# Two distributions on their common ids.
-
-
-def random_pair(
-    rng: np.random.Generator, positions: int, size: int, spread: float, share: float
-) -> tuple[list[Known], list[Known]]:
-    """Two distributions of each position, known at ids of their own in any order, and observed."""
-
-    def known(observed: int) -> Known:
-        count = int(rng.integers(1, max(2, round(share * size)) + 1))
-        ids = rng.permutation(size)[:count].tolist()
-        return Known(random_probs(rng, size, spread, bool(rng.integers(2))), ids, observed)
-
-    observed = rng.integers(0, size, positions).tolist()
-    return [known(each) for each in observed], [known(each) for each in observed]
-
-
-def supports_of_pair(pair: tuple[list[Known], list[Known]]) -> tuple[Supports, Supports]:
-    one, other = pair
-    return supports_of([row.support() for row in one]), supports_of(
-        [row.support() for row in other]
-    )
-
-
-pairs = given(
-    seed=seeds,
-    positions=st.integers(0, 6),
-    size=vocab_sizes,
-    spread=spreads,
-    share=st.sampled_from([0.1, 0.5, 1.0]),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@pairs
-def test_common_supports_are_the_ids_of_both_in_the_order_of_the_first(
-    seed: int, positions: int, size: int, spread: float, share: float
-) -> None:
-    one, other = random_pair(np.random.default_rng(seed), positions, size, spread, share)
-    common = common_supports(*supports_of_pair((one, other)))
-
-    both = [
-        [token for token in left.all_ids if token in right.all_ids]
-        for left, right in zip(one, other, strict=True)
-    ]
-    for found, known in ((common.first, one), (common.second, other)):
-        wanted = [
-            Row({token: row.probs[token] for token in ids}, outside(row.probs, ids))
-            for row, ids in zip(known, both, strict=True)
-        ]
-        assert_rows(found, wanted)
-
-
-def test_with_nothing_in_common_but_the_observed_token_the_rest_is_tail() -> None:
-    one = supports_of([Row({0: 0.5, 1: 0.25, 9: 0.125}, 0.125)])
-    other = supports_of([Row({9: 0.0625, 4: 0.5, 5: 0.25}, 0.1875)])
-    common = common_supports(one, other)
-
-    assert_rows(common.first, [Row({9: 0.125}, 0.875)])
-    assert_rows(common.second, [Row({9: 0.0625}, 0.9375)])
-
-
-def test_a_common_tail_far_below_the_resolution_of_1_is_exact() -> None:
-    one = supports_of([Row({0: 1.0, 1: 1e-20, 2: 2e-20, 3: 4e-20}, 1e-21)])
-    other = supports_of([Row({3: 0.5, 0: 0.25}, 0.25)])
-    common = common_supports(one, other)
-
-    assert_rows(common.first, [Row({0: 1.0, 3: 4e-20}, 3.1e-20)])
-    assert_rows(common.second, [Row({0: 0.25, 3: 0.5}, 0.25)])
-
-
-@pytest.mark.parametrize("largest", [300, 2**20, 2**22, 2**28, 2**31 - 1])
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_ids_of_any_size_are_matched(largest: int, size: int) -> None:
-    rng = np.random.default_rng(size)
-    ids = [*rng.choice(min(largest, 10**6), 2 * size, replace=False).tolist(), largest]
-    left = [*ids[:size], largest]
-    right = [largest, *ids[size // 2 : size // 2 + size]]
-    rows = [{0: 0.5}, dict.fromkeys(left, 0.1), dict.fromkeys(left, 0.1)]
-    others = [{0: 0.5}, dict.fromkeys(right, 0.1), {largest: 0.5}]
-    common = common_supports(
-        supports_of([Row(row) for row in rows]), supports_of([Row(row) for row in others])
-    )
-
-    wanted = [[0], [token for token in left if token in right], [largest]]
-    assert [list(row.entries) for row in rows_of(common.first)] == wanted
-    assert [list(row.entries) for row in rows_of(common.second)] == wanted
-
-
-# What is made of two distributions.
-
-
-def both_on_common(one: Known, other: Known) -> tuple[Row, Row]:
-    ids = [token for token in one.all_ids if token in other.all_ids]
-    first, second = (
-        Row({token: row.probs[token] for token in ids}, outside(row.probs, ids))
-        for row in (one, other)
-    )
-    return first, second
-
-
-def wanted_mixture(first: Row, second: Row, eta: float) -> Row:
-    """∝ p^(1−η)·q^η of each entry and of the tails, as methods.md has it."""
-    entries = {
-        token: prob ** (1 - eta) * second.entries[token] ** eta
-        for token, prob in first.entries.items()
-    }
-    tail = first.tail ** (1 - eta) * second.tail**eta if first.tail or second.tail else 0.0
-    total = math.fsum([*entries.values(), tail])
-    return Row({token: weight / total for token, weight in entries.items()}, tail / total)
-
-
-def wanted_contrast(first: Row, second: Row, alpha: float) -> Row:
-    """∝ q/p where q ≥ alpha·max q, nothing elsewhere."""
-    least = alpha * max(second.entries.values())
-    ratios = {
-        token: prob / first.entries[token] if prob >= least else 0.0
-        for token, prob in second.entries.items()
-    }
-    total = math.fsum(ratios.values())
-    return Row({token: ratio / total for token, ratio in ratios.items()})
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    seed=seeds,
-    positions=st.integers(0, 6),
-    size=vocab_sizes,
-    spread=st.sampled_from([0.0, 0.5, 2.0, 8.0]),
-    share=st.sampled_from([0.1, 0.5, 1.0, 10.0]),  # 10: full supports, in any order
-    eta=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
-)
-def test_a_mixture_is_its_definition_with_the_tails_as_one_outcome(
-    seed: int, positions: int, size: int, spread: float, share: float, eta: float
-) -> None:
-    one, other = random_pair(np.random.default_rng(seed), positions, size, spread, share)
-    common = common_supports(*supports_of_pair((one, other)))
-
-    wanted = [
-        wanted_mixture(*both_on_common(left, right), eta)
-        for left, right in zip(one, other, strict=True)
-    ]
-    assert_rows(mixture(common, eta), wanted, rtol=1e-10)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    seed=seeds,
-    positions=st.integers(0, 6),
-    size=vocab_sizes,
-    spread=st.sampled_from([0.5, 2.0, 8.0]),
-    share=st.sampled_from([0.1, 0.5, 1.0, 10.0]),
-    alpha=st.sampled_from([1e-6, 0.2, 0.7, 1.0]),
-)
-def test_a_contrast_is_its_definition_on_the_common_ids(
-    seed: int, positions: int, size: int, spread: float, share: float, alpha: float
-) -> None:
-    one, other = random_pair(np.random.default_rng(seed), positions, size, spread, share)
-    common = common_supports(*supports_of_pair((one, other)))
-
-    made = contrasted(common, alpha)
-    for row, left, right in zip(rows_of(made), one, other, strict=True):
-        wanted = wanted_contrast(*both_on_common(left, right), alpha)
-        entries = {token: wanted.entries[token] for token in row.entries}
-        np.testing.assert_allclose(
-            list(row.entries.values()), list(entries.values()), rtol=1e-10, atol=1e-300
-        )
-        assert len(entries) == len(wanted.entries)
-        assert row.tail == 0
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_full_supports_give_the_dense_mixture_and_contrast(eta: float) -> None:
-    rng = np.random.default_rng(4)
-    base, teacher = random_probs(rng, 50, 3.0), random_probs(rng, 50, 3.0)
-    one = supports_of([Row(dict(enumerate(base)))])
-    other = supports_of([Row({token: teacher[token] for token in reversed(range(50))})])
-    common = common_supports(one, other)
-
-    both = list(zip(base, teacher, strict=True))
-    weights = [math.exp((1 - eta) * math.log(b) + eta * math.log(q)) for b, q in both]
-    np.testing.assert_allclose(
-        mixture(common, eta).probs, np.array(weights) / math.fsum(weights), rtol=1e-10
-    )
-    ratios = [q / b if q >= 0.2 * max(teacher) else 0.0 for b, q in both]
-    np.testing.assert_allclose(
-        contrasted(common, 0.2).probs, np.array(ratios) / math.fsum(ratios), rtol=1e-10
-    )
-
-
-def dense_divergence(of: Probs, to: Probs) -> float:
-    """KL(of ‖ to) over the whole vocabulary."""
-    return math.fsum(
-        p * (math.log(p) - math.log(q)) if q else math.inf for p, q in zip(of, to, strict=True) if p
-    )
-
-
-@settings(max_examples=300, deadline=None)
-@pairs
-def test_a_common_divergence_is_never_above_the_dense_one(
-    seed: int, positions: int, size: int, spread: float, share: float
-) -> None:
-    one, other = random_pair(np.random.default_rng(seed), positions, size, spread, share)
-    found = common_divergence(common_supports(*supports_of_pair((one, other))))
-
-    for value, left, right in zip(found, one, other, strict=True):
-        dense = dense_divergence(right.probs, left.probs)
-        assert -1e-12 <= value <= dense + 1e-12 * (1 + abs(dense))
-
-
-@settings(max_examples=100, deadline=None)
-@given(seed=seeds, size=vocab_sizes, spread=st.sampled_from([0.0, 0.5, 2.0, 8.0]))
-def test_a_common_divergence_on_full_supports_is_the_dense_one(
-    seed: int, size: int, spread: float
-) -> None:
-    rng = np.random.default_rng(seed)
-    base, teacher = random_probs(rng, size, spread), random_probs(rng, size, spread)
-    one = supports_of([Row(dict(enumerate(base)))])
-    other = supports_of([Row({token: teacher[token] for token in rng.permutation(size).tolist()})])
-    found = common_divergence(common_supports(one, other))
-
-    wanted = [pytest.approx(dense_divergence(teacher, base), rel=1e-11, abs=1e-12)]
-    assert found.tolist() == wanted
-
-
-def test_a_common_divergence_counts_the_tails_as_one_outcome() -> None:
-    one = supports_of([Row({0: 0.5, 1: 0.25}, 0.25)])
-    other = supports_of([Row({1: 0.75}, 0.25)])
-    found = common_divergence(common_supports(one, other))
-
-    wanted = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
-    assert found.tolist() == [pytest.approx(wanted, rel=1e-14)]
-
-
-def test_a_divergence_from_a_tail_of_nothing_is_large_rather_than_negative() -> None:
-    certain, unsure = supports_of([Row({0: 1.0})]), supports_of([Row({0: 0.5}, 0.5)])
-
-    assert common_divergence(common_supports(certain, unsure))[0] > 10
-    wanted = [pytest.approx(math.log(2))]
-    assert common_divergence(common_supports(unsure, certain)).tolist() == wanted
-    assert common_divergence(common_supports(certain, certain)).tolist() == [0.0]
 
 
 # Order, and the rectangles in between.
