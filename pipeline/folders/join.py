@@ -17,11 +17,11 @@ Place = tuple[int, int, int]  # shard, record batch, row of the batch
 class Join:
     """The rows of `other` for the examples of `main`.
 
-    A shard whose ids have the same order in both folders is read in step. For any other, all ids of
-    `other` are indexed, which takes some hundred bytes of memory an example, and the rows are read
-    where they are: the more alike the two orders, the fewer shards are opened twice.
+    A shard whose ids have the same order in both folders is read in step. For any other shard, all
+    ids of `other` are indexed, which takes some hundred bytes of memory for each example; the more
+    similar the two orders, the fewer shards are opened twice.
 
-    Methods raise UserError where a shard is missing or damaged.
+    Methods raise UserError if a shard is missing or damaged.
     """
 
     def __init__(self, main: SealedFolder, other: SealedFolder) -> None:
@@ -34,7 +34,7 @@ class Join:
         return shard in self.other.shards and self.main.ids(shard) == self.other.ids(shard)
 
     def batches(self, shard: int) -> Iterator[FlatBatch]:
-        """For each batch of a shard of `main`, the rows of `other`, all of which must exist."""
+        """Yield, for each batch of a shard of `main`, the rows of `other`, which must all exist."""
         if self.is_in_step(shard):
             yield from self.other.batches(shard)
         else:
@@ -42,7 +42,7 @@ class Join:
                 yield flatten(self.other.schema, found)
 
     def records(self, shard: int) -> Iterator[list[Any]]:
-        """For each batch of a shard of `main`, the examples of `other`; None where one is missing.
+        """Yield, for each batch of a shard of `main`, the examples of `other`, None if missing.
 
         Of several examples with the same id, a search finds the first.
         """

@@ -178,10 +178,8 @@ class Choice:
 
     def trust_and_scale(self, signals: Signals) -> tuple[Array, Array]:
         """γ and s at each position, [...] each."""
-        return (
-            self.method.trust(signals, self.parameters),
-            self.method.scale(signals, self.parameters),
-        )
+        method, parameters = self.method, self.parameters
+        return method.trust(signals, parameters), method.scale(signals, parameters)
 
     def trust_and_weight(self, signals: Signals) -> tuple[Array, Array]:
         """The trust and the weight of the loss, [...] each: 1 and s·γ for a weight."""
