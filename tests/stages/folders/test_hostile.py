@@ -344,7 +344,7 @@ def test_footers_of_absurd_sizes_are_refused(own: Path, size: int) -> None:
         (lambda c: c["rank_steps_high"][3].__setitem__(0, 2), "row 3 ('chats:3'): column rank_st"),
         (lambda c: c["counts"][3].append(1), "row 3 ('chats:3'): column counts differs"),
         (lambda c: c["weights"][2].pop(), "row 2 ('chats:2'): column weights differs"),
-        (lambda c: c["positions"][1].__setitem__(0, 99), "row 1 ('chats:1'): column positions po"),
+        (lambda c: c["positions"][1].__setitem__(0, 99), "row 1 ('chats:1'): column positions is"),
         (lambda c: c["counts"][1].__setitem__(0, 0), "row 1 ('chats:1'): column counts does not"),
         (lambda c: c["trust"].__setitem__(4, None), "row 4 ('chats:4'): column trust has empty"),
         (lambda c: c["trust"][4].__setitem__(0, None), "row 4 ('chats:4'): column trust has empty"),
