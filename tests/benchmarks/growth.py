@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.sealed import open_sealed
-from qpipe.pipeline.format.records import Example, TargetExample
+from qpipe.pipeline.format.records import Example, TargetExample, WeightedExample
 from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
@@ -197,11 +197,12 @@ def grow_length(model: Path) -> None:
     print_table(rows)
 
 
-def as_example(name: str, input_ids: Any) -> Example:
-    """An example whose last quarter is supervised."""
+def as_example(name: str, input_ids: Any) -> WeightedExample:
+    """An example whose last quarter is supervised, with weights of one."""
     size = len(input_ids)
     positions = np.arange(size - size // 4, size, dtype=np.int32)
-    return Example(name, input_ids.astype(np.int32), positions)
+    weights = np.ones(len(positions), np.float32)
+    return WeightedExample(name, input_ids.astype(np.int32), positions, weights)
 
 
 def as_target(example: Example) -> TargetExample:
