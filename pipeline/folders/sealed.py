@@ -94,7 +94,7 @@ class SealedFolder:
             if left[level]:
                 expected = getattr(entry, name)
                 raise UserError(
-                    f"{path}: holds {expected - left[level]:,} {name}, the manifest says "
+                    f"{path}: holds {expected - left[level]:,} {name}, its manifest states "
                     f"{expected:,}: make {self.path} again"
                 )
 

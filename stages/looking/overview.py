@@ -106,7 +106,7 @@ class Overview:
 
 
 def folder_json(folder: SealedFolder) -> dict[str, Any]:
-    """What a folder says of itself, as plain values."""
+    """The content of a folder's manifest as plain values."""
     manifest = folder.manifest
     totals, settings = manifest.totals, manifest.settings
     shown = ("method", "form", "parameters", "top_k", "top_p", "max_support", "temperature")

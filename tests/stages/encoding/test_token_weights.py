@@ -1,155 +1,27 @@
-"""Weights of characters and turns as weights of tokens, against answers worked out by hand.
+"""The weights of turns, spans and contents, token by token."""
 
-With the tokenizer of single bytes, every token of plain English is one character. The templates
-imitate what well-known families do to a content: keep it, trim it, drop a part of it, rewrite it.
-"""
-
-from itertools import groupby
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
-from hypothesis import strategies as st
-from qpipe.pipeline.format.records import Reject
-from qpipe.stages.demonstrations.formats import parse_row
-from qpipe.stages.encoding.encoder import Encoded, Encoder
 from qpipe.stages.encoding.turns import Kept, find_kept
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
-END = "<|im_end|>"
-
-PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-KEEPS = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-    "{%- endfor -%}" + PROMPT
+from .weighed import (
+    CALLS,
+    END,
+    HIDES,
+    KEEPS,
+    LAST_TWO,
+    QWEN3,
+    REPEATS,
+    SHOUTS,
+    TRIMMED_WORDS,
+    TRIMS,
+    WORDS,
+    answer,
+    byte_tokenizer,
+    encode,
+    refused,
+    told,
+    user,
 )
-TRIMS = KEEPS.replace("m.content", "m.content | trim")
-HIDES = KEEPS.replace("m.content", "m.content.split('</think>')[-1]")
-SHOUTS = KEEPS.replace("m.content", "m.content | upper")
-REPEATS = KEEPS.replace("m.content", "m.content + '|' + m.content")
-LAST_TWO = KEEPS.replace("in messages", "in messages[-2:]")
-CALLS = (  # Mistral: a turn that calls a tool shows no content
-    "{%- for m in messages -%}{%- if m.tool_calls -%}{{ '<|assistant|>' + m.tool_calls[0].name }}"
-    "{%- else -%}{{ '<|' + m.role + '|>' + m.content }}{%- endif -%}{{ '</s>' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
-)
-# Qwen3: reasoning is dropped before the last question, and written, empty if need be, after it.
-QWEN3 = (
-    """{%- set ns = namespace(question=-1) -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}{%- set ns.question = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for m in messages -%}
-{{ '<|im_start|>' + m.role + '\\n' }}
-{%- set content = m.content -%}
-{%- if m.role == 'assistant' -%}
-{%- set reasoning = m.reasoning_content or '' -%}
-{%- if '</think>' in content -%}
-{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- endif -%}
-{%- if loop.index0 > ns.question -%}
-{{ '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}
-{%- endif -%}
-{%- endif -%}
-{{ content }}
-{%- for call in m.tool_calls or [] -%}{{ '<call>' + call.name + '</call>' }}{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}"""
-    + PROMPT
-)
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return finished(tokenizer)
-
-
-def word_tokenizer(trim_offsets):
-    """Byte-level BPE that has learnt whole words, with the space before them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    train(tokenizer, initial_alphabet=alphabet)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    return finished(tokenizer)
-
-
-def metaspace_tokenizer():
-    """As SentencePiece does it: characters, composed, and a mark for the space before a word."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    train(tokenizer, special_tokens=["<unk>"])
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    return finished(tokenizer)
-
-
-def train(tokenizer, **options):
-    words = ["hello\nhello\nyes good day it is good day   hello world\n\n\nx   x"] * 3
-    tokenizer.train_from_iterator(words, BpeTrainer(vocab_size=340, show_progress=False, **options))
-
-
-def finished(tokenizer):
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-BYTES = byte_tokenizer()
-WORDS = word_tokenizer(trim_offsets=False)
-TRIMMED_WORDS = word_tokenizer(trim_offsets=True)
-TOKENIZERS = {
-    "bytes": BYTES,
-    "words": WORDS,
-    "trimmed": TRIMMED_WORDS,
-    "metaspace": metaspace_tokenizer(),
-}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def answer(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def encode(template, *messages, tokenizer=BYTES, max_length=10_000, **options):
-    """The demonstration of a row of messages, encoded; or why it is rejected."""
-    row = {"messages": list(messages)}
-    demonstration = parse_row(SimpleNamespace(name="x.jsonl"), 1, row, "auto")
-    if isinstance(demonstration, Reject):
-        return demonstration.reason
-    encoded = Encoder(tokenizer, template, max_length, **options).encode(demonstration)
-    return encoded.reason if isinstance(encoded, Reject) else encoded
-
-
-def told(template, *messages, tokenizer=BYTES, **options):
-    """The text of each run of supervised tokens of one weight, and that weight."""
-    encoded = encode(template, *messages, tokenizer=tokenizer, **options)
-    assert isinstance(encoded, Encoded), encoded
-    ids, weights = encoded.example.observed_ids, encoded.example.token_weights
-    assert weights.dtype == np.float32
-    assert weights.shape == ids.shape
-    # A break in the positions ends a run also where the weight goes on.
-    marks = zip(encoded.example.positions - np.arange(len(ids)), weights.tolist(), strict=True)
-    runs = groupby(zip(marks, ids, strict=True), key=lambda pair: pair[0])
-    return [(tokenizer.decode([id for _, id in run]), weight) for (_, weight), run in runs]
-
-
-def refused(template, *messages, **options):
-    reason = encode(template, *messages, **options)
-    assert isinstance(reason, str), "not rejected"
-    assert "\n" not in reason
-    return reason
 
 
 class TestWeightOfATurn:
@@ -560,99 +432,3 @@ def test_what_is_kept_of_a_content(content, text, shown, kept):
 def test_content_that_stands_there_twice():
     assert find_kept("aa", "-aaa-", 2, 3) is None
     assert find_kept("aa", "-aa-", 1, 2) == find_kept("aa", "-aa-", 2, 3) == Kept(0, 2, 1)
-
-
-# --- properties --------------------------------------------------------------------------------
-
-FRAGMENTS = st.sampled_from(
-    [
-        "hello",
-        " good",
-        " day",
-        "yes",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "🙂",
-        "é",
-        "e\u0301",
-        "\u3000",
-        "x",
-        END,
-    ]
-)
-CONTENTS = st.lists(FRAGMENTS, min_size=1, max_size=8).map("".join).filter(str.strip)
-HEAD = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
-SHOWN = {KEEPS: str, TRIMS: str.strip}
-
-
-def disjoint(draw, places, weights):
-    """Spans between pairs of these ascending places."""
-    few = min(2, len(places))
-    edges = sorted(draw(st.sets(st.sampled_from(places), min_size=few, max_size=6)))
-    return [[a, b, draw(weights)] for a, b in zip(edges[::2], edges[1::2], strict=False)]
-
-
-def by_character(content, shown, tokens, spans):
-    """The weight of each token of characters [start, end) of the text, None for a bad span.
-
-    By the letter: what each character is worth, then what the characters of a token agree upon.
-    """
-    owners = {}  # character of the text: the span that it is in
-    lead = len(HEAD) - content.index(shown)
-    for number, (start, end, _) in enumerate(spans):
-        owners |= {place + lead: number for place in range(start, end)}
-    owners = {p: n for p, n in owners.items() if len(HEAD) <= p < len(HEAD) + len(shown)}
-    text = HEAD + shown + END + "\n"
-    found = []
-    for start, end in tokens:
-        words = [place for place in range(start, end) if text[place].strip()]
-        agreed = {owners.get(place) for place in words or range(start, end)}
-        if len(agreed) > 1:
-            return None
-        found += agreed
-    if set(range(len(spans))) - set(found):
-        return None
-    return [0 if number is None else spans[number][2] for number in found]
-
-
-def spans_of(data, content, shown, tokens, clean):
-    places = range(len(content) + 1)
-    if clean:  # where a token begins, and none goes across, in the part that is shown
-        cut = {place for start, end in tokens for place in range(start + 1, end)}
-        edges = {start for start, _ in tokens} - cut
-        lead = content.index(shown)
-        places = [lead + i for i in range(len(shown) + 1) if len(HEAD) + i in edges]
-    assume(places)
-    return disjoint(data.draw, list(places), st.sampled_from([0, 0.5, 1, 2, 3]))
-
-
-@pytest.mark.parametrize("clean", [True, False], ids=["between tokens", "anywhere"])
-@pytest.mark.parametrize("name", TOKENIZERS)
-@given(data=st.data())
-@settings(max_examples=80, deadline=None)
-def test_any_spans_of_any_content(name, clean, data):
-    template, content = data.draw(st.sampled_from([KEEPS, TRIMS])), data.draw(CONTENTS)
-    shown = SHOWN[template](content)
-    # The offsets of whole tokens, also for the tokenizer that trims them.
-    whole = WORDS if name == "trimmed" else TOKENIZERS[name]
-    layout = whole(HEAD + shown + END + "\n", return_offsets_mapping=True, add_special_tokens=False)
-    turn = [
-        (start, end)
-        for start, end in layout["offset_mapping"]
-        if end > len(HEAD) and start < len(HEAD) + len(shown) + len(END)
-    ]
-    spans = spans_of(data, content, shown, turn, clean)
-    wanted = by_character(content, shown, turn, spans)
-
-    turns = (user("a?"), answer(content, spans=spans))
-    encoded = encode(template, *turns, tokenizer=TOKENIZERS[name])
-    event("rejected" if wanted is None else f"{len(spans)} spans")
-    if wanted is None:
-        assert not clean
-        assert isinstance(encoded, str)
-    else:
-        assert isinstance(encoded, Encoded), encoded
-        assert encoded.example.input_ids.tolist() == layout["input_ids"]
-        assert encoded.example.token_weights.tolist() == wanted

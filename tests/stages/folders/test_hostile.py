@@ -351,8 +351,8 @@ def test_footers_of_absurd_sizes_are_refused(own: Path, size: int) -> None:
         (lambda c: c["id"].__setitem__(4, None), "row 4 ('None'): column id has null"),
         (lambda c: c.update(more=c["id"]), "its columns are not those of this format"),
         (lambda c: c.pop("trust"), "its columns are not those of this format"),
-        (lambda c: [each.clear() for each in c.values()], "holds 0 rows, the manifest says 5"),
-        (lambda c: [each.pop() for each in c.values()], "holds 4 rows, the manifest says 5"),
+        (lambda c: [each.clear() for each in c.values()], "holds 0 rows, its manifest states 5"),
+        (lambda c: [each.pop() for each in c.values()], "holds 4 rows, its manifest states 5"),
     ],
 )
 def test_rows_that_cannot_be_are_refused_by_name(

@@ -244,7 +244,7 @@ def test_counts_that_the_shard_does_not_hold_are_named(
         return replace(manifest, shards=[replace(first, **{name: getattr(first, name) + 1}), *rest])
 
     reseal(own, more)
-    refused(verify, own, "shard-00000.arrow: holds", f"{name}, the manifest says", "1 problem(s)")
+    refused(verify, own, "shard-00000.arrow: holds", f"{name}, its manifest states", "1 problem(s)")
 
 
 def test_a_size_that_the_shard_does_not_have_is_named(verify: Verify, own: Path) -> None:
