@@ -7,7 +7,7 @@ shards. A folder made with other settings is refused, never overwritten.
 import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -200,24 +200,28 @@ class ShardRun:
         self.seconds = 0.0  # from the start of the first to the commit of the last
         self._began = 0.0
 
-    def make(self, tasks: Iterable[Task], on_commit: OnCommit | None = None) -> None:
+    def make(
+        self, tasks: Iterable[Task], on_commit: OnCommit | None = None, *, alone: bool = True
+    ) -> None:
         """Make and commit the missing shards of the tasks, in order, up to the last shard.
 
-        A thread commits each shard while the next one is made. Shards that another process makes
-        at the moment are skipped.
+        A thread commits each shard while the next one is made. Unless this process works `alone` in
+        the folder, shards that another process makes at the moment are skipped.
         """
-        for _ in in_order(lambda commit: commit(), self._commits(tasks, on_commit), workers=1):
+        commits = self._commits(tasks, on_commit, alone)
+        for _ in in_order(lambda commit: commit(), commits, workers=1):
             pass
 
     def _commits(
-        self, tasks: Iterable[Task], on_commit: OnCommit | None
+        self, tasks: Iterable[Task], on_commit: OnCommit | None, alone: bool
     ) -> Iterator[Callable[[], None]]:
         """Make the shards; for each one, yields the function that commits and releases it."""
         for index, make in tasks:
             if index in self.committed:
                 continue
             with ExitStack() as held:
-                is_ours = held.enter_context(claimed(self.job.folder / shard_name(index)))
+                path = self.job.folder / shard_name(index)
+                is_ours = held.enter_context(nullcontext(True) if alone else claimed(path))
                 if not is_ours or self.find(index, verify=True):  # made since this run began
                     continue
                 start = perf_counter()

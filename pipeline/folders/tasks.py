@@ -109,7 +109,7 @@ class TaskResult:
 
 def run_alone(stage: Stage, watcher: Watcher) -> StageResult:
     """Make the missing shards of a folder in this process, and seal it."""
-    return run_locked(stage, lambda run: _make_missing(stage, TaskShare(0, 1), run, watcher))
+    return run_locked(stage, lambda run: _make_missing(stage, TaskShare(0, 1), run, watcher, True))
 
 
 def run_locked(stage: Stage, make_missing: Callable[[ShardRun], None]) -> StageResult:
@@ -136,7 +136,7 @@ def run_task(stage: Stage, share: TaskShare, watcher: Watcher) -> StageResult | 
             return done
         lock.share(str(share))  # the task that has opened the folder lets the others in
         run = ShardRun(stage.job, share)
-        _make_missing(stage, share, run, watcher)
+        _make_missing(stage, share, run, watcher, False)
         shards = stage.shard_count
         assert shards is not None, "a task reads to the end"
         there = len(sidecar_indices(folder))
@@ -155,7 +155,9 @@ def plan_of(stage: Stage) -> Plan:
     return Plan(stage.job.identity, stage.shard_count, stage.demonstrations)
 
 
-def _make_missing(stage: Stage, share: TaskShare, run: ShardRun, watcher: Watcher) -> None:
+def _make_missing(
+    stage: Stage, share: TaskShare, run: ShardRun, watcher: Watcher, alone: bool
+) -> None:
     """Make shards one by one; meanwhile the next one is read and the last one written."""
     shards, demonstrations = stage.shard_count, stage.demonstrations
     indices = share.indices(shards)
@@ -171,4 +173,4 @@ def _make_missing(stage: Stage, share: TaskShare, run: ShardRun, watcher: Watche
 
         ahead = in_order(lambda index: (index, stage.read(index)), missing, workers=1)
         tasks = ((index, partial(make, read)) for index, read in ahead)
-        run.make(tasks, watch.committed)
+        run.make(tasks, watch.committed, alone=alone)

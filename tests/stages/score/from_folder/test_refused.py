@@ -163,5 +163,7 @@ def test_more_gpus_for_an_engine_of_one_are_refused(
     teacher: Path, scores: Path, tmp_path: Path
 ) -> None:
     options = settings(teacher, scores, tmp_path / "out", tensor_parallel_size=4)
-    with pytest.raises(UserError, match=r"--tensor-parallel-size 4: .* not with transformers"):
+    with pytest.raises(
+        UserError, match=r"--tensor-parallel-size 4: goes with vLLM, but --engine is transformers"
+    ):
         score_at(options)
