@@ -146,8 +146,8 @@ def test_absurd_counts_everywhere_set_no_memory_aside(own: Path) -> None:
 
     forge(own, change)
     (said,) = read_in_a_child(own)
-    assert "manifest says 2,147,483,647" in said[1]
-    assert "manifest says 2,147,483,647" in said[2]
+    assert "manifest states 2,147,483,647" in said[1]
+    assert "manifest states 2,147,483,647" in said[2]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "shard-00001.arrow", "", None, 3, []])
