@@ -80,7 +80,7 @@ def print_outcome(folder: Path) -> None:
             ("after sft", *losses(sft["after"])),
         ]
     )
-    print("\nWhere it lies")
+    print("\nOutput folders")
     print_table(
         [
             (f"{folder}/scores", "top-k log-probabilities under the base model"),
