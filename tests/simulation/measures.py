@@ -25,9 +25,8 @@ from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
 from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
 from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
-from qpipe.trainer.data import stream
 from qpipe.trainer.data.steps import Step, micro_batches
-from qpipe.trainer.data.stream import Outline, TargetStream, epoch_of, open_streams
+from qpipe.trainer.data.stream import Outline, TargetStream, epoch_of, open_streams, outline_of
 
 SUMS = 28  # that build-targets adds up of a shard
 
@@ -101,21 +100,15 @@ def _outlined(rows: int) -> TargetStream:
 
 def _opening_bytes(rows: int) -> float:
     """Bytes for each row at most, as the blocks of all shards become an outline."""
-    places = np.arange(BATCH_ROWS)
-    batch = _Lengths({level: np.full(BATCH_ROWS, 250) for level in ("token", "position")})
     tracemalloc.start()
-    made = (stream._block(0, number, batch, places) for number in range(rows // BATCH_ROWS))  # type: ignore
-    stream._outline(list(made))
+    blocks = [
+        (0, number, np.arange(BATCH_ROWS, dtype=np.int32), np.full(BATCH_ROWS, 250, np.int32))
+        for number in range(rows // BATCH_ROWS)
+    ]
+    outline_of(blocks)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak / rows
-
-
-@dataclass
-class _Lengths:
-    """As much of a batch as a block needs."""
-
-    lengths: dict[str, Any]
 
 
 def _manifest(folder: Path, like: Path, entries: int) -> tuple[int, float, int]:

@@ -136,8 +136,8 @@ def open_streams(
 
     `verify` compares the hash of every shard. Raises UserError where a shard is missing or damaged.
     """
-    train_blocks: list[_Block] = []
-    eval_blocks: list[_Block] = []
+    train_blocks: list[Block] = []
+    eval_blocks: list[Block] = []
     for shard in folder.shards:
         for number, batch in enumerate(folder.batches(shard, verify=verify)):
             held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
@@ -148,8 +148,8 @@ def open_streams(
                     tokens = batch.lengths["token"][places].astype(np.int32)
                     blocks.append((shard, number, places, tokens))
     return (
-        TargetStream(folder, _outline(train_blocks)),
-        TargetStream(folder, _outline(eval_blocks)),
+        TargetStream(folder, outline_of(train_blocks)),
+        TargetStream(folder, outline_of(eval_blocks)),
     )
 
 
@@ -177,10 +177,11 @@ def permutation(size: int, seed: int, *key: int) -> Rows:
     return np.argsort(source.random_raw(size), kind="stable")
 
 
-_Block = tuple[int, int, Ints, Ints]  # shard, record batch; its rows' places and tokens
+Block = tuple[int, int, Ints, Ints]  # shard, record batch; its rows' places and tokens
 
 
-def _outline(blocks: Sequence[_Block]) -> Outline:
+def outline_of(blocks: Sequence[Block]) -> Outline:
+    """The outline of the rows in these blocks, in order."""
     none = np.empty(0, np.int32)
     shards, numbers, places, tokens = zip(*blocks, strict=True) if blocks else [()] * 4
     return Outline(
