@@ -3,13 +3,13 @@
 import pytest
 from qpipe.stages.encoding.turns import Kept, find_kept
 
+from .chats import QWEN3
 from .weighed import (
     CALLS,
     END,
     HIDES,
     KEEPS,
     LAST_TWO,
-    QWEN3,
     REPEATS,
     SHOUTS,
     TRIMMED_WORDS,

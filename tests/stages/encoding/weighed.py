@@ -33,31 +33,6 @@ CALLS = (  # Mistral: a turn that calls a tool shows no content
     "{%- else -%}{{ '<|' + m.role + '|>' + m.content }}{%- endif -%}{{ '</s>' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
-# Qwen3: reasoning is dropped before the last question, and written, empty if need be, after it.
-QWEN3 = (
-    """{%- set ns = namespace(question=-1) -%}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}{%- set ns.question = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for m in messages -%}
-{{ '<|im_start|>' + m.role + '\\n' }}
-{%- set content = m.content -%}
-{%- if m.role == 'assistant' -%}
-{%- set reasoning = m.reasoning_content or '' -%}
-{%- if '</think>' in content -%}
-{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
-{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-{%- endif -%}
-{%- if loop.index0 > ns.question -%}
-{{ '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}
-{%- endif -%}
-{%- endif -%}
-{{ content }}
-{%- for call in m.tool_calls or [] -%}{{ '<call>' + call.name + '</call>' }}{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}"""
-    + PROMPT
-)
 
 
 def byte_tokenizer():
