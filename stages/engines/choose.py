@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...pipeline.errors import UserError
-from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles
 from .base import Scorer
 from .settings import DTYPES, ENGINES, Dtype, EngineSettings
@@ -31,10 +30,7 @@ def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
 
 
 def choose_engine(option: str, gathers: bool = False) -> str:
-    """Resolve `--engine`.
-
-    `auto` is vLLM if it is installed and, if the examples come with ids to score, can score them.
-    """
+    """Resolve `--engine`; `auto` is vLLM if it is installed. `gathers` is whether ids are given."""
     installed = find_spec("vllm") is not None
     if option == "vllm" and not installed:
         raise UserError(
@@ -47,28 +43,7 @@ def choose_engine(option: str, gathers: bool = False) -> str:
         )
     if option != "auto":
         return option
-    if installed and gathers and not _vllm_gathers():
-        say_once(
-            "engine transformers: vLLM cannot score given ids here (this takes a GPU and a recent "
-            "vLLM)"
-        )
-        return "transformers"
     return "vllm" if installed else "transformers"
-
-
-def _vllm_gathers() -> bool:
-    """Whether vLLM can score given ids, determined without starting an engine (a minute).
-
-    This takes a version with the parameter, and the model runner written in Triton, which is
-    assumed on a GPU. `VllmScorer` asks the engine itself.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    from vllm import SamplingParams
-
-    return hasattr(SamplingParams, "prompt_logprob_token_ids")
 
 
 def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:

@@ -89,6 +89,8 @@ class EngineSettings:
         range=Range(0, 1, above=True),
     )
     max_length: int = 4096  # tokens of the longest example
+    reads_prefixes: bool = True  # vLLM computes shared beginnings once
+    rows_alone: bool = True  # vLLM computes log-probabilities of supervised tokens alone
     server: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from ...trainer.models.files import ModelFiles, load_scoring_model
 from ...trainer.models.heads import logit_chunks, recognise
 from .base import GivenIds, scored, with_given
 from .settings import EngineSettings
+from .supervised_rows.gather import gathered_log_probs
 
 BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
 _ENOUGH_TOKENS = 1024  # enough for full throughput: a batch ends before much shorter examples
@@ -134,24 +135,3 @@ def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int6
         return np.empty((positions, 0), np.int64)
     counts = np.concatenate([each.counts for each in given])
     return GivenIds(counts, np.concatenate([each.ids for each in given])).padded()
-
-
-def gathered_log_probs(
-    logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
-) -> tuple[Tensor, ...]:
-    """Log-probability and rank of the observed token [n]; top-k ids and log-probabilities [n, k];
-    log-probabilities at the given ids [n, w], meaningless at -1."""
-    log_probs_nV = logits_nV.log_softmax(dim=1)
-    top = log_probs_nV.topk(top_k, dim=1)
-    observed_n1 = log_probs_nV.gather(1, observed_n[:, None])
-    # tokens above the last of the top k are in the top k; only the others need the whole row
-    ranks_n = (top.values >= observed_n1).sum(dim=1)
-    others = (observed_n1[:, 0] <= top.values[:, -1]).nonzero()[:, 0]
-    ranks_n[others] = (log_probs_nV[others] >= observed_n1[others]).sum(dim=1)
-    return (
-        observed_n1[:, 0],
-        ranks_n,
-        top.indices,
-        top.values,
-        log_probs_nV.gather(1, given_nw.clamp_min(0)),
-    )

@@ -1,31 +1,31 @@
 """The vLLM engine: prompt log-probabilities, as arrays from the engine to the shard.
 
-Log-probabilities at given ids come from vLLM's own token-id scoring, in the same request. An engine
-that runs out of memory is restarted with smaller steps; its finished examples are kept.
+Examples with equal beginnings are asked for one after another, so that the engine computes a shared
+beginning once. An engine that runs out of memory is restarted with smaller steps; its finished
+examples are kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.format.records import Example, Floats, ScoredExample, WeightedExample
-from ...pipeline.progress import say, say_once
+from ...pipeline.format.records import Example, Ints, ScoredExample, WeightedExample
+from ...pipeline.progress import say
 from ...trainer.models.files import ModelFiles, check_weights
-from .base import GivenIds, scored, with_given
+from .base import GivenIds
 from .settings import EngineSettings
-from .vllm_arrays import PromptArrays, keep_tensors, keeps_tensors, prompt_arrays
+from .vllm_arrays import keep_tensors
 from .vllm_memory import STEPS, WINDOW_TOKENS, plan_memory
+from .vllm_requests import answer, lacks_rows, sampling_options
 from .vllm_start import (
     EngineStoppedError,
+    abilities,
     is_memory,
     says_no_more,
     start_engine,
-    starts_late,
     stop_engine,
-    takes_ids,
 )
 
 WINDOW_BYTES = 2**28  # of the log-probabilities of requests in the engine
@@ -46,11 +46,6 @@ class VllmScorer:
         self.restarts = 0
         self.submitted = 0
         self._start()
-        self.keeps_tensors = keeps_tensors()
-        say_once(
-            "prompt log-probabilities: "
-            + ("the engine's tensors" if self.keeps_tensors else "vLLM's flat lists, slower")
-        )
 
     def score(
         self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
@@ -59,19 +54,22 @@ class VllmScorer:
 
         Raises UserError for given ids that this engine cannot score.
         """
-        if at is not None and not self.takes_ids:
+        if at is not None and not (self.can.rows_alone or self.can.takes_ids):
             raise UserError(
-                "this vLLM cannot score given ids, which --at needs (that takes a GPU and vLLM "
-                "0.32 or later): use --engine transformers"
+                "this vLLM cannot score given ids, which --at needs: use --engine transformers"
             )
         given = [None] * len(examples) if at is None else at
-        left = dict.fromkeys(range(len(examples)))
-        while left:
+        reads = dict.fromkeys(range(len(examples)), False)
+        if self.can.block_size:
+            reads = by_beginning(examples, self.can.block_size)
+            self.llm.reset_prefix_cache()  # a shard does not depend on those before it
+        while reads:
             cause = None
             try:
-                for place, output in self._outputs(examples, given, top_k, list(left)):
-                    yield place, self._scored(examples[place], given[place], output, top_k)
-                    del left[place], output  # its arrays would stay in memory beside the next
+                for place, output in self._outputs(examples, given, top_k, reads):
+                    asked = examples[place], given[place]
+                    yield place, answer(self.can, *asked, output, top_k, self.vocab_size)
+                    del reads[place], output  # its arrays would stay in memory beside the next
             except EngineStoppedError as error:
                 cause = str(error)  # the error itself holds a reference to the engine's last step
             if cause is not None:
@@ -82,42 +80,50 @@ class VllmScorer:
         examples: Sequence[WeightedExample],
         given: Sequence[GivenIds | None],
         top_k: int,
-        places: list[int],
+        reads: Mapping[int, bool],
     ) -> Iterator[tuple[int, Any]]:
-        """The engine's outputs for the examples at these indices, a window of tokens at a time."""
+        """The engine's outputs for some examples, a window of tokens at a time.
+
+        `reads` has their indices, in order, and whether a request may read the prefix cache. One
+        that read a supervised row there is made again without it.
+        """
+
+        def submit(place: int, reads_cache: bool) -> None:
+            asked = examples[place], given[place]
+            options = sampling_options(self.can, *asked, top_k, reads_cache)
+            in_flight[self._submit(examples[place], options)] = place, reads_cache
+
         window = self._window(top_k)
-        waiting = iter(places)
-        in_flight: dict[str, int] = {}
+        waiting = iter(list(reads.items()))
+        in_flight: dict[str, tuple[int, bool]] = {}
         tokens = 0
-        place = next(waiting, None)
-        while place is not None or in_flight:
-            while place is not None and tokens < window:
-                sampling = self._sampling(examples[place], given[place], top_k)
-                in_flight[self._submit(examples[place], sampling)] = place
-                tokens += len(examples[place].input_ids)
-                place = next(waiting, None)
+        following = next(waiting, None)
+        while following is not None or in_flight:
+            while following is not None and tokens < window:
+                submit(*following)
+                tokens += len(examples[following[0]].input_ids)
+                following = next(waiting, None)
             for output in self._step():
-                if output.finished:
-                    done = in_flight.pop(output.request_id)
-                    tokens -= len(examples[done].input_ids)
-                    yield done, output
+                if not output.finished:
+                    continue
+                place, has_read = in_flight.pop(output.request_id)
+                if has_read and lacks_rows(self.can, examples[place], output):
+                    submit(place, False)
+                    continue
+                tokens -= len(examples[place].input_ids)
+                yield place, output
                 del output
 
     def _window(self, top_k: int) -> int:
         """Number of tokens below which another example may enter the engine."""
-        entry_bytes = _KEPT_BYTES if self.keeps_tensors else _FLAT_BYTES
+        entry_bytes = _KEPT_BYTES if self.can.keeps_tensors else _FLAT_BYTES
         return min(WINDOW_TOKENS, WINDOW_BYTES // (entry_bytes * (top_k + 1)) + 1)
 
-    def _sampling(self, example: Example, given: GivenIds | None, top_k: int) -> Any:
+    def _submit(self, example: WeightedExample, options: dict[str, Any]) -> str:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        options: dict[str, Any] = {"prompt_logprobs": top_k}
-        if self.starts_late:
-            options |= {"prompt_logprob_start": _first_row(example)}
-        if given is not None:
-            options |= _id_options(example, given)
-        return SamplingParams(
+        sampling = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             flat_logprobs=True,
@@ -125,8 +131,6 @@ class VllmScorer:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **options,
         )
-
-    def _submit(self, example: Example, sampling: Any) -> str:
         request_id = str(self.submitted)
         self.submitted += 1
         prompt = {"prompt_token_ids": example.input_ids.tolist()}
@@ -134,7 +138,7 @@ class VllmScorer:
             taken_as = self.engine.add_request(request_id, prompt, sampling)
         except Exception as error:
             raise _stopped(error) from error
-        if self.keeps_tensors:
+        if self.can.keeps_tensors:
             keep_tensors(self.engine, taken_as or request_id)
         return request_id
 
@@ -164,8 +168,7 @@ class VllmScorer:
             self._make_smaller(cause)
         self.llm = llm
         self.engine: Any = llm.llm_engine
-        self.takes_ids = takes_ids(self.engine)
-        self.starts_late = starts_late(self.engine)
+        self.can = abilities(llm, self.settings)
 
     def _restart_smaller(self, cause: str) -> None:
         self._make_smaller(cause)
@@ -190,24 +193,6 @@ class VllmScorer:
             "step; no finished work is lost"
         )
 
-    def _scored(
-        self, example: WeightedExample, given: GivenIds | None, output: Any, top_k: int
-    ) -> ScoredExample:
-        arrays = prompt_arrays(output.prompt_logprobs)
-        rows_N = _rows(example, arrays)
-        result = scored(
-            example,
-            observed_log_probs_N=arrays.log_probs[rows_N, 0],
-            observed_ranks_N=arrays.ranks[rows_N],
-            topk_ids_Nk=arrays.ids[rows_N, 1 : top_k + 1],
-            topk_log_probs_Nk=arrays.log_probs[rows_N, 1 : top_k + 1],
-            vocab_size=self.vocab_size,
-        )
-        if given is None:
-            return result
-        log_probs_G = _at_ids(example, given, output.prompt_token_id_logprobs)
-        return with_given(result, given, log_probs_G, self.vocab_size)
-
 
 def _stopped(error: Exception) -> Exception:
     """The exception to raise for an engine's error."""
@@ -219,44 +204,26 @@ def _stopped(error: Exception) -> Exception:
     )
 
 
-def _first_row(example: Example) -> int:
-    """The row of the first supervised position: row i predicts token i + 1."""
-    return int(example.positions[0]) - 1
+def by_beginning(examples: Sequence[Example], block_size: int) -> dict[int, bool]:
+    """The indices of examples, those with equal beginnings adjacent, and whether each may read
+    those before it from a prefix cache.
 
-
-def _rows(example: Example, arrays: PromptArrays) -> NDArray[np.integer]:
-    """The rows of the supervised positions among those returned, which are the last ones."""
-    left_out = len(example.input_ids) - 1 - len(arrays.ranks)
-    if not 0 <= left_out <= _first_row(example):
-        raise UserError(
-            f"example {example.id}: vLLM returned log-probabilities of {len(arrays.ranks)} tokens "
-            f"for a prompt of {len(example.input_ids)}: finished shards are kept: use --engine "
-            "transformers and another --out"
-        )
-    return example.positions - 1 - left_out
-
-
-def _id_options(example: Example, given: GivenIds) -> dict[str, Any]:
-    """The sampling options that request given ids: a row per token from the first position on.
-
-    Row i scores its ids as predictions of token `prompt_logprob_start` + i + 1; -1 is padding. Rows
-    without ids are required as well, and at least one column.
+    A cache holds whole blocks of tokens. The blocks that an example shares with any before it are
+    those that it shares with the one just before it. If a supervised row lies in them, reading
+    would leave it out.
     """
-    start = _first_row(example)
-    given_Nw = given.padded()
-    rows = len(example.input_ids) - 1 - start
-    ids_Rw = np.full((rows, max(1, given_Nw.shape[1])), -1, np.int64)
-    ids_Rw[example.positions - 1 - start, : given_Nw.shape[1]] = given_Nw
-    return {"prompt_logprob_token_ids": ids_Rw, "prompt_logprob_start": start}
+    order = sorted(range(len(examples)), key=lambda place: examples[place].input_ids.tobytes())
+    reads, before = {}, np.empty(0, np.int32)
+    for place in order:
+        ids = examples[place].input_ids
+        shared = shared_beginning(before, ids) // block_size * block_size
+        reads[place] = shared < int(examples[place].positions[0])
+        before = ids
+    return reads
 
 
-def _at_ids(example: Example, given: GivenIds, log_probs_Rw: Floats | None) -> Floats:
-    """The answer to `_id_options`, [G]."""
-    if log_probs_Rw is None:
-        raise UserError(
-            f"example {example.id}: vLLM returned no log-probabilities at the given ids: finished "
-            "shards are kept: use --engine transformers and another --out"
-        )
-    given_Nw = given.padded()
-    rows_N = example.positions - example.positions[0]
-    return log_probs_Rw[rows_N, : given_Nw.shape[1]][given_Nw >= 0]
+def shared_beginning(some: Ints, others: Ints) -> int:
+    """The number of tokens with which both begin."""
+    length = min(len(some), len(others))
+    differ = some[:length] != others[:length]
+    return int(differ.argmax()) if differ.any() else length

@@ -6,9 +6,13 @@ import sys
 from typing import Any
 
 from ...pipeline.errors import UserError, one_line
+from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles
 from .settings import EngineSettings
+from .supervised_rows.worker import RowsExtension
+from .vllm_arrays import keeps_tensors
 from .vllm_memory import CPU_KV_CACHE
+from .vllm_requests import Abilities
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 _NO_MORE = "initialization failed"  # the only message about an engine in another process
@@ -40,7 +44,9 @@ def start_engine(
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             gpu_memory_utilization=utilization,
-            enable_prefix_caching=False,  # requests with prompt log-probabilities cannot read it
+            # None: if vLLM holds it to be right for the model, that is, not for hybrid ones
+            enable_prefix_caching=None if settings.reads_prefixes else False,
+            worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__name__}",
             enforce_eager=True,  # only prefill is run
             use_tqdm_on_load=sys.stderr.isatty(),
             seed=0,
@@ -64,6 +70,26 @@ def stop_engine(llm: Any) -> None:
 
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+def abilities(llm: Any, settings: EngineSettings) -> Abilities:
+    """What an engine can do, by asking it; installs the computation of supervised rows alone."""
+    engine, keeps = llm.llm_engine, keeps_tensors()
+    cache = engine.vllm_config.cache_config
+    return Abilities(
+        keeps_tensors=keeps,
+        rows_alone=keeps and settings.rows_alone and _install_rows(llm),
+        block_size=cache.block_size if cache.enable_prefix_caching else 0,
+        takes_ids=takes_ids(engine),
+        starts_late=starts_late(engine),
+    )
+
+
+def _install_rows(llm: Any) -> bool:
+    reasons = [reason for reason in llm.collective_rpc("qpipe_install_rows") if reason]
+    if reasons:
+        say_once(f"log-probabilities of every token by vLLM itself, slower: {reasons[0]}")
+    return not reasons
 
 
 def takes_ids(engine: Any) -> bool:

@@ -16,7 +16,8 @@ from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import Scorer
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import ENGINES, EngineSettings
-from qpipe.stages.engines.transformers_engine import batches, gathered_log_probs
+from qpipe.stages.engines.supervised_rows.gather import gathered_log_probs
+from qpipe.stages.engines.transformers_engine import batches
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample, WeightedExample
-from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_start
+from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_requests, vllm_start
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import EngineSettings
+from qpipe.stages.engines.vllm_requests import Abilities
 from qpipe.stages.engines.vllm_start import is_memory
 from qpipe.stages.score import stage as score_stage
 from qpipe.stages.score.from_demonstrations import score
@@ -61,16 +62,17 @@ def check_same(results: list[ScoredExample], others: list[ScoredExample]) -> Non
 def test_kept_tensors_and_flat_lists_are_the_same_numbers(
     scorer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert scorer.keeps_tensors
+    assert scorer.can.keeps_tensors
+    monkeypatch.setattr(scorer, "can", replace(scorer.can, rows_alone=False))
     kinds: list[type] = []
 
     def seen(prompt_logprobs: Any) -> Any:
         kinds.append(type(prompt_logprobs))
         return vllm_arrays.prompt_arrays(prompt_logprobs)
 
-    monkeypatch.setattr(vllm_engine, "prompt_arrays", seen)
+    monkeypatch.setattr(vllm_requests, "prompt_arrays", seen)
     kept = run(scorer)
-    monkeypatch.setattr(scorer, "keeps_tensors", False)
+    monkeypatch.setattr(scorer, "can", replace(scorer.can, keeps_tensors=False))
     flat = run(scorer)
     check_same(kept, flat)
     assert kinds[0] is list
@@ -146,7 +148,7 @@ class Late:
 
 
 def test_this_version_starts_the_top_k_with_the_prompt(scorer: Any) -> None:
-    assert not scorer.starts_late
+    assert not scorer.can.starts_late
     taken = scorer.engine.vllm_config.model_config
     assert not vllm_start.starts_late(scorer.engine)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +162,7 @@ def test_an_engine_that_can_leaves_the_prompt_out(
     whole = run(scorer)
     late = Late(scorer.engine)
     monkeypatch.setattr(scorer, "engine", late)
-    monkeypatch.setattr(scorer, "starts_late", True)
+    monkeypatch.setattr(scorer, "can", Abilities(keeps_tensors=True, starts_late=True))
     check_same(run(scorer), whole)
     assert list(late.starts.values()) == [one.positions[0] - 1 for one in EXAMPLES]
     late.too_late = 1

@@ -1,5 +1,6 @@
 """The scorers at given ids."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample
-from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
-from qpipe.stages.engines.choose import choose_engine
 from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.transformers_engine import TransformersScorer
+from qpipe.stages.engines.vllm_requests import Abilities
 from qpipe.tests.support.examples import unweighted
 from qpipe.trainer.models.files import find_model
 
@@ -87,10 +87,11 @@ def teacher(tiny_model: Path) -> Path:
 
 
 @pytest.fixture
-def vllm(vllm_scorer: Any) -> Any:
-    """The real engine where it has no token-id scoring, as in its CPU build."""
-    if vllm_scorer.takes_ids:
-        pytest.skip("this engine scores given ids itself")
+def vllm(vllm_scorer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real engine as it is without `supervised_rows`, which takes given ids too."""
+    if vllm_scorer.can.takes_ids:
+        pytest.skip("this engine has token-id scoring")
+    monkeypatch.setattr(vllm_scorer, "can", replace(vllm_scorer.can, rows_alone=False))
     return vllm_scorer
 
 
@@ -120,12 +121,11 @@ def test_transformers_gathers_what_the_dense_reference_has(
     check_all(run(scorer, top_k), dense, top_k)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="token-id scoring takes a GPU")
-@pytest.mark.parametrize("top_k", [1, 7])
-def test_vllm_on_a_gpu_scores_given_ids_in_the_same_request(
+@pytest.mark.parametrize("top_k", [1, 7, VOCAB])
+def test_vllm_gathers_what_the_dense_reference_has(
     vllm_scorer: Any, dense: Dense, top_k: int
 ) -> None:
-    assert vllm_scorer.takes_ids
+    assert vllm_scorer.can.rows_alone
     check_all(run(vllm_scorer, top_k), dense, top_k)
 
 
@@ -242,8 +242,8 @@ def test_vllms_own_token_id_scoring_gives_what_the_dense_reference_has(
     vllm: Any, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "engine", TokenIdEngine(vllm.engine))
-    monkeypatch.setattr(vllm, "takes_ids", True)
-    monkeypatch.setattr(vllm, "keeps_tensors", False)  # its answers are flat lists
+    can = Abilities(takes_ids=True)  # and its answers are flat lists
+    monkeypatch.setattr(vllm, "can", can)
     check_all(run(vllm, top_k), dense, top_k)
 
 
@@ -256,26 +256,6 @@ def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.Mon
             return outputs
 
     monkeypatch.setattr(vllm, "engine", Dropping(vllm.engine))
-    monkeypatch.setattr(vllm, "takes_ids", True)
-    monkeypatch.setattr(vllm, "keeps_tensors", False)
+    monkeypatch.setattr(vllm, "can", Abilities(takes_ids=True))
     with pytest.raises(UserError, match="example a: vLLM returned no log-probabilities at"):
         list(vllm.score(EXAMPLES[:1], 2, AT[:1]))
-
-
-def test_auto_is_vllm_only_where_it_takes_ids(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    say_once.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_engine("auto") == "vllm"
-    assert [choose_engine("auto", gathers=True) for _ in range(2)] == ["transformers"] * 2
-    assert choose_engine("vllm", gathers=True) == "vllm"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "engine transformers: vLLM cannot score given ids here" in said
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_engine("auto", gathers=True) == "vllm"
-    import vllm
-
-    monkeypatch.setattr(vllm, "SamplingParams", object)  # an older version's
-    assert choose_engine("auto", gathers=True) == "transformers"

@@ -1,0 +1,7 @@
+"""Log-probabilities of the supervised rows alone, computed inside vLLM's workers.
+
+vLLM projects every row of a prompt onto the vocabulary. Here the supervised rows are selected
+before the output head. `request` is what travels with a request, `steps` selects the rows of an
+engine step, `gather` and `shards` compute their log-probabilities, and `worker` puts this into
+vLLM's model runners. The room does not know examples or folders. Begin with `request`.
+"""

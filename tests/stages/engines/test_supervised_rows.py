@@ -1,0 +1,435 @@
+"""The computation of supervised rows alone: its parts against plain ones, and a real engine's."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from qpipe.pipeline.format.records import ScoredExample, WeightedExample
+from qpipe.stages.engines import vllm_engine
+from qpipe.stages.engines.base import GivenIds
+from qpipe.stages.engines.supervised_rows import worker as rows_worker
+from qpipe.stages.engines.supervised_rows.gather import Gathered, gathered_log_probs
+from qpipe.stages.engines.supervised_rows.request import RowRequest, unpacked
+from qpipe.stages.engines.supervised_rows.shards import shard_log_probs
+from qpipe.stages.engines.supervised_rows.steps import Columns, Span, SupervisedRows
+from qpipe.stages.engines.supervised_rows.worker import RowsExtension
+from qpipe.stages.engines.vllm_engine import by_beginning
+from qpipe.tests.support.examples import unweighted
+from torch import Tensor
+
+V, H, K = 50, 6, 4
+HEAD_HV = torch.randn(H, V, generator=torch.Generator().manual_seed(0))
+
+
+def log_probs(hidden_nH: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int) -> Gathered:
+    return gathered_log_probs(hidden_nH @ HEAD_HV, observed_n, given_nw, top_k)
+
+
+def asked(seed: int, rows: list[int], width: int = 2) -> RowRequest:
+    rng = np.random.default_rng(seed)
+    n = len(rows)
+    given = rng.integers(-1, V, (n, width)).astype(np.int32)
+    return RowRequest(np.array(rows, np.int32), rng.integers(0, V, n), given, K)
+
+
+def check(found: Columns, request: RowRequest, hidden_TH: Tensor) -> None:
+    """Against one computation of the whole prompt in float64."""
+    dense_nV = (hidden_TH @ HEAD_HV).double().log_softmax(1)[torch.from_numpy(request.rows)]
+    n = len(request.rows)
+    assert found.ids_nc.shape == found.log_probs_nc.shape == (n, 1 + K + request.given.shape[1])
+    assert (found.ids_nc.dtype, found.log_probs_nc.dtype) == (torch.int32, torch.float32)
+    np.testing.assert_array_equal(found.ids_nc[:, 0], request.observed)
+    np.testing.assert_array_equal(found.ids_nc[:, 1 + K :], request.given)
+    at_nc = dense_nV.gather(1, found.ids_nc.long().clamp_min(0))
+    is_id_nc = found.ids_nc >= 0
+    torch.testing.assert_close(
+        found.log_probs_nc[is_id_nc].double(), at_nc[is_id_nc], atol=1e-5, rtol=0
+    )
+    top_nk = dense_nV.topk(K, dim=1).values
+    torch.testing.assert_close(found.log_probs_nc[:, 1 : 1 + K].double(), top_nk, atol=1e-5, rtol=0)
+    assert found.ranks_n.tolist() == (dense_nV >= at_nc[:, :1]).sum(1).tolist()
+
+
+def test_requests_keep_their_arrays_on_the_way() -> None:
+    import msgspec
+
+    sent = asked(0, [3, 4, 9])
+    travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(sent.packed()))
+    came = unpacked(SimpleNamespace(extra_args=travelled))
+    assert came is not None
+    assert came.top_k == K
+    for name in ("rows", "observed", "given"):
+        np.testing.assert_array_equal(getattr(came, name), getattr(sent, name))
+    assert unpacked(SimpleNamespace(extra_args=None)) is None
+    assert unpacked(SimpleNamespace(extra_args={"other": 1})) is None
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_prompts_in_parts_give_the_rows_of_whole_prompts(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts whose parts share steps, with logits of five rows at a time."""
+    monkeypatch.setattr("qpipe.stages.engines.supervised_rows.steps.CHUNK_ROWS", 5)
+    hidden = {name: torch.randn(20 + i, H) for i, name in enumerate("abc")}
+    requests = {"a": asked(1, [0, 5, 6, 18]), "b": asked(2, [19], 0), "c": asked(3, [*range(21)])}
+    rows = SupervisedRows(log_probs)
+    for name, request in requests.items():
+        rows.add(name, request)
+    found: dict[str, Columns] = {}
+    for start in range(0, 22, chunk):
+        spans, tensors = [], [torch.full((2, H), torch.nan)]  # another request's tokens
+        for name, states_TH in hidden.items():
+            part = states_TH[start : start + chunk]
+            if len(part):
+                offset = sum(map(len, tensors))
+                spans.append(Span(name, offset, start, len(part), len(states_TH)))
+                tensors.append(part)
+        spans.append(Span("unknown", 0, 0, 2, 9))
+        found |= rows.step(torch.cat(tensors), spans)
+    assert not rows.progress
+    for name, request in requests.items():
+        check(found[name], request, hidden[name])
+
+
+def test_rows_that_never_ran_are_missing_and_repeated_ones_count_once() -> None:
+    hidden_TH = torch.randn(10, H)
+    request = asked(0, [1, 4, 8])
+    rows = SupervisedRows(log_probs)
+
+    def step(start: int, end: int) -> dict[str, Columns]:
+        return rows.step(hidden_TH[start:end], [Span("r", 0, start, end - start, 10)])
+
+    rows.add("r", request)
+    assert len(step(4, 10)["r"].ranks_n) == 2  # row 1 was in a prefix cache
+    rows.add("r", request)
+    assert not step(0, 6)
+    check(step(3, 10)["r"], request, hidden_TH)  # it lost its place, and some rows ran again
+    rows.add("r", request)
+    assert len(step(9, 10)["r"].ranks_n) == 0
+    rows.add("r", request)
+    rows.remove("r")
+    assert not step(0, 10)
+
+
+@pytest.mark.parametrize("sizes", [(50,), (20, 30), (48, 2), (17, 17, 16), (49, 1, 0)])
+def test_a_divided_vocabulary_gives_what_the_whole_one_gives(sizes: tuple[int, ...]) -> None:
+    """Each part in a thread of its own, whose gathering waits for all."""
+    torch.manual_seed(1)
+    n, count = 9, len(sizes)
+    logits_nV = torch.randn(n, V) * 5
+    logits_nV[0, [3, 44]] = logits_nV[0].max()  # a tie between parts
+    observed_n = torch.tensor([3, 44, 0, 49, 20, 21, 16, 17, 33])
+    given_nw = torch.randint(-1, V, (n, 3))
+    barrier, shelf = Barrier(count), [torch.empty(0)] * count
+
+    def all_gather(part: int, tensor_nc: Tensor) -> Tensor:
+        shelf[part] = tensor_nc
+        barrier.wait()
+        whole = torch.stack(shelf, dim=1)
+        barrier.wait()
+        return whole
+
+    def of_part(part: int) -> Gathered:
+        first = sum(sizes[:part])
+        own = logits_nV[:, first : first + sizes[part]]
+        return shard_log_probs(own, first, observed_n, given_nw, K, partial(all_gather, part))
+
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(of_part, range(count)))
+    whole = gathered_log_probs(logits_nV, observed_n, given_nw, K)
+    for found in parts:
+        torch.testing.assert_close(found.observed_n, whole.observed_n, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.top_nk, whole.top_nk, atol=1e-5, rtol=0)
+        is_id = given_nw >= 0
+        torch.testing.assert_close(found.given_nw[is_id], whole.given_nw[is_id], atol=1e-5, rtol=0)
+        assert found.ranks_n.tolist() == whole.ranks_n.tolist()
+        assert found.ids_nk[1:].tolist() == whole.ids_nk[1:].tolist()
+        assert set(found.ids_nk[0].tolist()) == set(whole.ids_nk[0].tolist())
+
+
+class Runner:
+    """As much of vLLM's model runners as is replaced, with a head of its own."""
+
+    device = torch.device("cpu")
+    model_config = SimpleNamespace(get_hidden_size=lambda: H, dtype=torch.float32)
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(compute_logits=lambda hidden: hidden @ HEAD_HV)
+
+
+def sampling(request: RowRequest | None) -> Any:
+    extra = None if request is None else request.packed()
+    return SimpleNamespace(extra_args=extra, prompt_logprobs=K, prompt_logprob_token_ids=None)
+
+
+class FirstRunner(Runner):
+    def __init__(self, requests: dict[str, Any]) -> None:
+        super().__init__()
+        self.requests = requests
+        self.num_prompt_logprobs = dict.fromkeys(requests, K)
+        self.query_start_loc = SimpleNamespace(np=np.array([0, 4, 10]))
+        self.input_batch = SimpleNamespace(req_id_to_index={"own": 1, "other": 0})
+
+    def _get_prompt_logprobs_dict(
+        self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]
+    ) -> dict[str, Any]:
+        return dict.fromkeys(self.num_prompt_logprobs, "vLLM's")
+
+
+class RenamedRunner(FirstRunner):
+    def _get_prompt_logprobs_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, states: Tensor, num_scheduled_tokens: dict[str, int]
+    ) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process group, and the plain computation in place of the kernels of a GPU."""
+    monkeypatch.setattr(rows_worker, "divided_log_probs", lambda model: None)
+    monkeypatch.setattr(rows_worker, "triton_log_probs", gathered_log_probs)
+
+
+def install(runner: Any) -> str | None:
+    extension = RowsExtension()
+    extension.model_runner = runner
+    return extension.qpipe_install_rows()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_first_runner_passes_other_requests_on() -> None:
+    own, hidden_TH = asked(5, [0, 2, 4]), torch.randn(10, H)
+    state: Any = partial(SimpleNamespace, num_computed_tokens=0, prompt_token_ids=[0] * 6)
+    requests = {
+        "other": state(sampling_params=sampling(None)),
+        "own": state(sampling_params=sampling(own)),
+    }
+    runner: Any = FirstRunner(requests)
+    assert install(runner) is None
+    found = runner._get_prompt_logprobs_dict(hidden_TH, {"own": 6, "other": 4})
+    assert found.pop("other") == "vLLM's"
+    assert runner.num_prompt_logprobs == {"other": K}
+    check(Columns(*found["own"][:3]), own, hidden_TH[4:])
+    runner.num_prompt_logprobs["own"] = K
+    assert not runner._get_prompt_logprobs_dict(hidden_TH, {}).keys() - {"other"}  # preempted
+    del requests["own"]  # aborted
+    runner._get_prompt_logprobs_dict(hidden_TH, {})
+    assert not runner.__dict__["_get_prompt_logprobs_dict"].rows.progress
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_second_runner_passes_other_requests_on() -> None:
+    """With vLLM's own worker, of whose kernels no request makes use."""
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    runner: Any = Runner()
+    runner.prompt_logprobs_worker = stock = PromptLogprobsWorker(3, runner.device)
+    assert install(runner) is None
+    worker = runner.prompt_logprobs_worker
+    own, hidden_TH = asked(5, [0, 2, 4]), torch.randn(6, H)
+    worker.add_request("other", 2, sampling(None))
+    worker.add_request("own", 1, sampling(own))
+    assert stock.uses_prompt_logprobs.tolist() == [False, False, True]
+    assert worker.num_prompt_logprobs is stock.num_prompt_logprobs
+    found: dict[str, Any] = {}
+    for start, end in ((0, 3), (3, 6)):
+        assert not found
+        batch = SimpleNamespace(
+            req_ids=["own"],
+            idx_mapping_np=np.array([1]),
+            num_computed_prefill_tokens_np=np.array([start]),
+            num_scheduled_tokens=np.array([3]),
+            query_start_loc_np=np.array([1, 4]),
+        )
+        states = torch.cat((torch.full((1, H), torch.nan), hidden_TH[start:end]))
+        unused = torch.empty(0)
+        found = worker.compute_prompt_logprobs(
+            runner.model.compute_logits, states, batch, unused, unused, np.array([9, 6, 9])
+        )
+    check(Columns(*found["own"][:3]), own, hidden_TH)
+    worker.add_request("own", 1, sampling(own))
+    worker.remove_request("own")
+    worker.remove_request("other")
+    assert not worker.rows.progress
+    assert not stock.in_progress_prompt_logprobs
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_runner_of_another_form_is_left_alone() -> None:
+    runner: Any = RenamedRunner({})
+    assert install(runner) == "the model runner has another form"
+    assert "_get_prompt_logprobs_dict" not in vars(runner)
+    second: Any = Runner()
+    second.prompt_logprobs_worker = SimpleNamespace(add_request=print)
+    before = second.prompt_logprobs_worker
+    assert install(second) == "the second model runner has another form"
+    assert second.prompt_logprobs_worker is before
+    second.prompt_logprobs_worker = None  # a stage of a pipeline without the head
+    assert install(second) is None
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_trial_that_disagrees_leaves_vllms_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(*asked: Any) -> Gathered:
+        return gathered_log_probs(*asked)._replace(ids_nk=gathered_log_probs(*asked).ids_nk + 1)
+
+    monkeypatch.setattr(rows_worker, "gathered_log_probs", shifted)
+    runner: Any = FirstRunner({})
+    reason = install(runner)
+    assert reason is not None
+    assert "_get_prompt_logprobs_dict" not in vars(runner)
+
+
+def test_a_divided_vocabulary_that_disagrees_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(hidden_nH: Tensor, *asked: Any) -> Gathered:
+        return log_probs(-hidden_nH, *asked)
+
+    monkeypatch.setattr(rows_worker, "divided_log_probs", lambda model: wrong)
+    runner: Any = FirstRunner({})
+    assert install(runner) is None
+    assert vars(runner)["_get_prompt_logprobs_dict"].rows.log_probs is not wrong
+
+
+def chat(seed: int, shared: list[int], own: int, first: int) -> WeightedExample:
+    """`shared` tokens, then `own` random ones; supervised from token `first` on."""
+    tokens = np.random.default_rng(seed).integers(0, 320, own)
+    ids = np.concatenate([shared, tokens]).astype(np.int32)
+    return unweighted(f"e{seed}", ids, np.arange(first, len(ids), 2, dtype=np.int32))
+
+
+PREFIX = np.random.default_rng(99).integers(0, 320, 140).tolist()
+CHATS = [
+    chat(0, [*PREFIX, 0], 59, 150),  # the first in order
+    chat(1, [], 33, 5),
+    chat(2, PREFIX, 80, 141),
+    chat(3, PREFIX, 20, 100),  # supervised inside the shared beginning
+    chat(4, PREFIX, 7, 141),
+    chat(5, [], 200, 120),
+]
+AT = [GivenIds(np.full(len(one.positions), 2, np.int32), np.tile([7, 319], len(one.positions)))
+      for one in CHATS]  # fmt: skip
+
+
+def score(scorer: Any, at: Any = None) -> list[ScoredExample]:
+    by_place = dict(scorer.score(CHATS, 8, at))
+    return [by_place[place] for place in range(len(CHATS))]
+
+
+def check_close(results: list[ScoredExample], others: list[ScoredExample]) -> None:
+    for one, other in zip(results, others, strict=True):
+        np.testing.assert_allclose(one.observed_log_probs, other.observed_log_probs, atol=1e-5)
+        np.testing.assert_allclose(one.topk_log_probs, other.topk_log_probs, atol=1e-5)
+        np.testing.assert_array_equal(one.observed_ranks, other.observed_ranks)
+        np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
+
+
+@pytest.fixture
+def plain(vllm_scorer: Any) -> list[ScoredExample]:
+    """The scores by vLLM's own prompt log-probabilities, without a cache."""
+    can = vllm_scorer.can
+    assert can.rows_alone
+    assert can.block_size == 128
+    vllm_scorer.can = replace(can, rows_alone=False, block_size=0)
+    try:
+        return score(vllm_scorer)
+    finally:
+        vllm_scorer.can = can
+
+
+@pytest.fixture
+def cached(vllm_scorer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each finished request that came from the cache."""
+    counts: list[int] = []
+    step: Callable[[], list[Any]] = vllm_scorer.engine.step
+
+    def counting() -> list[Any]:
+        outputs = step()
+        counts.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(vllm_scorer.engine, "step", counting)
+    return counts
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_shared_beginnings_are_computed_once_and_change_nothing(
+    vllm_scorer: Any,
+    plain: list[ScoredExample],
+    cached: list[int],
+    alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_scorer, "can", replace(vllm_scorer.can, rows_alone=alone))
+    check_close(score(vllm_scorer), plain)
+    # of the four with the beginning, the first computes it, and one is supervised inside of it
+    assert sorted(cached) == [0, 0, 0, 0, 128, 128]
+    cached.clear()
+    check_close(score(vllm_scorer), plain)
+    assert sorted(cached) == [0, 0, 0, 0, 128, 128]  # not more, from the earlier call
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_answer_without_a_supervised_row_is_asked_for_again(
+    vllm_scorer: Any,
+    plain: list[ScoredExample],
+    cached: list[int],
+    alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def all_read(examples: Any, block_size: int) -> dict[int, bool]:
+        return dict.fromkeys(by_beginning(examples, block_size), True)
+
+    monkeypatch.setattr(vllm_engine, "by_beginning", all_read)
+    monkeypatch.setattr(vllm_scorer, "can", replace(vllm_scorer.can, rows_alone=alone))
+    check_close(score(vllm_scorer), plain)
+    assert len(cached) == len(CHATS) + 1
+    assert sorted(cached) == [0, 0, 0, 0, 128, 128, 128]
+
+
+def test_supervised_rows_alone_are_vllms_own_bits(
+    vllm_scorer: Any, plain: list[ScoredExample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_scorer, "can", replace(vllm_scorer.can, block_size=0))
+    for one, other in zip(score(vllm_scorer), plain, strict=True):
+        np.testing.assert_array_equal(one.topk_log_probs, other.topk_log_probs)
+        np.testing.assert_array_equal(one.observed_log_probs, other.observed_log_probs)
+        np.testing.assert_array_equal(one.observed_ranks, other.observed_ranks)
+    with_ids = score(vllm_scorer, AT)
+    for one, other in zip(with_ids, plain, strict=True):
+        np.testing.assert_array_equal(one.observed_log_probs, other.observed_log_probs)
+        starts = np.cumsum(one.counts) - one.counts
+        rows = [set(row) for row in np.split(one.topk_ids, starts[1:])]
+        assert all({7, 319} <= row for row in rows)
+
+
+def test_the_order_of_a_shard_puts_equal_beginnings_together() -> None:
+    def example(ids: list[int], first: int) -> WeightedExample:
+        return unweighted("e", np.array(ids, np.int32), np.array([first], np.int32))
+
+    examples = [
+        example([1, 2, 3, 4, 5], 4),
+        example([9, 9, 9], 1),
+        example([1, 2, 3, 4, 9, 9], 4),  # shares two blocks, and row 3 is in the second
+        example([1, 2, 3, 300, 5], 3),  # shares one block, which ends before row 2
+        example([9, 9, 9, 9], 1),
+        example([1, 2], 1),
+        example([2, 1], 1),
+    ]
+    order = by_beginning(examples, block_size=2)
+    assert list(order) == [5, 0, 2, 3, 6, 1, 4]
+    assert [bool(reads) for reads in order.values()] == [
+        True,  # row 0, and nothing is before it
+        True,  # shares one block; row 3
+        False,
+        True,
+        True,  # shares nothing
+        True,
+        False,
+    ]
