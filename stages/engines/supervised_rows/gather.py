@@ -48,5 +48,5 @@ def triton_log_probs(
     ids_nc, log_probs_nc, ranks_n, *_ = of_top(logits_nV, top_k, observed_n)
     at_nw = given_nw.to(torch.float32)
     if given_nw.shape[1]:
-        at_nw = logprob.compute_token_logprobs(logits_nV, given_nw.clamp_min(0).contiguous())
+        at_nw = logprob.compute_token_logprobs(logits_nV, given_nw.clamp_min(0))
     return Gathered(log_probs_nc[:, 0], ranks_n, ids_nc[:, 1:], log_probs_nc[:, 1:], at_nw)

@@ -105,7 +105,9 @@ class SupervisedRows:
     def _columns(self, hidden_TH: Tensor, asked_nc: Tensor, top_k: int) -> Columns:
         parts = []
         for some_c in asked_nc.split(CHUNK_ROWS):
-            place_n, observed_n, given_nw = some_c[:, 0], some_c[:, 1], some_c[:, 2:]
+            # kernels read whole tensors, not columns
+            place_n, observed_n = some_c[:, :2].T.contiguous()
+            given_nw = some_c[:, 2:].contiguous()
             found = self.log_probs(hidden_TH[place_n], observed_n, given_nw, top_k)
             ids_nc = torch.cat((observed_n[:, None], found.ids_nk, given_nw), dim=1)
             log_probs_nc = torch.cat(

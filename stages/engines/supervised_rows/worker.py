@@ -193,15 +193,22 @@ def _checked_log_probs(runner: Any, of_logits: Callable[..., Gathered]) -> LogPr
 
 
 def _agree(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor) -> bool:
-    """Whether some rows have the expected log-probabilities, and each id its own."""
+    """Whether some rows have the expected log-probabilities and ranks, and each id its own."""
     n, V = expected_nV.shape
     observed_n = torch.linspace(0, V - 1, n, device=hidden_nH.device).long()
     found = log_probs(hidden_nH, observed_n, observed_n[:, None], min(8, V))
     ids_nc = torch.cat((observed_n[:, None], observed_n[:, None], found.ids_nk.long()), dim=1)
     values_nc = torch.cat((found.observed_n[:, None], found.given_nw, found.top_nk), dim=1)
+    at_nc = expected_nV.gather(1, ids_nc)
     top_nk = expected_nV.topk(found.top_nk.shape[1], dim=1).values
-    errors = (expected_nV.gather(1, ids_nc) - values_nc, top_nk - found.top_nk)
-    return all(bool((error.abs() <= _PROBE_TOLERANCE).all()) for error in errors)
+    close = [
+        (error.abs() <= _PROBE_TOLERANCE).all()
+        for error in (at_nc - values_nc, top_nk - found.top_nk)
+    ]
+    least_n = (expected_nV > at_nc[:, :1] + _PROBE_TOLERANCE).sum(dim=1)
+    most_n = (expected_nV >= at_nc[:, :1] - _PROBE_TOLERANCE).sum(dim=1)
+    close.append(((least_n <= found.ranks_n) & (found.ranks_n <= most_n)).all())
+    return all(map(bool, close))
 
 
 def divided_log_probs(model: Any) -> LogProbs | None:
