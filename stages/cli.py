@@ -21,7 +21,7 @@ _COMMANDS = {
     "status.status": "Show the progress of a folder, also while a command writes it.",
     "inspect.inspect": "Show a summary of scores or targets, then examples token by token.",
     "report.report": "Write an HTML page about targets, scores or training runs.",
-    "verify.verify": "Verify every byte and every value of a score or target folder.",
+    "verify.verify": "Verify every byte of a score or target folder, or of a trained model.",
     "share.share": "Copy a finished folder to a path or URL, as a dataset with a card.",
     "share.list_": "List the folders under a path or URL, one per line.",
     "share.lineage": "Show the inputs of a folder, back to the demonstrations.",

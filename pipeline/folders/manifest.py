@@ -18,10 +18,10 @@ from ..format.schema import FORMAT_VERSION, STAGES, Schema, format_version_of
 from ..storage.files import read_bytes
 from ..storage.json_files import (
     Number,
-    json_bytes,
     parse_json,
     read_json,
     refuse_misfits,
+    sealed_bytes,
     sha256_of_json,
     write_json,
     write_readable,
@@ -217,8 +217,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _sealed_bytes(manifest: Manifest) -> bytes:
     ids = " ".join(map(str, manifest.frequent_ids))
-    value = msgspec.structs.asdict(manifest) | {"frequent_ids": ids}
-    return json_bytes(value | {"seal": sha256_of_json(value)})
+    return sealed_bytes(msgspec.structs.asdict(manifest) | {"frequent_ids": ids})
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:

@@ -18,7 +18,7 @@ from ..format.batches import FlatBatch, split
 from ..format.records import ScoredExample, TargetExample
 from ..format.schema import Column, Schema, packing_of, schema_of
 from ..storage.cache import local_copy
-from ..storage.files import sha256_of_file
+from ..storage.files import refuse_irregular, sha256_of_file
 from ..storage.remote import open_path
 from .manifest import Manifest, read_manifest
 from .shards import COUNTED
@@ -151,6 +151,7 @@ class SealedFolder:
         # buffers are small, and there is a reader for each core: threads would not save time
         options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
         try:
+            refuse_irregular(local)
             with pa.OSFile(str(local)) as file:
                 refuse_bombs(file)
                 with pa.ipc.open_file(file, options=options) as reader:

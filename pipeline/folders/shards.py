@@ -9,19 +9,12 @@ from typing import Any, BinaryIO
 import msgspec
 import pyarrow as pa
 
-from ..errors import UserError
 from ..format.arrow import encode
 from ..format.batches import FlatBatch, flatten
 from ..format.records import Example, Reject, ScoredExample, TargetExample
 from ..format.schema import Schema
-from ..storage.files import atomic_file, read_bytes, sha256_of_file
-from ..storage.json_files import (
-    json_bytes,
-    parse_json,
-    refuse_misfits,
-    sha256_of_json,
-    write_readable,
-)
+from ..storage.files import atomic_file, sha256_of_file
+from ..storage.json_files import read_sealed, refuse_misfits, sealed_bytes, write_readable
 from ..storage.remote import is_remote
 from .manifest import ShardEntry, check_entry, shard_name
 
@@ -99,25 +92,15 @@ def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
 
 def sidecar_bytes(entry: ShardEntry) -> bytes:
     """The content of a sidecar."""
-    value = msgspec.structs.asdict(entry)
-    return json_bytes(value | {"seal": sha256_of_json(value)})
+    return sealed_bytes(msgspec.structs.asdict(entry))
 
 
 def read_sidecar(folder: Path, index: int) -> ShardEntry:
     """Read a sidecar. Raises UserError if it is damaged."""
-    path = sidecar_path(folder, index)
-    content = read_bytes(path)
-    value = parse_json(path, content)
-    with refuse_misfits(path, "sidecar", "remove it and run again"):
-        value = msgspec.convert(value, dict[str, Any])
-        value.pop("seal", None)
-        entry = msgspec.convert(value, ShardEntry)
+    path, way_out = sidecar_path(folder, index), "remove it and run again"
+    entry = read_sealed(path, ShardEntry, "sidecar", way_out)
+    with refuse_misfits(path, "sidecar", way_out):
         check_entry(entry, index, entry.fingerprint)
-    if sidecar_bytes(entry) != content:
-        raise UserError(
-            f"{path}: damaged or changed, its seal does not match its content: remove it and run "
-            "again"
-        )
     return entry
 
 

@@ -61,18 +61,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_bytes(path: Path) -> bytes:
     """Read a file that this package wrote. Raises UserError if it is larger than those."""
     try:
-        status = path.stat()  # one call: a request for a remote file
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: cannot be read: not a file")
-        if status.st_size > MOST_BYTES:
-            raise UserError(
-                f"{path}: damaged, it has {status.st_size:,} bytes, more than qpipe writes"
-            )
+        size = _size_of_regular(path)
+        if size > MOST_BYTES:
+            raise UserError(f"{path}: damaged, it has {size:,} bytes, more than qpipe writes")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise UserError for a local pipe, device or folder: reading it might never end."""
+    if not is_remote(path):
+        _size_of_regular(path)
+
+
+def _size_of_regular(path: Path) -> int:
+    status = path.stat()  # one call: a request for a remote file
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: cannot be read: not a file")
+    return status.st_size
 
 
 def is_content(path: Path, content: bytes) -> bool:
@@ -81,6 +90,7 @@ def is_content(path: Path, content: bytes) -> bool:
 
 
 def sha256_of_file(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's content."""
+    """The hexadecimal SHA-256 of a file's content. Raises UserError if it is not a file."""
+    refuse_irregular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,15 +4,17 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from ..errors import UserError, one_line
 from .files import MOST_BYTES, read_bytes, write_bytes
+
+Kind = TypeVar("Kind")
 
 MOST_DENSE = 100_000  # values that a JSON file of any size may hold
 _MOST = sys.float_info.max
@@ -49,6 +51,29 @@ def json_bytes(value: Any) -> bytes:
         default=msgspec.structs.asdict,
     )
     return text.encode() + b"\n"
+
+
+def sealed_bytes(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file with a hash of all its values, its seal."""
+    return json_bytes({**value, "seal": sha256_of_json(value)})
+
+
+def read_sealed(path: Path, kind: type[Kind], what: str, way_out: str) -> Kind:
+    """Read a sealed JSON file as a `kind`. Raises UserError if it is damaged or was changed."""
+    content = read_bytes(path)
+    try:
+        value = parse_json(path, content)
+    except UserError as error:
+        raise UserError(f"{error}: {way_out}") from error
+    with refuse_misfits(path, what, way_out):
+        value = msgspec.convert(value, dict[str, Any])
+        value.pop("seal", None)
+        found = msgspec.convert(value, kind)
+    if sealed_bytes(value) != content:
+        raise UserError(
+            f"{path}: damaged or changed, its seal does not match its content: {way_out}"
+        )
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """`qpipe verify`: options, call, output."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +43,12 @@ def verify(
     seed: int,
     log_json: Path | None,
 ) -> None:
-    """Verify every byte and every value of a score or target folder.
+    """Verify every byte of a score or target folder, or of a trained model.
 
     Compares the hash of every file with the manifest, reads every row, and checks columns,
     counts, ids, probabilities, masses and positions, and the fingerprints back to the
     demonstrations. Prints shard, row and column of each problem; the exit status is 2 if there
-    are any.
+    are any. Of a model that qpipe trained, compares the hash of every file.
 
     With --rescore, scores random examples again with transformers in float32 and prints the
     largest differences and the KL divergence, which show the cost of bfloat16 or of a quantized
@@ -55,14 +56,23 @@ def verify(
 
     \b
     qpipe verify targets/
+    qpipe verify run/
     qpipe verify scores/ --rescore 32
     """
     for option, value in (("--model", model), ("--revision", revision)):
         if value is not None and rescore is None:
             raise click.UsageError(f"{option} {value}: requires --rescore N: give both")
     from ...pipeline.folders.manifest import read_manifest
+    from ...trainer.run.folder import RUN
+    from ..folders.verify import verify, verify_run
 
-    _check(folder)
+    if (folder / RUN).exists():
+        if rescore is not None:
+            raise click.UsageError(f"--rescore {rescore}: {folder} is a model: give a score folder")
+        _check(folder, verify_run(folder))
+        click.echo(f"{folder}: all well: every file of the model is as {RUN} states")
+        return
+    _check(folder, verify(folder))
     manifest = read_manifest(folder)
     totals = manifest.totals
     click.echo(
@@ -78,13 +88,12 @@ def verify(
         log_event(log_json, "rescore", **asdict(result))
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, problems: Iterable[str]) -> None:
     """Print the problems. Raises UserError if there are any."""
     from ...pipeline.errors import UserError
-    from ..folders.verify import verify
 
     found = 0
-    for problem in verify(folder):
+    for problem in problems:
         found += 1
         if found <= _MOST_SHOWN:
             click.echo(problem, err=True)

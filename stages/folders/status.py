@@ -20,6 +20,7 @@ from ...pipeline.folders.manifest import (
 )
 from ...pipeline.folders.shard_run import sidecar_indices
 from ...pipeline.folders.shards import read_sidecar, sidecar_path
+from ...pipeline.storage.files import refuse_irregular
 from ...pipeline.storage.json_files import is_number
 from ...pipeline.storage.locks import is_worked_in
 from ...trainer.run.folder import LOG, RUN, parse_event
@@ -150,6 +151,7 @@ def _last_step(log: Path) -> dict[str, Any]:
     """The last step in a training log; empty if there is none yet."""
     if not log.exists():
         return {}
+    refuse_irregular(log)
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         lines = file.read().splitlines()

@@ -1,4 +1,7 @@
-"""`qpipe verify`: checks a sealed folder against its manifest, and its rows for validity."""
+"""`qpipe verify`: checks a sealed folder against its manifest, and its rows for validity.
+
+A finished model is checked against the hashes in its `qpipe.json`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from ...pipeline.folders.shards import sidecar_bytes, sidecar_path
 from ...pipeline.format.row_checks import violations
 from ...pipeline.progress import progress_bar
 from ...pipeline.storage.files import is_content, sha256_of_file
+from ...trainer.run.folder import RUN, model_files, read_record
 
 
 def verify(folder: Path) -> Iterator[str]:
@@ -35,6 +39,23 @@ def verify(folder: Path) -> Iterator[str]:
             yield from _of_sidecar(folder, shard, entry)
             yield from _of_shard(sealed, shard)
             progress.update(entry.positions)
+
+
+def verify_run(folder: Path) -> Iterator[str]:
+    """Yield the problems of a finished model, one line each.
+
+    Raises UserError if there is no readable `qpipe.json`.
+    """
+    identity, record = read_record(folder)
+    if identity.fingerprint != record.get("fingerprint"):
+        yield f"{folder / RUN}: its fingerprint does not match its settings"
+    for path, (size, sha256) in model_files(folder, record).items():
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif path.stat().st_size != size:
+            yield f"{path}: has {path.stat().st_size:,} bytes, {size:,} in {RUN}"
+        elif sha256 not in (None, sha256_of_file(path)):
+            yield f"{path}: its hash is not that in {RUN}"
 
 
 def _of_parts(folder: Path) -> Iterator[str]:

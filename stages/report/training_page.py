@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError
+from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import is_number
 from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
 from ..looking.token_text import escaped
@@ -82,7 +83,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    events = [event for line in path.read_bytes().split(b"\n") if (event := parse_event(line))]
+    events = [event for line in read_bytes(path).split(b"\n") if (event := parse_event(line))]
     if not events:
         raise UserError(f"{path}: nothing is logged yet: wait for the first step")
     return events

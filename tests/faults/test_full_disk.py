@@ -73,6 +73,6 @@ def assert_full(work: Work, error: str, out: Path) -> None:
     assert not list(out.rglob(".*.tmp"))
     if work.name == "train":
         for checkpoint in checkpoints_in(out):
-            assert {"progress.json", ".metadata", "random-0.pt"} <= {
+            assert {"progress.json", "process-0.safetensors"} == {
                 path.name for path in checkpoint.iterdir()
             }

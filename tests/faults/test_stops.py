@@ -150,7 +150,7 @@ def test_processes_of_a_training_agree_where_they_stop(
         assert said.count("Stopped: finished shards") == 2, said
         stops.append(last_step(out))
         assert last_checkpoint(out) == stops[-1] > before
-        assert {path.name for path in checkpoints_in(out)[-1].glob("random-*")} == {
-            "random-0.pt", "random-1.pt",
+        assert {path.name for path in checkpoints_in(out)[-1].glob("process-*")} == {
+            "process-0.safetensors", "process-1.safetensors",
         }  # fmt: skip
     assert stops[0] < stops[1] < 600

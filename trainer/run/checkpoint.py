@@ -5,19 +5,22 @@ loss scaler, each process' random state and the progress. The position in the da
 samples, so a run may resume with another number of processes. A checkpoint is written under a
 temporary name by all processes together and renamed when complete; then older ones are removed.
 
-The tensors are torch's distributed checkpoint, sharded as the model is.
+It holds tensors as safetensors (`tensor_files`), sharded as the model is, and `progress.json` with
+the hashes of these files. Nothing in it is a pickle, so reading one never runs code.
 """
 
-import os
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,15 +33,23 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.folders.manifest import Identity, parse_identity
 from ...pipeline.folders.shard_run import refuse_other
-from ...pipeline.storage.files import TEMPORARY, sync_folder
-from ...pipeline.storage.json_files import read_json, write_json
+from ...pipeline.storage.files import (
+    TEMPORARY,
+    refuse_irregular,
+    sha256_of_file,
+    sync_folder,
+    write_bytes,
+)
+from ...pipeline.storage.json_files import Number, read_sealed, sealed_bytes
 from ..data.steps import Cadence
 from ..step.distributed import true_on_any_rank
 from ..step.evaluate import Evaluation
 from ..step.step import Stepper
 from .folder import CHECKPOINTS
+from .tensor_files import TensorReader, TensorWriter, file_name, own_tensors
 
 _PROGRESS = "progress.json"
+_OF_OLD = ".metadata"  # a pickle: qpipe 0.1 wrote checkpoints with torch's own storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,18 @@ class Progress:
         )
 
 
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of `progress.json`; `numbers` are those of the optimizer and the loss scaler."""
+
+    identity: dict[str, Any]
+    progress: Progress
+    numbers: dict[str, Number]
+    sha256: dict[
+        Annotated[str, msgspec.Meta(pattern=r"\Aprocess-\d+\.safetensors\Z")],
+        Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")],
+    ]
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run folder, the latest last."""
     return sorted((folder / CHECKPOINTS).glob("step-*"))
@@ -71,14 +94,25 @@ def latest_checkpoint(folder: Path, identity: Identity) -> Path | None:
     found = checkpoints_in(folder)
     if not found:
         return None
-    progress = found[-1] / _PROGRESS
-    try:
-        record = read_json(progress) if progress.exists() else {}
-        theirs = parse_identity(progress, record["identity"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{found[-1]}: damaged: remove it, and run again") from error
-    refuse_other(folder, identity, theirs)
+    if (found[-1] / _OF_OLD).exists():
+        raise UserError(
+            f"{found[-1]}: holds pickles of an earlier qpipe, which can run code when they are "
+            f"read: remove {found[-1].parent} to start over, or finish the run with that qpipe"
+        )
+    record = _read(found[-1])
+    refuse_other(folder, identity, parse_identity(found[-1] / _PROGRESS, record.identity))
     return found[-1]
+
+
+def _read(path: Path) -> _Record:
+    """The record of a checkpoint. Raises UserError if it is damaged or missing."""
+    if not (path / _PROGRESS).exists():
+        raise UserError(f"{path}: damaged: it has no {_PROGRESS}: {_way_out(path)}")
+    return read_sealed(path / _PROGRESS, _Record, "record of a checkpoint", _way_out(path))
+
+
+def _way_out(path: Path) -> str:
+    return f"remove {path}, and the same command resumes from the one before"
 
 
 @dataclass(slots=True, eq=False)
@@ -140,12 +174,18 @@ class Checkpoints:
         """Write this process' part of a checkpoint; returns the error if it cannot be written."""
         accelerator = self.stepper.accelerator
         try:
+            state = _state(self.stepper)
+            writer = TensorWriter(folder, accelerator.process_index, _random_state())
             with _without_warnings():
-                save(_state(self.stepper), checkpoint_id=folder)
-            _save_random_state(folder / f"random-{accelerator.process_index}.pt")
+                save(_tensors(state), storage_writer=writer)
             if accelerator.is_main_process:
-                record = {"identity": self.identity, "progress": asdict(progress)}
-                write_json(folder / _PROGRESS, record)
+                record = {
+                    "identity": self.identity,
+                    "progress": asdict(progress),
+                    "numbers": _numbers(state),
+                    "sha256": writer.sha256,
+                }
+                write_bytes(folder / _PROGRESS, sealed_bytes(record))
         except (OSError, RuntimeError, UserError, CheckpointException) as failure:
             return failure  # a full disk comes as any of these
         return None
@@ -164,10 +204,11 @@ def _raise_unwritten(path: Path, error: BaseException | None) -> None:
 def _load(path: Path, stepper: Stepper) -> Progress:
     """Load a checkpoint into the model and the optimizer; returns its progress."""
     accelerator = stepper.accelerator
-    try:
+    record = _read(path)
+    with _damage_named(path):
         state = _state(stepper)
-        with _without_warnings():
-            load(state, checkpoint_id=path)
+        _load_tensors(path, record.sha256, _tensors(state), accelerator)
+        state = _with_numbers(state, record.numbers)
         set_state_dict(
             *_model_and_optimizer(stepper),
             model_state_dict=state["model"],
@@ -176,8 +217,33 @@ def _load(path: Path, stepper: Stepper) -> Progress:
         )
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        progress = msgspec.convert(read_json(path / _PROGRESS)["progress"], Progress)
-        _restore_random_state(path / f"random-{accelerator.process_index}.pt")
+        _restore_random_state(path / file_name(accelerator.process_index))
+    return record.progress
+
+
+def _load_tensors(
+    path: Path, sha256: Mapping[str, str], tensors: dict[str, Any], accelerator: Any
+) -> None:
+    """Load the tensors; meanwhile threads compare the hashes, each process those of some files."""
+    names = sorted(sha256)
+    mine = names[accelerator.process_index :: accelerator.num_processes]
+    for name in names:
+        refuse_irregular(path / name)
+    with ThreadPoolExecutor() as pool:
+        hashed = [pool.submit(sha256_of_file, path / name) for name in mine]
+        with _without_warnings():
+            load(tensors, storage_reader=TensorReader([path / name for name in names]))
+        found = {name: each.result() for name, each in zip(mine, hashed, strict=True)}
+    wrong = [name for name in mine if found[name] != sha256[name]]
+    if true_on_any_rank(bool(wrong), accelerator):
+        raise ValueError(f"{wrong[0] if wrong else 'a file'} has another hash than {_PROGRESS}")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn the errors of a checkpoint that cannot be loaded into UserErrors."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{path}: the device is out of memory: free some, then run the same command again"
@@ -189,16 +255,12 @@ def _load(path: Path, stepper: Stepper) -> Progress:
                 f"{path}: cannot be read: {one_line(cause)}: fix that, then run the same command "
                 "again"
             ) from error
-        raise UserError(
-            f"{path}: damaged: {one_line(cause)}: remove it, and the same command resumes from "
-            "the one before"
-        ) from error
-    return progress
+        raise UserError(f"{path}: damaged: {one_line(cause)}: {_way_out(path)}") from error
 
 
 _UNREADABLE = (
-    *(OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError),
-    *(UnpicklingError, CheckpointException),
+    *(OSError, RuntimeError, KeyError, TypeError, ValueError),
+    *(SafetensorError, CheckpointException),
 )
 
 # frozen weights are the base model's
@@ -218,6 +280,33 @@ def _state(stepper: Stepper) -> dict[str, Any]:
     if stepper.accelerator.scaler is not None:
         state["scaler"] = stepper.accelerator.scaler.state_dict()
     return state
+
+
+def _leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested dicts, named by their keys joined by dots."""
+    if not isinstance(state, dict):
+        yield name, state
+        return
+    for key, inner in state.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else key)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in _leaves(state) if isinstance(leaf, torch.Tensor)}
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, float]:
+    return {name: leaf for name, leaf in _leaves(state) if type(leaf) in (int, float)}
+
+
+def _with_numbers(state: Any, numbers: Mapping[str, Any], name: str = "") -> Any:
+    """A state with the numbers of a checkpoint. Raises KeyError if one is missing."""
+    if isinstance(state, dict):
+        return {
+            key: _with_numbers(inner, numbers, f"{name}.{key}" if name else key)
+            for key, inner in state.items()
+        }
+    return type(state)(numbers[name]) if type(state) in (int, float) else state
 
 
 def _without_warnings() -> warnings.catch_warnings:
@@ -254,22 +343,19 @@ def _commit(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _save_random_state(path: Path) -> None:
-    """Save the random state of this process, which dropout uses."""
+def _random_state() -> dict[str, torch.Tensor]:
+    """The random state of this process, which dropout uses."""
     state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         state["device"] = torch.get_device_module().get_rng_state()
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    return state
 
 
 def _restore_random_state(path: Path) -> None:
     """Restore the random state; without a file, in a run of more processes, it stays as it is."""
     if not path.exists():
         return
-    state = torch.load(path, weights_only=True)
+    state = own_tensors(path)
     torch.set_rng_state(state["cpu"])
     if "device" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(state["device"])

@@ -18,9 +18,11 @@ import msgspec
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import PLAN, Identity, parse_identity, read_plan
 from ...pipeline.folders.shard_run import refuse_other, tidy
+from ...pipeline.format.records import Count
 from ...pipeline.options import described
-from ...pipeline.storage.files import TEMPORARY, write_bytes
-from ...pipeline.storage.json_files import read_json, refuse_misfits, write_json
+from ...pipeline.storage.files import TEMPORARY, read_bytes, sha256_of_file, write_bytes
+from ...pipeline.storage.json_files import parse_json, refuse_misfits, sealed_bytes
+from ...pipeline.threads import in_order
 from ..settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 
@@ -31,12 +33,20 @@ CHECKPOINTS = "checkpoints"
 Log = Callable[..., None]  # takes the fields of an event
 
 
+class ModelFile(msgspec.Struct):
+    """A file of a finished model."""
+
+    bytes: Count
+    sha256: str
+
+
 class _Record(msgspec.Struct):
-    """The fields of `qpipe.json` that are read again."""
+    """The fields of `qpipe.json` that are read again. qpipe 0.1 stored sizes alone, and no seal."""
 
     identity: dict[str, Any]
-    files: dict[str, int]
+    files: dict[str, ModelFile | Count]
     results: dict[str, Any]
+    seal: str | None = None
 
 
 def run_identity(settings: TrainSettings, inputs: dict[str, str], **resolved: Any) -> Identity:
@@ -59,13 +69,12 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
         return None
     found, record = read_record(folder)
     refuse_other(folder, identity, found)
-    files = record["files"]
-    lost = [name for name, size in files.items() if _size(folder / name) != size]
-    if lost:
-        raise UserError(
-            f"{folder / lost[0]}: missing or damaged, but listed in {RUN}: restore it, or remove "
-            f"{folder} and train again"
-        )
+    for path, (size, _) in model_files(folder, record).items():
+        if _size(path) != size:
+            raise UserError(
+                f"{path}: missing or damaged, but listed in {RUN}: restore it, or remove {folder} "
+                "and train again"
+            )
     _tidy(folder)
     return record
 
@@ -73,10 +82,24 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
 def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
     """The identity and the record of a finished run. Raises UserError if it is damaged."""
     path = folder / RUN
-    record = read_json(path)
+    content = read_bytes(path)
+    record = parse_json(path, content)
     with refuse_misfits(path, "record of a run", f"remove {folder}"):
         checked = msgspec.convert(record, _Record)
+    if record.pop("seal", None) is not None and sealed_bytes(record) != content:
+        raise UserError(
+            f"{path}: damaged or changed, its seal does not match its content: restore it, or "
+            f"remove {folder}"
+        )
     return parse_identity(path, checked.identity), record
+
+
+def model_files(folder: Path, record: dict[str, Any]) -> dict[Path, tuple[int, str | None]]:
+    """The files of a finished model, each with its size and its hash, if it was recorded."""
+    return {
+        folder / name: (file, None) if isinstance(file, int) else (file["bytes"], file["sha256"])
+        for name, file in record["files"].items()
+    }
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
@@ -97,13 +120,17 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
-    """Mark a run as finished; the record gets the names and sizes of the model's files."""
+    """Mark a run as finished; the record gets the model's files with sizes and hashes."""
     others = {PLAN, LOG, CHECKPOINTS, *TRACKER_FOLDERS}
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     own = [path for path in paths if not fnmatch(path.parts[0], TEMPORARY)]
     names = sorted(str(path) for path in own if path.parts[0] not in others)
-    files = {name: _size(folder / name) for name in names}
-    write_json(folder / RUN, record | {"files": files})
+    hashes = in_order(lambda name: sha256_of_file(folder / name), names)
+    files = {
+        name: {"bytes": _size(folder / name), "sha256": sha256}
+        for name, sha256 in zip(names, hashes, strict=True)
+    }
+    write_bytes(folder / RUN, sealed_bytes(record | {"files": files}))
     _tidy(folder)
 
 
@@ -159,6 +186,6 @@ def open_log(
 
 def _logged_until(path: Path, step: int) -> bytes:
     """The lines of a log up to a step."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_bytes(path).split(b"\n") if path.exists() else []
     events = ((line, parse_event(line)) for line in lines)
     return b"".join(line + b"\n" for line, event in events if event and event["step"] <= step)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ....pipeline.errors import UserError
 from ....pipeline.storage.cache import local_version
+from ....pipeline.storage.files import refuse_irregular
 from .columnar import arrow_reader, parquet_reader
 from .reader import Reader, Version
 from .text import COMPRESSIONS, json_reader, suffixes
@@ -41,6 +42,7 @@ def file_reader(path: Path) -> Reader:
             f"{', '.join(FILE_KINDS)}, those of JSON also with {' or '.join(COMPRESSIONS)} after it"
         )
     local = local_version(path)
+    refuse_irregular(local)
     return kind(local)._replace(version=lambda: _version(local))
 
 

@@ -120,7 +120,7 @@ def test_a_run_killed_while_its_files_moved_is_saved_again(
     assert (named.out / "additional_chat_templates/tools.jinja").exists()
     train(named)
     files = json.loads((named.out / "qpipe.json").read_text())["files"]
-    assert files["additional_chat_templates/tools.jinja"] == len("{{ tools }}")
+    assert files["additional_chat_templates/tools.jinja"]["bytes"] == len("{{ tools }}")
     assert None not in files.values()
     (named.out / "additional_chat_templates/tools.jinja").unlink()
     with pytest.raises(UserError, match=r"tools.jinja: missing or damaged"):
