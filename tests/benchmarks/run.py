@@ -5,8 +5,8 @@
 MODEL is a real model's folder, DEMO what `make demo` leaves, WORK where made-up folders and the
 outputs are kept. Each benchmark runs in a process of its own, one after the other; NAME picks some,
 and what earlier runs have left in WORK of the others stays in the tables. The figures are ratios
-inside one run: compare them, not the seconds, with those of another machine. A machine with a GPU
-has a page of its own, docs/benchmarks-gpu.md, and leaves README.md as it is.
+inside one run: compare them, not the seconds, with those of another machine. On a machine with a
+GPU the page is written to WORK/benchmarks.md, and README.md stays as it is: `make gpu` is for GPUs.
 """
 
 import json
@@ -28,7 +28,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 README = ROOT / "README.md"
 ON_GPU = torch.cuda.is_available()
-PAGE = ROOT / "docs" / ("benchmarks-gpu.md" if ON_GPU else "benchmarks.md")
 START, END = "<!-- benchmarks: made by `make bench` -->", "<!-- end of benchmarks -->"
 _PACKAGES = (
     "torch",
@@ -130,8 +129,8 @@ def write_tables(known: dict[str, Benchmark], work: Path) -> None:
     for name, text in done.items():
         shown = command(known[name], work)
         parts.append(f"## {known[name].about}\n\n```\n$ {shown}\n{text.strip()}\n```")
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n\n".join(parts) + "\n")
+    page = (work if ON_GPU else ROOT / "docs") / "benchmarks.md"
+    page.write_text("\n\n".join(parts) + "\n")
     if ON_GPU:
         return
     before, rest = README.read_text().split(START)

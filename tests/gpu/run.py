@@ -83,8 +83,7 @@ def run_part(name: str, part: Part, work: Path, rehearse: bool, left: float) -> 
     print(f"{name}: {part.about}", flush=True)
     rows_file(work, name).unlink(missing_ok=True)
     started = time.monotonic()
-    words = [sys.executable, "-m", "qpipe.tests.gpu.parts", name, f"{work}"]
-    words += ["--rehearse"] if rehearse else []
+    words = part_words(name, work, rehearse)
     log = work / f"{name}.log"
     limit = min(part.seconds * (_REHEARSAL if rehearse else 1), left)
     with log.open("w") as output:
@@ -98,6 +97,12 @@ def run_part(name: str, part: Part, work: Path, rehearse: bool, left: float) -> 
     rows = read_rows(work, name)
     print(f"{name}: {ended}, {len(rows)} rows, {seconds:.0f} s", flush=True)
     return {"part": name, "ended": ended, "seconds": seconds, "rows": rows}
+
+
+def part_words(name: str, work: Path, rehearse: bool) -> list[str]:
+    """The command that runs a part."""
+    words = [sys.executable, "-m", "qpipe.tests.gpu.parts", name, f"{work}"]
+    return [*words, "--rehearse"] if rehearse else words
 
 
 def run_until(
@@ -199,7 +204,8 @@ def shown(row: dict[str, Any]) -> str:
     if isinstance(value, str):
         return value
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{number} {row['unit']}".strip()
+    beside = f" ({row['beside']})" if row.get("beside") else ""
+    return f"{number} {row['unit']}".strip() + beside
 
 
 def page_lines(results: dict[str, dict[str, Any]], parts: dict[str, Part]) -> Iterator[str]:
@@ -220,7 +226,7 @@ def page_lines(results: dict[str, dict[str, Any]], parts: dict[str, Part]) -> It
         for row in result["rows"]:
             yield f"| {row['what']} | {shown(row)} |"
         if result["ended"] != "done":
-            yield f"\nThis part is open: it {result['ended']}."
+            yield f"\nThis part is open: {result['ended']}."
 
 
 if __name__ == "__main__":

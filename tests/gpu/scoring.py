@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,7 @@ from .parts import Bench, Part, Row
 
 TOP_K, MAX_LENGTH = 64, 2048
 _TURNS = 2
-_CHATS = {"0.6B": 640, "8B": 160}
+_CHATS = {"0.6B": 384, "8B": 128}
 
 
 def alignment(bench: Bench) -> Iterator[Row]:
@@ -106,7 +106,9 @@ def dense_log_probs(model: Path) -> Callable[[Any], Any]:
     return rows_of
 
 
-def speeds(bench: Bench, size: str, **overrides: Any) -> Iterator[Row]:
+def speeds(
+    bench: Bench, size: str, beginnings: Sequence[str] = ("own", "shared"), **overrides: Any
+) -> Iterator[Row]:
     """Tokens a second of the forms of scoring on one engine, and the memory that they take.
 
     `overrides` are parameters of `vllm.LLM`.
@@ -117,12 +119,13 @@ def speeds(bench: Bench, size: str, **overrides: Any) -> Iterator[Row]:
     config = scorer.engine.vllm_config
     yield Row("tokens of a step", config.scheduler_config.max_num_batched_tokens)
     yield Row("model runner", "V2" if getattr(config, "use_v2_model_runner", False) else "V1")
-    yield Row("can", ", ".join(name for name, form in forms(scorer).items() if form is not None))
+    of_scoring = forms(scorer)
+    yield Row("forms", ", ".join(form for form, can in of_scoring.items() if can is not None))
     count = 6 if bench.rehearse else _CHATS[size]
-    for name in ("own", "shared"):
+    for name in beginnings:
         chats = make_chats(bench.work / f"{name}-{size}.jsonl", count, shared=name == "shared")
-        yield from speeds_on(bench, scorer, f"{name} beginnings", chats)
-    yield from memory_of(scorer)
+        yield from speeds_on(bench, scorer, of_scoring, f"{name} beginnings", chats)
+    yield from memory_of(scorer, of_scoring)
 
 
 def start_scorer(model: Path, overrides: dict[str, Any]) -> tuple[Any, float]:
@@ -150,23 +153,21 @@ def replaced(start: Callable[..., Any], overrides: dict[str, Any], **options: An
 
 def forms(scorer: Any) -> dict[str, Any]:
     """What the engine is told that it can do, for each form of scoring; None if it cannot."""
-    can = getattr(scorer, "can", None)
-    if can is None:
-        return {"every row": scorer}
-    on = {field.name for field in fields(can) if getattr(can, field.name)}
-    stock = replace(can, rows_alone=False, reads_prefixes=False)
-    alone = replace(stock, rows_alone=True) if "rows_alone" in on else None
-    both = replace(alone, reads_prefixes=True) if alone and "reads_prefixes" in on else None
+    stock = replace(scorer.can, rows_alone=False, block_size=0)
+    alone = replace(stock, rows_alone=True) if scorer.can.rows_alone else None
+    both = scorer.can if alone and scorer.can.block_size else None
     return {"every row": stock, "supervised rows": alone, "supervised rows, cache read": both}
 
 
-def speeds_on(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[Row]:
+def speeds_on(
+    bench: Bench, scorer: Any, of_scoring: dict[str, Any], name: str, chats: Path
+) -> Iterator[Row]:
     """Each form of scoring on some conversations, in turns; the median of the seconds."""
     from qpipe.pipeline.folders.sealed import read_scores
 
-    outs = {form: bench.work / f"out-{time.time_ns()}" for form in ("first",)}
-    run_stage(scorer, chats, outs["first"])  # also warms up
-    examples = list(read_scores(outs["first"]))
+    first = bench.work / f"out-{time.time_ns()}"
+    run_stage(scorer, chats, first)  # also warms up
+    examples = list(read_scores(first))
     tokens = sum(len(example.input_ids) for example in examples)
     positions = sum(len(example.positions) for example in examples)
     yield Row(f"{name}: tokens", tokens)
@@ -175,7 +176,7 @@ def speeds_on(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[Row
         "bare prefill": partial(generate, scorer.llm, examples),
         "bare prompt_logprobs": partial(generate, scorer.llm, examples, TOP_K),
     }
-    for form, can in forms(scorer).items():
+    for form, can in of_scoring.items():
         if can is not None:
             ways[f"qpipe, {form}"] = partial(scored_as, bench, scorer, can, chats)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -184,9 +185,9 @@ def speeds_on(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[Row
             seconds[way].append(ways[way]())
     bare = median(seconds["bare prefill"])
     for way, found in seconds.items():
-        yield Row(f"{name}: {way}", tokens / median(found), "tokens/s")
-        yield Row(f"{name}: {way}, of bare prefill", bare / median(found), "×")
-    yield from differences(bench, scorer, name, chats)
+        of_bare = f"{bare / median(found):.2f} of bare prefill"
+        yield Row(f"{name}: {way}", tokens / median(found), "tokens/s", of_bare)
+    yield from differences(bench, scorer, of_scoring, name, chats)
 
 
 def generate(llm: Any, examples: Sequence[Any], top_k: int | None = None) -> float:
@@ -210,8 +211,7 @@ def scored_as(bench: Bench, scorer: Any, can: Any, chats: Path) -> float:
 
 def told(scorer: Any, can: Any) -> Any:
     """The scorer, told what it can do."""
-    if can is not scorer:
-        scorer.can = can
+    scorer.can = can
     return scorer
 
 
@@ -237,7 +237,9 @@ def run_stage(scorer: Any, chats: Path, out: Path) -> float:
         stage.make_scorer = made
 
 
-def differences(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[Row]:
+def differences(
+    bench: Bench, scorer: Any, of_scoring: dict[str, Any], name: str, chats: Path
+) -> Iterator[Row]:
     """How far the scores of each form are from those of every row."""
     import numpy as np
     from qpipe.pipeline.folders.sealed import read_scores
@@ -245,7 +247,7 @@ def differences(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[R
     few = bench.work / "few-lines.jsonl"
     few.write_text("".join(chats.open().readlines()[:32]))
     folders = {}
-    for form, can in forms(scorer).items():
+    for form, can in of_scoring.items():
         if can is not None:
             folders[form] = bench.work / f"out-{time.time_ns()}"
             run_stage(told(scorer, can), few, folders[form])
@@ -261,7 +263,7 @@ def differences(bench: Bench, scorer: Any, name: str, chats: Path) -> Iterator[R
         yield Row(f"{name}: {form}, ranks equal to every row's", equal, "%")
 
 
-def memory_of(scorer: Any) -> Iterator[Row]:
+def memory_of(scorer: Any, of_scoring: dict[str, Any]) -> Iterator[Row]:
     """The peak of the engine's process in each form, above bare prefill's, and the plan's."""
     import torch
 
@@ -274,7 +276,7 @@ def memory_of(scorer: Any) -> Iterator[Row]:
     gib = 2**30
     yield Row("memory: peak of bare prefill, all in the engine", bare / gib, "GiB")
     yield Row("memory: planned for log-probabilities", scorer.memory.added / gib, "GiB")
-    for form, can in forms(scorer).items():
+    for form, can in of_scoring.items():
         if can is None:
             continue
         scorer.llm.apply_model(reset_peak)
@@ -324,17 +326,17 @@ PARTS = {
     "score-0.6b": Part("scoring at the dimensions of a 0.6B model", _speeds("0.6B"), 120),
     "steps-2048": Part(
         "a 0.6B model with steps of 2,048 tokens",
-        _speeds("0.6B", max_num_batched_tokens=2048),
+        _speeds("0.6B", beginnings=("own",), max_num_batched_tokens=2048),
         90,
     ),
     "steps-8192": Part(
         "a 0.6B model with steps of 8,192 tokens",
-        _speeds("0.6B", max_num_batched_tokens=8192),
+        _speeds("0.6B", beginnings=("own",), max_num_batched_tokens=8192),
         90,
     ),
     "compiled": Part(
         "a 0.6B model, compiled with CUDA graphs",
-        _speeds("0.6B", enforce_eager=False),
+        _speeds("0.6B", beginnings=("own",), enforce_eager=False),
         150,
     ),
 }
