@@ -3,10 +3,10 @@
     python tests/gpu/run.py WORK [PART ...] [--minutes 8] [--rehearse] [--page FILE]
 
 Each part runs in a process of its own, with a time limit. A part that fails or is stopped is
-reported with the end of its output, and the next one runs. Results are added to WORK/results.jsonl;
-the page shows the last result of each part, so that several calls make one page. `--rehearse` runs
-the same code with small dimensions on the CPU; it writes its page into WORK. `--only-page` measures
-nothing and writes the page of earlier results.
+reported with the end of its output, and the next one runs; the exit status is 1 if none measured
+anything. Results are added to WORK/results.jsonl, and the page shows the last result of each part,
+so that several calls make one page. `--rehearse` runs the same code with small dimensions on the
+CPU and writes its page into WORK. `--only-page` measures nothing.
 """
 
 import argparse
@@ -53,14 +53,17 @@ def main() -> None:
     end = time.monotonic() + given.minutes * 60
     machine = describe_machine(given.rehearse)
     print(machine, flush=True)
+    measured = given.only_page
     for name in () if given.only_page else given.parts or parts:
         result = run_part(name, parts[name], work, given.rehearse, end - time.monotonic())
+        measured |= bool(result["rows"])
         with (work / "results.jsonl").open("a") as file:
             file.write(json.dumps({"machine": machine} | result) + "\n")
     results = read_results(work)
     page = given.page or (work / "page.md" if given.rehearse else PAGE)
     page.write_text("\n".join(page_lines(results, parts)) + "\n")
     print("\n".join(table(results)))
+    sys.exit(0 if measured else 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -72,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--only-page", action="store_true")
     parser.add_argument("--page", type=Path)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def run_part(name: str, part: Part, work: Path, rehearse: bool, left: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ prompt log-probabilities (`LLM.generate`), and for the scores of `qpipe score` i
 prompt row, supervised rows alone, and these with shared beginnings read from the cache.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def alignment(bench: Bench) -> Iterator[Row]:
 
 def score_command(model: Path, out: Path, *words: str) -> float:
     """Run `qpipe score`; the seconds that it took."""
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier call
     begun = time.perf_counter()
     command = [sys.executable, "-m", "qpipe.stages", "score", "--model", f"{model}"]
     command += ["--engine", "vllm", "--top-k", f"{TOP_K}", "--out", f"{out}", *words]
@@ -80,10 +82,10 @@ def compared(model: Path, scores: Path) -> Iterator[Row]:
         ties.append(np.diff(example.topk_log_probs) == 0)
     found = [np.concatenate(each) for each in (errors, at_errors, divergences, equal_ranks, ties)]
     yield Row("supervised positions", len(found[0]))
-    yield Row("|Δ log p| of the observed token, mean", float(found[0].mean()), "nats")
-    yield Row("|Δ log p| of the observed token, largest", float(found[0].max()), "nats")
-    yield Row("|Δ log p| of the stored entries, mean", float(found[1].mean()), "nats")
-    yield Row("|Δ log p| of the stored entries, largest", float(found[1].max()), "nats")
+    yield Row("error of log p of the observed token, mean", float(found[0].mean()), "nats")
+    yield Row("error of log p of the observed token, largest", float(found[0].max()), "nats")
+    yield Row("error of log p of the stored entries, mean", float(found[1].mean()), "nats")
+    yield Row("error of log p of the stored entries, largest", float(found[1].max()), "nats")
     yield Row("KL on the stored entries, mean", float(found[2].mean()), "nats")
     yield Row("equal ranks of the observed token", 100 * float(found[3].mean()), "%")
     yield Row("entries that tie with the next", 100 * float(found[4].mean()), "%")
@@ -258,7 +260,7 @@ def differences(
         ranks = [a.observed_ranks == b.observed_ranks for a, b in pairs]
         top = [np.abs(a.topk_log_probs - b.topk_log_probs) for a, b in pairs]
         largest = max(float(np.concatenate(each).max()) for each in (observed, top))
-        yield Row(f"{name}: {form}, largest |Δ| from every row", largest, "nats")
+        yield Row(f"{name}: {form}, largest difference from every row", largest, "nats")
         equal = 100 * float(np.concatenate(ranks).mean())
         yield Row(f"{name}: {form}, ranks equal to every row's", equal, "%")
 
@@ -321,9 +323,9 @@ def _speeds(size: str, **overrides: Any) -> Callable[[Bench], Iterator[Row]]:
 
 
 PARTS = {
+    "score-0.6b": Part("scoring at the dimensions of a 0.6B model", _speeds("0.6B"), 140),
     "score-8b": Part("scoring at the dimensions of an 8B model", _speeds("8B"), 150),
     "alignment": Part("scores against dense log-probabilities in float32", alignment, 170),
-    "score-0.6b": Part("scoring at the dimensions of a 0.6B model", _speeds("0.6B"), 120),
     "steps-2048": Part(
         "a 0.6B model with steps of 2,048 tokens",
         _speeds("0.6B", beginnings=("own",), max_num_batched_tokens=2048),

@@ -1,6 +1,8 @@
 """The runner reports what a part measured, also of parts that fail or take too long."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,26 @@ def test_a_part_without_time_is_not_started(tmp_path: Path) -> None:
 
 def test_parts_have_distinct_names() -> None:
     assert {"score-8b", "alignment", "score-0.6b"} <= set(known_parts())
+
+
+@pytest.mark.slow
+def test_scoring_rehearses(tmp_path: Path) -> None:
+    """The scoring parts run to their end on the CPU, and the scores of all forms agree."""
+    pytest.importorskip("vllm")
+    words = [
+        sys.executable,
+        f"{run.ROOT / 'tests' / 'gpu' / 'run.py'}",
+        f"{tmp_path}",
+        "--rehearse",
+    ]
+    done = subprocess.run([*words, "score-0.6b", "alignment", "--minutes", "30"], check=False)
+    assert done.returncode == 0
+    results = run.read_results(tmp_path)
+    assert {name: result["ended"] for name, result in results.items()} == {
+        "score-0.6b": "done",
+        "alignment": "done",
+    }
+    rows = [row for result in results.values() for row in result["rows"]]
+    differences = [row["value"] for row in rows if row["unit"] == "nats"]
+    assert len(differences) >= 8
+    assert max(map(abs, differences)) < 1e-3
