@@ -1,6 +1,7 @@
 """`qpipe score`: options, call, output."""
 
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from ..score.plan import Costs, Memory, ScorePlan, Workload
 
 _FIRST = ("model", "demonstrations", "at")
+_BINDS = {
+    "step": "the largest step in use",
+    "share": "--gpu-memory-utilization keeps the step from being larger",
+    "memory": "the GPU's memory keeps the step from being larger",
+}
 
 
 @click.command(cls=Command)
@@ -153,10 +159,15 @@ def print_plan(plan: "ScorePlan") -> None:
             *_cost_rows(plan.costs),
         ]
     )
-    if not memory.fits and memory.engine is not None:
+    engine = memory.engine
+    if engine is not None and not memory.fits:
+        way_out = "use more --tensor-parallel-size or a larger GPU"
+        if engine.binds == "share":
+            share = ceil(100 * engine.least_utilization) / 100
+            way_out = f"give --gpu-memory-utilization {share:.2f}"
         click.echo(
-            f"Warning: weights, KV cache and activations take about {_size(memory.engine.needed)} "
-            "of each GPU, more than vLLM's share: use more --tensor-parallel-size or a larger GPU",
+            f"Warning: weights, KV cache and activations take {engine.least_utilization:.1%} of "
+            f"each GPU, more than vLLM's share of {engine.utilization:.1%}: {way_out}",
             err=True,
         )
 
@@ -193,8 +204,9 @@ def _memory_rows(memory: "Memory") -> list[tuple[str, str]]:
     return [
         (
             "vLLM",
-            f"{engine.scheduled_tokens:,} tokens a step (max_num_batched_tokens), "
-            f"{engine.utilization:.1%} of the GPU's memory",
+            f"model runner {engine.runner}, {engine.scheduled_tokens:,} tokens a step "
+            f"(max_num_batched_tokens), {engine.utilization:.1%} of the GPU's memory; "
+            f"{_BINDS[engine.binds]}",
         ),
         (
             "GPU memory",

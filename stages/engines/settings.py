@@ -82,10 +82,10 @@ class EngineSettings:
     pipeline_parallel_size: int = option(
         1, "Number of groups of GPUs that the layers are divided among (vLLM).", range=_COUNT
     )
-    gpu_memory_utilization: float = option(
-        0.8,
+    gpu_memory_utilization: float | None = option(
+        None,
         "Maximum fraction of GPU memory that vLLM reserves. Prompt log-probabilities need"
-        " additional memory.",
+        " additional memory.  [default: what they leave, at most 0.92]",
         range=Range(0, 1, above=True),
     )
     max_length: int = 4096  # tokens of the longest example

@@ -17,7 +17,7 @@ from ...trainer.models.files import ModelFiles, check_weights
 from .base import GivenIds
 from .settings import EngineSettings
 from .vllm_arrays import keep_tensors
-from .vllm_memory import STEPS, WINDOW_TOKENS, plan_memory
+from .vllm_memory import STEPS, plan_memory, smaller, window_tokens
 from .vllm_requests import answer, lacks_rows, sampling_options
 from .vllm_start import (
     EngineStoppedError,
@@ -42,7 +42,6 @@ class VllmScorer:
         self.model = model
         self.settings = settings
         self.memory = plan_memory(model, settings)
-        self.scheduled_tokens = self.memory.scheduled_tokens
         self.restarts = 0
         self.submitted = 0
         self._start()
@@ -117,7 +116,10 @@ class VllmScorer:
     def _window(self, top_k: int) -> int:
         """Number of tokens below which another example may enter the engine."""
         entry_bytes = _KEPT_BYTES if self.can.keeps_tensors else _FLAT_BYTES
-        return min(WINDOW_TOKENS, WINDOW_BYTES // (entry_bytes * (top_k + 1)) + 1)
+        return min(
+            window_tokens(self.memory.scheduled_tokens),
+            WINDOW_BYTES // (entry_bytes * (top_k + 1)) + 1,
+        )
 
     def _submit(self, example: WeightedExample, options: dict[str, Any]) -> str:
         from vllm import SamplingParams
@@ -153,9 +155,7 @@ class VllmScorer:
         failures = 0
         while True:
             try:
-                llm = start_engine(
-                    self.model, self.settings, self.scheduled_tokens, self.memory.utilization
-                )
+                llm = start_engine(self.model, self.settings, self.memory)
                 break
             except EngineStoppedError as error:
                 cause = str(error)
@@ -179,18 +179,18 @@ class VllmScorer:
         self._start()
 
     def _make_smaller(self, cause: str) -> None:
-        """Halve the tokens of a step. Raises UserError after the last attempt."""
-        if self.restarts == _RESTARTS or self.scheduled_tokens <= STEPS[-1]:
+        """Take less memory. Raises UserError after the last attempt."""
+        step = self.memory.scheduled_tokens
+        if self.restarts == _RESTARTS or step <= STEPS[-1]:
             raise UserError(
-                f"vLLM stopped again, at {self.scheduled_tokens} tokens a step: {cause}: finished "
-                "shards are kept: free memory, or use more --tensor-parallel-size or --engine "
-                "transformers"
+                f"vLLM stopped again, at {step} tokens a step: {cause}: finished shards are kept: "
+                "free memory, or use more --tensor-parallel-size or --engine transformers"
             )
         self.restarts += 1
-        self.scheduled_tokens //= 2
+        self.memory = smaller(self.memory)
         say(
-            f"vLLM stopped ({cause}): starting it again with {self.scheduled_tokens} tokens a "
-            "step; no finished work is lost"
+            f"vLLM stopped ({cause}): starting it again with {self.memory.scheduled_tokens} tokens "
+            "a step; no finished work is lost"
         )
 
 

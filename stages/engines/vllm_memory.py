@@ -1,36 +1,55 @@
 """Computes the memory of prompt log-probabilities in vLLM, and the largest step that fits.
 
 vLLM sizes its KV cache by a trial run without prompt log-probabilities, so that these come on top
-of `gpu_memory_utilization`. For one request after another a step turns the rows of its tokens into
-logits [rows, V] of the model's number format, log-probabilities [rows, V] in float32, their top k
-and the rank of the observed token (`GPUModelRunner._get_prompt_logprobs_dict`, vLLM 0.32). Its
-newer model runner takes 1024 rows at a time and needs less.
+of `gpu_memory_utilization`. `supervised_rows` computes at most `CHUNK_ROWS` rows of logits at a
+time, whatever the step, so that a larger step costs activations and KV cache only. The rows of
+vLLM's first model runner (V1) take a float32 copy, those of its second (V2) do not.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from math import floor
 from pathlib import Path
+from typing import Any, Literal
 
 from ...trainer.models.files import ModelFiles
 from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
 from .settings import EngineSettings
+from .supervised_rows.steps import CHUNK_ROWS
 
-STEPS = (2048, 1024, 512, 256, 128, 64)  # tokens of a step, the first that fits is taken
-WINDOW_TOKENS = 16384  # in the engine at a time, which bounds memory
+STEPS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)  # tokens of a step, the first that fits
+USUAL_STEP = 2048  # enough for full speed on a CPU, and nearly on a GPU
+WINDOW_TOKENS = 16384  # in the engine at a time, which bounds memory; at least three steps
+WINDOW_STEPS = 3
 CPU_KV_CACHE = 2  # GiB
-_GPU_RESERVE = 2**30  # CUDA itself, fragmentation, other processes on the GPU
-_CPU_RESERVE = 2**30
-_ACTIVATIONS = 2**30  # found by the trial run in addition to the weights
+MOST_UTILIZATION = 0.92  # vLLM's own default
+MAX_SEQUENCES = 256  # in a step; vLLM's trial run samples as many tokens
+_RESERVE = 2**30  # fragmentation, other processes
+_RUNTIME = 2**29  # CUDA and communication, inside vLLM's share
+
+Runner = Literal["V1", "V2", "CPU"]
+Binding = Literal["step", "share", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """An engine configuration in which prompt log-probabilities fit; all sizes in bytes."""
 
+    runner: Runner
     scheduled_tokens: int  # of a step
     utilization: float  # `gpu_memory_utilization` of vLLM
     added: int  # by prompt log-probabilities, outside of that share
-    needed: int  # by the weights and one KV cache window, inside of it
+    needed: int  # by weights, activations and the KV cache of a window, inside of it
+    least_utilization: float = 0.0  # with a KV cache for a step and the longest example only
+    # what keeps the step from being larger: the largest of `STEPS`, the most that vLLM may reserve,
+    # or the memory
+    binds: Binding = "step"
+
+    @property
+    def fits(self) -> bool:
+        return self.least_utilization <= self.utilization
 
 
 def plan_memory(
@@ -43,71 +62,150 @@ def plan_memory(
     """
     import torch
 
-    on_cpu = gpu_memory is None and not torch.cuda.is_available()
-    value_bytes, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
-    row = row_bytes(model.vocab_size, settings.top_k, value_bytes, parts, on_cpu)
+    runner = "CPU" if gpu_memory is None and not torch.cuda.is_available() else runner_of(model)
+    row = row_bytes(model, settings, runner)
     weights = weight_bytes(model, settings.dtype) // settings.gpus
-    if on_cpu:
+    if runner == "CPU":
         kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_KV_CACHE) * 2**30
-        return fit_cpu(_available_memory(), weights, kv_cache, row, settings.max_length)
-    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
-    total = gpu_memory or _gpu_memory()
-    share = settings.gpu_memory_utilization
-    return fit_gpu(total, share, weights, kv_cache, row, settings.max_length)
+        return fit_cpu(_available_memory(), weights, kv_cache, row)
+    total, free = (gpu_memory, gpu_memory) if gpu_memory else _gpu_memory()
+    of_token = kv_cache_bytes(model, settings.dtype) // settings.gpus
+
+    def needed(step: int, kv_tokens: int) -> int:
+        return weights + activation_bytes(model, settings, step) + of_token * kv_tokens
+
+    most = settings.gpu_memory_utilization or MOST_UTILIZATION
+    return fit_gpu(runner, total, free, most, needed, row, settings.max_length + 1)
 
 
-def row_bytes(
-    vocab_size: int,
-    top_k: int,
-    value_bytes: int,
-    tensor_parallel_size: int = 1,
-    on_cpu: bool = False,
-) -> int:
-    """The peak memory of one row of prompt log-probabilities; `value_bytes` are of the logits.
+def runner_of(model: ModelFiles) -> Runner:
+    """The model runner that vLLM uses on a GPU, by its own rule: for every model from 0.29 on, and
+    before for dense models with attention in every layer."""
+    try:
+        minor = int(version("vllm").split(".")[1])
+    except (PackageNotFoundError, ValueError, IndexError):
+        return "V2"
+    config = model.config.get_text_config()
+    has_others = any("attention" not in kind or "linear" in kind for kind in _layer_kinds(config))
+    return "V2" if minor >= 29 or not (has_others or _experts_met(config)) else "V1"
 
-    With V values in the logits' format: their parts on each GPU, as gathered and in order; then the
-    logits, their float32 copy and the log-probabilities; then these with the comparison that counts
-    the rank and, if it is not compiled (on a CPU), its sum in 64-bit integers.
+
+def _layer_kinds(config: Any) -> list[str]:
+    return list(getattr(config, "layer_types", None) or ())
+
+
+def _experts_met(config: Any) -> int:
+    """The number of experts that a token uses; 0 without a mixture."""
+    return getattr(config, "num_experts_per_tok", None) or 0
+
+
+def row_bytes(model: ModelFiles, settings: EngineSettings, runner: Runner) -> int:
+    """The peak memory of one row of log-probabilities.
+
+    A value of the vocabulary takes its logit; in V2 a copy of that where the vocabulary is padded,
+    and two temporaries under a soft cap; in V1, and where the vocabulary is divided among GPUs, a
+    float32 copy, with what counts the rank: a row that is selected and compared, or, on a CPU, the
+    comparison and its sum in 64-bit integers.
     """
-    parts = tensor_parallel_size
-    gathering = value_bytes * (2 + 1 / parts) if parts > 1 else value_bytes
-    normalising = value_bytes + 4 + (4 if value_bytes < 4 else 0)
-    ranking = value_bytes + 4 + (1 + 8 if on_cpu else 0)
+    logit, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
+    config = model.config.get_text_config()
+    capped = 2 * logit if getattr(config, "final_logit_softcapping", None) else 0
+    if runner == "CPU":
+        value = logit + 4 + 9
+    elif runner == "V1" or parts > 1:
+        value = logit + max(4 + 5, capped)
+    else:
+        value = 2 * logit + capped
     # per entry of the top k: value and index, both copied next to the observed, narrowed index
-    of_top = top_k * (4 + 8 + 4 + 8 + 4)
-    return int(vocab_size * max(gathering, normalising, ranking)) + of_top
+    return model.vocab_size * value // parts + settings.top_k * (4 + 8 + 4 + 8 + 4)
+
+
+def activation_bytes(model: ModelFiles, settings: EngineSettings, step: int) -> int:
+    """What vLLM's trial run finds besides the weights: the widest layer of a step of tokens, three
+    float32 rows of the vocabulary for each sampled token, and the runtime."""
+    config = model.config.get_text_config()
+    hidden, met = config.hidden_size, _experts_met(config)
+    inner = getattr(config, "moe_intermediate_size", None) if met else None
+    inner = inner or getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = 3 * inner // settings.tensor_parallel_size + (hidden if met else 0)
+    of_token = VALUE_BYTES[settings.dtype] * ((met or 1) * layer + 6 * hidden)
+    sampled = min(MAX_SEQUENCES, step) * model.vocab_size * 3 * 4
+    return step * of_token + sampled + _RUNTIME
 
 
 def fit_gpu(
-    total: int, most_utilization: float, weights: int, kv_cache: int, row: int, longest: int
+    runner: Runner,
+    total: int,
+    free: int,
+    most: float,
+    needed: Callable[[int, int], int],
+    row: int,
+    longest: int,
 ) -> EngineMemory:
-    """The largest step that fits a GPU of `total` bytes beside the weights on it.
+    """The largest step that fits a GPU of `total` bytes, `free` of which no other process uses.
 
-    The engine's share of the GPU is reduced before the step is, as scoring needs a KV cache of
-    `kv_cache` bytes only. If nothing fits, it is the smallest step, and the engine reports why.
+    `most` bounds vLLM's share. `needed` gives the bytes inside it for a step and a number of tokens
+    in the KV cache: those of a window or, where that costs a usual step, those of a step and of the
+    longest example. If nothing fits, the plan is the largest step that would with a larger share,
+    or else a usual one, since a smaller step leaves the weights as they are.
     """
-    needed = weights + kv_cache + _ACTIVATIONS
-    plans = []
-    for tokens in STEPS:
-        added = min(tokens, longest) * row
-        share = max(0.01, 1 - (added + _GPU_RESERVE) / total)
-        plans.append(EngineMemory(tokens, round(min(most_utilization, share), 4), added, needed))
-    fitting = (plan for plan in plans if plan.utilization * total >= needed)
-    return next(fitting, plans[-1])
+
+    def plan(step: int, binds: Binding) -> EngineMemory:
+        added = min(CHUNK_ROWS, step) * row
+        share = floor(1e4 * max(0.01, min(most, room(step)))) / 1e4
+        return EngineMemory(runner, step, share, added, window(step), least(step) / total, binds)
+
+    def room(step: int) -> float:
+        return (free - min(CHUNK_ROWS, step) * row - _RESERVE) / total
+
+    def window(step: int) -> int:
+        return needed(step, max(window_tokens(step), longest))
+
+    def least(step: int) -> int:
+        return needed(step, max(step, longest))
+
+    usual = [step for step in STEPS if step >= USUAL_STEP]
+    for steps, wanted in ((usual, window), (STEPS, least)):
+        binds: Binding = "step"
+        for step in steps:
+            if wanted(step) / total <= min(most, room(step)):
+                return plan(step, binds)
+            binds = "share" if wanted(step) / total <= room(step) else "memory"
+    step = next((step for step in STEPS if least(step) / total <= room(step)), None)
+    return plan(USUAL_STEP, "memory") if step is None else plan(step, "share")
 
 
-def fit_cpu(available: int, weights: int, kv_cache: int, row: int, longest: int) -> EngineMemory:
+def fit_cpu(available: int, weights: int, kv_cache: int, row: int) -> EngineMemory:
     """The largest step that fits into `available` bytes beside the weights and the KV cache."""
-    spare = available - weights - kv_cache - _CPU_RESERVE
-    fitting = (tokens for tokens in STEPS if min(tokens, longest) * row <= spare)
-    tokens = next(fitting, STEPS[-1])
-    return EngineMemory(tokens, 1.0, min(tokens, longest) * row, weights + kv_cache)
+    spare = available - weights - kv_cache - _RESERVE
+    steps = [step for step in STEPS if step <= USUAL_STEP]
+    fitting = (step for step in steps if min(CHUNK_ROWS, step) * row <= spare)
+    step = next(fitting, steps[-1])
+    added = min(CHUNK_ROWS, step) * row
+    binds: Binding = "step" if step == USUAL_STEP else "memory"
+    return EngineMemory("CPU", step, 1.0, added, weights + kv_cache, binds=binds)
 
 
-def _gpu_memory() -> int:
-    from vllm.platforms import current_platform
+def smaller(memory: EngineMemory) -> EngineMemory:
+    """After a death of memory: half the step and, on a GPU, a tenth less of vLLM's share, since the
+    rows of logits are the same for all steps of `CHUNK_ROWS` tokens or more."""
+    share = memory.utilization
+    if memory.runner != "CPU":
+        share = round(min(share, max(0.9 * share, memory.least_utilization)), 4)
+    return replace(memory, scheduled_tokens=memory.scheduled_tokens // 2, utilization=share)
 
-    return current_platform.get_device_total_memory()
+
+def window_tokens(step: int) -> int:
+    """Tokens in the engine at a time."""
+    return max(WINDOW_TOKENS, WINDOW_STEPS * step)
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """The memory of the first GPU, and what of it is free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total, free
 
 
 def _available_memory() -> int:

@@ -11,10 +11,16 @@ from ...trainer.models.files import ModelFiles
 from .settings import EngineSettings
 from .supervised_rows.worker import RowsExtension
 from .vllm_arrays import keeps_tensors
-from .vllm_memory import CPU_KV_CACHE
+from .vllm_memory import CPU_KV_CACHE, MAX_SEQUENCES, EngineMemory
 from .vllm_requests import Abilities
 
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "free memory on device",  # less of it than vLLM's share
+)
 _NO_MORE = "initialization failed"  # the only message about an engine in another process
 
 
@@ -22,9 +28,7 @@ class EngineStoppedError(Exception):
     """Raised when the engine ended, probably out of memory: smaller steps may help."""
 
 
-def start_engine(
-    model: ModelFiles, settings: EngineSettings, scheduled_tokens: int, utilization: float
-) -> Any:
+def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemory) -> Any:
     """Start a `vllm.LLM` with the weights of `model`.
 
     Raises EngineStoppedError if memory ran out, UserError if it cannot start for another reason.
@@ -37,13 +41,13 @@ def start_engine(
             model=str(model.folder),
             dtype=settings.dtype,
             max_model_len=settings.max_length + 1,  # a prompt needs one free position
-            max_num_batched_tokens=scheduled_tokens,
-            max_num_seqs=min(256, scheduled_tokens),
+            max_num_batched_tokens=memory.scheduled_tokens,
+            max_num_seqs=min(MAX_SEQUENCES, memory.scheduled_tokens),
             max_logprobs=-1,
             logprobs_mode="raw_logprobs",
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
-            gpu_memory_utilization=utilization,
+            gpu_memory_utilization=memory.utilization,
             # None: if vLLM holds it to be right for the model, that is, not for hybrid ones
             enable_prefix_caching=None if settings.reads_prefixes else False,
             worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__name__}",

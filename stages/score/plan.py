@@ -19,7 +19,7 @@ from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
 from ..engines.choose import choose_dtype
 from ..engines.settings import EngineSettings, ServerSettings
-from ..engines.vllm_memory import WINDOW_TOKENS, EngineMemory, plan_memory
+from ..engines.vllm_memory import STEPS, EngineMemory, plan_memory, window_tokens
 from .from_demonstrations import Demonstrations
 from .settings import ScoreSettings
 from .stage import check_top_k
@@ -85,10 +85,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether weights and KV cache fit into vLLM's share, and the rest beside it."""
-        if self.gpu is None or self.engine is None:
-            return True
-        return self.engine.utilization * self.gpu >= self.engine.needed
+        """Whether weights, activations and the longest example fit into vLLM's share."""
+        return self.engine is None or self.engine.fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +205,9 @@ def _workload(demonstrations: Demonstrations) -> Workload:
 
 def _memory(model: ModelFiles, settings: EngineSettings, gpu_memory: float | None) -> Memory:
     weights = weight_bytes(model, settings.dtype) // settings.gpus
-    kv_cache = kv_cache_bytes(model, settings.dtype) * WINDOW_TOKENS // settings.gpus
+    of_token = kv_cache_bytes(model, settings.dtype) // settings.gpus
     if gpu_memory is None:
-        return Memory(weights, kv_cache)
+        return Memory(weights, of_token * window_tokens(STEPS[0]))
     gpu = int(gpu_memory * 2**30)
-    return Memory(weights, kv_cache, gpu, plan_memory(model, settings, gpu))
+    engine = plan_memory(model, settings, gpu)
+    return Memory(weights, of_token * window_tokens(engine.scheduled_tokens), gpu, engine)

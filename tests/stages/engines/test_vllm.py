@@ -15,6 +15,7 @@ from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines import vllm_arrays, vllm_engine, vllm_requests, vllm_start
 from qpipe.stages.engines.choose import make_scorer
 from qpipe.stages.engines.settings import EngineSettings
+from qpipe.stages.engines.vllm_memory import EngineMemory
 from qpipe.stages.engines.vllm_requests import Abilities
 from qpipe.stages.engines.vllm_start import is_memory
 from qpipe.stages.score import stage as score_stage
@@ -106,7 +107,7 @@ def test_what_is_in_flight_changes_no_byte(
     scorer: Any, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = run(scorer)
-    monkeypatch.setattr(vllm_engine, "WINDOW_TOKENS", window)
+    monkeypatch.setattr(vllm_engine, "window_tokens", lambda step: window)
     check_same(run(scorer), everything)
 
 
@@ -189,19 +190,19 @@ def test_an_engine_that_dies_is_started_again_smaller_and_nothing_is_lost(
     settings = EngineSettings("vllm", "float32", max_length=256)
     scorer: Any = make_scorer(find_model(str(tiny_model)), settings)
     before = run(scorer)
-    scorer.scheduled_tokens = 256
-    monkeypatch.setattr(vllm_engine, "WINDOW_TOKENS", 100)
+    scorer.memory = replace(scorer.memory, scheduled_tokens=256)
+    monkeypatch.setattr(vllm_engine, "window_tokens", lambda step: 100)
     scorer.engine = Failing(scorer.engine, 3, out_of_memory())
     capsys.readouterr()
     check_same(run(scorer), before)
-    assert scorer.scheduled_tokens == 128
+    assert scorer.memory.scheduled_tokens == 128
     assert scorer.engine.vllm_config.scheduler_config.max_num_batched_tokens == 128
     said = capsys.readouterr().err
     assert said.count("starting it again with 128 tokens a step; no finished work is lost") == 1
 
     scorer.engine = Failing(scorer.engine, 1, engine_dead())
     check_same(run(scorer), before)
-    assert scorer.scheduled_tokens == 64
+    assert scorer.memory.scheduled_tokens == 64
     scorer.engine = Failing(scorer.engine, 2, out_of_memory())
     with pytest.raises(UserError, match=r"again, at 64 tokens a step: .*finished shards are kept"):
         run(scorer)
@@ -262,6 +263,7 @@ def test_an_engine_that_cannot_start_is_told_in_one_line(
 
 _LIMITED = """
 import resource, sys, psutil
+from dataclasses import replace
 import numpy as np
 from qpipe.tests.support.examples import unweighted
 from qpipe.stages.engines.settings import EngineSettings
@@ -271,11 +273,12 @@ ids = np.arange(255, dtype=np.int32)
 one = unweighted("a", ids, np.arange(1, 255, dtype=np.int32))
 scorer = make_scorer(find_model(sys.argv[1]), EngineSettings("vllm", "float32", max_length=255))
 (_, free), = scorer.score([one], 8)
-scorer.scheduled_tokens = 128  # it runs with more, and comes back with 64
+# it runs with more, and comes back with 64
+scorer.memory = replace(scorer.memory, scheduled_tokens=128)
 limit = psutil.Process().memory_info().vms + 190 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
 (_, limited), = scorer.score([one], 8)
-assert scorer.scheduled_tokens == 64, scorer.scheduled_tokens
+assert scorer.memory.scheduled_tokens == 64, scorer.memory
 np.testing.assert_array_equal(limited.topk_log_probs, free.topk_log_probs)
 np.testing.assert_array_equal(limited.observed_ranks, free.observed_ranks)
 """
@@ -335,8 +338,8 @@ def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(
 ) -> None:
     tried: list[int] = []
 
-    def start(model: Any, settings: Any, scheduled_tokens: int, utilization: float) -> Any:
-        tried.append(scheduled_tokens)
+    def start(model: Any, settings: Any, memory: EngineMemory) -> Any:
+        tried.append(memory.scheduled_tokens)
         raise vllm_start.EngineStoppedError(death)
 
     monkeypatch.setattr(vllm_engine, "start_engine", start)

@@ -4,36 +4,81 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from qpipe.pipeline.errors import UserError
+from qpipe.stages.engines import vllm_memory
 from qpipe.stages.engines.settings import EngineSettings
-from qpipe.stages.engines.vllm_memory import fit_cpu, fit_gpu, plan_memory, row_bytes
-from qpipe.trainer.models.files import find_model
+from qpipe.stages.engines.vllm_memory import (
+    EngineMemory,
+    activation_bytes,
+    fit_cpu,
+    fit_gpu,
+    plan_memory,
+    row_bytes,
+    runner_of,
+    smaller,
+)
+from qpipe.trainer.models.files import ModelFiles, find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
+from transformers import Qwen3Config
 
-VOCAB = 320  # of the tiny model
 GIB = 2**30
 
 
-def test_rows_on_one_gpu() -> None:
-    # logits in bfloat16, their float32 copy, the result: 10 bytes a value; 28 of each of the top k
-    assert row_bytes(1000, 0, value_bytes=2) == 10_000
-    assert row_bytes(1000, 10, value_bytes=2) == 10_280
-    assert row_bytes(1000, 0, value_bytes=4) == 8_000
+def large(vocab_size: int = 152_000, **options: Any) -> ModelFiles:
+    """A model of a 32B's dimensions whose files are elsewhere."""
+    config = Qwen3Config(
+        **cast(Any, {
+            "vocab_size": vocab_size, "hidden_size": 5120, "intermediate_size": 25600,
+            "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "head_dim": 128,
+        } | options)
+    )  # fmt: skip
+    return ModelFiles("large", None, Path("/nowhere"), config, cast(Any, None))
 
 
-def test_rows_of_a_shared_vocabulary_are_gathered() -> None:
-    # a half, the whole as gathered, the whole in order: 2.5 values, more than what comes after
-    assert row_bytes(1000, 0, value_bytes=4, tensor_parallel_size=2) == 10_000
-    assert row_bytes(1000, 0, value_bytes=2, tensor_parallel_size=2) == 10_000
+def asked(dtype: Any = "bfloat16", **options: Any) -> EngineSettings:
+    return EngineSettings("vllm", dtype, top_k=64, max_length=4096, **options)
+
+
+def test_rows_of_each_runner() -> None:
+    """Bytes a value of the vocabulary, and 28 for each of the top k."""
+    rows = {
+        (runner, dtype): (row_bytes(large(1000), asked(dtype), runner) - 64 * 28) / 1000
+        for runner in ("V1", "V2", "CPU")
+        for dtype in ("bfloat16", "float32")
+    }
+    assert rows == {
+        ("V2", "bfloat16"): 4,  # logits, and a copy where the vocabulary is padded
+        ("V2", "float32"): 8,
+        ("V1", "bfloat16"): 11,  # logits, log-probabilities, rows copied and compared
+        ("V1", "float32"): 13,
+        ("CPU", "bfloat16"): 15,  # logits, log-probabilities, compared and summed
+        ("CPU", "float32"): 17,
+    }
+
+
+def test_a_divided_vocabulary_is_not_gathered() -> None:
+    whole, half = (
+        row_bytes(large(1000), asked(tensor_parallel_size=parts), "V1") - 64 * 28
+        for parts in (1, 2)
+    )
+    assert half == whole / 2
+
+
+def test_a_soft_cap_takes_two_temporaries() -> None:
+    capped = large(1000, final_logit_softcapping=30.0)
+    assert row_bytes(capped, asked(), "V2") - row_bytes(large(1000), asked(), "V2") == 4000
 
 
 _SAMPLER = """
 import sys, torch
-from vllm.v1.sample.sampler import Sampler
-torch._dynamo.config.disable = True
+from qpipe.stages.engines.supervised_rows.gather import gathered_log_probs
 torch.set_num_threads(1)
 rows, size, dtype = 512, 40_000, getattr(torch, sys.argv[1])
 def peak():
@@ -43,7 +88,8 @@ def resident():
 def work(rows):
     hidden = torch.randn(rows, 8, dtype=dtype)
     logits = hidden @ torch.randn(8, size, dtype=dtype)
-    return Sampler.gather_logprobs(Sampler.compute_logprobs(logits), 64, torch.zeros(rows).long())
+    none = torch.empty((rows, 0), dtype=torch.int64)
+    return gathered_log_probs(logits, torch.zeros(rows).long(), none, 64)
 work(2)
 before = resident()
 open("/proc/self/clear_refs", "w").write("5")
@@ -52,51 +98,142 @@ print((peak() - before) / (rows * size))
 """
 
 
-@pytest.mark.parametrize(("dtype", "value_bytes"), [("float32", 4), ("bfloat16", 2)])
-def test_rows_take_on_a_cpu_what_is_planned(dtype: str, value_bytes: int) -> None:
-    """vLLM's own functions, in a process whose peak is looked at."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_take_on_a_cpu_what_is_planned(dtype: str) -> None:
+    """In a process whose peak is looked at."""
     done = subprocess.run(
         [sys.executable, "-c", _SAMPLER, dtype], capture_output=True, text=True, check=True
     )
-    planned = row_bytes(40_000, 64, value_bytes, on_cpu=True) / 40_000
+    planned = row_bytes(large(40_000), asked(dtype), "CPU") / 40_000
     assert float(done.stdout) == pytest.approx(planned, rel=0.1)
 
 
-ROWS = row_bytes(vocab_size=152_000, top_k=0, value_bytes=2)  # 1.52 MB each
+ROW = 1_520_000  # bytes; 1,024 of them take 1.45 GiB
 
 
-def test_a_large_gpu_takes_the_whole_step() -> None:
-    plan = fit_gpu(80 * GIB, 0.8, 16 * GIB, 2 * GIB, ROWS, longest=4096)
-    assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.8)
-    assert plan.added == 2048 * 1_520_000
+def fit(
+    total: float, weights: float, most: float = 0.92, free: float | None = None, longest: int = 4097
+) -> EngineMemory:
+    """Sizes in GiB; a step takes 1 GiB for 8,192 tokens, and the KV cache 1 GiB for 16,384."""
+
+    def needed(step: int, kv_tokens: int) -> int:
+        return int(GIB * (weights + step / 8192 + kv_tokens / 16384))
+
+    free = total if free is None else free
+    return fit_gpu("V2", int(total * GIB), int(free * GIB), most, needed, ROW, longest)
 
 
-def test_the_share_gives_way_before_the_step_does() -> None:
-    # 2048 rows take 2.9 GiB, a GiB is kept back: 20.1 of 24 GiB are left, for 10 that are needed
-    plan = fit_gpu(24 * GIB, 0.95, 8 * GIB, 1 * GIB, ROWS, longest=4096)
-    assert plan.scheduled_tokens == 2048
-    assert plan.utilization == pytest.approx((24 - 1 - plan.added / GIB) / 24, abs=1e-3)
+def test_a_large_gpu_takes_the_largest_step() -> None:
+    plan = fit(80, 16)
+    assert (plan.scheduled_tokens, plan.utilization, plan.binds) == (8192, 0.92, "step")
+    assert plan.added == 1024 * ROW
+    assert plan.needed == 18.5 * GIB  # three steps in the KV cache
+    assert plan.fits
+
+
+def test_the_share_gives_way_to_the_rows() -> None:
+    plan = fit(24, 8)
+    assert plan.scheduled_tokens == 8192
+    assert plan.utilization == pytest.approx((24 - 1 - 1024 * ROW / GIB) / 24, abs=1e-3)
+
+
+def test_what_other_processes_use_is_left_to_them() -> None:
+    plan = fit(80, 16, free=50)
+    assert plan.utilization * 80 * GIB + plan.added + GIB <= 50 * GIB
+    assert plan.scheduled_tokens == 8192
+    assert fit(80, 60, free=50).binds == "memory"
 
 
 def test_a_full_gpu_takes_a_smaller_step() -> None:
-    # 20.5 of 24 GiB are needed: 2.5 are left beside the reserve, and 1024 rows take 1.45
-    plan = fit_gpu(24 * GIB, 0.95, 18 * GIB + GIB // 2, 1 * GIB, ROWS, longest=4096)
-    assert plan.scheduled_tokens == 1024
+    # 21.55 GiB are left: a step of 4,096 takes 0.5, a window of 16,384 1
+    plan = fit(24, 20, most=1)
+    assert (plan.scheduled_tokens, plan.binds) == (4096, "memory")
     assert plan.utilization * 24 * GIB >= plan.needed
-    assert 24 * GIB * (1 - plan.utilization) >= plan.added + GIB
+    # no room for a window: a step of 2,048 takes 0.125, the longest example 0.25
+    plan = fit(24, 21, most=1)
+    assert (plan.scheduled_tokens, plan.binds) == (2048, "memory")
+    assert plan.fits
+    assert plan.utilization * 24 * GIB < plan.needed
 
 
-def test_short_examples_need_no_room_for_a_whole_step() -> None:
-    plan = fit_gpu(24 * GIB, 0.95, 18 * GIB + GIB // 2, 1 * GIB, ROWS, longest=500)
-    assert plan.scheduled_tokens == 2048
-    assert plan.added == 500 * ROWS
+def test_a_share_that_is_too_small_is_named_and_costs_no_tokens() -> None:
+    """At 64 tokens a step the weights are as large."""
+    plan = fit(80, 66, most=0.8)
+    assert (plan.scheduled_tokens, plan.utilization, plan.binds) == (8192, 0.8, "share")
+    assert not plan.fits
+    assert plan.least_utilization == pytest.approx((66 + 1 + 0.5) / 80)
+    nowhere = fit(24, 60)
+    assert (nowhere.scheduled_tokens, nowhere.binds, nowhere.fits) == (2048, "memory", False)
+    assert fit(80, 62.6, most=0.8).binds == "share"  # fits with a smaller step
+    assert fit(80, 62.6, most=0.8).fits
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "needed", "peak"),
+    [
+        (large(151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+               tie_word_embeddings=True, num_attention_heads=16), 1, 4.9, 74.2),
+        (large(151_936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+               num_attention_heads=32), 1, 20.5,
+         74.2),
+        (large(151_936), 1, 69.6, 74.2),
+        (large(128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80), 2, 71.7,
+         74.3),
+    ],
+)  # fmt: skip
+def test_the_table_of_the_docs(model: ModelFiles, gpus: int, needed: float, peak: float) -> None:
+    """Models of Qwen3's and Llama's dimensions on a GPU of 80 GiB."""
+    plan = plan_memory(model, asked(tensor_parallel_size=gpus), 80 * GIB)
+    assert (plan.scheduled_tokens, plan.utilization, plan.binds) == (8192, 0.92, "step")
+    assert plan.needed / GIB == pytest.approx(needed, abs=0.1)
+    assert (plan.utilization * 80 * GIB + plan.added) / GIB == pytest.approx(peak, abs=0.1)
+
+
+def test_long_examples_need_their_whole_kv_cache() -> None:
+    assert fit(80, 16, longest=100_001).needed == int(GIB * (17 + 100_001 / 16384))
+
+
+def test_after_a_death_of_memory_step_and_share_are_smaller() -> None:
+    plan = fit(80, 66)
+    after = smaller(plan)
+    assert after.scheduled_tokens == 4096
+    assert after.utilization == pytest.approx(plan.least_utilization, abs=1e-4)  # not below it
+    assert smaller(fit(80, 16)).utilization == pytest.approx(0.828)
+    on_cpu = fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, ROW)
+    assert smaller(on_cpu).utilization == on_cpu.utilization
 
 
 def test_a_cpu_takes_what_is_free() -> None:
-    rows = row_bytes(152_000, 0, 4, on_cpu=True)  # 17 bytes a value: 2.58 MB each
-    assert fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 2048
-    assert fit_cpu(8 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 1024
-    assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows, 4096).scheduled_tokens == 64
+    rows = 17 * 152_000  # 2.58 MB each
+    assert fit_cpu(20 * GIB, 2 * GIB, 2 * GIB, rows).scheduled_tokens == 2048
+    assert fit_cpu(7 * GIB, 2 * GIB, 2 * GIB, rows).scheduled_tokens == 512
+    assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows).scheduled_tokens == 64
+    assert fit_cpu(1 * GIB, 2 * GIB, 2 * GIB, rows).binds == "memory"
+
+
+@pytest.mark.parametrize(
+    ("installed", "options", "runner"),
+    [
+        ("0.25.1", {}, "V2"),
+        ("0.25.1", {"layer_types": ["full_attention", "sliding_attention"] * 32}, "V2"),
+        ("0.25.1", {"layer_types": ["linear_attention", "full_attention"] * 32}, "V1"),
+        ("0.28.0", {"num_experts_per_tok": 8}, "V1"),
+        ("0.29.0", {"num_experts_per_tok": 8}, "V2"),
+        (None, {"num_experts_per_tok": 8}, "V2"),
+    ],
+)
+def test_the_runner_is_vllms_choice(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, options: Any, runner: str
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(vllm_memory, "version", version)
+    config = SimpleNamespace(**options)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert runner_of(model) == runner
 
 
 def test_sizes_of_a_model_are_those_of_its_weights(tiny_model: Path) -> None:
@@ -121,26 +258,31 @@ def test_a_damaged_file_of_weights_is_named(tiny_model: Path, tmp_path: Path) ->
 def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
     settings = EngineSettings("vllm", "bfloat16", max_length=256, gpu_memory_utilization=0.9)
     plan = plan_memory(find_model(str(tiny_model)), settings, gpu_memory=24 * GIB)
-    assert (plan.scheduled_tokens, plan.utilization) == (2048, 0.9)
-    assert plan.added == 256 * (VOCAB * 10 + 64 * 28)
+    assert (plan.scheduled_tokens, plan.utilization, plan.runner) == (8192, 0.9, "V2")
+    assert plan.added == 1024 * (320 * 4 + 64 * 28)
 
 
 def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
     tiny_model: Path,
 ) -> None:
     files = find_model(str(tiny_model))
-    of_model = weight_bytes(files, "bfloat16") + kv_cache_bytes(files, "bfloat16") * 16384
-    needed = [
-        plan_memory(
-            files,
-            EngineSettings(
-                "vllm", "bfloat16", 256, tensor_parallel_size=tp, pipeline_parallel_size=pp
-            ),
-            gpu_memory=24 * GIB,
-        ).needed
-        for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2))
-    ]
-    assert [each - GIB for each in needed] == [of_model // parts for parts in (1, 2, 2, 4)]
+    of_model = weight_bytes(files, "bfloat16") + kv_cache_bytes(files, "bfloat16") * 3 * 8192
+    for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        settings = asked(tensor_parallel_size=tp, pipeline_parallel_size=pp)
+        needed = plan_memory(files, settings, gpu_memory=24 * GIB).needed
+        assert needed - activation_bytes(files, settings, 8192) == of_model // (tp * pp)
+
+
+def test_activations_are_those_of_the_widest_layer() -> None:
+    """Two bytes a value: gate, up and their product, of 25,600; six of the hidden size of 5,120."""
+    model = large()
+    base = 256 * 152_000 * 12 + GIB // 2
+    assert activation_bytes(model, asked(), 1000) == 1000 * 2 * (3 * 25600 + 6 * 5120) + base
+    half = activation_bytes(model, asked(tensor_parallel_size=2), 1000)
+    assert half == 1000 * 2 * (3 * 12800 + 6 * 5120) + base
+    experts = large(num_experts_per_tok=8, moe_intermediate_size=768)
+    routed = 8 * (3 * 768 + 5120) + 6 * 5120
+    assert activation_bytes(experts, asked(), 1000) == 1000 * 2 * routed + base
 
 
 def test_weights_that_a_folder_holds_twice_count_once(tiny_model: Path, tmp_path: Path) -> None:

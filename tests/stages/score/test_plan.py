@@ -69,9 +69,9 @@ def test_memory_of_a_gpu(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     options = settings(tiny_model, chats, tmp_path, dtype="bfloat16", engine="auto")
     memory = plan(options, gpu_memory=16).memory
     assert memory.engine is not None
-    assert memory.engine.scheduled_tokens == 2048
-    assert memory.engine.added == 100 * (320 * 10 + 64 * 28)
-    assert memory.peak == int(0.8 * 16 * GIB) + memory.engine.added
+    assert memory.engine.scheduled_tokens == 8192
+    assert memory.engine.added == 1024 * (320 * 4 + 64 * 28)
+    assert memory.peak == int(0.92 * 16 * GIB) + memory.engine.added
     assert memory.fits
     assert not plan(options, gpu_memory=1.2).memory.fits
 
@@ -147,7 +147,8 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     assert done.exit_code == 0, done.output
     assert "42 read, 40 to score, 2 rejected" in done.output
     assert "chats.jsonl, line 4: not JSON" in done.output
-    assert "2,048 tokens a step" in done.output
+    assert "model runner V2, 8,192 tokens a step" in done.output
+    assert "; the largest step in use" in done.output
     assert "FLOP at 40% of 989 TFLOP/s, which is an assumption" in done.output
     event = json.loads(log.read_text())
     assert event["event"] == "plan"
