@@ -1,7 +1,11 @@
 """The exception for user errors, and helpers that format values in its messages."""
 
 import reprlib
+import unicodedata
+from functools import cache
 
+_HARMLESS = "\n\t\u200c\u200d"  # line feed and tab; joiners, which some scripts need
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # invisible and control characters
 _MOST_CHARACTERS = 300  # of another error's message
 
 
@@ -36,6 +40,29 @@ def require_utf8(what: str, name: str) -> None:
 def one_line(error: BaseException) -> str:
     """The message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:_MOST_CHARACTERS] or type(error).__name__
+
+
+def escaped(text: str) -> str:
+    """Text with control and invisible characters escaped, as in \\x1b.
+
+    For whatever came from a file: it could control a terminal or a page.
+    """
+    return "".join(map(_shown, text))
+
+
+def escaped_line(text: str) -> str:
+    """As `escaped`, with line feeds and tabs as spaces."""
+    return escaped(text.replace("\n", " ").replace("\t", " "))
+
+
+@cache
+def _shown(character: str) -> str:
+    if character in _HARMLESS or unicodedata.category(character) not in _HIDDEN:
+        return character
+    code = ord(character)
+    if code < 0x100:
+        return {"\r": "\\r"}.get(character, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def reason(error: BaseException) -> str:

@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    from ..pipeline.errors import UserError
+    from ..pipeline.errors import UserError, escaped
 
     quiet_libraries()
     try:
@@ -140,11 +140,5 @@ def _run() -> int:
         if error.filename is None:
             raise
         message = f"{error.filename}: {error.strerror}"
-    click.echo(f"Error: {_one_line(message)}", err=True)
+    click.echo(f"Error: {escaped(' '.join(message.split()))}", err=True)
     return 2
-
-
-def _one_line(message: str) -> str:
-    """A message on one line, with escapes for characters that could control the terminal."""
-    words = " ".join(message.split())
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in words)

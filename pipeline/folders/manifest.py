@@ -15,15 +15,16 @@ from ..errors import UserError, quoted, shown
 from ..format.packing import Precision
 from ..format.records import Count, Reject
 from ..format.schema import FORMAT_VERSION, STAGES, Schema, format_version_of
-from ..storage.files import read_bytes
+from ..storage.files import create_bytes, read_bytes, write_bytes
 from ..storage.json_files import (
     Number,
+    json_bytes,
     parse_json,
     read_json,
     refuse_misfits,
+    refuse_unreadable,
     sealed_bytes,
     sha256_of_json,
-    write_json,
     write_readable,
 )
 
@@ -154,9 +155,18 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write `plan.json`."""
+    """Write `plan.json`, in the place of one that is there."""
+    write_bytes(folder / PLAN, _plan_bytes(plan))
+
+
+def create_plan(folder: Path, plan: Plan) -> bool:
+    """Write `plan.json` unless there is one; returns whether there was none."""
+    return create_bytes(folder / PLAN, _plan_bytes(plan))
+
+
+def _plan_bytes(plan: Plan) -> bytes:
     counts = {"shards": plan.shards, "demonstrations": plan.demonstrations}
-    write_json(folder / PLAN, msgspec.structs.asdict(plan.identity) | {"counts": counts})
+    return json_bytes(msgspec.structs.asdict(plan.identity) | {"counts": counts})
 
 
 def read_plan(folder: Path) -> Plan:
@@ -208,11 +218,28 @@ def read_manifest(folder: Path, stage: str | None = None) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Seal a folder: write its manifest, with a hash of all its values.
+    """Write a manifest, with a hash of all its values, in the place of one that is there.
 
     Raises UserError if the manifest would be too large to read.
     """
     write_readable(folder / MANIFEST, _sealed_bytes(manifest))
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a folder unless there is one, and return what is read back.
+
+    Raises UserError as `write_manifest` does, and if the one that is there states other shards.
+    """
+    path, content = folder / MANIFEST, _sealed_bytes(manifest)
+    refuse_unreadable(path, content)
+    create_bytes(path, content)
+    found = read_manifest(folder)
+    if (found.identity, found.shards) != (manifest.identity, manifest.shards):
+        raise UserError(
+            f"{folder}: another command sealed it meanwhile with other shards: run `qpipe verify`, "
+            "or give another --out"
+        )
+    return found
 
 
 def _sealed_bytes(manifest: Manifest) -> bytes:

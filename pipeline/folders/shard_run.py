@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..format.schema import Schema
 from ..storage.files import TEMPORARY, write_bytes
 from ..storage.json_files import json_bytes, read_json
-from ..storage.locks import claimed
+from ..storage.locks import claimed, locks_work
 from ..threads import in_order
 from .manifest import (
     MANIFEST,
@@ -30,12 +30,13 @@ from .manifest import (
     Manifest,
     Plan,
     ShardEntry,
+    create_plan,
     first_difference,
     read_manifest,
     read_plan,
+    seal,
     shard_name,
     totals_of,
-    write_manifest,
     write_plan,
 )
 from .shards import ShardContent, commit_shard, committed_shard
@@ -133,7 +134,7 @@ def _result_of(folder: Path, identity: Identity) -> StageResult:
 def _resume(folder: Path, plan: Plan, alone: bool) -> None:
     """Continue with the plan of a folder, or replace it if no rows were made with it."""
     found = read_plan(folder)
-    if not alone or _holds_rows(folder):
+    if not alone or _holds_rows(folder) or not locks_work(folder):
         refuse_other(folder, plan.identity, found.identity)
     if found != plan and alone:
         if found.identity != plan.identity:
@@ -156,7 +157,10 @@ def _begin(folder: Path, plan: Plan, alone: bool) -> None:
         raise UserError(
             f"{folder}: holds something else ({min(present)}): give an empty or a new folder"
         )
-    write_plan(folder, plan)
+    if not create_plan(folder, plan):  # another command has opened the folder meanwhile
+        return _resume(folder, plan, alone)
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: was sealed meanwhile")
 
 
 def refuse_other(folder: Path, wanted: Identity, found: Identity) -> None:
@@ -288,9 +292,9 @@ class ShardRun:
     def seal(self, alone: bool = True) -> StageResult:
         """Write the rejects, then the manifest, the last file of a folder.
 
-        Several processes may seal at once: they write the same bytes. `alone` states that no other
-        process works in the folder; its temporary files are then removed. Raises UserError if a
-        shard was removed or cut since it was made.
+        Several processes may seal at once: the first one's manifest stays. `alone` states that no
+        other process works in the folder; its temporary files are then removed. Raises UserError if
+        a shard was removed or cut since it was made, or another command sealed other shards.
         """
         job = self.job
         shards = [self.committed[index] for index in range(len(self.committed))]
@@ -307,11 +311,11 @@ class ShardRun:
         )
         try:
             write_bytes(job.folder / REJECTS, rejects_bytes(shards))
-            write_manifest(job.folder, manifest)
         except UserError:
             # another task may have sealed the folder and removed this task's temporary file
             if not (job.folder / MANIFEST).exists():
                 raise
+        manifest = seal(job.folder, manifest)
         if alone:
             tidy(job.folder)
         else:

@@ -17,14 +17,15 @@ MOST_BYTES = 2**28  # of a JSON file: enough for half a million scored shards, o
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, create: bool = False) -> Iterator[BinaryIO]:
     """Open a file that appears at `path` only if the block ends without an error.
 
     A local file is written under a temporary name, synced and renamed; a remote file is uploaded
-    as a whole. After an error `path` is unchanged.
+    as a whole. After an error `path` is unchanged. With `create` a present file stays, and
+    FileExistsError is raised.
     """
     if is_remote(path):
-        with remote_file(path) as file:
+        with remote_file(path, create) as file:
             yield file
         return
     # random, so that writers on different machines do not share it
@@ -34,13 +35,27 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _link(temporary, path) if create else os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not (create and isinstance(error, FileExistsError)):
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Rename a file, unless there is one of the new name: raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with open(path, "xb") as file:
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,6 +71,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def create_bytes(path: Path, content: bytes) -> bool:
+    """Write a file atomically unless it exists; returns whether it did not."""
+    try:
+        with atomic_file(path, create=True) as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def read_bytes(path: Path) -> bytes:

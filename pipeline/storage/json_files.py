@@ -32,12 +32,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_readable(path: Path, content: bytes) -> None:
     """Write a JSON file atomically. Raises UserError if it would be too large to read back."""
+    refuse_unreadable(path, content)
+    write_bytes(path, content)
+
+
+def refuse_unreadable(path: Path, content: bytes) -> None:
+    """Raise UserError for the content of a JSON file that would be too large to read back."""
     if excess := _excess(content):
         raise UserError(
             f"{path}: would have {excess}, more than is read back: remove the rows that cannot be "
             "used, or give another --shard-size"
         )
-    write_bytes(path, content)
 
 
 def json_bytes(value: Any) -> bytes:

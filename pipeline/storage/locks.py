@@ -164,6 +164,21 @@ def _leases(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue  # just removed, or not a lease of qpipe
 
 
+def locks_work(folder: Path) -> bool:
+    """Whether a lock on a folder holds other processes off, as far as this machine can tell.
+
+    Some file systems, NFS among them, refuse or ignore locks of folders.
+    """
+    if is_remote(folder):
+        return False
+    first, second = (os.open(folder, os.O_RDONLY) for _ in range(2))
+    try:
+        return not (_try(first, fcntl.LOCK_EX) and _try(second, fcntl.LOCK_EX))
+    finally:
+        os.close(first)
+        os.close(second)
+
+
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Lock a file to be made by this process; yields False if another process makes it.

@@ -49,8 +49,12 @@ def is_remote(path: Path) -> bool:
 
 
 @contextmanager
-def remote_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a local file that is uploaded to `path` if the block ends without an error."""
+def remote_file(path: Path, create: bool = False) -> Iterator[BinaryIO]:
+    """Open a local file that is uploaded to `path` if the block ends without an error.
+
+    With `create` the store refuses to replace an object (S3: `If-None-Match: *`), and
+    FileExistsError is raised.
+    """
     with nameless_file() as (file, local):
         try:
             yield file
@@ -58,8 +62,23 @@ def remote_file(path: Path) -> Iterator[BinaryIO]:
         except OSError as error:
             where = tempfile.gettempdir()
             raise UserError(f"{where}: cannot be written: {error.strerror or error}") from error
+        if create:
+            _create(path, local)
+            return
         with _store(path, "written") as (store, place):
             store.put_file(str(local), place)
+
+
+def _create(path: Path, local: Path) -> None:
+    if path.exists():  # some stores ignore the mode
+        raise FileExistsError(path)
+    try:
+        with _store(path, "written") as (store, place):
+            store.put_file(str(local), place, mode="create")
+    except UserError as error:
+        if path.exists():
+            raise FileExistsError(path) from error
+        raise
 
 
 @contextmanager

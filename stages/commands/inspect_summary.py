@@ -14,11 +14,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from ...pipeline.errors import escaped
 from ..looking.examples import Look
 from ..looking.inspect import Inspection, alternatives_of
 from ..looking.measures import MEASURES, Scale
 from ..looking.overview import Overview, folder_json
-from ..looking.token_text import TokenText, escaped, one_line_of
+from ..looking.token_text import TokenText, one_line_of
 from .tables import print_table
 
 # backgrounds of the 256-colour palette, from none over amber to rust; legible without telling hues
@@ -70,7 +71,7 @@ def print_inspection(found: Inspection, alternatives: int, colour: bool) -> None
     """Print the summary, then the examples."""
     _print_summary(found)
     for line in found.notes:
-        click.echo(line)
+        click.echo(escaped(line))
     if found.examples:
         click.echo(f"\n{_legend(found.colour_by, colour)}", color=colour)
     for look in found.examples:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ...pipeline.errors import option_of
+from ...pipeline.errors import escaped, option_of
 from ...pipeline.options import described
 from ..engines.settings import EngineSettings, ServerSettings
 from ..execution.settings import Execution
@@ -192,7 +192,7 @@ def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
 
 
 def _reject_words(reject: "Reject") -> str:
-    from ..looking.token_text import escaped, one_line_of
+    from ..looking.token_text import one_line_of
 
     return f"{reject.source}, line {reject.line}: {escaped(one_line_of(reject.reason))}"
 

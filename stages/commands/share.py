@@ -59,13 +59,13 @@ def list_(root: Path, stage: str | None, contains: str | None, as_json: bool) ->
 
     def cells(each: Listed) -> tuple[str, ...]:
         if each.error is not None:
-            return (_clean(each.folder), "damaged", *[""] * 6, _clean(each.error))
+            return (each.folder, "damaged", *[""] * 6, each.error)
         size = "" if each.bytes_per_token is None else f"{each.bytes_per_token:.1f}"
         return (
-            _clean(each.folder),
+            each.folder,
             each.stage if each.is_sealed else f"{each.stage}, not finished",
-            _clean(each.model or ""),
-            _clean(each.made),
+            each.model or "",
+            each.made,
             "" if each.rows is None else f"{each.rows:,}",
             "" if each.positions is None else f"{each.positions:,}",
             size,
@@ -77,7 +77,7 @@ def list_(root: Path, stage: str | None, contains: str | None, as_json: bool) ->
     shown = [each for each in found if contains is None or contains in " ".join(cells(each))]
     if as_json:
         for each in shown:
-            click.echo(json.dumps(asdict(each), ensure_ascii=False))
+            click.echo(json.dumps(asdict(each), ensure_ascii=True))
         return
     head = ("folder", "stage", "model", "made", "demos", "tokens", "B/token", "from", "age")
     print_table([head, *map(cells, shown)])
@@ -87,16 +87,12 @@ def list_(root: Path, stage: str | None, contains: str | None, as_json: bool) ->
 @click.argument("folder", metavar="DIR", type=FOLDER)
 def lineage(folder: Path) -> None:
     """Show the inputs of a folder, back to the demonstrations."""
+    from ...pipeline.errors import escaped_line
     from ...pipeline.folders.manifest import read_manifest
     from ..folders.lineage import generations
 
     for depth, words in generations(read_manifest(folder)):
-        click.echo(f"{'  ' * depth}{_clean(words)}")
-
-
-def _clean(words: str) -> str:
-    """Text from a folder on one line, without characters that could control the terminal."""
-    return "".join(each if each.isprintable() else " " for each in words)
+        click.echo(f"{'  ' * depth}{escaped_line(words)}")
 
 
 def _words(seconds: float | None) -> str:

@@ -28,8 +28,9 @@ _MOST_SHOWN = 20
 @click.option(
     "--model",
     default=None,
-    help="Reference model for --rescore. Defaults to the model named in the manifest; may "
-    "be another with the same tokenizer, for example the unquantized original.",
+    help="Reference model for --rescore. Defaults to the model named in the manifest, "
+    "if it is on this machine; may be another with the same tokenizer, for example the "
+    "unquantized original.",
 )
 @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed for the choice of examples.")
@@ -90,13 +91,13 @@ def verify(
 
 def _check(folder: Path, problems: Iterable[str]) -> None:
     """Print the problems. Raises UserError if there are any."""
-    from ...pipeline.errors import UserError
+    from ...pipeline.errors import UserError, escaped_line
 
     found = 0
     for problem in problems:
         found += 1
         if found <= _MOST_SHOWN:
-            click.echo(problem, err=True)
+            click.echo(escaped_line(problem), err=True)
     if found:
         raise UserError(f"{folder}: {found} problem(s): restore it, or make it again")
 

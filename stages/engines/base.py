@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError
 from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import Example, Floats, Ints, ScoredExample, WeightedExample
+from ...pipeline.format.row_checks import MASS_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,3 +126,24 @@ def _no_numbers(example: Example) -> UserError:
         f"example {example.id}: the model returned log-probabilities that are not numbers: its "
         "weights are damaged, or the number format overflows: try --dtype float32"
     )
+
+
+def contradicts_tail(
+    observed_N: NDArray, ranks_N: NDArray, log_probs_Nk: NDArray, vocab_size: int
+) -> NDArray[np.bool_]:
+    """Whether no tail has the mass that the top k leave.
+
+    With an observed token of rank R > k, at least R - k tokens of the tail are as probable as it,
+    and at most R - k - 1 more so, but none more than the last of the top k. Otherwise no token is.
+    """
+    top_k = log_probs_Nk.shape[1]
+    probs_Nk = np.exp(log_probs_Nk.astype(np.float64))
+    tail_N, last_N = 1 - probs_Nk.sum(axis=1), probs_Nk[:, -1]
+    observed_prob_N = np.exp(observed_N.astype(np.float64))
+    before_N = ranks_N - top_k - 1  # tokens of the tail that are more probable
+    least_N = (before_N + 1) * observed_prob_N
+    most_N = before_N * last_N + (vocab_size - ranks_N + 1) * observed_prob_N
+    is_inside_N = ranks_N <= top_k
+    least_N = np.where(is_inside_N, 0, least_N)
+    most_N = np.where(is_inside_N, (vocab_size - top_k) * last_N, most_N)
+    return (tail_N < least_N - MASS_TOLERANCE) | (tail_N > most_N + MASS_TOLERANCE)

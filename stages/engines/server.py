@@ -18,16 +18,18 @@ import numpy as np
 from ...pipeline.errors import UserError, one_line
 from ...pipeline.format.batches import flatten
 from ...pipeline.format.records import Example, ScoredExample, WeightedExample
-from ...pipeline.format.row_checks import violations
+from ...pipeline.format.row_checks import MASS_TOLERANCE, violations
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
-from .base import GivenIds, scored
+from .base import GivenIds, contradicts_tail, scored
 from .settings import EngineSettings, ServerSettings
 
 _START_TRIES = 3  # a missing server is reported soon
 _LONGEST_WAIT = 60.0  # seconds between two tries
 _CONNECT_SECONDS = 10.0
-_MASS_TOLERANCE = 1e-3  # float32 sums over a large vocabulary
+_NONE = -9999.0  # vLLM's log-probability of a token that a sampling option excludes
+_BYTES_ENTRY = 256  # of JSON for one token's log-probability; as a rule below 100
+_BYTES_BESIDE = 2**24  # of the rest of an answer
 _PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # ids and ranks
@@ -83,34 +85,51 @@ class _Api:
                 "address of a vLLM server, as in http://host:8000"
             ) from error
 
-    async def ask(self, path: str, kind: type, body: Any = None, tries: int = _START_TRIES) -> Any:
+    async def ask(
+        self, path: str, kind: type, body: Any = None, tries: int = _START_TRIES, entries: int = 0
+    ) -> Any:
         """Send a request, a POST if it has a body, and return the answer as a `kind`.
 
-        Raises _RefusedError for an invalid request, UserError after the last try.
+        `entries` is the number of log-probabilities in the answer, which bounds its size. Raises
+        _RefusedError for an invalid request, UserError after the last try.
         """
-        trouble = ""
+        most, trouble = _BYTES_BESIDE + entries * _BYTES_ENTRY, ""
         for attempt in range(tries):
             if attempt:
                 await asyncio.sleep(self._wait(attempt))
             try:
-                method = "GET" if body is None else "POST"
-                response = await self.client.request(method, path, json=body)
-            except httpx.TransportError as error:
+                async with asyncio.timeout(self.server.timeout):
+                    status, content = await self._send(path, body, most)
+            except TimeoutError:
+                trouble = f"the answer took more than {self.server.timeout:g} s"
+                continue
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 trouble = f"{type(error).__name__} {one_line(error)}".strip()
                 continue
-            if response.status_code == 429 or response.status_code >= 500:
-                trouble = f"status {response.status_code} {one_line(Exception(response.text))}"
-            elif response.status_code != 200:
-                raise _RefusedError(f"status {response.status_code} {response.text}")
+            if status == 429 or status >= 500:
+                trouble = f"status {status} {_text(content)}"
+            elif status != 200:
+                raise _RefusedError(f"status {status} {_text(content)}")
             else:
                 try:
-                    return msgspec.json.decode(response.content, type=kind)
+                    return msgspec.json.decode(content, type=kind)
                 except msgspec.DecodeError as error:
                     trouble = f"an answer that cannot be read: {one_line(error)}"
         raise UserError(
             f"server {self.server.url}: no answer in {tries} tries: {trouble}: finished shards are "
             "kept: run again when it is back"
         )
+
+    async def _send(self, path: str, body: Any, most: int) -> tuple[int, bytes]:
+        """The status and content of one response, of at most `most` bytes."""
+        content = bytearray()
+        method = "GET" if body is None else "POST"
+        async with self.client.stream(method, path, json=body) as response:
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > most:
+                    raise httpx.ReadError(f"an answer of more than {most:,} bytes")
+        return response.status_code, bytes(content)
 
     def _wait(self, attempt: int) -> float:
         """Seconds before a retry: exponential backoff with jitter."""
@@ -174,7 +193,8 @@ class ServerScorer:
             "max_tokens": 1,
             "temperature": 0,
         }
-        answer = await self.api.ask("/v1/completions", _Completion, body, tries)
+        entries = len(token_ids) * (1 + (self.model.vocab_size if count < 0 else count))
+        answer = await self.api.ask("/v1/completions", _Completion, body, tries, entries)
         prompt = answer.choices[0].prompt_logprobs if len(answer.choices) == 1 else []
         if len(prompt) != len(token_ids):
             raise UserError(
@@ -243,7 +263,7 @@ class ServerScorer:
         if len(entries) != vocab_size or max(entries) >= vocab_size:
             raise self._disagrees(f"its distributions have {len(entries)} tokens")
         mass = float(np.exp([entry.logprob for entry in entries.values()]).sum())
-        if abs(mass - 1) > _MASS_TOLERANCE:
+        if abs(mass - 1) > MASS_TOLERANCE:
             raise _unnormalised(mass)
 
     async def _check_edges(self, vocab_size: int) -> None:
@@ -312,6 +332,11 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
         ) from error
 
 
+def _text(content: bytes) -> str:
+    """The text of an error, on one line."""
+    return one_line(Exception(content[:4096].decode(errors="replace")))
+
+
 def _scored(
     example: WeightedExample, prompt: _Prompt, top_k: int, vocab_size: int
 ) -> ScoredExample:
@@ -346,10 +371,14 @@ def _scored(
     as_probable_N = (log_probs_Nk >= observed_N[:, None]).sum(axis=1)
     ranks_N = np.where(is_inside_N, as_probable_N, ranks_N).astype(np.int32)
     masses_N = np.exp(log_probs_Nk.astype(np.float64)).sum(axis=1)
-    if N and masses_N.max() > 1 + _MASS_TOLERANCE:
+    if N and masses_N.max() > 1 + MASS_TOLERANCE:
         raise _unnormalised(float(masses_N.max()))
+    if (observed_N <= _NONE).any() or (log_probs_Nk <= _NONE).any():
+        raise _impossible(example, f"{_NONE:g} is not a log-probability, but stands for none")
     if (~is_inside_N & (observed_N > log_probs_Nk[:, -1])).any():
         raise _impossible(example, "a token outside of the top k is more probable than one of them")
+    if contradicts_tail(observed_N, ranks_N, log_probs_Nk, vocab_size).any():
+        raise _impossible(example, "the tokens outside of the top k cannot have the rest of 1")
     made = scored(example, observed_N, ranks_N, ids_Nk, log_probs_Nk, vocab_size)
     for wrong in violations("score", flatten(schema_of("score", vocab_size), [made]), vocab_size):
         raise _impossible(example, f"{wrong.column} {wrong.what}")

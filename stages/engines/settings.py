@@ -36,7 +36,7 @@ class ServerSettings:
     )
     timeout: float = option(
         600.0,
-        "Time limit for a response. Requests that time out or fail are retried.",
+        "Time limit for a whole response. Requests that time out or fail are retried.",
         range=Range(0, above=True),
         metavar="SECONDS",
         names=("--server-timeout",),

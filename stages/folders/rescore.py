@@ -49,8 +49,8 @@ def rescore(
 ) -> Rescored:
     """Score some examples of a folder again with transformers in float32.
 
-    `model` defaults to the model named in the manifest. Raises UserError if its weights have
-    changed, or if a given model has another tokenizer or vocabulary.
+    `model` defaults to the model named in the manifest, if it is on this machine. Raises UserError
+    if its weights have changed, or if a given model has another tokenizer or vocabulary.
     """
     scores = open_sealed(folder, "score")
     files = _reference(scores, model, revision)
@@ -96,13 +96,13 @@ def _reference(folder: SealedFolder, model: str | None, revision: str | None) ->
     if model is None:
         revision = revision or made_by.get("revision")
     try:
-        files = find_model(name, revision)
+        files = find_model(name, revision, local=model is None)
     except UserError as error:
         if model is not None:
             raise
         raise UserError(
-            f"{folder.path}: was scored with model {name}, which cannot be loaded by that name: "
-            "give --model"
+            f"{folder.path}: was scored with model {name}, which cannot be loaded by that "
+            "name: give --model"
         ) from error
     theirs, ours = folder.settings["tokenizer_hash"], files.tokenizer_hash
     if theirs != ours:

@@ -5,18 +5,14 @@ shows it, and the tokens that continue it show nothing; alone, such a token show
 """
 
 import json
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.errors import UserError, one_line
+from ...pipeline.errors import UserError, escaped, one_line
 from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.provenance import tokenizer_hash
-
-_HARMLESS = "\n\t\u200c\u200d"  # line feed and tab; joiners, which some scripts need
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # invisible and control characters
 
 
 class TokenText:
@@ -67,11 +63,6 @@ class TokenText:
 IDS_ONLY = TokenText(lambda token_id: None)
 
 
-def escaped(text: str) -> str:
-    """Text with control and invisible characters escaped, as in \\x1b."""
-    return "".join(map(_shown, text))
-
-
 def one_line_of(text: str) -> str:
     """Text on one line, with line feeds and tabs as visible signs."""
     return text.replace("\n", "↵").replace("\t", "⇥")
@@ -80,15 +71,16 @@ def one_line_of(text: str) -> str:
 def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
     """The text of a folder's tokens, and a line to print if only ids can be shown.
 
-    `model` is a folder or a name on the hub; None is the name in the manifest. Raises UserError for
-    a given model that cannot be read or has another tokenizer.
+    `model` is a folder or a name on the hub; None is the name in the manifest, of which only files
+    on this machine are read. Raises UserError for a given model that cannot be read or has another
+    tokenizer.
     """
     name: str = manifest.provenance.get("model") or ""
     if model is None and "/" not in name:  # the name of a folder, not one on the hub
         known = f" (the folder of {name})" if name else ""
         return IDS_ONLY, f"Tokens are shown as ids: --model DIR{known} shows their text."
     try:
-        tokenizer = _load(model or name)
+        tokenizer = _load(model or name, local=model is None)
         found, wanted = tokenizer_hash(tokenizer), manifest.settings["tokenizer_hash"]
         if found != wanted:
             raise UserError(
@@ -122,13 +114,15 @@ def of_tokenizer(tokenizer: Any) -> TokenText:
     return TokenText(bytes_of)
 
 
-def _load(model: str) -> Any:
+def _load(model: str, local: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise UserError(f"--model {model}: no such folder: give the model that was scored")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=False, local_files_only=local
+        )
     except Exception as error:  # libraries raise many kinds for damaged files
         raise UserError(f"--model {model}: has no usable tokenizer: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -155,11 +149,7 @@ def _shown(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not part of a character
         return f"⟨{code - 0xDC00:02X}⟩"
-    if character in _HARMLESS or unicodedata.category(character) not in _HIDDEN:
-        return character
-    if code < 0x100:
-        return {"\r": "\\r"}.get(character, f"\\x{code:02x}")
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return escaped(character)
 
 
 @cache

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, escaped
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.progress import progress_bar
 from ..looking.examples import Companion, Look, base_scores, looks, open_examples, role_of
 from ..looking.measures import MEASURES
 from ..looking.overview import Overview, folder_json
-from ..looking.token_text import TokenText, escaped, one_line_of, token_text
+from ..looking.token_text import TokenText, one_line_of, token_text
 from .pack import Alternatives, alternatives, compressed, packed, quantised
 from .settings import ReportSettings
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, escaped
 from .folder_page import MEGABYTE, folder_page
 from .page import page_html, write_page
 from .settings import ReportSettings
@@ -43,7 +43,7 @@ def _report_folder(out: Path, settings: ReportSettings) -> None:
     blobs |= {f"chunk-{number}": chunk for number, chunk in enumerate(chunks)}
     size = write_page(out, page_html(page.title, ["folder.js"], blobs))
     for note in page.notes:
-        click.echo(note)
+        click.echo(escaped(note))
     click.echo(f"{out}: {size / MEGABYTE:.1f} MB")
 
 

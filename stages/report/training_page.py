@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, escaped
 from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import is_number
 from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
-from ..looking.token_text import escaped
 from .folder_page import json_text
 
 MOST_POINTS = 1000  # of a curve; more points are averaged

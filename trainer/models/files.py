@@ -49,20 +49,23 @@ class ModelFiles:
         return weights_hash(self.folder)
 
 
-def find_model(model: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
-    """Locate a model and read its configuration and tokenizer.
+def find_model(
+    model: str, revision: str | None = None, weights: bool = True, local: bool = False
+) -> ModelFiles:
+    """Locate a model and read its configuration and tokenizer; never runs code of the model.
 
     `model` is a folder, or a name on the hub, which is downloaded once to the hub's cache, with or
-    without its weights. Raises UserError where it is missing or cannot be read.
+    without its weights; with `local`, for a name that the user did not give, nothing is downloaded.
+    Raises UserError where it is missing or cannot be read.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    folder, name = _locate(model, revision, weights)
+    folder, name = _locate(model, revision, weights, local)
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: no config.json in it: give a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged files raise errors of many libraries
         raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -86,7 +89,7 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
         logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, output_loading_info=True
+            files.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # damaged or quantised: each library has its own
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
@@ -124,7 +127,7 @@ def check_weights(files: ModelFiles) -> None:
         return  # its weights have other names
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, device_map="meta", output_loading_info=True
+            files.folder, device_map="meta", output_loading_info=True, trust_remote_code=False
         )
     except Exception:  # an architecture of the engine alone, or the engine reports the error
         return
@@ -140,7 +143,7 @@ def _refuse_incomplete(files: ModelFiles, loading: dict[str, Any]) -> None:
         )
 
 
-def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]:
+def _locate(model: str, revision: str | None, weights: bool, local: bool) -> tuple[Path, str]:
     path = Path(model)
     if not model:
         raise UserError("--model is empty: give a model folder, or a name on the hub")
@@ -157,7 +160,9 @@ def _locate(model: str, revision: str | None, weights: bool) -> tuple[Path, str]
     if weights:
         patterns.append("*.safetensors")
     try:
-        snapshot = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        snapshot = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, local_files_only=local
+        )
     except Exception as error:
         # the hub's client raises errors of many libraries: bad name, no network, no access, ...
         raise UserError(

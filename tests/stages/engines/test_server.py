@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -136,6 +137,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                 case bytes():
                     self.answer(200, fault)
+                case "drip" | "flood":
+                    self.pour(fault)
                 case None:
                     self.answer(status, answer)
                 case spoil:
@@ -144,6 +147,17 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with fake.lock:
                 fake.at_a_time -= 1
+
+    def pour(self, how: str) -> None:
+        """Send an answer that does not end: slowly, or as fast as it is read."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(200 if how == "drip" else 10**6):
+                self.wfile.write(b" " if how == "drip" else b" " * 2**20)
+                self.wfile.flush()
+                time.sleep(0.05 if how == "drip" else 0)
 
     def answer(self, status: int, value: Any) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -258,6 +272,19 @@ def test_a_late_answer_is_tried_again(
 
 
 @pytest.mark.parametrize(
+    ("fault", "words"),
+    [("drip", "the answer took more than 1 s"), ("flood", "an answer of more than 16,7")],
+)
+def test_an_answer_that_does_not_end_is_not_waited_for(fake: Fake, fault: str, words: str) -> None:
+    scorer = make_scorer(fake.files, settings_for(fake, tries=2, timeout=1.0))
+    fake.faults = [fault, fault]
+    start = time.monotonic()
+    with pytest.raises(UserError, match=words):
+        list(scorer.score(EXAMPLES[:1], 8))
+    assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize(
     ("fault", "words"), [(503, "status 503"), ("drop", "RemoteProtocol"), (b"<", "cannot be read")]
 )
 def test_what_does_not_pass_is_one_clear_line(fake: Fake, fault: Any, words: str) -> None:
@@ -303,6 +330,38 @@ def spoil_observed(answer: Any) -> None:
                 entry["logprob"] = -1e-9
 
 
+def observed_outside(answer: Any) -> Iterator[Any]:
+    for row in answer["choices"][0]["prompt_logprobs"][1:]:
+        yield from (entry for entry in row.values() if entry["rank"] > 8)
+
+
+def spoil_rank(answer: Any) -> None:
+    """Far down, and still as probable as the last of the top k."""
+    for row in answer["choices"][0]["prompt_logprobs"][1:]:
+        last = min(entry["logprob"] for entry in row.values() if entry["rank"] <= 8)
+        for entry in row.values():
+            if entry["rank"] > 8:
+                entry.update(rank=VOCAB, logprob=last)
+
+
+def spoil_tail(answer: Any) -> None:
+    """Next after the top k, and all but impossible: then so is the rest, which has a mass."""
+    for entry in observed_outside(answer):
+        entry.update(rank=9, logprob=-60.0)
+
+
+def spoil_sentinel(answer: Any) -> None:
+    for entry in observed_outside(answer):
+        entry.update(rank=VOCAB, logprob=-9999.0)
+
+
+def spoil_top(answer: Any) -> None:
+    """The top k lose mass that the rest, each of them less probable, cannot have."""
+    for row in answer["choices"][0]["prompt_logprobs"][1:]:
+        for entry in row.values():
+            entry["logprob"] -= 3.0
+
+
 @pytest.mark.parametrize("key", ["-3", str(2**31), str(2**70)])
 def test_ids_that_are_none_are_never_stored(fake: Fake, key: str) -> None:
     def spoil(answer: Any) -> None:
@@ -324,6 +383,10 @@ def test_ids_that_are_none_are_never_stored(fake: Fake, key: str) -> None:
         (spoil_id, "e1: the server's answer for token"),
         (spoil_mass, "add up to .*raw_logprobs"),
         (spoil_order, "topk_log_probs does not descend"),
+        (spoil_rank, "the tokens outside of the top k cannot have the rest of 1"),
+        (spoil_tail, "the tokens outside of the top k cannot have the rest of 1"),
+        (spoil_top, "the tokens outside of the top k cannot have the rest of 1"),
+        (spoil_sentinel, "-9999 is not a log-probability, but stands for none"),
         (spoil_observed, "a token outside of the top k is more probable than one of them"),
     ],
 )
