@@ -4,9 +4,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...pipeline.errors import UserError
+from ...pipeline.progress import say_once
 from ...trainer.models.files import ModelFiles
 from .base import Scorer
-from .settings import DTYPES, ENGINES, Dtype, EngineSettings
+from .settings import DTYPES, ENGINES, Dtype, EngineSettings, Host
 
 
 def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
@@ -29,10 +30,19 @@ def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
             raise UserError(f"engine {other!r} is not known: choose one of {names}")
 
 
-def choose_engine(option: str, gathers: bool = False) -> str:
-    """Resolve `--engine`; `auto` is vLLM if it is installed. `gathers` is whether ids are given."""
-    installed = find_spec("vllm") is not None
-    if option == "vllm" and not installed:
+def this_host() -> Host:
+    """What this machine has."""
+    import torch
+
+    return Host(has_gpu=torch.cuda.is_available(), has_vllm=find_spec("vllm") is not None)
+
+
+def choose_engine(option: str, host: Host, gathers: bool = False) -> str:
+    """Resolve `--engine` for the machine that runs it; `auto` is vLLM if it is installed there.
+
+    `gathers` is whether ids are given.
+    """
+    if option == "vllm" and not host.has_vllm:
         raise UserError(
             "engine vllm is not installed: pip install 'qpipe[vllm]', or use --engine transformers"
         )
@@ -43,18 +53,24 @@ def choose_engine(option: str, gathers: bool = False) -> str:
         )
     if option != "auto":
         return option
-    return "vllm" if installed else "transformers"
+    return "vllm" if host.has_vllm else "transformers"
 
 
-def choose_dtype(option: str, config: Any, on_gpu: bool | None = None) -> Dtype:
+def choose_dtype(option: str, config: Any, host: Host | None = None) -> Dtype:
     """Resolve `--dtype`: `auto` is the model's own number format on a GPU, otherwise float32.
 
-    `on_gpu` defaults to whether this machine has a GPU.
+    None is this machine.
     """
-    import torch
-
     if option == "auto":
         own = str(config.get_text_config().dtype).removeprefix("torch.")
-        has_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-        option = own if has_gpu else "float32"
+        option = own if (host or this_host()).has_gpu else "float32"
     return option if option in DTYPES else "float32"
+
+
+def say_float32(dtype: Dtype, on_gpu: bool) -> None:
+    """Say that float32 is slow on a GPU."""
+    if on_gpu and dtype == "float32":
+        say_once(
+            "dtype float32 on a GPU is many times slower than bfloat16: give --dtype bfloat16 "
+            "unless the scores must be those of float32"
+        )

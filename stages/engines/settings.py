@@ -58,6 +58,14 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """The machine that runs an engine."""
+
+    has_gpu: bool
+    has_vllm: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """The engine and its options. `auto` is resolved, and `max_length` set, before it starts.
 
@@ -89,6 +97,7 @@ class EngineSettings:
         range=Range(0, 1, above=True),
     )
     max_length: int = 4096  # tokens of the longest example
+    host: Host | None = None  # None is this machine
     reads_prefixes: bool = True  # vLLM computes shared beginnings once
     rows_alone: bool = True  # vLLM computes log-probabilities of supervised tokens alone
     server: ServerSettings = field(default_factory=ServerSettings)

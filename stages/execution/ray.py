@@ -37,11 +37,14 @@ from ...pipeline.folders.shards import commit_shard
 from ...pipeline.folders.tasks import Stage, run_locked
 from ...pipeline.folders.watch import Watch, Watcher
 from ...pipeline.signals import ends_in_order
+from ..engines.choose import this_host
+from ..engines.settings import Host
 from ..quiet import quiet_libraries
 
 _TRIES = 3  # failures allowed for one shard, and in a row for workers that start
 _SHARDS_PER_WORKER = 2
 _CONNECT_SECONDS = 10.0
+_GPU_TO_ASK = 0.001  # of a GPU, so that others may use it
 _STORE_BYTES = 100 * 2**20  # of the object store: only small objects are sent
 
 
@@ -53,8 +56,6 @@ def run_on_ray(
     Raises UserError if Ray is not installed, cannot be reached, or lacks the resources for the
     workers, if workers fail three times with the same shard, and if all of them fail to start.
     """
-    if find_spec("ray") is None:
-        raise UserError("--executor ray: Ray is not installed: pip install 'qpipe[ray]'")
 
     def make_missing(run: ShardRun) -> None:
         shards = stage.shard_count
@@ -66,6 +67,18 @@ def run_on_ray(
                 _Dispatcher(ray, stage, run, room, watch).make_missing(shards)
 
     return run_locked(stage, make_missing)
+
+
+def host_of_cluster(address: str) -> Host:
+    """What a machine of a cluster has: one with a GPU, if there is any.
+
+    The command may run on a head node without a GPU and without vLLM.
+    """
+    with connected(address) as ray:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        has_gpu = any(each.get("GPU") for each in alive)
+        ask = ray.remote(this_host).options(num_cpus=0, num_gpus=_GPU_TO_ASK if has_gpu else 0)
+        return ray.get(ask.remote())
 
 
 class _Worker:
@@ -293,6 +306,8 @@ def _room(ray: Any, stage: Stage, workers: int | None) -> _Room:
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
     """Ray, connected to a cluster, or with a local cluster that is stopped after the block."""
+    if find_spec("ray") is None:
+        raise UserError("--executor ray: Ray is not installed: pip install 'qpipe[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # default: sends usage data
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # default: prints a warning
     import ray

@@ -11,6 +11,7 @@ from ...pipeline.errors import UserError
 from ...pipeline.folders.shard_run import StageResult, finished
 from ...pipeline.folders.tasks import Stage, TaskResult, TaskShare, run_alone, run_task
 from ...pipeline.folders.watch import Watcher
+from ..engines.settings import Host
 from .settings import Execution
 
 
@@ -63,6 +64,16 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> StageResult |
     first, second = share.rank, share.rank + share.world_size
     print(f"{share}: makes shards {first}, {second}, …", file=sys.stderr)
     return run_task(stage, share, watcher)
+
+
+def host_of_workers(execution: Execution | None) -> Host | None:
+    """The machines of an existing Ray cluster, for whose engines this command decides; None where
+    the engines run on this machine."""
+    if execution is None or execution.ray_address is None:
+        return None
+    from .ray import host_of_cluster
+
+    return host_of_cluster(execution.ray_address)
 
 
 def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:

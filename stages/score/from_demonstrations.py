@@ -19,7 +19,7 @@ from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.sources import Facts, RowReader, Source, open_sources
 from ..encoding.encoder import Encoded, Encoder
 from ..encoding.template import load_template, template_date
-from ..execution.run import run_stage
+from ..execution.run import host_of_workers, run_stage
 from ..execution.settings import Execution
 from .settings import RowSettings, ScoreSettings
 from .stage import ScoreStage, ShardInput
@@ -29,7 +29,7 @@ DEFAULT_MAX_LENGTH = 4096
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | TaskResult:
     """Make the score folder of demonstrations, or its missing shards."""
-    stage = _stage(settings)
+    stage = _stage(settings.on(host_of_workers(execution)))
     if settings.rows.strict:
         _refuse_rejects(stage.job)
     return run_stage(stage, execution)

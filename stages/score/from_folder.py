@@ -14,7 +14,7 @@ from ...pipeline.format.batches import split
 from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
-from ..execution.run import run_stage
+from ..execution.run import host_of_workers, run_stage
 from ..execution.settings import Execution
 from .settings import ScoreSettings
 from .stage import ScoreStage, ShardInput
@@ -24,7 +24,7 @@ def score_at(
     settings: ScoreSettings, execution: Execution | None = None
 ) -> StageResult | TaskResult:
     """Make the score folder of another folder's examples, or its missing shards."""
-    return run_stage(_stage(settings), execution)
+    return run_stage(_stage(settings.on(host_of_workers(execution))), execution)
 
 
 def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:

@@ -18,7 +18,7 @@ from ...trainer.models.size import count_weights, forward_flop, kv_cache_bytes, 
 from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
 from ..engines.choose import choose_dtype
-from ..engines.settings import EngineSettings, ServerSettings
+from ..engines.settings import EngineSettings, Host, ServerSettings
 from ..engines.vllm_memory import STEPS, EngineMemory, plan_memory, window_tokens
 from .from_demonstrations import Demonstrations
 from .settings import ScoreSettings
@@ -133,7 +133,8 @@ def plan(
     check_top_k(settings.engine.top_k, model)
     demonstrations = Demonstrations(replace(settings.rows, strict=False), sources, model)
     workload = _workload(demonstrations)
-    dtype = choose_dtype(settings.engine.dtype, model.config, on_gpu=gpu_memory is not None or None)
+    host = None if gpu_memory is None else Host(has_gpu=True, has_vllm=True)
+    dtype = choose_dtype(settings.engine.dtype, model.config, host)
     engine = replace(
         settings.engine,
         engine="vllm",

@@ -1,12 +1,12 @@
 """The settings of `qpipe score`, each an option."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ...pipeline.errors import UserError
 from ...pipeline.options import Range, about, check, option
-from ..engines.settings import EngineSettings
+from ..engines.settings import EngineSettings, Host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,3 +80,7 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         if self.at is not None and self.out.resolve() == self.at.resolve():
             raise UserError(f"--out {self.out}: is the folder of --at: give another --out")
+
+    def on(self, host: Host | None) -> "ScoreSettings":
+        """These settings for an engine on another machine; None is this one."""
+        return replace(self, engine=replace(self.engine, host=host))

@@ -22,7 +22,7 @@ from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
 from ..engines.base import GivenIds, Scorer
-from ..engines.choose import choose_dtype, choose_engine, make_scorer
+from ..engines.choose import choose_dtype, choose_engine, make_scorer, say_float32, this_host
 from ..engines.settings import EngineSettings
 from .settings import ScoreSettings
 
@@ -180,7 +180,8 @@ def check_top_k(top_k: int, model: ModelFiles) -> None:
 def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles) -> EngineSettings:
     """The settings without `auto`, with the name of a server's model and the longest example."""
     check_top_k(settings.top_k, model)
-    engine = choose_engine(settings.engine, source.gathers)
+    host = settings.host or this_host()
+    engine = choose_engine(settings.engine, host, source.gathers)
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if engine != "vllm" and (value := getattr(settings, name)) > 1:
             option = option_of(name)
@@ -193,7 +194,8 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
         from ..engines.server import served_model
 
         server = replace(server, model=served_model(server))
-    dtype = choose_dtype(settings.dtype, model.config)
+    dtype = choose_dtype(settings.dtype, model.config, host)
+    say_float32(dtype, host.has_gpu and engine != "server")
     return replace(
         settings, engine=engine, dtype=dtype, max_length=source.max_length, server=server
     )

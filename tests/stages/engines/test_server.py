@@ -24,7 +24,7 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines.choose import choose_engine, make_scorer
 from qpipe.stages.engines.server import served_model
-from qpipe.stages.engines.settings import EngineSettings, ServerSettings
+from qpipe.stages.engines.settings import EngineSettings, Host, ServerSettings
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model
@@ -499,7 +499,7 @@ def test_a_server_that_is_not_there_is_one_clear_line() -> None:
 
 def test_given_ids_are_not_for_a_server() -> None:
     with pytest.raises(UserError, match="--engine server cannot score given ids"):
-        choose_engine("server", gathers=True)
+        choose_engine("server", Host(has_gpu=True, has_vllm=True), gathers=True)
 
 
 @pytest.mark.parametrize(
