@@ -60,16 +60,24 @@ $(MODEL)/config.json: .venv/installed data/prepare_model.py
 $(BROWSER): tests/support/browser.py .venv/installed
 	-$(BIN)/python tests/support/browser.py .cache/chromium
 
+# Triton is kept out of .venv/: the CPU build of vLLM takes other paths where it can be imported.
+.cache/triton/installed: requirements/triton.txt .venv/installed
+	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(@D) -r $<
+	touch $@
+
 demo: install
 	$(BIN)/python data/demo.py $(MODEL) demo
 
-test: install $(BROWSER)
+test: install $(BROWSER) .cache/triton/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder \
 	    --max-worker-restart 0
+	PYTHONPATH=.cache/triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 \
+	    -W ignore::RuntimeWarning tests/triton
 
 scale: install
 	$(BIN)/python tests/simulation/scale.py

@@ -1,39 +1,26 @@
 """The output head, its log-sum-exp and the sparse cross-entropy in one, a few rows at a time.
 
-The logits of a chunk of supervised positions are computed, turned into their gradient in place,
+The scores of a chunk of supervised positions are computed, replaced by their gradient in place,
 multiplied back into the gradients of the hidden states and of the head, and freed: the full [N, V]
-never exists. Value and gradient are those of `objective`, the plain reference.
-
-With q the target on a support S, m its total mass, q_t the mass of its tail, p the student, C the
-complement of S, the gradient with respect to the logits is
-
-    m·p_k − q_k on S,   (m·p_C − q_t)·p_k/p_C on C        (tail shape "student")
-    m·p_k − q_k on S,   m·p_k − q_t/|C| on C              (tail shape "uniform")
-
-C is summed without S, so nothing cancels where p_C is tiny.
+never exists. Value and gradient are those of `objective`, the plain reference. On a GPU with Triton
+a chunk is computed by `kernels`, elsewhere by passes of torch.
 
 N supervised positions, n those of a chunk, D hidden size, V vocabulary, S widest support.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...pipeline.methods import rules
 from ...pipeline.methods.definition import Choice
 from ..data.batch import SparseTargets
-from .head import Head, chunks
-from .objective import (
-    Loss,
-    Objective,
-    example_means,
-    live_targets,
-    matching_losses,
-    stored_log_prob,
-)
-from .sparse import TailShape, observed_losses, times
+from . import chunk_in_kernels, chunk_in_torch
+from .head import Head, chunks, even_chunks
+from .objective import Loss, Objective, example_means, stored_log_prob
+from .sparse import TailShape, observed_losses
 
 
 def sparse_cross_entropy(
@@ -132,28 +119,30 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = None
         grad_bias = weight_VD.new_zeros(len(weight_VD), dtype=add_up) if needs_bias else None
-        dtype = hidden_ND.dtype
+        dtype = _product_dtype(hidden_ND)
         bias = None if bias_V is None else bias_V.to(dtype)
         cast = replace(head, weight=weight_VD.to(dtype), bias=bias)
 
-        for rows in chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
-            hidden_nD = hidden_ND[rows]
-            logits_nV = cast.logits(hidden_nD)
-            chunk = rows_of(targets, rows)
-            capped_nV = logits_nV.clone() if head.softcap is not None else logits_nV
-            ratios_n = None if ratios_N is None else ratios_N[rows]
-            loss, bounds_N[rows], gradient_nV = _loss_and_gradient(
-                logits_nV, chunk, tail_shape, live, ratios_n
-            )
-            total = total + loss  # in place, torch 2.11's compiler loses its gradient
-            scores_nV = head.into_scores(gradient_nV, capped_nV)
-            if grad_bias is not None:
-                grad_bias += scores_nV.sum(0)
-            scores_nV = scores_nV.to(hidden_nD.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = scores_nV @ cast.weight
-            if needs_weight:
-                grad_weight = add_product(grad_weight, scores_nV.T, hidden_nD, add_up)
+        # every cast is made here, once
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            parts, compute = _computation(cast, hidden_ND.device, len(hidden_ND), live)
+            for rows in parts:
+                hidden_nD = hidden_ND[rows].to(dtype)
+                known = {} if ratios_N is None else {"sequence_log_ratio": ratios_N[rows]}
+                loss, bounds_n, gradient_nV = compute(
+                    hidden_nD, head=cast, targets=rows_of(targets, rows), tail_shape=tail_shape,
+                    live=live, known=known,
+                )  # fmt: skip
+                total = total + loss  # in place, torch 2.11's compiler loses its gradient
+                if bounds_n is not None:
+                    bounds_N[rows] = bounds_n
+                if grad_bias is not None:
+                    grad_bias += gradient_nV.sum(0, dtype=add_up)
+                gradient_nV = gradient_nV.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = gradient_nV @ cast.weight
+                if needs_weight:
+                    grad_weight = add_product(grad_weight, gradient_nV.T, hidden_nD, add_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(bounds_N)
@@ -161,88 +150,37 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scale = gradients[0]
         hidden, weight, bias = ctx.saved_tensors
+        scale, dtype = gradients[0], ctx.weight_dtype
         return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
-            None if weight is None else weight.mul_(scale).to(ctx.weight_dtype),
-            None if bias is None else bias.mul_(scale).to(ctx.weight_dtype),
+            None if hidden is None else chunk_in_kernels.scaled_(hidden, scale),
+            None if weight is None else chunk_in_kernels.scaled_(weight, scale).to(dtype),
+            None if bias is None else bias.mul_(scale).to(dtype),
             *[None] * 5,
         )
 
 
-def _loss_and_gradient(
-    logits_nV: Tensor,
-    targets: SparseTargets,
-    tail_shape: TailShape,
-    live: Choice | None,
-    ratios_n: Tensor | None,
-) -> tuple[Tensor, Tensor | float, Tensor]:
-    """Σ weight·loss, the error bounds [n], and the gradient [n, V], in the place of the logits.
+def _computation(
+    head: Head, device: torch.device, rows: int, live: Choice | None
+) -> tuple[Iterable[slice], Callable[..., tuple[Tensor, Tensor | None, Tensor]]]:
+    """The chunks of the rows, and the function that computes one of them."""
+    if not chunk_in_kernels.has_kernels(device, head.weight.dtype, live):
+        return chunks(rows, len(head.weight), device), chunk_in_torch.loss_and_gradient
+    parts = list(even_chunks(rows, len(head.weight)))
+    scores_NW = head.empty_scores(parts[0].stop)  # the first chunk is the largest
 
-    `live` is the method if its targets depend on the student.
-    """
-    if live is not None and live.residual == "gem":
-        return _matching(logits_nV, targets, live)
-    bounds = None
-    if live is not None:
-        targets, bounds = live_targets(live, logits_nV, targets, ratios_n)
-    total, gradient_nV = _sparse(logits_nV, targets, tail_shape)
-    return total, 0.0 if bounds is None else bounds, gradient_nV
+    def compute(hidden_nD: Tensor, **others: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        scores_nW = scores_NW[: len(hidden_nD)]
+        return chunk_in_kernels.loss_and_gradient_(hidden_nD, scores_nW, **others)
+
+    return parts, compute
 
 
-def _sparse(
-    logits_nV: Tensor, targets: SparseTargets, tail_shape: TailShape
-) -> tuple[Tensor, Tensor]:
-    """Σ weight·loss and its gradient, the logits overwritten."""
-    ids, mask = targets.support_ids, targets.support_mask
-    is_observed_nS = (ids == targets.observed_ids[:, None]) & mask
-    share_n = 1 - targets.trust
-    target_nS = targets.trust[:, None] * is_observed_nS + share_n[:, None] * targets.support_probs
-    outside_n = logits_nV.shape[1] - mask.sum(1)
-    # rounding can leave 1e-8 of mass outside a support that is the whole vocabulary
-    tail_n = torch.where(outside_n > 0, share_n * targets.tail_mass, 0)
-    mass_n = target_nS.sum(1) + tail_n
-    weights_n = targets.weights
-
-    support_nS = torch.where(mask, logits_nV.gather(1, ids), -torch.inf)
-    level_n = logits_nV.scatter_(1, ids, 0).sum(1) / outside_n if tail_shape == "uniform" else None
-    # one pass of exp for both the sum and the gradient
-    top_n = logits_nV.scatter_(1, ids, -torch.inf).amax(1)
-    top_n = torch.where(top_n > -torch.inf, top_n, 0)
-    scaled_nV = logits_nV.sub_(top_n[:, None]).exp_()
-    sum_n = scaled_nV.sum(1)
-    outside_norm_n = top_n + sum_n.log()
-    log_norm_n = torch.logaddexp(outside_norm_n, support_nS.logsumexp(1))
-    log_probs_nS = support_nS - log_norm_n[:, None]
-    tail_log_probs_n = (outside_norm_n if level_n is None else level_n) - log_norm_n
-    losses_n = -times(target_nS, log_probs_nS).sum(1) - times(tail_n, tail_log_probs_n)
-
-    if level_n is None:
-        # each share of the tail, times the excess of the whole tail
-        excess_n = mass_n * tail_log_probs_n.exp() - tail_n
-        factor_n = torch.where(sum_n > 0, weights_n * excess_n / sum_n, 0)
-    else:
-        factor_n = weights_n * mass_n * (top_n - log_norm_n).exp()
-    gradient_nV = scaled_nV.mul_(factor_n[:, None])
-    if level_n is not None:
-        gradient_nV.sub_((weights_n * tail_n / outside_n.clamp(min=1))[:, None])
-        gradient_nV.scatter_(1, ids, 0)
-    on_support_nS = weights_n[:, None] * (mass_n[:, None] * log_probs_nS.exp() - target_nS)
-    gradient_nV.scatter_add_(1, ids, torch.where(mask, on_support_nS, 0).to(gradient_nV.dtype))
-    return (weights_n * losses_n).sum(), gradient_nV
-
-
-def _matching(
-    logits_nV: Tensor, targets: SparseTargets, choice: Choice
-) -> tuple[Tensor, float, Tensor]:
-    """gem's Σ weight·loss and its gradient."""
-    losses_n = matching_losses(logits_nV, targets.observed_ids, choice)
-    vocabulary = torch.arange(logits_nV.shape[1], device=logits_nV.device)
-    is_observed_nV = vocabulary == targets.observed_ids[:, None]
-    log_probs_nV = logits_nV.log_softmax(1)
-    gradient_nV = rules.matching_gradient(log_probs_nV, is_observed_nV, **choice.parameters)
-    return (targets.weights * losses_n).sum(), 0.0, targets.weights[:, None] * gradient_nV
+def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """The type in which the head multiplies: that of autocast if it is on."""
+    kind = hidden_ND.device.type
+    is_cast = torch.is_autocast_enabled(kind) and hidden_ND.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else hidden_ND.dtype
 
 
 @torch.no_grad()
@@ -265,11 +203,13 @@ def _sequence_log_ratios(
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`total` + left @ right, in place and without a temporary where the types allow.
 
-    Not in place under autocast, which would multiply in float32 then, many times slower.
+    On CUDA a product of 16-bit matrices is added to a float32 sum by the product itself.
     """
-    if total is None:
-        return (left @ right).to(dtype)
-    is_plain = not torch.is_autocast_enabled(left.device.type)
-    if is_plain and total.dtype == left.dtype == right.dtype:
-        return total.addmm_(left, right)
-    return total.add_(left @ right)
+    if left.dtype == dtype:
+        return left @ right if total is None else total.addmm_(left, right)
+    if left.device.type == "cuda":
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    product = left @ right
+    return product.to(dtype) if total is None else total.add_(product)

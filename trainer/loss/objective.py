@@ -133,17 +133,15 @@ def common_objective(folders: Sequence[SealedFolder], method: str | None = None)
 
 @torch.no_grad()
 def live_targets(
-    choice: Choice, logits_NV: Tensor, targets: SparseTargets, ratios_N: Tensor | None = None
+    choice: Choice, logits_NV: Tensor, targets: SparseTargets, **known: Tensor
 ) -> tuple[SparseTargets, Tensor | None]:
     """The targets of a live method at the student's logits, and the bound of their error.
 
-    `ratios_N` is each position's mean of log p_y − log b_y over its example, given if the logits do
-    not cover whole examples.
+    `known` are the signals [N] that these logits do not determine: they may not cover whole
+    examples, or have one entry for all that is outside the support.
     """
     logits_NV = at_least_float32(logits_NV)
-    signals = _signals(choice, logits_NV, targets)
-    if ratios_N is not None:
-        signals = replace(signals, sequence_log_ratio=ratios_N)
+    signals = replace(_signals(choice, logits_NV, targets), **known)
     trust_N, weight_N = choice.trust_and_weight(signals)
     live = replace(targets, trust=trust_N, weights=weight_N * targets.weights)
     if choice.residual != "mixture":
