@@ -5,7 +5,7 @@ the widest support.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...pipeline.format.records import Ints, TargetExample
+from .segments import Segments, moved, segments_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,9 +34,9 @@ class SparseTargets:
     support_probs: Tensor  # [N, S]
     tail_mass: Tensor  # [N]
 
-    def to(self, device: torch.device) -> "SparseTargets":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SparseTargets":
         """The same targets on a device."""
-        return SparseTargets(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return replace(self, **moved(self, device, non_blocking))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +45,7 @@ class Batch:
 
     Padded, every example has a row, filled up on the right. Packed, all are in one row: their
     common beginning once, then the rest of each, up to its last supervised token. `segments` are
-    the lengths of these parts; with them `packed_attention` keeps the examples apart.
+    these parts; with them `packed_attention` keeps the examples apart.
 
     The logits that predict a token are one column before it, or, if it is the first of its segment,
     in the last column of the common beginning.
@@ -57,7 +58,7 @@ class Batch:
     columns: Tensor  # [N]
     targets: SparseTargets
     position_ids: Tensor | None = None  # [1, sum of segments], None if padded
-    segments: tuple[int, ...] = ()  # the first may be 0; none if padded
+    segments: Segments | None = None  # None if padded
 
     @property
     def tokens(self) -> int:
@@ -73,15 +74,9 @@ class Batch:
         assert self.attention_mask is not None
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: value.to(device)
-            for name, value in values.items()
-            if isinstance(value, Tensor | SparseTargets)
-        }
-        return replace(self, **moved)
+        return replace(self, **moved(self, device, non_blocking))
 
 
 def padded_batch(examples: Sequence[TargetExample]) -> Batch:
@@ -127,7 +122,7 @@ def packed_batch(examples: Sequence[TargetExample]) -> Batch:
         columns=torch.from_numpy(np.where(columns_N < shared, columns_N, moved_N)),
         targets=targets,
         position_ids=torch.from_numpy(np.concatenate(places)[None]),
-        segments=(shared, *(int(rest) for rest in rests_B if rest)),
+        segments=segments_of((shared, *(int(rest) for rest in rests_B if rest))),
     )
 
 

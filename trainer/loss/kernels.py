@@ -16,6 +16,7 @@ n positions, V vocabulary, S entries of the widest support. This module needs tr
 
 from typing import Any
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

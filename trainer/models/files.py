@@ -87,9 +87,16 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    # no fused attention of transformers caps its scores; only the eager one computes this model
+    is_capped = getattr(files.config.get_text_config(), "attn_logit_softcapping", None)
+    attention = {"attn_implementation": "eager"} if is_capped else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            files.folder,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **attention,
         )
     except Exception as error:  # damaged or quantised: each library has its own
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error

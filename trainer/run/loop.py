@@ -18,6 +18,7 @@ from ..data.batch import Batch
 from ..data.steps import RunSize, StepLoader
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
+from ..step.ahead import on_device
 from ..step.distributed import is_sharded, true_on_any_rank
 from ..step.evaluate import Evaluation
 from ..step.optimizer import learning_rate_factor
@@ -69,7 +70,8 @@ class Run:
             if progress.step == 0:
                 progress = replace(progress, before=self.evaluator.evaluate(0, log))
             left = self.loader.steps_between(progress.samples, self.size.samples)
-            with Prefetch(self.loader.load(left), STEPS_AHEAD) as ready:
+            made = on_device(self.loader.load(left), self.stepper.accelerator.device)
+            with Prefetch(made, STEPS_AHEAD) as ready:
                 for step, batches in ready:
                     if true_on_any_rank(must_end(), self.stepper.accelerator):
                         self.checkpoints.save(progress)

@@ -21,7 +21,7 @@ from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
 from ..models.files import ModelFiles, find_model
-from ..models.packed_attention import can_pack
+from ..models.packing import can_pack
 from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
 from ..settings import TrainSettings

@@ -100,6 +100,8 @@ def gathered(value: Tensor) -> Tensor:
 
 def true_on_any_rank(flag: bool, accelerator: Accelerator) -> bool:
     """True on every process if the flag is true on at least one (all-reduce)."""
+    if accelerator.num_processes == 1:  # without waiting for the device
+        return flag
     flags = torch.tensor(int(flag)).to(accelerator.device)
     return bool(accelerator.reduce(flags, "sum"))
 

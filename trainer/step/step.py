@@ -11,7 +11,7 @@ micro-batches and the number of processes.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ...pipeline.errors import UserError
-from ..data.batch import Batch
+from ..data.batch import Batch, SparseTargets
 from ..loss.objective import Objective
 from ..models.student import Student
 from ..settings import TrainSettings
@@ -89,17 +89,19 @@ class Stepper:
         finite.
         """
         tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
+        # the gradients are averaged over the processes; their sum is wanted
+        share = self.accelerator.num_processes / tokens
         with room_for(
             f"step {number}",
             "fewer --forward-tokens, which leaves the gradient as it is, or "
             "--gradient-checkpointing",
         ):
-            sums, bound = self._backward(batches, int(tokens))
-        loss = float(self._sum(sums.sum())) / int(tokens)
-        parameters = self.model.parameters()
-        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+            sums, bounds = self._backward(batches, share)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         assert norm is not None  # only DeepSpeed does not return it
-        grad_norm = float(gathered(norm))
+        numbers = [tokens, gathered(norm), self._mean(sums), *map(self._mean, bounds)]
+        # the only time in a step that the host waits for the device
+        count, grad_norm, loss, *error_bound = torch.stack([n.double() for n in numbers]).tolist()
         # float16 gradients may overflow: the loss scaler then skips the step and lowers the scale
         may_overflow = self.accelerator.scaler is not None
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
@@ -111,29 +113,44 @@ class Stepper:
         ):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm, int(tokens), bound)
+        return StepResult(loss, grad_norm, int(count), *error_bound)
 
-    def _backward(self, batches: Sequence[Batch], tokens: int) -> tuple[Tensor, float | None]:
-        """Add up the gradients; the weighted loss sum of each micro-batch, the mean error bound."""
+    def _backward(self, batches: Sequence[Batch], share: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Add up the gradients; the weighted loss of each micro-batch, and its error bounds if any.
+
+        Both are times `share`, the weight of a token in the gradient. It is a factor of the
+        tokens' own weights, so the gradient of the loss is 1 and needs no pass over that of the
+        head. In float16 it would make the gradients of logits vanish: there it scales the loss.
+        """
+        is_folded = self.accelerator.mixed_precision != "fp16"
         sums: list[Tensor] = []
         bounds: list[Tensor] = []
         for index, batch in enumerate(batches, start=1):
             is_last = index == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 batch = batch.to(self.accelerator.device)
+                if is_folded:
+                    batch = replace(batch, targets=_weighted(batch.targets, share))
                 with self.accelerator.autocast():
-                    loss_sum, error_bounds = self.model(batch, self.objective)
-                # the gradients are averaged over the processes; their sum is wanted
-                self.accelerator.backward(loss_sum * (self.accelerator.num_processes / tokens))
-            sums.append(loss_sum.detach())
+                    loss, error_bounds = self.model(batch, self.objective)
+                loss = loss if is_folded else loss * share
+                self.accelerator.backward(loss)
+            sums.append(loss.detach())
             if error_bounds is not None:
-                bounds.append(error_bounds.sum())
-        bound = float(self._sum(torch.stack(bounds).sum())) / tokens if bounds else None
-        return torch.stack(sums), bound
+                bounds.append(error_bounds.sum() if is_folded else error_bounds.sum() * share)
+        return torch.stack(sums), [torch.stack(bounds)] if bounds else []
+
+    def _mean(self, shares: Tensor) -> Tensor:
+        """The mean over all tokens of the step, from this process' shares of it."""
+        return self._sum(shares.sum()) / self.accelerator.num_processes
 
     def _sum(self, value: Tensor) -> Any:
         """The sum of a number over the processes."""
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+
+
+def _weighted(targets: SparseTargets, factor: Tensor) -> SparseTargets:
+    return replace(targets, weights=targets.weights * factor)
 
 
 @contextmanager

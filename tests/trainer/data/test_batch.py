@@ -62,7 +62,7 @@ def test_pack_by_hand() -> None:
     assert batch.input_ids.tolist() == [[3, 5, 6, 7]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 0, 1, 2]]
-    assert batch.segments == (0, 1, 3)
+    assert batch.segments.lengths == (0, 1, 3)
     assert batch.attention_mask is None
     assert batch.rows.tolist() == [0, 0, 0]
     # position 1 of the first; positions 2 and 3 of the second, which starts at column 1
@@ -80,13 +80,13 @@ def test_a_shared_beginning_is_packed_once() -> None:
     second = example("second", [1, 2, 3, 7, 8], [3, 4], [{7: 1.0}, {8: 1.0}])
     all_shared = example("all shared", [1, 2, 3, 9], [3], [{9: 1.0}])
     batch = packed_batch([first, second, all_shared])
-    assert batch.segments == (3, 2, 1)  # nothing is left of the third
+    assert batch.segments.lengths == (3, 2, 1)  # nothing is left of the third
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 7]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch.columns.tolist() == [0, 2, 4, 2, 5, 2]
     alone = packed_batch([second])
-    assert (alone.segments, alone.columns.tolist()) == ((4,), [2, 3])
+    assert (alone.segments.lengths, alone.columns.tolist()) == ((4,), [2, 3])
 
 
 def test_inputs_of_the_model() -> None:
@@ -94,7 +94,8 @@ def test_inputs_of_the_model() -> None:
     assert list(packed_batch([SHORT]).inputs) == ["input_ids", "position_ids", "segments"]
     for batch in (padded_batch([SHORT, LONG]), packed_batch([SHORT, LONG])):
         moved = batch.to(torch.device("meta"))
-        assert moved.segments == batch.segments
+        lengths = [each.segments and each.segments.lengths for each in (batch, moved)]
+        assert lengths[0] == lengths[1]
         assert {value.device.type for value in tensors(moved).values()} == {"meta"}
         assert {name: value.shape for name, value in tensors(moved).items()} == {
             name: value.shape for name, value in tensors(batch).items()

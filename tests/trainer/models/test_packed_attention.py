@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,25 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.loss.objective import Objective
-from qpipe.trainer.models.packed_attention import can_pack
+from qpipe.trainer.models.files import ModelFiles, load_model
+from qpipe.trainer.models.packing import can_pack
 from qpipe.trainer.models.student import Student
 from transformers import (
+    AutoConfig,
     BloomConfig,
     BloomForCausalLM,
     DogeConfig,
     DogeForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
 )
 
 from ...support.runs import Examples
@@ -40,6 +47,15 @@ SHAPE: dict[str, Any] = {
 }
 MODELS: dict[str, Callable[[], Any]] = {
     "full": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "capped": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SHAPE,
+            head_dim=8,
+            sliding_window=3,
+            attn_logit_softcapping=1.0,
+            attn_implementation="eager",
+        )
+    ),
     "window of 3": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=3)),
 }
 
@@ -47,7 +63,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(1)
-    return MODELS[request.param]().double()
+    model = MODELS[request.param]()
+    # the eager attention of transformers takes its softmax in float32: its masks overflow there
+    return model if request.param == "capped" else model.double()
 
 
 @pytest.fixture(params=[0, 1, 4])
@@ -85,7 +103,8 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = loss_and_gradients(student, packed_batch(examples))
-    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)  # norms are float32
+    rtol = 1e-5 if model.dtype == torch.float64 else 1e-3  # norms are float32
+    torch.testing.assert_close(packed, padded, rtol=rtol, atol=rtol / 10)
 
 
 def test_packed_examples_do_not_see_each_other(model: Any, examples: list[TargetExample]) -> None:
@@ -93,7 +112,7 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
     assert can_pack(model)
     student = Student(model).eval()
     batch = packed_batch(examples)
-    shared = batch.segments[0]
+    shared = batch.segments.lengths[0]
     with torch.no_grad():
         before_NV = student.logits(batch)
         for number, changed in enumerate(examples):
@@ -101,7 +120,7 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
             tokens[shared:] = (tokens[shared:] + 1) % 200
             other = replace(changed, input_ids=tokens)
             changed_batch = packed_batch([*examples[:number], other, *examples[number + 1 :]])
-            assert changed_batch.segments == batch.segments
+            assert changed_batch.segments.lengths == batch.segments.lengths
             after_NV = student.logits(changed_batch)
             is_own_N = batch.targets.example_of == number
             assert (after_NV[is_own_N] - before_NV[is_own_N]).abs().max() > 1e-2
@@ -118,8 +137,16 @@ def test_packed_examples_do_not_see_each_other(model: Any, examples: list[Target
         lambda: DogeForCausalLM(
             DogeConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         ),
+        lambda: PhimoeForCausalLM(
+            PhimoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=40)
+        ),
     ],
-    ids=["positions by distance in the row", "a state that goes on", "a mask of its own"],
+    ids=[
+        "positions by distance in the row",
+        "a state that goes on",
+        "a mask of its own",
+        "a window longer than the trial, by the mask alone",
+    ],
 )
 def test_models_that_would_mix_examples_are_left_as_they_are(make: Callable[[], Any]) -> None:
     torch.manual_seed(1)
@@ -127,3 +154,30 @@ def test_models_that_would_mix_examples_are_left_as_they_are(make: Callable[[], 
     own = model.config._attn_implementation
     assert not can_pack(model)
     assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_are_as_they_were_after_the_trial(name: str) -> None:
+    model = MODELS[name]()
+
+    def windows() -> list[Any]:
+        holders = [model.config, *model.modules()]
+        return [getattr(holder, "sliding_window", None) for holder in holders]
+
+    before = windows()
+    assert can_pack(model)
+    assert windows() == before
+
+
+def test_attention_that_caps_its_scores_is_computed_as_it_is(tmp_path: Path) -> None:
+    """sdpa, the default, leaves the cap out."""
+    torch.manual_seed(1)
+    model = MODELS["capped"]()
+    input_ids = torch.arange(1, 9)[None]
+    capped = model(input_ids).logits
+    model.set_attn_implementation("sdpa")
+    assert not torch.allclose(model(input_ids).logits, capped, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    tokenizer: Any = None
+    files = ModelFiles("capped", None, tmp_path, AutoConfig.from_pretrained(tmp_path), tokenizer)
+    torch.testing.assert_close(load_model(files, torch.float32)(input_ids).logits, capped)
