@@ -150,6 +150,12 @@ class TrainSettings:
         "Recompute activations in the backward pass: less memory, about a third slower.",
         in_identity=False,
     )
+    compile: bool = option(
+        False,
+        "Compile the layers of the model with torch.compile: about a minute before the first step,"
+        " then faster steps on a GPU.",
+        in_identity=False,
+    )
     eval_fraction: float = option(
         0.0,
         "Fraction of the demonstrations held out for evaluation.",

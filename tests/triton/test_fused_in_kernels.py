@@ -45,7 +45,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-@pytest.mark.parametrize(("choice", "form"), zip(CHOICES, cycle(HEADS)), ids=IDS)
+@pytest.mark.parametrize(
+    ("choice", "form"), list(zip(CHOICES, cycle(HEADS), strict=False)), ids=IDS
+)
 def test_value_and_gradients_are_those_of_the_plain_path(
     choice: Choice, form: str, calls: list[int]
 ) -> None:

@@ -40,13 +40,15 @@ def loss_and_gradient_(
     scores_nW: Tensor,
     head: Head,
     targets: SparseTargets,
+    frozen: tuple[Tensor, Tensor],
     tail_shape: TailShape,
     live: Choice | None,
     known: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return Σ weight·loss, the error bounds [n], and the gradient of the raw scores, [n, V].
+    """Return weight·loss [n], the error bounds [n], and the gradient of the raw scores, [n, V].
 
-    The gradient is a view of `scores_nW`. `live` and `known` are as in `chunk_in_torch`.
+    The gradient is a view of `scores_nW`. `frozen` are the `masses` of the targets, `live` and
+    `known` are as in `chunk_in_torch`.
     """
     from . import kernels
 
@@ -54,18 +56,17 @@ def loss_and_gradient_(
     bounds_n = None
     if live is not None:
         targets, bounds_n = _live_targets(live, scores_nW, scores_nV, head, targets, known)
-    target_nS, tail_n = masses(targets, scores_nV.shape[1])
+        frozen = masses(targets, scores_nV.shape[1])
     losses_n = kernels.loss_and_gradient_(
         scores_nW,
         head,
         targets.support_ids,
         targets.support_mask,
-        target_nS,
-        tail_n,
+        *frozen,
         targets.weights,
         is_uniform=tail_shape == "uniform",
     )
-    return losses_n.sum(), bounds_n, scores_nV
+    return losses_n, bounds_n, scores_nV
 
 
 def scaled_(values: Tensor, factor: Tensor) -> Tensor:

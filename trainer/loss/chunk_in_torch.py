@@ -30,7 +30,7 @@ def loss_and_gradient(
     live: Choice | None,
     known: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return Σ weight·loss, the error bounds [n], and the gradient of the raw scores, [n, V].
+    """Return weight·loss [n], the error bounds [n], and the gradient of the raw scores, [n, V].
 
     `live` is the method if its targets depend on the student; `known` as in `live_targets`.
     """
@@ -38,12 +38,12 @@ def loss_and_gradient(
     capped_nV = logits_nV.clone() if head.softcap is not None else logits_nV
     bounds_n = None
     if live is not None and live.residual == "gem":
-        loss, gradient_nV = _matching(logits_nV, targets, live)
+        losses_n, gradient_nV = _matching(logits_nV, targets, live)
     else:
         if live is not None:
             targets, bounds_n = live_targets(live, logits_nV, targets, **known)
-        loss, gradient_nV = _sparse_(logits_nV, targets, tail_shape)
-    return loss, bounds_n, head.into_scores(gradient_nV, capped_nV)
+        losses_n, gradient_nV = _sparse_(logits_nV, targets, tail_shape)
+    return losses_n, bounds_n, head.into_scores(gradient_nV, capped_nV)
 
 
 def masses(targets: SparseTargets, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def masses(targets: SparseTargets, vocab_size: int) -> tuple[Tensor, Tensor]:
 def _sparse_(
     logits_nV: Tensor, targets: SparseTargets, tail_shape: TailShape
 ) -> tuple[Tensor, Tensor]:
-    """Σ weight·loss and its gradient, the logits overwritten."""
+    """weight·loss and its gradient, the logits overwritten."""
     ids, mask = targets.support_ids, targets.support_mask
     target_nS, tail_n = masses(targets, logits_nV.shape[1])
     outside_n = logits_nV.shape[1] - mask.sum(1)
@@ -92,14 +92,14 @@ def _sparse_(
         gradient_nV.scatter_(1, ids, 0)
     on_support_nS = weights_n[:, None] * (mass_n[:, None] * log_probs_nS.exp() - target_nS)
     gradient_nV.scatter_add_(1, ids, torch.where(mask, on_support_nS, 0).to(gradient_nV.dtype))
-    return (weights_n * losses_n).sum(), gradient_nV
+    return weights_n * losses_n, gradient_nV
 
 
 def _matching(logits_nV: Tensor, targets: SparseTargets, choice: Choice) -> tuple[Tensor, Tensor]:
-    """gem's Σ weight·loss and its gradient."""
+    """gem's weight·loss and its gradient."""
     losses_n = matching_losses(logits_nV, targets.observed_ids, choice)
     vocabulary = torch.arange(logits_nV.shape[1], device=logits_nV.device)
     is_observed_nV = vocabulary == targets.observed_ids[:, None]
     log_probs_nV = logits_nV.log_softmax(1)
     gradient_nV = rules.matching_gradient(log_probs_nV, is_observed_nV, **choice.parameters)
-    return (targets.weights * losses_n).sum(), targets.weights[:, None] * gradient_nV
+    return targets.weights * losses_n, targets.weights[:, None] * gradient_nV

@@ -114,7 +114,6 @@ class _FusedLoss(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # sums over the chunks are float32; in bfloat16 they would lose small terms
         add_up = torch.promote_types(weight_VD.dtype, torch.float32)
-        total = hidden_ND.new_zeros((), dtype=add_up)
         bounds_N = hidden_ND.new_zeros(len(hidden_ND), dtype=add_up)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = None
@@ -125,24 +124,22 @@ class _FusedLoss(torch.autograd.Function):
 
         # every cast is made here, once
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            parts, compute = _computation(cast, hidden_ND.device, len(hidden_ND), live)
+            parts, compute = _computation(cast, hidden_ND, targets, tail_shape, live, ratios_N)
+            losses: list[Tensor] = []
             for rows in parts:
                 hidden_nD = hidden_ND[rows].to(dtype)
-                known = {} if ratios_N is None else {"sequence_log_ratio": ratios_N[rows]}
-                loss, bounds_n, gradient_nV = compute(
-                    hidden_nD, head=cast, targets=rows_of(targets, rows), tail_shape=tail_shape,
-                    live=live, known=known,
-                )  # fmt: skip
-                total = total + loss  # in place, torch 2.11's compiler loses its gradient
+                losses_n, bounds_n, gradient_nV = compute(rows, hidden_nD)
+                losses.append(losses_n)
                 if bounds_n is not None:
                     bounds_N[rows] = bounds_n
                 if grad_bias is not None:
                     grad_bias += gradient_nV.sum(0, dtype=add_up)
                 gradient_nV = gradient_nV.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = gradient_nV @ cast.weight
+                    _write_product(gradient_nV, cast.weight, grad_hidden[rows])
                 if needs_weight:
                     grad_weight = add_product(grad_weight, gradient_nV.T, hidden_nD, add_up)
+            total = torch.cat(losses).sum(dtype=add_up)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(bounds_N)
@@ -160,20 +157,54 @@ class _FusedLoss(torch.autograd.Function):
         )
 
 
+_Compute = Callable[[slice, Tensor], tuple[Tensor, Tensor | None, Tensor]]
+
+
 def _computation(
-    head: Head, device: torch.device, rows: int, live: Choice | None
-) -> tuple[Iterable[slice], Callable[..., tuple[Tensor, Tensor | None, Tensor]]]:
-    """The chunks of the rows, and the function that computes one of them."""
+    head: Head,
+    hidden_ND: Tensor,
+    targets: SparseTargets,
+    tail_shape: TailShape,
+    live: Choice | None,
+    ratios_N: Tensor | None,
+) -> tuple[Iterable[slice], _Compute]:
+    """The chunks of rows, and the function of one of them and of its hidden states [n, D]."""
+    device, count, vocab_size = hidden_ND.device, len(hidden_ND), len(head.weight)
+
+    def known(rows: slice) -> dict[str, Tensor]:
+        return {} if ratios_N is None else {"sequence_log_ratio": ratios_N[rows]}
+
     if not chunk_in_kernels.has_kernels(device, head.weight.dtype, live):
-        return chunks(rows, len(head.weight), device), chunk_in_torch.loss_and_gradient
-    parts = list(even_chunks(rows, len(head.weight)))
+        return chunks(
+            count, vocab_size, device
+        ), lambda rows, hidden_nD: chunk_in_torch.loss_and_gradient(
+            hidden_nD, head, rows_of(targets, rows), tail_shape, live, known(rows)
+        )
+    parts = list(even_chunks(count, vocab_size))
     scores_NW = head.empty_scores(parts[0].stop)  # the first chunk is the largest
+    frozen = chunk_in_torch.masses(targets, vocab_size)
 
-    def compute(hidden_nD: Tensor, **others: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        scores_nW = scores_NW[: len(hidden_nD)]
-        return chunk_in_kernels.loss_and_gradient_(hidden_nD, scores_nW, **others)
+    def in_kernels(rows: slice, hidden_nD: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        return chunk_in_kernels.loss_and_gradient_(
+            hidden_nD,
+            scores_NW[: len(hidden_nD)],
+            head,
+            rows_of(targets, rows),
+            (frozen[0][rows], frozen[1][rows]),
+            tail_shape,
+            live,
+            known(rows),
+        )
 
-    return parts, compute
+    return parts, in_kernels
+
+
+def _write_product(left: Tensor, right: Tensor, to: Tensor) -> None:
+    """Write left @ right to `to`, without a temporary where the types allow."""
+    if left.dtype == to.dtype:
+        torch.mm(left, right, out=to)
+    else:
+        to.copy_(left @ right)
 
 
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:

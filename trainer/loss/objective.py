@@ -187,11 +187,13 @@ def stored_log_prob(targets: SparseTargets) -> Tensor:
 
 
 def example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
-    """Each position's mean of the values over its example, [N]."""
-    size = int(example_of_N.max()) + 1 if len(example_of_N) else 0
-    sums = values_N.new_zeros(size).index_add(0, example_of_N, values_N)
-    counts = values_N.new_zeros(size).index_add(0, example_of_N, torch.ones_like(values_N))
-    return (sums / counts)[example_of_N]
+    """Each position's mean of the values over its example, whose positions are consecutive, [N]."""
+    # numbered anew: there are at most as many as positions, so nothing is read from the device
+    changes_N = (example_of_N != example_of_N.roll(1)).cumsum(0)
+    group_of_N = changes_N - changes_N[:1]
+    sums = torch.zeros_like(values_N).index_add(0, group_of_N, values_N)
+    counts = torch.zeros_like(values_N).index_add(0, group_of_N, torch.ones_like(values_N))
+    return (sums / counts)[group_of_N]
 
 
 def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTargets:

@@ -20,6 +20,7 @@ from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
+from ..models.compiling import compile_layers
 from ..models.files import ModelFiles, find_model
 from ..models.packing import can_pack
 from ..models.saving import save_adapter, save_model
@@ -72,6 +73,8 @@ def train(settings: TrainSettings) -> TrainResult:
         collate = Collator(settings.pack and can_pack(student.model), objective.tokens_alone)
         if is_main:
             _warn(base, student, is_padded_instead=settings.pack and not collate.packed)
+        if settings.compile:
+            compile_layers(student.model)
         stepper = Stepper(accelerator, student, settings, objective)
         run = _run(settings, identity, base, stepper, samples, eval_streams, collate)
         if settings.resume == "never" and is_main:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from qpipe.pipeline.format.records import TargetExample
@@ -32,8 +31,6 @@ from transformers import (
     PhimoeConfig,
     PhimoeForCausalLM,
 )
-
-from ...support.runs import Examples
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 200,
@@ -66,20 +63,6 @@ def model(request: pytest.FixtureRequest) -> Any:
     model = MODELS[request.param]()
     # the eager attention of transformers takes its softmax in float32: its masks overflow there
     return model if request.param == "capped" else model.double()
-
-
-@pytest.fixture(params=[0, 1, 4])
-def examples(request: pytest.FixtureRequest, make_examples: Examples) -> list[TargetExample]:
-    """Seven examples that begin with so many tokens in common; none of these is supervised."""
-    beginning = np.arange(10, 10 + request.param, dtype=np.int32)
-    return [
-        replace(
-            each,
-            input_ids=np.concatenate([beginning, each.input_ids]),
-            positions=each.positions + np.int32(len(beginning)),
-        )
-        for each in make_examples(7)
-    ]
 
 
 def loss_and_gradients(
