@@ -110,5 +110,14 @@ def test_bfloat16_is_as_near_as_the_passes_of_torch(
 
 @pytest.mark.parametrize(("rows", "sizes"), [(0, [0]), (3, [3]), (23, [4, 4, 4, 4, 4, 3])])
 def test_chunks_are_even_and_of_whole_tiles(rows: int, sizes: list[int]) -> None:
-    assert [part.stop - part.start for part in even_chunks(rows, VOCAB_SIZE)] == sizes
+    assert [part.stop - part.start for part in even_chunks(rows, VOCAB_SIZE, 1)] == sizes
     assert SIZE == 23
+
+
+def test_chunks_of_a_wide_head_are_larger() -> None:
+    """In the sizes of a GPU, where they are half as large as the head."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpipe.trainer.loss.head.TILE", 128)
+        patch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 2**24)
+        assert next(even_chunks(8192, 151_936, 896)).stop == 1408
+        assert next(even_chunks(8192, 151_936, 4096)).stop == 2048

@@ -180,7 +180,7 @@ def _computation(
         ), lambda rows, hidden_nD: chunk_in_torch.loss_and_gradient(
             hidden_nD, head, rows_of(targets, rows), tail_shape, live, known(rows)
         )
-    parts = list(even_chunks(count, vocab_size))
+    parts = list(even_chunks(count, *head.weight.shape))
     scores_NW = head.empty_scores(parts[0].stop)  # the first chunk is the largest
     frozen = chunk_in_torch.masses(targets, vocab_size)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 CHUNK_VALUES = 2**24  # logits at once: 64 MiB in float32
 TIMES_ON_GPU = 4  # times as many: fewer leave an H100 idle, 2.8 times slower, and save no memory
-TIMES_IN_KERNELS = 14  # times as many, 0.44 GiB in bfloat16: each chunk adds to all of dW
+TIMES_IN_KERNELS = 14  # times as many, 0.44 GiB in bfloat16: each chunk adds to all of dW,
+OF_HEAD = 0.5  # or half as many as the head has weights, little beside their float32 gradient
 TILE = 128  # rows of a tile of a product, of which these chunks are multiples
 _WORD = 64  # rows of scores start at multiples of it, for any vocabulary
 
@@ -64,9 +65,10 @@ def chunks(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size))
 
 
-def even_chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+def even_chunks(rows: int, vocab_size: int, width: int) -> Iterator[slice]:
     """Consecutive rows for the kernels: as many in each, in whole tiles but for the last."""
-    most = max(1, TIMES_IN_KERNELS * CHUNK_VALUES // (vocab_size * TILE))
+    values = max(TIMES_IN_KERNELS * CHUNK_VALUES, int(OF_HEAD * vocab_size * width))
+    most = max(1, values // (vocab_size * TILE))
     tiles = max(1, -(-rows // TILE))
     size = TILE * -(-tiles // -(-tiles // most))
     return (slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size))

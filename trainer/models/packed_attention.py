@@ -45,11 +45,11 @@ def packed_attention(
     assert attention_mask is None  # transformers makes none for an attention of this name
     states = query_1HTd, key_1HTd, value_1HTd
     dtype = _dtype(query_1HTd)
-    if segments is not None and _runs_in_flash(query_1HTd, dtype, dropout, softcap):
+    if segments is not None and runs_in_flash(query_1HTd, dtype, dropout, softcap):
         query, key, value = (each[0].transpose(0, 1).to(dtype) for each in states)  # [T, H, d]
         return _in_one_call(query, key, value, segments, sliding_window, scaling)[None], None
-    lengths = segments.lengths if segments is not None else tuple(query_1HTd.shape[2:3])
-    return _part_by_part(module, *states, lengths, sliding_window, dropout, scaling, softcap), None
+    options = sliding_window, dropout, scaling, softcap
+    return _part_by_part(module, *states, segments, *options), None
 
 
 def _dtype(query_1HTd: Tensor) -> torch.dtype:
@@ -58,7 +58,7 @@ def _dtype(query_1HTd: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_1HTd.dtype
 
 
-def _runs_in_flash(
+def runs_in_flash(
     query_1HTd: Tensor, dtype: torch.dtype, dropout: float, softcap: float | None
 ) -> bool:
     size = query_1HTd.shape[-1]
@@ -97,13 +97,14 @@ def _each_part(
     query_1HTd: Tensor,
     key_1HTd: Tensor,
     value_1HTd: Tensor,
-    lengths: tuple[int, ...],
+    segments: Segments | None,
     window: int | None,
     dropout: float,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
     """One call for each part, [1, T, H, d]."""
+    lengths = segments.lengths if segments is not None else tuple(query_1HTd.shape[2:3])
     split = (states.split(lengths, dim=2) for states in (query_1HTd, key_1HTd, value_1HTd))
     beginning, *others = zip(*split, strict=True)
     _, first_key, first_value = beginning
@@ -119,7 +120,8 @@ def _each_part(
     return torch.cat(outputs, dim=1)
 
 
-_part_by_part: Any = torch.compiler.disable(_each_part)  # the lengths differ in every pack
+# not compiled, as the lengths differ in every pack
+_part_by_part: Any = torch.compiler.disable(_each_part)
 
 
 def _capped_attention(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..data.batch import Batch
 
@@ -28,3 +29,10 @@ def on_device(
             copied = [batch.to(device, non_blocking=True) for batch in batches]
         stream.synchronize()
         yield key, copied
+
+
+def without_waiting(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; from pageable memory the host would wait for the device."""
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)

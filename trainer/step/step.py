@@ -24,6 +24,7 @@ from ..data.batch import Batch, SparseTargets
 from ..loss.objective import Objective
 from ..models.student import Student
 from ..settings import TrainSettings
+from .ahead import without_waiting
 from .distributed import gathered, shard
 from .optimizer import make_optimizer
 
@@ -88,7 +89,8 @@ class Stepper:
         Raises NotFiniteError, before any weight changes, where the loss or its gradient is not
         finite.
         """
-        tokens = self._sum(torch.tensor(sum(batch.tokens for batch in batches)))
+        own = torch.tensor(sum(batch.tokens for batch in batches))
+        tokens = self._sum(without_waiting(own, self.accelerator.device))
         # the gradients are averaged over the processes; their sum is wanted
         share = self.accelerator.num_processes / tokens
         with room_for(
@@ -145,8 +147,8 @@ class Stepper:
         return self._sum(shares.sum()) / self.accelerator.num_processes
 
     def _sum(self, value: Tensor) -> Any:
-        """The sum of a number over the processes."""
-        return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+        """The sum of a number over the processes, on the device."""
+        return self.accelerator.reduce(value, "sum")
 
 
 def _weighted(targets: SparseTargets, factor: Tensor) -> SparseTargets:

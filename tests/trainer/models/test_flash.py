@@ -71,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return flash(query, *rest, **options)
 
     monkeypatch.setattr("qpipe.trainer.models.packed_attention.varlen_attn", counting)
-    monkeypatch.setattr("qpipe.trainer.models.packed_attention._runs_in_flash", lambda *_: True)
+    monkeypatch.setattr("qpipe.trainer.models.packed_attention.runs_in_flash", lambda *_: True)
     yield counted
     torch.compiler.reset()
 
@@ -97,7 +97,7 @@ def test_one_call_a_layer_gives_what_a_call_a_part_gives(
     found = loss_and_gradients(student, examples)
     tokens = packed_batch(examples).input_ids.shape[1]
     assert calls == [tokens] * 2  # once in each of the two layers
-    monkeypatch.setattr(packed_attention, "_runs_in_flash", lambda *_: False)
+    monkeypatch.setattr(packed_attention, "runs_in_flash", lambda *_: False)
     torch.testing.assert_close(found, loss_and_gradients(student, examples))
 
 
@@ -124,7 +124,7 @@ def test_where_the_parts_end(lengths: Any, queries: Any, keys: Any, ids: Any) ->
 def test_compiled_layers_compile_once_for_packs_of_all_lengths(
     in_flash: bool, make_examples: Examples, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
-    monkeypatch.setattr(packed_attention, "_runs_in_flash", lambda *_: in_flash)
+    monkeypatch.setattr(packed_attention, "runs_in_flash", lambda *_: in_flash)
     # the stand-in reads lengths on the host, where the real one is an operator of its own
     stand_in = torch.compiler.disable(packed_attention.varlen_attn)
     monkeypatch.setattr(packed_attention, "varlen_attn", stand_in)
