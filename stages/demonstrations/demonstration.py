@@ -1,6 +1,6 @@
 """A demonstration: a conversation with the weights of its assistant turns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Messages = list[dict[str, Any]]
@@ -41,3 +41,5 @@ class Demonstration:
     source: str
     line: int  # line (JSON lines) or row (everything else), from 1
     weights: tuple[TurnWeights | None, ...] = ()  # one for each message, empty if none has any
+    prompt_length: int = 0  # messages at the beginning whose assistant turns are not supervised
+    template_kwargs: Row = field(default_factory=dict)  # passed to the chat template

@@ -6,11 +6,13 @@ to the token that ends the turn, both as they appear in the rendering of the who
 `turns` locates them.
 """
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +20,18 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError, one_line, reason
 from ...pipeline.format.records import Reject, WeightedExample
 from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
+from .forms import best_chat
+from .renderings import Renderings
+from .spans import Offsets, Span, Syntax, overlapping
 from .template import CLOCK, name_of
 from .token_weights import turn_of, weigh
-from .turns import JoinedChat, Offsets, Render, TemplatedChat, overlapping
+from .turns import JoinedChat, TemplatedChat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,10 +98,9 @@ class Encoder:
         if self.vocab_size is not None and input_ids.max(initial=0) >= self.vocab_size:
             raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 
-        # Locating turns takes quadratic time in their number: not done for what is rejected above.
         turns = self._turns(demonstration)
         places = layout.places(turns)
-        supervised = overlapping(offsets, list(places.values()))
+        supervised = overlapping(offsets, [span for spans in places.values() for span in spans])
         if self.supervise == "all":
             supervised[:] = True
         supervised[:1] = False  # nothing predicts the first token
@@ -110,36 +117,31 @@ class Encoder:
 
     def _lay_out(self, demonstration: Demonstration) -> TemplatedChat | JoinedChat:
         if self.template is None:
+            for i, message in enumerate(demonstration.messages):
+                if message.get("tool_calls"):
+                    raise UnusableError(
+                        f"--template none does not show the tool_calls of messages[{i}]: give a "
+                        "chat template with --template FILE"
+                    )
             return JoinedChat(demonstration.messages, str(self.tokenizer.eos_token))
-        renderer = self._renderer(demonstration.tools)
-        return TemplatedChat(renderer, demonstration.messages, self._end_of_turn)
+        renderer = _Renderer(self, demonstration)
+        renderings = Renderings(
+            renderer.render, demonstration.messages, self._learned, renderer.variant
+        )
+        generated = renderer.generated if _GENERATION.search(self.template) else None
+        chat = TemplatedChat(renderings, self._syntax, generated)
+        return best_chat(chat)
 
     def _turns(self, demonstration: Demonstration) -> list[int]:
         """The turns to locate: supervised ones, unless all tokens are, and weighted ones."""
         if self.supervise == "all" and not demonstration.weights:
             return []
-        roles = [message["role"] for message in demonstration.messages]
-        turns = [i for i, role in enumerate(roles) if role == "assistant"]
+        turns = [
+            i
+            for i, message in enumerate(demonstration.messages)
+            if message["role"] == "assistant" and i >= demonstration.prompt_length
+        ]
         return turns[-1:] if self.supervise == "last" else turns
-
-    def _renderer(self, tools: list[Any] | None) -> Render:
-        clock: dict[str, Any] = {} if self.day is None else {CLOCK: self.day.strftime}
-
-        def render(messages: Messages, generation_prompt: bool = False) -> str:
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    **clock,
-                )
-            except Exception as error:  # a template is a program and may raise anything
-                raise UnusableError(f"the chat template says: {one_line(error)}") from error
-            return str(text)
-
-        return render
 
     def _tokenise(self, text: str) -> tuple[NDArray[np.int32], Offsets]:
         """Token ids [T] and the character range of each, half-open [T, 2]."""
@@ -168,14 +170,64 @@ class Encoder:
         return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     @cached_property
-    def _end_of_turn(self) -> re.Pattern[str]:
-        """Matches the end of a turn: a special token, also after white space, or other text."""
-        added = self.tokenizer.added_tokens_decoder.values()
+    def _learned(self) -> dict[Any, Any]:
+        """What is known of the template's literals, for all demonstrations."""
+        return {}
+
+    @cached_property
+    def _syntax(self) -> Syntax:
+        tokenizer = self.tokenizer
+        added = tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special}
-        special.update(map(str, self.tokenizer.all_special_tokens))
-        longest_first = sorted(special, key=len, reverse=True)
-        special_end = rf"\s*(?:{'|'.join(map(re.escape, longest_first))})|" if special else ""
-        return re.compile(special_end + r"\S+")
+        special.update(map(str, tokenizer.all_special_tokens))
+        begins_only = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
+        return Syntax(sorted(special), None if begins_only is None else str(begins_only))
+
+
+class _Renderer:
+    """Renders conversations as a demonstration's is: with its tools and arguments."""
+
+    def __init__(self, encoder: Encoder, demonstration: Demonstration) -> None:
+        day = encoder.day
+        self._tokenizer, self._template = encoder.tokenizer, encoder.template
+        self._tools = demonstration.tools
+        self._arguments: dict[str, Any] = {} if day is None else {CLOCK: day.strftime}
+        self._arguments |= demonstration.template_kwargs
+        self.variant = json.dumps([bool(self._tools), demonstration.template_kwargs], default=str)
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        text = self._run(
+            lambda: self._tokenizer.apply_chat_template(
+                messages,
+                tools=self._tools,  # pyright: ignore[reportArgumentType]
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self._arguments,
+            )
+        )
+        return str(text)
+
+    def generated(self, messages: Messages) -> list[Span]:
+        """The characters within {% generation %} in the rendering."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        def run() -> Any:
+            return render_jinja_template(
+                conversations=[messages],
+                tools=self._tools,  # pyright: ignore[reportArgumentType]
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **self._arguments},
+            )
+
+        return self._run(run)[1][0]
+
+    def _run(self, render: Callable[[], T]) -> T:
+        try:
+            return render()
+        except Exception as error:  # a template is a program and may raise anything
+            raise UnusableError(f"the template fails on this row: {one_line(error)}") from error
 
 
 def _with_spaces(offsets: Offsets) -> Offsets:

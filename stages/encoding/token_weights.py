@@ -18,7 +18,9 @@ from ..demonstrations.demonstration import (
     UnusableError,
     WeightedSpan,
 )
-from .turns import JoinedChat, Kept, Offsets, Span, TemplatedChat, overlapping
+from .content import Kept
+from .spans import Offsets, Span, overlapping
+from .turns import JoinedChat, TemplatedChat
 
 Indices = NDArray[np.intp]
 
@@ -29,7 +31,7 @@ class Turn(NamedTuple):
     name: str  # as used in error messages
     content: str
     given: TurnWeights
-    place: Span | None  # the characters that the model writes; None if the template omits the turn
+    place: list[Span]  # the characters that the model writes; empty if the template omits the turn
     kept: Kept | None  # None if unknown, or not needed
 
 
@@ -37,11 +39,11 @@ def turn_of(
     turn: int,
     demonstration: Demonstration,
     layout: TemplatedChat | JoinedChat,
-    places: dict[int, Span],
+    places: dict[int, list[Span]],
 ) -> Turn:
     """A turn, by its index in the messages; `places` are those of turns in the text."""
     given = demonstration.weights[turn] or TurnWeights(1.0)
-    place = places.get(turn)
+    place = places.get(turn, [])
     needs_content = bool(given.spans) or given.tokens is not None
     kept = layout.kept(turn) if place and needs_content else None
     content = demonstration.messages[turn]["content"]
@@ -56,12 +58,12 @@ def weigh(text: str, offsets: Offsets, turns: Sequence[Turn]) -> Floats:
     weights = np.ones(len(offsets), dtype=np.float32)
     taken = np.zeros(len(offsets), dtype=np.bool_)
     for turn in turns:
-        if turn.place is None:
+        if not turn.place:
             if turn.given.spans or turn.given.tokens:
                 key = "spans" if turn.given.spans else "token_weights"
                 raise UnusableError(f"the template leaves {turn.name} out, and its {key} with it")
             continue
-        tokens = np.flatnonzero(overlapping(offsets, [turn.place]))
+        tokens = np.flatnonzero(overlapping(offsets, turn.place))
         values = _turn_weights(turn, tokens, offsets, text)
         shared = taken[tokens] & (weights[tokens] != values)
         if shared.any():

@@ -126,7 +126,7 @@ class TestLength:
 def test_template_that_refuses_a_conversation():
     template = "{{ raise_exception('roles must\nalternate') }}"
     assert encoder(template).encode(chat("a?", "One.")) == Reject(
-        "chats.jsonl", 7, "the chat template says: roles must alternate"
+        "chats.jsonl", 7, "the template fails on this row: roles must alternate"
     )
 
 

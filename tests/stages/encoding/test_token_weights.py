@@ -1,7 +1,11 @@
 """The weights of turns, spans and contents, token by token."""
 
+from types import SimpleNamespace
+
 import pytest
-from qpipe.stages.encoding.turns import Kept, find_kept
+from qpipe.stages.demonstrations.formats import parse_row
+from qpipe.stages.encoding.content import Kept, find_kept
+from qpipe.stages.encoding.encoder import Encoder
 
 from .chats import QWEN3
 from .weighed import (
@@ -392,9 +396,10 @@ class TestCut:
 
 
 @pytest.mark.parametrize(
-    ("fields", "renderings"), [({}, 3), ({"weight": 2}, 3), ({"spans": [[0, 3]]}, 4)]
+    ("fields", "renderings"), [({}, 2), ({"weight": 2}, 2), ({"spans": [[0, 3]]}, 3)]
 )
-def test_only_places_in_the_content_cost_a_rendering(monkeypatch, fields, renderings):
+def test_only_places_in_the_content_cost_another_rendering(monkeypatch, fields, renderings):
+    """Of a conversation whose like was rendered before: with marks and without."""
     tokenizer, calls = byte_tokenizer(), []
     render = tokenizer.apply_chat_template
     monkeypatch.setattr(
@@ -402,7 +407,11 @@ def test_only_places_in_the_content_cost_a_rendering(monkeypatch, fields, render
         "apply_chat_template",
         lambda *args, **named: calls.append(1) or render(*args, **named),
     )
-    told(KEEPS, user("a?"), answer("One.", **fields), tokenizer=tokenizer)
+    found = Encoder(tokenizer, KEEPS, 10_000)
+    for content in ("One.", "Two."):
+        calls.clear()
+        row = {"messages": [user("a?"), answer(content, **fields)]}
+        found.encode(parse_row(SimpleNamespace(name="x"), 1, row, "auto"))
     assert len(calls) == renderings
 
 
