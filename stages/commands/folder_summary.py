@@ -35,6 +35,7 @@ def print_scores(folder: Path, result: StageResult) -> None:
             ("scores", f"{folder}{already(result.was_done)}"),
             ("demonstrations", f"{totals['read']:,} read, {totals['rows']:,} scored, {rejected}"),
             ("", f"{totals['sums'].get('cut', 0):,.0f} of them cut to the limit"),
+            *empty_answers(int(totals["sums"].get("empty_answers", 0))),
             ("supervised tokens", f"{totals['positions']:,}"),
             *_left_out(totals),
             ("kept mass", f"{result.manifest.kept_mass:.4f}"),
@@ -42,6 +43,11 @@ def print_scores(folder: Path, result: StageResult) -> None:
             *_size_and_speed(result),
         ]
     )
+
+
+def empty_answers(count: int) -> list[tuple[str, str]]:
+    """A row of the table for empty answers, if there are some."""
+    return [("", f"{count:,} empty answers in them, not supervised")] if count else []
 
 
 def print_targets(folder: Path, result: StageResult) -> None:

@@ -48,6 +48,13 @@ _BINDS = {
     "GPU hours, memory, disk. Downloads no weights and writes nothing.",
 )
 @click.option(
+    "--show",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Print the first N demonstrations with the supervised part in ⟦ ⟧, and score nothing.",
+)
+@click.option(
     "--gpu-memory",
     type=Number(min=0, min_open=True),
     default=None,
@@ -74,7 +81,7 @@ _BINDS = {
 @execution_options
 @config_option
 @click.pass_context
-def score(ctx: click.Context, plan: bool, **options: Any) -> None:
+def score(ctx: click.Context, plan: bool, show: int | None, **options: Any) -> None:
     """Score demonstrations under a base model.
 
     For every supervised position, stores the log-probability and rank of the observed token,
@@ -88,11 +95,15 @@ def score(ctx: click.Context, plan: bool, **options: Any) -> None:
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
     qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
+    qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --show 3
     qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --plan --gpu-memory 80
     """
     gpu = {name: options.pop(name) for name in ("gpu_memory", "gpu_tflops", "gpu_speed")}
+    if show is not None:
+        _show(ctx, dict(options), show)
     if plan:
         _plan(ctx, options, gpu)
+    if plan or show is not None:
         return
     for name, value in gpu.items():
         if value is not None:
@@ -118,19 +129,33 @@ def _settings(options: dict[str, Any]) -> ScoreSettings:
     return ScoreSettings(rows=take(RowSettings, options), engine=engine, **options)
 
 
+def _show(ctx: click.Context, options: dict[str, Any], count: int) -> None:
+    from ..score.show import show
+
+    for text in show(_without_folder(ctx, "--show", options), count):
+        click.echo(text)
+
+
+def _without_folder(ctx: click.Context, name: str, options: dict[str, Any]) -> ScoreSettings:
+    """The settings of an option that looks at demonstrations and writes nothing."""
+    if not options["demonstrations"] or options["at"] is not None:
+        raise click.UsageError(f"{name} requires --demonstrations FILE and excludes --at", ctx)
+    del options["store"]
+    options["out"] = Path()  # unused
+    take(Execution, options)
+    return _settings(options)
+
+
 def _plan(ctx: click.Context, options: dict[str, Any], gpu: dict[str, float | None]) -> None:
     from ...pipeline.progress import log_event
     from ..score.plan import H100_TFLOPS, Throughput, plan
 
-    if not options["demonstrations"] or options["at"] is not None:
-        raise click.UsageError("--plan requires --demonstrations FILE and excludes --at", ctx)
-    del options["store"]
-    options["out"] = Path()  # unused: nothing is written
-    execution = take(Execution, options)
+    log_json = options["log_json"]
+    settings = _without_folder(ctx, "--plan", options)
     throughput = Throughput(gpu["gpu_tflops"] or H100_TFLOPS, gpu["gpu_speed"])
-    result = plan(_settings(options), gpu["gpu_memory"], throughput)
+    result = plan(settings, gpu["gpu_memory"], throughput)
     print_plan(result)
-    log_event(execution.log_json, **plan_event(result))
+    log_event(log_json, **plan_event(result))
 
 
 def _refuse_row_options(ctx: click.Context) -> None:
@@ -173,6 +198,8 @@ def print_plan(plan: "ScorePlan") -> None:
 
 
 def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
+    from .folder_summary import empty_answers
+
     first = work.first_reject
     lengths = {0.0: "shortest", 0.5: "median", 1.0: "longest"}
     quantiles = [
@@ -185,6 +212,7 @@ def _workload_rows(work: "Workload") -> list[tuple[str, str]]:
             f"{work.read:,} read, {work.examples:,} to score, {work.rejected:,} "
             f"rejected, {work.cut:,} cut to the limit",
         ),
+        *empty_answers(work.empty_answers),
         *([("the first", _reject_words(first))] if first else []),
         ("tokens", f"{work.tokens:,}, {work.positions:,} of them supervised"),
         ("lengths", ", ".join(quantiles)),

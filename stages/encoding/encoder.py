@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...pipeline.errors import UserError, one_line, reason
 from ...pipeline.format.records import Reject, WeightedExample
 from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
+from ..demonstrations.messages import is_empty
 from .forms import best_chat
 from .renderings import Renderings
 from .spans import Offsets, Span, Syntax, overlapping
@@ -31,15 +32,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
+REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a message
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A demonstration as tokens; `cut` if it was longer than the limit and was truncated."""
+    """A demonstration as tokens.
+
+    `cut` if it was longer than the limit and was truncated; `empty` is the number of its empty
+    answers, which are not supervised; `unread` are its fields of reasoning that the template does
+    not name.
+    """
 
     example: WeightedExample
     cut: bool
+    empty: int = 0
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,13 @@ class Encoder:
             weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
             weights = weigh(layout.text, offsets, weighed)[positions]
         input_ids = input_ids[: self.max_length]
-        return Encoded(WeightedExample(demonstration.id, input_ids, positions, weights), cut)
+        example = WeightedExample(demonstration.id, input_ids, positions, weights)
+        empty = sum(is_empty(demonstration.messages[turn]) for turn in turns)
+        return Encoded(example, cut, empty, self._unread(demonstration))
+
+    def _unread(self, demonstration: Demonstration) -> frozenset[str]:
+        given = {key for message in demonstration.messages for key in REASONING & message.keys()}
+        return frozenset(given - set(re.findall(r"\w+", self.template or "")))
 
     def _lay_out(self, demonstration: Demonstration) -> TemplatedChat | JoinedChat:
         if self.template is None:

@@ -38,7 +38,16 @@ def best_chat(chat: TemplatedChat) -> TemplatedChat:
     if partial is not None:
         return partial
     assert failure is not None, "a conversation has a form"
-    raise failure
+    raise UnusableError("; ".join([str(failure), *_text_arguments(chat.messages)][:2]))
+
+
+def _text_arguments(messages: Messages) -> Iterator[str]:
+    """The arguments that are no object in any form."""
+    for i, message in enumerate(messages):
+        for j, call in enumerate(message.get("tool_calls") or []):
+            if isinstance(_decoded(_function(call).get("arguments")), str):
+                name = "function.arguments" if "function" in call else "arguments"
+                yield f"messages[{i}].tool_calls[{j}].{name} is text, not an object"
 
 
 def _hidden_call(chat: TemplatedChat) -> str | None:

@@ -21,7 +21,7 @@ _COMPARED = frozenset(("role", "name", "tool_call_id"))  # templates compare the
 _OF_OTHERS = "tool_responses"  # a field of an assistant's message that the assistant did not write
 # Templates cut a text at the tags of reasoning: the parts about them are marked by themselves.
 _THINK_TAG = re.compile(r"(<[^<>\s]*think[^<>\s]*>|\[/?THINK\])", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]{2,}")
+_TAG_OR_WORD = re.compile(r"<[^<>\s]*>|([^\W_]+)")
 
 
 class Field(NamedTuple):
@@ -64,6 +64,10 @@ class Rendering:
     def after(self, index: int) -> str:
         """The text between a mark and the next, or the end."""
         return self.text[self.marks[index].at : self.stop(index)]
+
+    def between(self, one: int, other: int) -> str:
+        """The text between two marks."""
+        return self.text[self.marks[one].at : self.marks[other].at]
 
     def of(self, author: int) -> list[int]:
         """The indices of the marks in an author's texts."""
@@ -168,11 +172,12 @@ def _about(text: str, mark: str) -> str:
 
 
 def inside(text: str, mark: str) -> str:
-    """Mark the middle of the longest word, for a template that examines how a text begins."""
-    word = max(_WORD.finditer(text), key=lambda found: len(found[0]), default=None)
+    """Mark the longest word outside tags, for a template that examines how a text begins."""
+    words = [found for found in _TAG_OR_WORD.finditer(text) if found[1]]
+    word = max(words, key=lambda found: len(found[0]), default=None)
     if word is None:
         return text
-    middle = (word.start() + word.end()) // 2
+    middle = (word.start() + word.end() + 1) // 2
     return text[:middle] + mark + text[middle:]
 
 

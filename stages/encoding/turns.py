@@ -258,11 +258,13 @@ class TemplatedChat:
             [*self.messages[: turn + 1], *_results(self.messages[turn], 2)]
         )
         same = None if other is None else self.renderings.same(last, other, turn)
-        second = [] if other is None else other.of(turn + 2)
-        if other is None or same is None or not second:
+        one, two = ([], []) if other is None else (other.of(turn + 1), other.of(turn + 2))
+        if other is None or same is None or not one or not two:
             return length
-        literal = other.after(same)
-        header = self.syntax.cut_end(literal, common_suffix(literal, other.before(second[0])))
+        literal = other.between(same, one[0])
+        header = self.syntax.cut_end(
+            literal, common_suffix(literal, other.between(one[-1], two[0]))
+        )
         answered = self.renderings.attempt([ASKED, ANSWER])
         ends = self.syntax.pieces(answered.after(len(answered.marks) - 1)) if answered else []
         for piece in reversed(self.syntax.pieces(after[:length])):

@@ -12,9 +12,11 @@ from ...pipeline.folders.shard_run import Job, StageResult, sidecar_indices
 from ...pipeline.folders.shards import committed_shard
 from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.format.records import Reject
+from ...pipeline.progress import say_once
 from ...pipeline.storage.json_files import sha256_of_json
 from ...pipeline.threads import in_order
 from ...trainer.models.files import ModelFiles, find_model
+from ..demonstrations.columns import parse_columns
 from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.sources import Facts, RowReader, Source, open_sources
 from ..encoding.encoder import Encoded, Encoder
@@ -56,7 +58,7 @@ def _stage(
     rows = settings.rows
     sources = open_sources(rows.demonstrations)
     if facts is None:
-        check_readable(sources, rows.format)
+        check_readable(sources, rows.format, parse_columns(rows.columns))
     else:
         sources = [replace(one, known=known) for one, known in zip(sources, facts, strict=True)]
     model = find_model(
@@ -88,6 +90,7 @@ class Demonstrations:
         """`folder` is the output folder, whose plan may hold a date for the template."""
         self.options = options
         self.rows = RowReader(sources)
+        self.columns = parse_columns(options.columns)
         self.max_length = _max_length(options, model)
         template = load_template(options.template, model.tokenizer)
         self.encoder = Encoder(
@@ -105,6 +108,7 @@ class Demonstrations:
         special_tokens = self.encoder.special_tokens
         extra = {"special_tokens": special_tokens} if special_tokens else {}
         extra |= {} if day is None else {"date": day.isoformat()}
+        extra |= {"columns": self.columns} if self.columns else {}
         return extra | {
             "max_length": self.max_length,
             "too_long": self.options.too_long,
@@ -145,11 +149,18 @@ class Demonstrations:
             return None
         shard = ShardInput()
         for source, line, raw in rows:
-            row = parse_row(source, line, raw, self.options.format)
+            row = parse_row(source, line, raw, self.options.format, self.columns)
             encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
             if isinstance(encoded, Encoded):
                 shard.examples.append(encoded.example)
                 shard.content.add_sums(cut=encoded.cut)
+                if encoded.empty:
+                    shard.content.add_sums(empty_answers=encoded.empty)
+                for field in sorted(encoded.unread):
+                    say_once(
+                        f"Warning: the chat template does not read {field}: what it holds is not "
+                        "in the scores"
+                    )
             elif self.options.strict:
                 raise _unusable(encoded)
             else:

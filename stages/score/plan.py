@@ -15,6 +15,7 @@ from ...pipeline.format.records import Reject
 from ...pipeline.progress import progress_bar
 from ...trainer.models.files import ModelFiles, find_model
 from ...trainer.models.size import count_weights, forward_flop, kv_cache_bytes, weight_bytes
+from ..demonstrations.columns import parse_columns
 from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
 from ..engines.choose import choose_dtype
@@ -45,6 +46,7 @@ class Workload:
 
     read: int = 0
     cut: int = 0
+    empty_answers: int = 0
     tokens: int = 0
     positions: int = 0  # supervised
     lengths: Counter[int] = field(default_factory=Counter)  # demonstrations by number of tokens
@@ -128,7 +130,7 @@ def plan(
 ) -> ScorePlan:
     """Look at the demonstrations and the model; `gpu_memory` is that of a GPU, in GiB."""
     sources = open_sources(settings.rows.demonstrations)
-    check_readable(sources, settings.rows.format)
+    check_readable(sources, settings.rows.format, parse_columns(settings.rows.columns))
     model = find_model(settings.model, settings.revision, weights=False)
     check_top_k(settings.engine.top_k, model)
     demonstrations = Demonstrations(replace(settings.rows, strict=False), sources, model)
@@ -196,6 +198,7 @@ def _workload(demonstrations: Demonstrations) -> Workload:
             work.first_reject = work.first_reject or next(iter(rejects), None)
             work.read += len(shard.examples) + len(rejects)
             work.cut += int(shard.content.sums.get("cut", 0))
+            work.empty_answers += int(shard.content.sums.get("empty_answers", 0))
             for example in shard.examples:
                 work.tokens += len(example.input_ids)
                 work.positions += len(example.positions)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ...pipeline.errors import UserError
 from ...pipeline.options import Range, about, check, option
+from ..demonstrations.columns import parse_columns
 from ..engines.settings import EngineSettings, Host
 
 
@@ -28,8 +29,20 @@ class RowSettings:
     too_long: Literal["reject", "cut"] = option(
         "reject", "Reject longer demonstrations, or cut them. Both are counted."
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion"] = option(
-        "auto", "Format of a row. auto detects it row by row."
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt-completion",
+        "question-answer",
+        "query-calls",
+    ] = option("auto", "Format of a row. auto detects it row by row.")
+    columns: tuple[str, ...] = option(
+        (),
+        "Fields of rows in a form of their own, as in prompt=question completion=answer or"
+        " messages=data.chat. Names: prompt, completion, reasoning, system, messages, tools, id.",
+        metavar="NAME=FIELD...",
     )
     template: str = option(
         "tokenizer",
@@ -50,6 +63,7 @@ class RowSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        parse_columns(self.columns)
         if self.date is not None:
             from ..encoding.template import parse_day  # here, as it loads numpy
 

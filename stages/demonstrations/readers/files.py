@@ -9,7 +9,7 @@ from ....pipeline.storage.cache import local_version
 from ....pipeline.storage.files import refuse_irregular
 from .columnar import arrow_reader, parquet_reader
 from .reader import Reader, Version
-from .text import COMPRESSIONS, json_reader, suffixes
+from .text import COMPRESSIONS, csv_reader, json_reader, suffixes
 
 FILE_KINDS: Mapping[str, Callable[[Path], Reader]] = {
     ".jsonl": json_reader,
@@ -19,10 +19,11 @@ FILE_KINDS: Mapping[str, Callable[[Path], Reader]] = {
     ".arrow": arrow_reader,
     ".feather": arrow_reader,
     ".ipc": arrow_reader,
+    ".csv": csv_reader,
+    ".tsv": csv_reader,
 }
+_TEXT = (json_reader, csv_reader)
 OTHER_FILES = (
-    ".csv",
-    ".tsv",
     ".txt",
     ".xml",
     ".yaml",
@@ -36,10 +37,10 @@ def file_reader(path: Path) -> Reader:
     """The reader of a file, or of a local copy of it. Raises UserError for an unknown suffix."""
     suffix, compression = suffixes(path)
     kind = FILE_KINDS.get(suffix)
-    if kind is None or (compression and kind is not json_reader):
+    if kind is None or (compression and kind not in _TEXT):
         raise UserError(
             f"demonstrations {path}: unknown kind of file {path.suffix!r}; known are "
-            f"{', '.join(FILE_KINDS)}, those of JSON also with {' or '.join(COMPRESSIONS)} after it"
+            f"{', '.join(FILE_KINDS)}, those of text also with {' or '.join(COMPRESSIONS)} after it"
         )
     local = local_version(path)
     refuse_irregular(local)

@@ -1,5 +1,6 @@
-"""Readers of JSON text, one value per line or one array, also compressed with gzip or zstd."""
+"""Readers of text: JSON, one value per line or one array, and CSV, also compressed."""
 
+import csv
 import gzip
 import json
 from collections.abc import Iterator
@@ -28,6 +29,25 @@ def json_reader(path: Path) -> Reader:
             lambda: (_text_facts(path)[0], len(_load_array(path))),
         )
     return Reader(lambda start: _text_rows(path, start), lambda: _text_facts(path))
+
+
+def csv_reader(path: Path) -> Reader:
+    """Read a CSV or TSV file, whose first row names the fields; an empty field is absent."""
+    return Reader(
+        lambda start: islice(_csv_rows(path), start, None),
+        lambda: (_text_facts(path)[0], sum(1 for _ in _csv_rows(path))),
+    )
+
+
+def _csv_rows(path: Path) -> Lines:
+    csv.field_size_limit(1 << 31)
+    lines = (line.decode("utf-8") for line in _text_lines(path))
+    delimiter = "\t" if suffixes(path)[0] == ".tsv" else ","
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"line {rows.line_num} has another number of fields than the first")
+        yield number, {name: value for name, value in row.items() if value}
 
 
 def _text_lines(path: Path) -> Iterator[bytes]:

@@ -74,7 +74,44 @@ FORMAT_ROWS = {
         ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, [SYSTEM, USER, ASSISTANT]),
         ({"prompt": [USER], "completion": "One."}, QUESTION_AND_ANSWER),
     ],
+    "question-answer": [
+        ({"question": "a?", "answer": "One.", "source": "x"}, QUESTION_AND_ANSWER),
+        (  # Orca
+            {"id": "flan.1", "system_prompt": "Be kind.", "question": "a?", "response": "One."},
+            [SYSTEM, USER, ASSISTANT],
+        ),
+        ({"query": "a?", "response": "One.", "type": "x"}, QUESTION_AND_ANSWER),
+    ],
+    "query-calls": [  # xlam
+        (
+            {
+                "query": "a?",
+                "answers": '[{"name": "clock", "arguments": {"zone": "UTC"}}, {"name": "die"}]',
+                "tools": '[{"name": "clock", "parameters": {"zone": {"type": "str"}}}]',
+            },
+            [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {
+                            "id": "call00001",
+                            "type": "function",
+                            "function": {"name": "clock", "arguments": {"zone": "UTC"}},
+                        },
+                        {
+                            "id": "call00002",
+                            "type": "function",
+                            "function": {"name": "die", "arguments": {}},
+                        },
+                    ],
+                },
+            ],
+        ),
+    ],
 }
+UNKNOWN = "no known format, the fields are "
 FORMAT_CASES = [(name, *case) for name, cases in FORMAT_ROWS.items() for case in cases]
 
 
@@ -92,7 +129,7 @@ def test_format(tmp_path, name, row, messages):
 @pytest.mark.parametrize(("name", "row", "messages"), FORMAT_CASES)
 def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
     """Arrow gives each row the fields of all rows."""
-    other = {"other": 1, "messages": None, "prompt": None} | row
+    other = {"messages": None, "prompt": None, "category": "x"} | row
     pyarrow.parquet.write_table(pa.Table.from_pylist([other]), tmp_path / "x.parquet")
     (found,) = read(str(tmp_path / "x.parquet"))
     assert found.messages == messages
@@ -101,18 +138,27 @@ def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "no known format, the fields are none"),
-        ({"text": "x", "n": 1}, "no known format, the fields are text, n"),
-        ({"prompt": "a?"}, "no known format, the fields are prompt"),
+        (
+            {},
+            UNKNOWN + "none: name them, as in --columns prompt=question completion=answer, or "
+            "--columns messages=chat",
+        ),
+        ({"text": "x", "n": 1}, UNKNOWN + "text, n: "),
+        ({"prompt": "a?"}, UNKNOWN + "prompt: "),
+        (
+            {"question": "a?", "answer": "1", "thought": "x"},
+            UNKNOWN + "question, answer, thought: ",
+        ),
         (
             dict.fromkeys("abcdefghijklmnop"),
-            "no known format, the fields are a, b, c, d, e, f, g, h, i, j, k, l and 4 more",
+            UNKNOWN + "a, b, c, d, e, f, g, h, i, j, k, l and 4 more: ",
         ),
-        ({"\ud83d": "x"}, "no known format, the fields are \\ud83d"),
-        ({"x" * 999: 1}, "no known format, the fields are " + "x" * 268),
-        ({"messages": "a?"}, "messages is not a list"),
+        ({"\ud83d": "x"}, UNKNOWN + "\\ud83d: "),
+        ({"x" * 999: 1}, UNKNOWN + "x" * 268),
+        ({"messages": "a?"}, "messages is not JSON: "),
+        ({"messages": {}}, "messages is not a list"),
         ({"messages": []}, "messages is empty"),
-        ({"messages": ["a?"]}, "messages[0] is not an object"),
+        ({"messages": ["a?", 1]}, "messages[0] is not an object"),
         ({"messages": [{"content": "a?"}]}, "messages[0].role is missing"),
         ({"messages": [{"role": 1, "content": "a?"}]}, "messages[0].role is not a name"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is missing"),
@@ -122,7 +168,7 @@ def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
         ),
         (
             {"messages": [{"role": "user", "content": ["a?"]}, ASSISTANT]},
-            "messages[0].content is not a string",
+            "messages[0].content[0] is not an object with type and text",
         ),
         ({"messages": [USER]}, "no assistant message"),
         (
@@ -134,7 +180,7 @@ def test_format_from_columns_of_other_rows(tmp_path, name, row, messages):
             "messages[1].content is missing",
         ),
         ({"conversations": []}, "messages is empty"),
-        ({"conversations": ["a?"]}, "conversations[0] is not an object"),
+        ({"conversations": [5]}, "conversations[0] is not an object"),
         ({"conversations": [{"value": "a?"}]}, "conversations[0].from is missing"),
         ({"conversations": [{"from": 1, "value": ""}]}, "conversations[0].from is not a name"),
         ({"conversations": [{"from": "human"}]}, "conversations[0].value is missing"),
@@ -199,6 +245,8 @@ def test_unknown_speaker(tmp_path):
         ("sharegpt", "conversations is missing"),
         ("alpaca", "output is missing"),
         ("prompt-completion", "prompt is missing"),
+        ("question-answer", "question is missing"),
+        ("query-calls", "answers is missing"),
     ],
 )
 def test_format_that_is_forced(tmp_path, name, reason):
@@ -267,8 +315,9 @@ class TestCheckReadable:
             check_readable(open_sources([good, name]))
         assert str(error.value) == (
             f"demonstrations {name}: none of its rows could be used; the first: line 1: "
-            "no known format, the fields are text; formats are messages, sharegpt, alpaca, "
-            "prompt-completion, name one with --format"
+            "no known format, the fields are text: name them, as in --columns prompt=question "
+            "completion=answer, or --columns messages=chat; formats are messages, sharegpt, "
+            "alpaca, prompt-completion, question-answer, query-calls, name one with --format"
         )
 
     def test_format_that_is_forced(self, tmp_path):

@@ -1,5 +1,6 @@
 """Every kind of source, whole, from the middle, and damaged."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -65,6 +66,13 @@ def write_folder(path, rows):
     write(path / "train-1.jsonl", rows[half:])
 
 
+def write_csv(path, rows, **options):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), **options)
+        table.writeheader()
+        table.writerows({**row, "messages": json.dumps(row["messages"])} for row in rows)
+
+
 WRITERS = {
     "x.jsonl": write,
     "x.ndjson": write,
@@ -73,6 +81,8 @@ WRITERS = {
     "array.json.gz": lambda path, rows: write(path, gzip.compress(json.dumps(rows).encode())),
     "x.jsonl.gz": lambda path, rows: write(path, gzip.compress(as_lines(rows))),
     "x.jsonl.zst": lambda path, rows: write(path, zstandard.compress(as_lines(rows))),
+    "x.csv": write_csv,
+    "x.tsv": lambda path, rows: write_csv(path, rows, delimiter="\t"),
     "x.parquet": write_parquet,
     "x.arrow": write_stream,
     "x.ipc": write_ipc_file,
@@ -247,7 +257,8 @@ class TestHub:
 
 
 @pytest.mark.parametrize(
-    "name", ["x.jsonl", "x.jsonl.gz", "no/x.parquet", "./x", "/no/x", "~/x", "a/b/c", "x.csv"]
+    "name",
+    ["x.jsonl", "x.jsonl.gz", "no/x.parquet", "./x", "/no/x", "~/x", "a/b/c", "x.csv"],
 )
 def test_missing_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -274,7 +285,7 @@ def test_device():
         open_sources(["/dev/null"])
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x", "x.parquet.gz", "x.gz"])
+@pytest.mark.parametrize("name", ["x.xml", "x", "x.parquet.gz", "x.gz"])
 def test_unknown_kind(tmp_path, name):
     with pytest.raises(UserError, match=r"unknown kind of file .*; known are \.jsonl, "):
         open_sources([write(tmp_path / name, b"a,b")])

@@ -342,12 +342,12 @@ def test_a_folder_that_a_console_made_is_empty(s3: Bucket, local: Path) -> None:
     assert "all well" in qpipe("verify", "s3://bucket/targets")
 
 
-@pytest.mark.parametrize("name", ["nothing.jsonl", "folder", "chats.csv"])
+@pytest.mark.parametrize("name", ["nothing.jsonl", "folder", "chats.xml"])
 def test_demonstrations_that_cannot_be_read(
     s3: Bucket, tiny_model: Path, tmp_path: Path, name: str
 ) -> None:
     s3.put("folder/chats.jsonl", LINES)
-    s3.put("chats.csv", b"a,b\n")
+    s3.put("chats.xml", b"<a>\n")
     said = score(tiny_model, f"s3://bucket/{name}", tmp_path / "scores", fails=True)
     assert f"s3://bucket/{name}" in said
     assert "no such file" in said or "unknown kind of file" in said
