@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ...pipeline.errors import escaped
 from ...pipeline.format.records import Reject, WeightedExample
 from ...trainer.models.files import find_model
 from ..demonstrations.columns import parse_columns
@@ -34,7 +35,7 @@ def show(settings: ScoreSettings, count: int) -> Iterator[str]:
 
 def _example_text(example: WeightedExample, tokenizer: "PreTrainedTokenizerFast") -> str:
     counts = f"{len(example.input_ids):,} tokens, {len(example.positions):,} supervised"
-    return f"{example.id}: {counts}\n{marked_text(example, tokenizer)}\n"
+    return f"{example.id}: {counts}\n{marked_text(example, tokenizer).rstrip()}\n"
 
 
 def _reject_text(reject: Reject) -> str:
@@ -43,8 +44,6 @@ def _reject_text(reject: Reject) -> str:
 
 def marked_text(example: WeightedExample, tokenizer: "PreTrainedTokenizerFast") -> str:
     """The text with ⟦ and ⟧ about what is supervised, and its weight in front unless that is 1."""
-    from ..looking.token_text import escaped
-
     weights = dict(zip(example.positions.tolist(), example.token_weights.tolist(), strict=True))
     tokens = enumerate(example.input_ids.tolist())
     parts: list[str] = []
