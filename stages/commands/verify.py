@@ -80,6 +80,8 @@ def verify(
         f"{folder}: all well: {totals['rows']:,} demonstrations, {totals['positions']:,} "
         f"supervised tokens, {len(manifest.shards):,} shard(s)"
     )
+    if manifest.identity.stage == "score":
+        _note_ties(folder)
     if rescore is not None:
         from ...pipeline.progress import log_event
         from ..folders.rescore import rescore as score_again
@@ -87,6 +89,21 @@ def verify(
         result = score_again(folder, model, revision, rescore, seed)
         print_rescored(result)
         log_event(log_json, "rescore", **asdict(result))
+
+
+def _note_ties(folder: Path) -> None:
+    """Print a note on a folder whose log-probabilities were rounded."""
+    from ...pipeline.folders.sealed import open_sealed
+    from ..folders.rescore import MANY_TIES, tied_share
+
+    share = tied_share(open_sealed(folder, "score"))
+    if share > MANY_TIES:
+        click.echo(
+            f"note: {share:.0%} of neighbouring entries have equal log-probabilities: the logits "
+            "were rounded, as bfloat16 does, so that ranks and the order of entries are arbitrary "
+            "among them: score with vLLM 0.26 or later, which computes logits in float32, or with "
+            "--dtype float32"
+        )
 
 
 def _check(folder: Path, problems: Iterable[str]) -> None:

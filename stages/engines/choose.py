@@ -1,7 +1,8 @@
 """Chooses and starts an engine."""
 
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ...pipeline.errors import UserError
 from ...pipeline.progress import say_once
@@ -34,7 +35,20 @@ def this_host() -> Host:
     """What this machine has."""
     import torch
 
-    return Host(has_gpu=torch.cuda.is_available(), has_vllm=find_spec("vllm") is not None)
+    return Host(torch.cuda.is_available(), find_spec("vllm") is not None, _has_float32_head())
+
+
+def _has_float32_head() -> bool:
+    """Whether the installed vLLM computes logits in `head_dtype` (0.26 or later), by its source: it
+    takes seconds to import."""
+    found = find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return False
+    layers = Path(found.submodule_search_locations[0]) / "model_executor" / "layers"
+    try:
+        return "head_dtype" in (layers / "logits_processor.py").read_text()
+    except OSError:
+        return False
 
 
 def choose_engine(option: str, host: Host, gathers: bool = False) -> str:
@@ -65,6 +79,23 @@ def choose_dtype(option: str, config: Any, host: Host | None = None) -> Dtype:
         own = str(config.get_text_config().dtype).removeprefix("torch.")
         option = own if (host or this_host()).has_gpu else "float32"
     return option if option in DTYPES else "float32"
+
+
+def choose_head(
+    option: str, engine: str, dtype: Dtype, config: Any, host: Host
+) -> Literal["float32", "model"]:
+    """Resolve `--head-dtype`; "model" where the model is in float32 anyway.
+
+    Raises UserError for a float32 head that the engine does not have.
+    """
+    quantised = getattr(config, "quantization_config", None) is not None
+    able = engine == "vllm" and host.has_float32_head and not quantised
+    if option == "float32" and dtype != "float32" and not able:
+        raise UserError(
+            "--head-dtype float32: goes with vLLM 0.26 or later and weights that are not "
+            "quantised: leave it out"
+        )
+    return "model" if option == "model" or dtype == "float32" or not able else "float32"
 
 
 def say_float32(dtype: Dtype, on_gpu: bool) -> None:

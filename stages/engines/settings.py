@@ -63,6 +63,7 @@ class Host:
 
     has_gpu: bool
     has_vllm: bool
+    has_float32_head: bool = False  # its vLLM can compute logits in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,12 @@ class EngineSettings:
         " on a CPU.",
     )
     top_k: int = option(64, "Entries stored per position.", range=_COUNT)
+    head_dtype: Literal["auto", "float32", "model"] = option(
+        "auto",
+        "Floating-point format of the output head (vLLM). auto is float32 where vLLM can "
+        "compute it (0.26 or later, weights not quantised), else that of the model. In "
+        "bfloat16, half of the neighbouring entries have equal log-probabilities.",
+    )
     tensor_parallel_size: int = option(
         1, "Number of GPUs that share each layer of the model (vLLM).", range=_COUNT
     )
@@ -112,6 +119,11 @@ class EngineSettings:
         for name, value in (("--server-url", url), ("--server-model", model)):
             if value is not None:
                 raise UserError(f"{name} {value}: goes with --engine server: give that as well")
+
+    @property
+    def logits_dtype(self) -> str:
+        """The number format of the logits, once `auto` is resolved."""
+        return "float32" if self.head_dtype == "float32" else self.dtype
 
     @property
     def gpus(self) -> int:

@@ -107,7 +107,7 @@ def row_bytes(model: ModelFiles, settings: EngineSettings, runner: Runner) -> in
     float32 copy, with what counts the rank: a row that is selected and compared, or, on a CPU, the
     comparison and its sum in 64-bit integers.
     """
-    logit, parts = VALUE_BYTES[settings.dtype], settings.tensor_parallel_size
+    logit, parts = VALUE_BYTES[settings.logits_dtype], settings.tensor_parallel_size
     config = model.config.get_text_config()
     capped = 2 * logit if getattr(config, "final_logit_softcapping", None) else 0
     if runner == "CPU":

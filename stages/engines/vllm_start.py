@@ -40,6 +40,7 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
         return LLM(
             model=str(model.folder),
             dtype=settings.dtype,
+            hf_overrides={"head_dtype": "float32"} if settings.head_dtype == "float32" else {},
             max_model_len=settings.max_length + 1,  # a prompt needs one free position
             max_num_batched_tokens=memory.scheduled_tokens,
             max_num_seqs=min(MAX_SEQUENCES, memory.scheduled_tokens),
@@ -61,7 +62,7 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
             raise EngineStoppedError(one_line(error)) from error
         raise UserError(
             f"vLLM cannot start with model {model.name}: {one_line(error)}: "
-            "try --engine transformers, or a smaller --max-length"
+            "try --engine transformers, --head-dtype model, or a smaller --max-length"
         ) from error
 
 

@@ -20,6 +20,9 @@ from ...pipeline.format.records import ScoredExample
 from ...pipeline.progress import progress_bar
 from ...trainer.models.files import ModelFiles, find_model, load_scoring_model
 
+MANY_TIES = 0.05  # float32 logits give far fewer, bfloat16 ones about half
+_POSITIONS_FOR_TIES = 20_000
+
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
@@ -87,6 +90,23 @@ def rescore(
         kl_mean=float(kl_N.mean()),
         kl_max=float(kl_N.max()),
     )
+
+
+def tied_share(folder: SealedFolder) -> float:
+    """The share of neighbouring entries with equal log-probabilities, in the first positions."""
+    ties = neighbours = positions = 0
+    for batch in (batch for shard in range(len(folder.shards)) for batch in folder.batches(shard)):
+        example: ScoredExample
+        for example in split(folder.schema, batch):
+            starts = np.cumsum(example.counts)[:-1]  # of every position but the first
+            same_position = np.ones(max(0, len(example.topk_ids) - 1), bool)
+            same_position[starts - 1] = False
+            ties += int(((np.diff(example.topk_log_probs) == 0) & same_position).sum())
+            neighbours += int(same_position.sum())
+            positions += len(example.positions)
+        if positions >= _POSITIONS_FOR_TIES:
+            break
+    return ties / neighbours if neighbours else 0.0
 
 
 def _reference(folder: SealedFolder, model: str | None, revision: str | None) -> ModelFiles:

@@ -53,7 +53,7 @@ class _FolderExamples:
 
     def settings(self) -> dict[str, Any]:
         """The settings of the other folder, above all how rows were read, without its engine's."""
-        theirs = ("imported", "mass", "server_model")
+        theirs = ("imported", "mass", "server_model", "head_dtype")
         own = self.folder.settings.items()
         return {name: value for name, value in own if name not in theirs}
 

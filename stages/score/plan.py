@@ -18,7 +18,7 @@ from ...trainer.models.size import count_weights, forward_flop, kv_cache_bytes, 
 from ..demonstrations.columns import parse_columns
 from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
-from ..engines.choose import choose_dtype
+from ..engines.choose import choose_dtype, choose_head, this_host
 from ..engines.settings import EngineSettings, Host, ServerSettings
 from ..engines.vllm_memory import STEPS, EngineMemory, plan_memory, window_tokens
 from .from_demonstrations import Demonstrations
@@ -135,12 +135,13 @@ def plan(
     check_top_k(settings.engine.top_k, model)
     demonstrations = Demonstrations(replace(settings.rows, strict=False), sources, model)
     workload = _workload(demonstrations)
-    host = None if gpu_memory is None else Host(has_gpu=True, has_vllm=True)
+    host = this_host() if gpu_memory is None else Host(True, True, has_float32_head=True)
     dtype = choose_dtype(settings.engine.dtype, model.config, host)
     engine = replace(
         settings.engine,
         engine="vllm",
         dtype=dtype,
+        head_dtype=choose_head(settings.engine.head_dtype, "vllm", dtype, model.config, host),
         max_length=demonstrations.max_length,
         server=ServerSettings(),
     )

@@ -22,7 +22,14 @@ from ...pipeline.format.records import ScoredExample, WeightedExample
 from ...pipeline.format.schema import schema_of
 from ...trainer.models.files import ModelFiles
 from ..engines.base import GivenIds, Scorer
-from ..engines.choose import choose_dtype, choose_engine, make_scorer, say_float32, this_host
+from ..engines.choose import (
+    choose_dtype,
+    choose_engine,
+    choose_head,
+    make_scorer,
+    say_float32,
+    this_host,
+)
 from ..engines.settings import EngineSettings
 from .settings import ScoreSettings
 
@@ -146,6 +153,8 @@ class ScoreStage:
             "dtype": engine.dtype,
             "top_k": engine.top_k,
         }
+        if engine.head_dtype == "float32":
+            own |= {"head_dtype": "float32"}  # where it is not the model's own
         if is_server:
             # a server's weights are known only by their name, its number format by --dtype
             dtype = self.settings.engine.dtype
@@ -197,7 +206,12 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
     dtype = choose_dtype(settings.dtype, model.config, host)
     say_float32(dtype, host.has_gpu and engine != "server")
     return replace(
-        settings, engine=engine, dtype=dtype, max_length=source.max_length, server=server
+        settings,
+        engine=engine,
+        dtype=dtype,
+        head_dtype=choose_head(settings.head_dtype, engine, dtype, model.config, host),
+        max_length=source.max_length,
+        server=server,
     )
 
 

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.progress import say_once
-from qpipe.stages.engines.choose import choose_dtype, choose_engine, say_float32
+from qpipe.stages.engines.choose import (
+    choose_dtype,
+    choose_engine,
+    choose_head,
+    say_float32,
+    this_host,
+)
 from qpipe.stages.engines.settings import Host
 from qpipe.stages.execution import ray as on_ray
 from qpipe.stages.execution.run import host_of_workers
@@ -31,6 +37,29 @@ def test_auto_is_what_the_machine_of_the_engine_has() -> None:
     assert [choose_dtype("auto", own, host) for host in (GPU, HEAD)] == ["bfloat16", "float32"]
     assert choose_dtype("float16", own, HEAD) == "float16"
     assert choose_dtype("auto", config("float8_e4m3fn"), GPU) == "float32"
+
+
+def test_the_head_is_float32_where_vllm_can() -> None:
+    new, old = Host(True, True, has_float32_head=True), GPU
+    plain, quantised = SimpleNamespace(), SimpleNamespace(quantization_config={"bits": 4})
+
+    def head(option: str, engine: str, dtype: Any, model: Any, host: Host) -> str:
+        return choose_head(option, engine, dtype, model, host)
+
+    assert head("auto", "vllm", "bfloat16", plain, new) == "float32"
+    assert head("float32", "vllm", "float16", plain, new) == "float32"
+    assert head("model", "vllm", "bfloat16", plain, new) == "model"
+    for engine, model, host in (
+        ("vllm", plain, old),
+        ("vllm", quantised, new),
+        ("transformers", plain, new),
+        ("server", plain, new),
+    ):
+        assert head("auto", engine, "bfloat16", model, host) == "model"
+        assert head("float32", engine, "float32", model, host) == "model"  # it is anyway
+        with pytest.raises(UserError, match=r"--head-dtype float32: goes with vLLM 0\.26"):
+            head("float32", engine, "bfloat16", model, host)
+    assert this_host().has_float32_head  # the engine of the tests
 
 
 def test_float32_on_a_gpu_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

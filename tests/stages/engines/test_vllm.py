@@ -347,3 +347,19 @@ def test_an_engine_that_does_not_say_why_it_did_not_start_is_tried_once_more(
         make_scorer(find_model(str(tiny_model)), EngineSettings("vllm", "float32", max_length=256))
     assert len(tried) == starts
     assert tried[1] == tried[0] // 2
+
+
+@pytest.mark.slow
+def test_a_float32_head_gives_bfloat16_models_scores_without_ties(tiny_model: Path) -> None:
+    """And a head in bfloat16 does not, so that the option does something."""
+    tied = {}
+    for head in ("float32", "model"):
+        settings = EngineSettings("vllm", "bfloat16", head_dtype=head, max_length=256)
+        scorer: Any = make_scorer(find_model(str(tiny_model)), settings)
+        assert scorer.can.rows_alone
+        results = run(scorer, top_k=64)
+        tops = [one.topk_log_probs.reshape(-1, 64) for one in results]
+        tied[head] = np.mean([np.mean(np.diff(top_Nk, axis=1) == 0) for top_Nk in tops])
+        vllm_start.stop_engine(scorer.llm)
+    assert tied["float32"] < 0.001
+    assert tied["model"] > 0.05

@@ -15,7 +15,7 @@ from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed, read_scores
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages.cli import cli
 from qpipe.stages.folders import rescore as module
-from qpipe.stages.folders.rescore import bucket_kl, rescore
+from qpipe.stages.folders.rescore import MANY_TIES, bucket_kl, rescore, tied_share
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.support.settings import score_settings
 
@@ -65,6 +65,19 @@ def test_bfloat16_costs_something(scores: Path, tiny_model: Path, tmp_path: Path
     assert result.ranks_changed > 0
     assert result.kl_max > 1e-6
     assert result.kl_max >= result.kl_mean > 0
+
+    ties = [np.diff(row) == 0 for one in read_scores(tmp_path / "low") for row in by_position(one)]
+    share = np.concatenate(ties).mean()
+    assert share > MANY_TIES
+    assert tied_share(open_sealed(tmp_path / "low", "score")) == pytest.approx(share)
+    said = qpipe("verify", tmp_path / "low")
+    assert f"note: {share:.0%} of neighbouring entries have equal log-probabilities" in said
+    assert "note" not in qpipe("verify", scores)
+
+
+def by_position(example: ScoredExample) -> list[Any]:
+    """The entries of each position."""
+    return np.split(example.topk_log_probs, np.cumsum(example.counts)[:-1])
 
 
 def test_the_largest_differences_are_those_that_were_put_in(
