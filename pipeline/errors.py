@@ -1,5 +1,6 @@
 """The exception for user errors, and helpers that format values in its messages."""
 
+import re
 import reprlib
 import unicodedata
 from functools import cache
@@ -13,8 +14,17 @@ class UserError(Exception):
     """An error that the user can correct; the message names the thing, its value and the way out.
 
     The command line prints the message on one line and exits with status 2. Any other exception is
-    a defect of qpipe and keeps its traceback.
+    a defect of qpipe and keeps its traceback. Secrets in web addresses are left out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
+
+
+def redacted(text: str) -> str:
+    """Text without the passwords and queries of the web addresses in it, which may be secret."""
+    text = re.sub(r"(\w://)[^\s/@]+@", r"\1…@", text)
+    return re.sub(r"(https?://[^\s?'\"]+\?)[^\s'\"]+", r"\1…", text)
 
 
 def option_of(name: str) -> str:

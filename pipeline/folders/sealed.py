@@ -84,19 +84,24 @@ class SealedFolder:
         """
         path, entry = self.shard_path(shard), self.manifest.shards[shard]
         left = {level: getattr(entry, name) for level, name in COUNTED.items()}
+
+        def refuse(wrong: Callable[[int], bool]) -> None:
+            for level, name in COUNTED.items():
+                if wrong(left[level]):
+                    expected = getattr(entry, name)
+                    raise UserError(
+                        f"{path}: holds {expected - left[level]:,} {name}, its manifest states "
+                        f"{expected:,}: make {self.path} again"
+                    )
+
         for number, stored in enumerate(self.stored_batches(shard, verify=verify)):
             batch = decode(self.schema, stored, f"{path}, record batch {number}")
             for level, lengths in batch.lengths.items():
                 left[level] -= int(lengths.sum())
             left["row"] -= len(batch.ids)
+            refuse(lambda count: count < 0)  # now: there may be any number of batches
             yield batch
-        for level, name in COUNTED.items():
-            if left[level]:
-                expected = getattr(entry, name)
-                raise UserError(
-                    f"{path}: holds {expected - left[level]:,} {name}, its manifest states "
-                    f"{expected:,}: make {self.path} again"
-                )
+        refuse(bool)
 
     def stored_batches(self, shard: int, *, verify: bool = True) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of a shard as stored; `verify` compares its hash first."""

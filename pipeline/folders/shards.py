@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from ..format.arrow import encode
 from ..format.batches import FlatBatch, flatten
-from ..format.records import Example, Reject, ScoredExample, TargetExample
+from ..format.records import Reject, ScoredExample, TargetExample
 from ..format.schema import Schema
 from ..storage.files import atomic_file, sha256_of_file
 from ..storage.json_files import read_sealed, refuse_misfits, sealed_bytes, write_readable
@@ -19,6 +20,7 @@ from ..storage.remote import is_remote
 from .manifest import ShardEntry, check_entry, shard_name
 
 BATCH_ROWS = 64  # rows of a record batch, the least that a reader holds in memory
+BATCH_ENTRIES = 2**24  # a batch of several rows has no more; 64 rows of 4,096 tokens have as many
 
 
 def _zstd(level: int) -> pa.ipc.IpcWriteOptions:
@@ -45,11 +47,20 @@ class ShardContent:
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
 
-def batches_of(schema: Schema, examples: Sequence[Example]) -> list[FlatBatch]:
-    """Flatten examples into batches of `BATCH_ROWS` rows."""
+def batches_of(
+    schema: Schema, examples: Sequence[ScoredExample | TargetExample]
+) -> list[FlatBatch]:
+    """Flatten examples into batches of `BATCH_ROWS` rows, or fewer with many entries."""
+    cuts, entries = [0], 0
+    for place, example in enumerate(examples):
+        entries += int(example.counts.sum())
+        if place - cuts[-1] == BATCH_ROWS or (entries > BATCH_ENTRIES and place > cuts[-1]):
+            cuts.append(place)
+            entries = int(example.counts.sum())
     return [
-        flatten(schema, examples[start : start + BATCH_ROWS])
-        for start in range(0, len(examples), BATCH_ROWS)
+        flatten(schema, examples[start:stop])
+        for start, stop in pairwise([*cuts, len(examples)])
+        if stop > start
     ]
 
 

@@ -1,4 +1,4 @@
-"""Refuses Arrow files whose buffers decompress out of proportion, before they are decompressed.
+"""Refuses Arrow files whose record batches would take too much memory, before they are read.
 
 Every compressed buffer of a record batch states its decompressed size, and pyarrow allocates that
 much memory without a check. These sizes are read here from the tables of the file (flatbuffers: the
@@ -11,21 +11,23 @@ import numpy as np
 import pyarrow as pa
 
 MOST_RATIO = 100  # of decompressed to stored bytes; targets of real text stay below 20
+MOST_DECODED = 2**31  # bytes of a record batch, all values taken as 8 bytes wide
 ALWAYS_ALLOWED = 8 * 2**20  # bytes of a record batch, whatever the ratio
 _MOST_HEAD = 2**20  # bytes of a head; a hundred buffers take a few thousand
 _MAGIC = b"ARROW1"
 _NOT_COMPRESSED = -1
 _BLOCK = np.dtype([("offset", "<i8"), ("head", "<i4"), ("_", "<i4"), ("body", "<i8")])
+_NODE = np.dtype([("length", "<i8"), ("nulls", "<i8")])
 _BUFFER = np.dtype([("offset", "<i8"), ("size", "<i8")])
 
 # numbers of fields in Arrow's File.fbs and Message.fbs
 _FOOTER_DICTIONARIES, _FOOTER_BATCHES = 2, 3
 _MESSAGE_HEADER, _MESSAGE_BODY = 2, 3
-_BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
+_BATCH_NODES, _BATCH_BUFFERS, _BATCH_COMPRESSION = 1, 2, 3
 
 
 def refuse_bombs(file: pa.NativeFile) -> None:
-    """Raise ArrowInvalid for an Arrow file with damaged tables or oversized buffers.
+    """Raise ArrowInvalid for an Arrow file with damaged tables or oversized batches.
 
     Checks nothing else.
     """
@@ -66,6 +68,9 @@ def _refuse_bomb(file: pa.NativeFile, offset: int, head_size: int) -> None:
         raise pa.ArrowInvalid(f"a record batch of {body_size:,} bytes exceeds the file")
     header = _field(head, message, _MESSAGE_HEADER)
     batch = _follow(head, header) if header else 0
+    decoded = 8 * sum(map(abs, _vector(head, batch, _BATCH_NODES, _NODE)["length"].tolist()))
+    if decoded > MOST_DECODED:
+        raise pa.ArrowInvalid(f"a record batch of {body_size:,} bytes decodes to {decoded:,}")
     if not _field(head, batch, _BATCH_COMPRESSION):
         return
     unpacked = 0

@@ -1,8 +1,10 @@
-"""A size-limited cache of remote files: shards by their hash, other files by their version."""
+"""A size-limited cache of remote files: shards by their hash, others by version and hash."""
 
+import atexit
 import fcntl
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .files import sha256_of_file
-from .remote import fetch, is_remote, version_of
+from .remote import fetch, is_remote, public_name, version_of
 
 FOLDER, SIZE = "QPIPE_CACHE", "QPIPE_CACHE_GB"  # environment variables
 _DEFAULT_GB = "50"
@@ -33,7 +35,7 @@ def local_copy(path: Path, sha256: str) -> Path:
         return path
     copy = _cache() / "shards" / sha256
     if not _is_sound(copy, sha256):
-        _fetch(path, copy, sha256)
+        _fetch(path, copy.parent, lambda found: found, sha256)
         _checked[copy] = _state(copy)
     _touch(copy)
     return copy
@@ -66,14 +68,20 @@ def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
 def local_version(path: Path) -> Path:
     """The file itself if it is local, else a copy of its present version with the same suffixes.
 
-    The copy stays in the cache until this process ends.
+    The copy stays in the cache until this process ends; without a version it is removed then.
     """
     if not is_remote(path):
         return path
-    copy = _cache() / "files" / (version_of(path) + "".join(path.suffixes[-2:]))
+    folder, version = _cache() / "files", version_of(path)
+    suffixes = "".join(Path(public_name(path)).suffixes[-2:])
     while True:
-        if not copy.exists():
-            _fetch(path, copy)
+        copy = _copy_of_version(folder, version) if version else None
+        if copy is None:
+            key = version or secrets.token_hex(16)
+            copy = _fetch(path, folder, lambda sha256, key=key: f"{key}-{sha256}{suffixes}")
+            _checked[copy] = _state(copy)
+            if version is None:
+                atexit.register(copy.unlink, missing_ok=True)
         _touch(copy)
         with suppress(FileNotFoundError):  # another process has just removed the copy
             descriptor = os.open(copy, os.O_RDONLY)
@@ -81,6 +89,16 @@ def local_version(path: Path) -> Path:
             _held.append(descriptor)
             if copy.exists():
                 return copy
+
+
+def _copy_of_version(folder: Path, version: str) -> Path | None:
+    """The copy of a version of a file, if there is one whose content is still what it was."""
+    for copy in folder.glob(f"{version}-*"):
+        sha256 = copy.name.removeprefix(f"{version}-")[:64]
+        if _is_sound(copy, sha256):
+            return copy
+        copy.unlink(missing_ok=True)
+    return None
 
 
 def _cache() -> Path:
@@ -121,20 +139,26 @@ def _touch(copy: Path) -> None:
         os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
 
 
-def _fetch(path: Path, copy: Path, sha256: str | None = None) -> None:
-    """Fetch a file into the cache, compare its hash, and make room for it."""
+def _fetch(path: Path, place: Path, name: Callable[[str], str], sha256: str | None = None) -> Path:
+    """Fetch a file into the cache, under a name made of its hash, and make room for it.
+
+    Raises UserError if it has another hash than the one given.
+    """
     limit = _limit()
-    with _temporary(copy.parent) as folder:
-        fetched = Path(folder) / copy.name
+    with _temporary(place) as folder:
+        fetched = Path(folder) / "file"
         fetch(path, fetched)
-        if sha256 is not None and sha256_of_file(fetched) != sha256:
+        found = sha256_of_file(fetched)
+        if sha256 not in (None, found):
             raise UserError(
                 f"{path}: damaged, its hash is not the manifest's: restore it, or share the folder "
                 "again"
             )
+        copy = place / name(found)
         os.replace(fetched, copy)
     _touch(copy)
-    _shrink(copy.parent.parent, copy, limit)
+    _shrink(place.parent, copy, limit)
+    return copy
 
 
 def _limit() -> float:

@@ -104,10 +104,25 @@ def forget_listing(path: Path) -> None:
         store.invalidate_cache()
 
 
-def version_of(path: Path) -> str:
-    """A hash that changes when a remote file does."""
+def version_of(path: Path) -> str | None:
+    """A hash that changes when a remote file does; None if its server does not tell."""
     with _store(path, "read") as (store, place):
-        return hashlib.sha256(f"{path}\n{store.ukey(place)}".encode()).hexdigest()
+        state = store.ukey(place)
+        if _is_web(path):  # where this key is the URL alone
+            found = store.info(place)
+            state = [found.get(name) for name in ("ETag", "Last-Modified", "size")]
+            if state[:2] == [None, None]:
+                return None
+        return hashlib.sha256(f"{path}\n{state}".encode()).hexdigest()
+
+
+def public_name(path: Path) -> str:
+    """The name of a file, without the query of a web address, which may be a signature."""
+    return path.name.partition("?")[0] if is_remote(path) and _is_web(path) else path.name
+
+
+def _is_web(path: Path) -> bool:
+    return cast(Any, path).protocol in ("http", "https")
 
 
 @contextmanager

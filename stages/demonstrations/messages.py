@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from .demonstration import Messages, Row, UnusableError
 from .message_weights import WEIGHT_KEYS
+from .readers.text import LONGEST_LINE
 
 T = TypeVar("T")
 
@@ -176,6 +177,8 @@ def from_json(name: str, value: Any) -> Any:
 
 def parse_json(line: bytes) -> Any:
     """The value of a line of JSON."""
+    if len(line) > LONGEST_LINE:
+        raise UnusableError(f"longer than {LONGEST_LINE:,} bytes, the most of one row")
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

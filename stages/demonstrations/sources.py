@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...pipeline.errors import UserError, one_line, require_utf8
-from ...pipeline.storage.remote import open_path
+from ...pipeline.storage.remote import open_path, public_name
 from .readers.data_sets import folder_reader, hub_reader
 from .readers.files import FILE_KINDS, OTHER_FILES, file_reader
 from .readers.reader import Lines, Reader, Version
@@ -160,7 +160,7 @@ def _open(name: str) -> Source:
         require_utf8("demonstrations", path.name)
         with reading(name):
             reader = file_reader(path)
-        return Source(path.name, name, reader, opened=reader.version())
+        return Source(public_name(path), name, reader, opened=reader.version())
     data_set, config, split = (name, None, "train") if path.exists() else _parts(name)
     folder = Path(data_set)
     if folder.is_dir():

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a message
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+_MOST_OF_TOKEN = 16  # characters; a token of text has four
+_SHORT = 2**16  # characters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +102,8 @@ class Encoder:
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
         layout = self._lay_out(demonstration)
+        if self.too_long == "reject":
+            self._refuse_long(layout.text)
         input_ids, offsets = self._tokenise(layout.text)
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
@@ -157,6 +161,18 @@ class Encoder:
             if message["role"] == "assistant" and i >= demonstration.prompt_length
         ]
         return turns[-1:] if self.supervise == "last" else turns
+
+    def _refuse_long(self, text: str) -> None:
+        """Raise UnusableError if the beginning of a text has too many tokens alone.
+
+        A text of megabytes is then not tokenised as a whole.
+        """
+        beginning = text[: max(_SHORT, _MOST_OF_TOKEN * self.max_length)]
+        if len(beginning) == len(text):
+            return
+        tokens = len(self._tokenise(beginning)[0])
+        if tokens > self.max_length + _MOST_OF_TOKEN:  # its last word may be cut
+            raise UnusableError(f"more than {tokens} tokens, --max-length is {self.max_length}")
 
     def _tokenise(self, text: str) -> tuple[NDArray[np.int32], Offsets]:
         """Token ids [T] and the character range of each, half-open [T, 2]."""

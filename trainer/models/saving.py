@@ -110,7 +110,9 @@ def _aside(folder: Path, last: str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         paths = sorted(aside.iterdir(), key=lambda path: path.name == last)
+        mode = aside.stat().st_mode & 0o666  # as the umask has it; safetensors writes 0600
         for path in filter(Path.is_file, aside.rglob("*")):
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:  # a full disk comes as either

@@ -7,6 +7,7 @@ from pathlib import Path
 from ....pipeline.errors import UserError
 from ....pipeline.storage.cache import local_version
 from ....pipeline.storage.files import refuse_irregular
+from ....pipeline.storage.remote import public_name
 from .columnar import arrow_reader, parquet_reader
 from .reader import Reader, Version
 from .text import COMPRESSIONS, csv_reader, json_reader, suffixes
@@ -35,11 +36,12 @@ OTHER_FILES = (
 
 def file_reader(path: Path) -> Reader:
     """The reader of a file, or of a local copy of it. Raises UserError for an unknown suffix."""
-    suffix, compression = suffixes(path)
+    name = Path(public_name(path))
+    suffix, compression = suffixes(name)
     kind = FILE_KINDS.get(suffix)
     if kind is None or (compression and kind not in _TEXT):
         raise UserError(
-            f"demonstrations {path}: unknown kind of file {path.suffix!r}; known are "
+            f"demonstrations {path}: unknown kind of file {name.suffix!r}; known are "
             f"{', '.join(FILE_KINDS)}, those of text also with {' or '.join(COMPRESSIONS)} after it"
         )
     local = local_version(path)

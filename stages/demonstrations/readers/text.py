@@ -3,16 +3,21 @@
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from .reader import Lines, Reader
 
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
+LONGEST_LINE = 1 << 25  # bytes; a conversation of a million tokens takes a fifth
+MOST_OF_ARRAY = 1 << 30  # bytes; parsed, an array takes several times its size
+_ZSTD_BYTES = 1 << 10  # decompressed at once, to at most 32 MiB
+_USUAL_WINDOW, _ANY_WINDOW = 1 << 27, 1 << 31  # bytes; zstd itself asks for --long above the first
+_LARGE_FILE = 1 << 24
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -40,8 +45,8 @@ def csv_reader(path: Path) -> Reader:
 
 
 def _csv_rows(path: Path) -> Lines:
-    csv.field_size_limit(1 << 31)
-    lines = (line.decode("utf-8") for line in _text_lines(path))
+    csv.field_size_limit(LONGEST_LINE)
+    lines = (_refuse_long(line).decode("utf-8") for line in _text_lines(path))
     delimiter = "\t" if suffixes(path)[0] == ".tsv" else ","
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     for number, row in enumerate(rows, 1):
@@ -50,47 +55,70 @@ def _csv_rows(path: Path) -> Lines:
         yield number, {name: value for name, value in row.items() if value}
 
 
+def _refuse_long(line: bytes) -> bytes:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"a line is longer than {LONGEST_LINE:,} bytes")
+    return line
+
+
 def _text_lines(path: Path) -> Iterator[bytes]:
-    """All lines, without a UTF-8 byte order mark before the first."""
-    for number, line in enumerate(_raw_lines(path)):
-        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+    """All lines; of a line above LONGEST_LINE, one byte more than that."""
+    return _split_lines(_content(path))
 
 
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file, decompressed if necessary."""
+def _content(path: Path) -> Iterator[bytes]:
+    """The text in small chunks, decompressed if necessary, without a UTF-8 byte order mark."""
     with path.open("rb") as file:
         match suffixes(path)[1]:
             case ".gz":
-                yield from gzip.GzipFile(fileobj=file)
+                chunks = _chunks(gzip.GzipFile(fileobj=file))
             case ".zst":
-                yield from _split_lines(_zstd_chunks(file))
+                chunks = _zstd_chunks(file, path.stat().st_size)
             case _:
-                yield from file
+                chunks = _chunks(file)
+        for number, chunk in enumerate(chunks):
+            yield chunk.removeprefix(b"\xef\xbb\xbf") if number == 0 else chunk
 
 
-def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The content of all zstd frames, with windows as long as the format allows."""
+def _chunks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _zstd_chunks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The content of all zstd frames, in small chunks whatever the frames expand to.
+
+    Files large enough to profit from it may use windows as long as the format allows, which take
+    that much memory.
+    """
     from zstandard import ZstdDecompressor
 
-    decompressor = ZstdDecompressor(max_window_size=2**31)
+    window = _ANY_WINDOW if size > _LARGE_FILE else _USUAL_WINDOW
+    decompressor = ZstdDecompressor(max_window_size=window)
     frame = None
-    while chunk := file.read(CHUNK_BYTES):
+    while chunk := file.read(_ZSTD_BYTES):
         while chunk:
             frame = frame or decompressor.decompressobj()
-            yield frame.decompress(chunk)
+            content = frame.decompress(chunk)
+            for start in range(0, len(content), CHUNK_BYTES):
+                yield content[start : start + CHUNK_BYTES]
             chunk = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("the compressed file ends too early")
 
 
-def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = bytearray()
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in lines)
+        first, *others = chunk.split(b"\n")
+        rest += first[: LONGEST_LINE + 1 - len(rest)]
+        if others:
+            yield bytes(rest) + b"\n"
+            yield from (line + b"\n" for line in others[:-1])
+            rest = bytearray(others[-1])
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def _text_rows(path: Path, start: int) -> Lines:
@@ -100,10 +128,13 @@ def _text_rows(path: Path, start: int) -> Lines:
 
 def _text_facts(path: Path) -> tuple[str, int]:
     digest = sha256()
-    count = 0
-    for line in _text_lines(path):
-        digest.update(line)
-        count += bool(line.strip())
+
+    def hashed() -> Iterator[bytes]:
+        for chunk in _content(path):
+            digest.update(chunk)
+            yield chunk
+
+    count = sum(bool(line.strip()) for line in _split_lines(hashed()))
     return digest.hexdigest(), count
 
 
@@ -113,4 +144,11 @@ def _starts_array(path: Path) -> bool:
 
 
 def _load_array(path: Path) -> list[Any]:
-    return json.loads(b"".join(_text_lines(path)).decode("utf-8"))
+    content = bytearray()
+    for chunk in _content(path):
+        content += chunk
+        if len(content) > MOST_OF_ARRAY:
+            raise ValueError(
+                f"a JSON array of more than {MOST_OF_ARRAY:,} bytes: give JSON lines (jq -c '.[]')"
+            )
+    return json.loads(content.decode("utf-8"))

@@ -1,6 +1,7 @@
 """Conversations without a template, limits, rejects, and the template and tokenizer themselves."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from qpipe.pipeline.errors import UserError
@@ -8,6 +9,7 @@ from qpipe.pipeline.format.records import Reject
 from qpipe.stages.encoding.encoder import Encoded
 from qpipe.stages.encoding.template import load_template
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from .chats import (
     CHATML,
@@ -192,3 +194,22 @@ def test_tokenizer_without_offsets():
 
     with pytest.raises(UserError, match="some/model has no character offsets"):
         encoder(CHATML, SlowTokenizer())
+
+
+def test_a_text_of_megabytes_is_not_tokenised_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning alone has too many tokens."""
+    lengths: list[int] = []
+    tokenise = PreTrainedTokenizerFast.__call__
+
+    def count(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return tokenise(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
+    found = encoder(CHATML, max_length=4096).encode(chat("a?", "x" * 4_000_000))
+    assert isinstance(found, Reject)
+    assert found.reason == "more than 65485 tokens, --max-length is 4096"
+    assert max(lengths) == 65536
+    # of what is not too long every token counts
+    whole = encoder(CHATML, max_length=200_000).encode(chat("a?", "x" * 100_000))
+    assert isinstance(whole, Encoded)

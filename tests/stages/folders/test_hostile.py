@@ -580,3 +580,55 @@ def test_a_bomb_of_seven_gigabytes_is_not_set_off(own: Path) -> None:
     bomb(own, 7_000)
     (said,) = read_in_a_child(own)
     assert "unpacks to 7,0" in said[2]
+
+
+def expanding(folder: Path, megabytes: int) -> int:
+    """Scores whose entries are one byte wide and compress less than a hundredfold."""
+    schema = open_sealed(folder).schema.arrow
+    rng = np.random.default_rng(0)
+    rows, size = 16, megabytes * 10**6 // 16
+    noise = np.zeros(rows * size, np.uint8)
+    noise[::100] = rng.integers(0, 255, len(noise[::100]))
+    offsets = pa.array(np.arange(rows + 1) * size, pa.int32())
+    columns = []
+    for field in schema:
+        if field.name == "id":
+            columns.append(pa.array(["a"] * rows))
+            continue
+        wide = field.type.value_type.bit_width == 8
+        values = pa.array(noise if wide else [], field.type.value_type)
+        places = offsets if wide else pa.array([0] * (rows + 1), pa.int32())
+        columns.append(pa.ListArray.from_arrays(places, values))
+    path = folder / "shard-00000.arrow"
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(path), "w") as file,
+        pa.ipc.new_file(file, schema, options=options) as writer,
+    ):
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    reseal(folder)
+    return path.stat().st_size
+
+
+def test_a_batch_that_decodes_to_gigabytes_is_refused(own: Path) -> None:
+    """Below the ratio that is refused: its bytes become wider numbers."""
+    assert 3 * 110 * 10**6 / expanding(own, 110) < 100
+    (said,) = read_in_a_child(own)
+    assert "decodes to 4,4" in said[1]
+    assert "decodes to 4,4" in said[2]
+
+
+def test_more_rows_than_the_manifest_states_are_refused_at_once(own: Path) -> None:
+    """There may be any number of record batches: they are not read to the last."""
+    folder = open_sealed(own)
+    path = folder.shard_path(0)
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    with pa.OSFile(str(path), "w") as file, pa.ipc.new_file(file, table.schema) as writer:
+        for _ in range(50):
+            writer.write_table(table)
+    reseal(own)
+    read: list[int] = []
+    batches = open_sealed(own).batches(0)
+    with pytest.raises(UserError, match="its manifest states"):
+        read.extend(len(batch.ids) for batch in batches)
+    assert len(read) == 1

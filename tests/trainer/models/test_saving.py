@@ -1,6 +1,7 @@
 """What a student is on disk."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -125,3 +126,14 @@ def test_a_run_killed_while_its_files_moved_is_saved_again(
     (named.out / "additional_chat_templates/tools.jinja").unlink()
     with pytest.raises(UserError, match=r"tools.jinja: missing or damaged"):
         train(named)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_of_a_model_have_the_mode_of_the_umask(settings: TrainSettings, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        train(settings)
+    finally:
+        os.umask(before)
+    files = [path for path in settings.out.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
