@@ -36,13 +36,12 @@ def measured(bench: Bench, name: str) -> Iterator[Row]:
 
 
 def rows_of(found: dict[str, Any]) -> Iterator[Row]:
-    """A row for each value of a line."""
-    name = found.get("name", found.get("part", ""))
-    for what, value in found.items():
-        if what in ("part", "name") or found.get("part") == "machine":
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        yield Row(f"{name}: {what}", value if number else f"{value}")
+    """A line as one row; the times of single steps are left to trainer.jsonl."""
+    if found["part"] != "machine":
+        values = {k: v for k, v in found.items() if k not in ("part", "name", "steps")}
+        yield Row(
+            found.get("name", found["part"]), ", ".join(f"{k} {v}" for k, v in values.items())
+        )
 
 
 def _part(name: str, about: str, seconds: int) -> Part:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import choose
+from qpipe.tests.support.dispatched import Dispatched
 from qpipe.tests.support.losses import (
     CHOICES,
     HEADS,
@@ -22,7 +23,7 @@ from qpipe.tests.support.losses import (
 )
 from qpipe.trainer.loss import chunk_in_kernels, fused, kernels
 from qpipe.trainer.loss.fused import fused_loss
-from qpipe.trainer.loss.head import even_chunks
+from qpipe.trainer.loss.head import Head, even_chunks
 from torch import Tensor
 
 
@@ -121,3 +122,28 @@ def test_chunks_of_a_wide_head_are_larger() -> None:
         patch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 2**24)
         assert next(even_chunks(8192, 151_936, 896)).stop == 1408
         assert next(even_chunks(8192, 151_936, 4096)).stop == 2048
+
+
+def test_launches_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores, the kernel, the two products; on a CPU one more adds to the head's gradient."""
+    choice = choose("sft+kl")
+    objective, targets = objective_of(choice), to_dtype(random_targets(choice), torch.float32)
+    hidden, head = random_head()
+    hidden, head = hidden.bfloat16().requires_grad_(), Head(head.weight.bfloat16().requires_grad_())
+
+    def stand_in(scores: Tensor, *_: object, **__: object) -> Tensor:
+        return scores.new_empty(len(scores), dtype=torch.float32)  # the interpreter runs torch
+
+    monkeypatch.setattr("qpipe.trainer.loss.kernels.loss_and_gradient_", stand_in)
+    launches = []
+    for rows in (4, 8, 12):
+        given = fused.rows_of(targets, slice(0, rows))
+        with Dispatched() as step:
+            fused_loss(hidden[:rows], head, given, objective)
+        launches.append(len(step.kernels))
+        # no float32 copy of logits, which have their own width in memory
+        assert {shape[-1:] for shape in step.tensors(torch.float32, 1)}.isdisjoint(
+            {(VOCAB_SIZE,), (64,)}
+        )
+    one_more, another = launches[1] - launches[0], launches[2] - launches[1]
+    assert one_more == another == 4  # and the kernel
