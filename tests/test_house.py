@@ -78,6 +78,15 @@ def test_every_link_between_pages_has_a_target() -> None:
     assert broken == []
 
 
+def test_every_row_of_the_security_page_names_tests_that_are_there() -> None:
+    lines = (ROOT / "docs" / "security.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    named = [re.findall(r"`([\w/]+\.py)`", row.rpartition(" | ")[2]) for row in rows]
+    assert len(rows) > 15
+    assert [row for row, tests in zip(rows, named, strict=True) if not tests] == []
+    assert [name for tests in named for name in tests if not (ROOT / "tests" / name).exists()] == []
+
+
 def _anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)

@@ -205,7 +205,7 @@ def _load(path: Path, stepper: Stepper) -> Progress:
     """Load a checkpoint into the model and the optimizer; returns its progress."""
     accelerator = stepper.accelerator
     record = _read(path)
-    with _damage_named(path):
+    with damage_named(path):
         state = _state(stepper)
         _load_tensors(path, record.sha256, _tensors(state), accelerator)
         state = _with_numbers(state, record.numbers)
@@ -240,7 +240,7 @@ def _load_tensors(
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn the errors of a checkpoint that cannot be loaded into UserErrors."""
     try:
         yield
