@@ -62,6 +62,11 @@ class Syntax:
         """Special tokens, what looks like one, words, and other characters."""
         return self._piece.findall(text)
 
+    def is_token(self, text: str) -> bool:
+        """Whether a text ends with a special token, or what looks like one."""
+        last = self.pieces(text[-200:])[-1:]
+        return any(len(piece) > 1 and not piece[-1].isalnum() for piece in last)
+
     def cut(self, text: str, length: int) -> int:
         """The length of the whole pieces among the first `length` characters."""
         ends = (found.end() for found in self._piece.finditer(text))

@@ -174,9 +174,19 @@ class TemplatedChat:
                 return Prompt(None, 0, "")
         history, prompted, text = found
         if not text:
-            return self._header(turn, history, before)
+            return self._always(turn, history, before) or self._header(turn, history, before)
         tail = prompted.tail_after(before)
         return Prompt(tail, common_prefix(tail or "", history.tail_after(before) or ""), text)
+
+    def _always(self, turn: int, history: Rendering, before: Field | None) -> Prompt | None:
+        """The prompt of a template that ends everything with it: no message goes on with it."""
+        asked = self.renderings.attempt([*self.messages[:turn], ASKED])
+        own = [] if asked is None else asked.of(turn)
+        tail = history.tail_after(before)
+        if asked is None or not own or not tail or asked.before(own[0]).startswith(tail):
+            return None
+        shared = self.syntax.cut(tail, common_prefix(tail, asked.before(own[0])))
+        return Prompt(tail, shared, tail[shared:])
 
     def _header(self, turn: int, history: Rendering, before: Field | None) -> Prompt:
         """The literal before a plain answer, of a template without a generation prompt."""
@@ -234,8 +244,7 @@ class TemplatedChat:
             length = len(self._unprompted(turn, last)) if is_final else self._unlike(turn, last)
         if self.messages[turn].get("tool_calls"):
             length = max(kept, self._without_result(turn, last, length))
-        begin = after.find(self.syntax.begin, kept, length) if self.syntax.begin else -1
-        return length if begin < 0 else begin
+        return length
 
     def _common(self, last: int, other: Rendering | None, author: int) -> int:
         """The length of the literal that another rendering has after the same text."""
@@ -243,9 +252,23 @@ class TemplatedChat:
         if other is None or same is None:
             return 0
         after, theirs = self._whole.after(last), other.after(same)
-        length = self.syntax.cut(after, common_prefix(after, theirs))
-        is_end = after[:length].strip() or length in (len(after), len(theirs))
-        return length if is_end else 0  # else white space, and then something else in each
+        length = self._ended(after, self.syntax.cut(after, common_prefix(after, theirs)))
+        # What differs is another message, unless it differs within the turn.
+        is_whole = length in (len(after), len(theirs))
+        return length if is_whole or self.syntax.is_token(after[:length].rstrip()) else 0
+
+    def _ended(self, after: str, length: int) -> int:
+        """The length of a literal up to a token that begins texts or messages."""
+        begins = (self.syntax.begin, self._opening)
+        found = [after.find(each, 0, length) for each in begins if each]
+        return min((at for at in found if at >= 0), default=length)
+
+    @cached_property
+    def _opening(self) -> str | None:
+        """The token that opens the rendering, and thus messages."""
+        pieces = self.syntax.pieces(self._whole.before(0)[:400] if self._whole.marks else "")
+        tokens = (each for each in pieces if self.syntax.is_token(each))
+        return next((each for each in tokens if each != self.syntax.begin), None)
 
     def _without_result(self, turn: int, last: int, length: int) -> int:
         """The length of the end of a call without what begins a result.
@@ -278,7 +301,8 @@ class TemplatedChat:
         first = self._runs(turn)[0][0]
         prompt = self._prompt(turn, first).text
         after = self._whole.after(last)
-        return after.removesuffix(prompt) if prompt else after
+        after = after.removesuffix(prompt) if prompt else after
+        return after[: self._ended(after, len(after))]
 
     def _unlike(self, turn: int, last: int) -> int:
         """The end of a turn that has another end when it is last, or none.

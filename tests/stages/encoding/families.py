@@ -178,6 +178,33 @@ ONE_CALL = """{%- for m in messages -%}
 {{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif -%}"""
 
+# Command R7B: every rendering ends with the generation prompt, asked for or not.
+ALWAYS = """{%- for m in messages -%}
+{{ '<|turn|>' + m.role }}
+{%- if m.tool_calls -%}
+{{ '<|think|>' + (m.reasoning_content or '') + '<|/think|>' }}
+{%- for c in m.tool_calls -%}
+{{ '<|call|>' + c.function.name + c.function.arguments | tojson + '<|/call|>' }}
+{%- endfor -%}
+{%- elif m.role == 'assistant' -%}{{ '<|message|>' + m.content + '<|stop|>' }}
+{%- else -%}{{ m.content }}{%- endif -%}
+{{ '<|end|>' }}
+{%- endfor -%}
+{{ '<|turn|>assistant' }}"""
+
+# Apriel: the last turn is open and its calls have no ids; a prompt that no turn repeats is written
+# after each question, asked for or not.
+IDS = """{%- for m in messages -%}
+{{ '\n<|' + m.role + '|>\n' + m.content }}
+{%- set last = loop.last -%}
+{%- for c in m.tool_calls or [] -%}
+{{ '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson }}
+{%- if not last -%}{{ ', "id": "' + c.id + '"' }}{%- endif -%}{{ '}' }}
+{%- endfor -%}
+{%- if m.role == 'assistant' and not last -%}{{ '\n<|end|>' }}{%- endif -%}
+{%- if last and m.role != 'assistant' -%}{{ '\n<|assistant|>\nMy thoughts:\n' }}{%- endif -%}
+{%- endfor -%}"""
+
 # GLM: turns have no end, and results an opening of their own.
 NO_ENDS = """{%- for m in messages -%}
 {%- if m.role == 'tool' -%}

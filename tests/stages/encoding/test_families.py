@@ -11,7 +11,9 @@ from qpipe.stages.encoding.encoder import Encoder
 
 from .chats import stretches
 from .families import (
+    ALWAYS,
     CHANNELS,
+    IDS,
     INSTRUCT,
     MARKED,
     NO_ENDS,
@@ -222,6 +224,35 @@ SHOWN: dict[str, tuple[str, list[tuple[list[Row], list[str]]]]] = {
             (TALK, ["One.", "Two."]),
             (LATER, ['<call>ferry{"pier": "B"}</call>', "At nine.", "Not at all."]),
             (CALL_LAST, ['<call>ferry{"pier": "B"}</call>']),
+        ],
+    ),
+    "always a prompt": (
+        ALWAYS,
+        [
+            (TALK, ["<|message|>One.<|stop|><|end|>", "<|message|>Two.<|stop|><|end|>"]),
+            (OPENED, ["<|message|>Hello.<|stop|><|end|>", "<|message|>One.<|stop|><|end|>"]),
+            (CALL_LAST, ['<|think|><|/think|><|call|>ferry{"pier": "B"}<|/call|><|end|>']),
+            (
+                ONE,
+                [
+                    '<|think|><|/think|><|call|>ferry{"pier": "B"}<|/call|><|end|>',
+                    "<|message|>At nine.<|stop|><|end|>",
+                ],
+            ),
+        ],
+    ),
+    "calls with ids": (
+        IDS,
+        [
+            (TALK, ["One.\n<|end|>", "Two."]),
+            (CALL_LAST, ['{"name": "ferry", "arguments": {"pier": "B"}}']),
+            (
+                ONE,
+                [
+                    '{"name": "ferry", "arguments": {"pier": "B"}, "id": "call00001"}\n<|end|>',
+                    "At nine.",
+                ],
+            ),
         ],
     ),
     "parts": (PARTS, [(TALK, ["One.<|end|>", "Two.<|end|>"])]),
