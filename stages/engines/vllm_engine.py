@@ -53,9 +53,10 @@ class VllmScorer:
 
         Raises UserError for given ids that this engine cannot score.
         """
-        if at is not None and not (self.can.rows_alone or self.can.takes_ids):
+        if at is not None and not self.can.rows_alone:
             raise UserError(
-                "this vLLM cannot score given ids, which --at needs: use --engine transformers"
+                "this version of vLLM cannot score given ids, which --at needs: use --engine "
+                "transformers"
             )
         given = [None] * len(examples) if at is None else at
         reads = dict.fromkeys(range(len(examples)), False)
@@ -135,13 +136,13 @@ class VllmScorer:
         )
         request_id = str(self.submitted)
         self.submitted += 1
-        prompt = {"prompt_token_ids": example.input_ids.tolist()}
+        prompt = {"type": "token", "prompt_token_ids": example.input_ids.tolist()}
         try:
             taken_as = self.engine.add_request(request_id, prompt, sampling)
         except Exception as error:
             raise _stopped(error) from error
         if self.can.keeps_tensors:
-            keep_tensors(self.engine, taken_as or request_id)
+            keep_tensors(self.engine, taken_as)
         return request_id
 
     def _step(self) -> list[Any]:

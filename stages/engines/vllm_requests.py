@@ -1,8 +1,7 @@
 """What is asked of vLLM for an example, and the scores in its answer.
 
 An engine with `rows_alone` computes the supervised rows alone, at all ids that are asked for
-(`supervised_rows`). Any other computes every row of a prompt, and given ids by vLLM's own token-id
-scoring.
+(`supervised_rows`). Any other computes every row of a prompt, and no given ids.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.errors import UserError
-from ...pipeline.format.records import Example, Floats, ScoredExample, WeightedExample
+from ...pipeline.format.records import Example, ScoredExample, WeightedExample
 from .base import GivenIds, scored, with_given
 from .supervised_rows.request import RowRequest
 from .vllm_arrays import PromptArrays, prompt_arrays
@@ -24,8 +23,6 @@ class Abilities:
     keeps_tensors: bool = False  # passes the engine's tensors on
     rows_alone: bool = False  # computes supervised rows only, and given ids with them
     block_size: int = 0  # tokens of a block of its prefix cache; 0 if it must not read that
-    takes_ids: bool = False  # scores given ids by vLLM's own token-id scoring
-    starts_late: bool = False  # skips the top k before `prompt_logprob_start`
 
 
 def sampling_options(
@@ -39,10 +36,8 @@ def sampling_options(
     if can.rows_alone:
         given = given or GivenIds(np.zeros_like(example.positions), np.empty(0, np.int32))
         asked = RowRequest(example.positions - 1, example.observed_ids, given.padded(), top_k)
-        return options | {"extra_args": asked.packed()}
-    if can.starts_late:
-        options |= {"prompt_logprob_start": _first_row(example)}
-    return options if given is None else options | _id_options(example, given)
+        options |= {"extra_args": asked.packed()}
+    return options
 
 
 def lacks_rows(can: Abilities, example: Example, output: Any) -> bool:
@@ -67,9 +62,8 @@ def answer(
 ) -> ScoredExample:
     """The scores in an engine's output. Raises UserError if rows or columns are missing."""
     arrays = _supervised(can, example, prompt_arrays(output.prompt_logprobs))
-    given_Nw = None if given is None else given.padded()
-    own = 0 if given_Nw is None or not can.rows_alone else given_Nw.shape[1]
-    if arrays.ids.shape[1] != 1 + top_k + own:
+    given_Nw = np.empty((len(arrays.ranks), 0), np.int64) if given is None else given.padded()
+    if arrays.ids.shape[1] != 1 + top_k + given_Nw.shape[1]:
         raise _unexpected(example, f"{arrays.ids.shape[1]} values at a token for --top-k {top_k}")
     result = scored(
         example,
@@ -79,12 +73,9 @@ def answer(
         topk_log_probs_Nk=arrays.log_probs[:, 1 : top_k + 1],
         vocab_size=vocab_size,
     )
-    if given is None or given_Nw is None:
+    if given is None:
         return result
-    if can.rows_alone:
-        log_probs_G = arrays.log_probs[:, top_k + 1 :][given_Nw >= 0]
-    else:
-        log_probs_G = _at_ids(example, given, output.prompt_token_id_logprobs)
+    log_probs_G = arrays.log_probs[:, top_k + 1 :][given_Nw >= 0]
     return with_given(result, given, log_probs_G, vocab_size)
 
 
@@ -112,26 +103,3 @@ def _unexpected(example: Example, what: str) -> UserError:
 def _first_row(example: Example) -> int:
     """The row of the first supervised position: row i predicts token i + 1."""
     return int(example.positions[0]) - 1
-
-
-def _id_options(example: Example, given: GivenIds) -> dict[str, Any]:
-    """The sampling options that request given ids: a row per token from the first position on.
-
-    Row i scores its ids as predictions of token `prompt_logprob_start` + i + 1; -1 is padding. Rows
-    without ids are required as well, and at least one column.
-    """
-    start = _first_row(example)
-    given_Nw = given.padded()
-    rows = len(example.input_ids) - 1 - start
-    ids_Rw = np.full((rows, max(1, given_Nw.shape[1])), -1, np.int64)
-    ids_Rw[example.positions - 1 - start, : given_Nw.shape[1]] = given_Nw
-    return {"prompt_logprob_token_ids": ids_Rw, "prompt_logprob_start": start}
-
-
-def _at_ids(example: Example, given: GivenIds, log_probs_Rw: Floats | None) -> Floats:
-    """The answer to `_id_options`, [G]."""
-    if log_probs_Rw is None:
-        raise _unexpected(example, "no log-probabilities at the given ids")
-    given_Nw = given.padded()
-    rows_N = example.positions - example.positions[0]
-    return log_probs_Rw[rows_N, : given_Nw.shape[1]][given_Nw >= 0]

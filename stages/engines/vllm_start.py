@@ -85,8 +85,6 @@ def abilities(llm: Any, settings: EngineSettings) -> Abilities:
         keeps_tensors=keeps,
         rows_alone=keeps and settings.rows_alone and _install_rows(llm),
         block_size=cache.block_size if cache.enable_prefix_caching else 0,
-        takes_ids=takes_ids(engine),
-        starts_late=starts_late(engine),
     )
 
 
@@ -95,30 +93,6 @@ def _install_rows(llm: Any) -> bool:
     if reasons:
         say_once(f"log-probabilities of every token by vLLM itself, slower: {reasons[0]}")
     return not reasons
-
-
-def takes_ids(engine: Any) -> bool:
-    """Whether an engine can score given ids, by vLLM's own condition."""
-    from vllm import SamplingParams
-
-    return hasattr(SamplingParams, "prompt_logprob_token_ids") and getattr(
-        engine.vllm_config, "use_v2_model_runner", False
-    )
-
-
-def starts_late(engine: Any) -> bool:
-    """Whether an engine skips the top k of tokens before `prompt_logprob_start`.
-
-    By vLLM's own check: 0.33 takes the parameter only with given ids, older versions lack it.
-    """
-    from vllm import SamplingParams
-
-    try:
-        sampling = SamplingParams(max_tokens=1, prompt_logprobs=1, prompt_logprob_start=1)
-        sampling.verify(engine.vllm_config.model_config, None, None, None)
-    except Exception:  # of another kind in each version
-        return False
-    return True
 
 
 def is_memory(error: BaseException) -> bool:

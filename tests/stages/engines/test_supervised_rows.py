@@ -15,11 +15,15 @@ from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines import vllm_engine
 from qpipe.stages.engines.base import GivenIds
 from qpipe.stages.engines.supervised_rows import worker as rows_worker
-from qpipe.stages.engines.supervised_rows.gather import Gathered, gathered_log_probs
+from qpipe.stages.engines.supervised_rows.gather import (
+    Gathered,
+    gathered_log_probs,
+    triton_log_probs,
+)
 from qpipe.stages.engines.supervised_rows.request import RowRequest, unpacked
 from qpipe.stages.engines.supervised_rows.shards import shard_log_probs
 from qpipe.stages.engines.supervised_rows.steps import Columns, Span, SupervisedRows
-from qpipe.stages.engines.supervised_rows.worker import RowsExtension
+from qpipe.stages.engines.supervised_rows.worker import RowsExtension, knows_v1, knows_v2
 from qpipe.stages.engines.vllm_engine import by_beginning
 from qpipe.tests.support.examples import unweighted
 from torch import Tensor
@@ -155,6 +159,37 @@ def test_a_divided_vocabulary_gives_what_the_whole_one_gives(sizes: tuple[int, .
         assert set(found.ids_nk[0].tolist()) == set(whole.ids_nk[0].tolist())
 
 
+def of_top(logits: Tensor, num_logprobs: int, sampled_token_ids: Tensor, *_: Any) -> Any:
+    """vLLM's function of the top k, whose answer may have more fields, as `LogprobsTensors`."""
+    dense = logits.log_softmax(1)
+    ids = torch.cat((sampled_token_ids[:, None], dense.topk(num_logprobs, 1).indices), 1)
+    ranks = (dense >= dense.gather(1, sampled_token_ids[:, None])).sum(1)
+    return ids, dense.gather(1, ids), ranks, None, None
+
+
+def of_ids(logits: Tensor, token_ids: Tensor) -> Tensor:
+    return logits.log_softmax(1).gather(1, token_ids)
+
+
+@pytest.mark.parametrize("name", ["compute_topk_logprobs", "compute_topk_scores"])
+@pytest.mark.parametrize("width", [0, 3])
+def test_the_second_runners_functions_go_by_both_names(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of 0.25 and that of 0.33."""
+    import vllm.v1.worker.gpu.sample as package
+
+    stand_in = SimpleNamespace(**{name: of_top, "compute_token_logprobs": of_ids})
+    monkeypatch.setattr(package, "logprob", stand_in, raising=False)
+    logits_nV, observed_n = torch.randn(5, V), torch.randint(0, V, (5,))
+    given_nw = torch.randint(-1, V, (5, width))
+    found = triton_log_probs(logits_nV, observed_n, given_nw, K)
+    for one, other in zip(
+        found, gathered_log_probs(logits_nV, observed_n, given_nw, K), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 class Runner:
     """As much of vLLM's model runners as is replaced, with a head of its own."""
 
@@ -260,6 +295,57 @@ def test_the_second_runner_passes_other_requests_on() -> None:
     worker.remove_request("other")
     assert not worker.rows.progress
     assert not stock.in_progress_prompt_logprobs
+
+
+class Of025:
+    """`PromptLogprobsWorker` of vLLM 0.25, which does not know its device."""
+
+    def __init__(self, max_num_reqs: int) -> None: ...
+
+    def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None: ...
+
+    def remove_request(self, req_id: str) -> None: ...
+
+    def compute_prompt_logprobs(
+        self,
+        logits_fn: Any,
+        hidden_states: Any,
+        input_batch: Any,
+        all_token_ids: Any,
+        num_computed_tokens: Any,
+        prompt_lens: Any,
+    ) -> None: ...
+
+
+class Of033(Of025):
+    """That of 0.33."""
+
+    def __init__(self, max_num_reqs: int, device: Any, logprobs_mode: str = "") -> None: ...
+
+    def compute_prompt_token_id_logprobs(self, *_: Any) -> None: ...
+
+
+class WithoutLengths(Of033):
+    """That of another version, which might know the lengths itself."""
+
+    def compute_prompt_logprobs(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        logits_fn: Any,
+        hidden_states: Any,
+        input_batch: Any,
+        all_token_ids: Any,
+        num_computed_tokens: Any,
+    ) -> None: ...
+
+
+def test_forms_of_the_second_runner_are_told_apart() -> None:
+    assert knows_v2(Of025)
+    assert knows_v2(Of033)
+    assert not knows_v2(WithoutLengths)
+    assert not knows_v2(object)
+    assert knows_v1(FirstRunner)
+    assert not knows_v1(RenamedRunner)
+    assert not knows_v1(object)
 
 
 @pytest.mark.usefixtures("one_process")

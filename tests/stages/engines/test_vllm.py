@@ -126,50 +126,41 @@ class Failing:
         return self.engine.step()
 
 
-class Late:
-    """The engine as a later version has it: without the top k before `prompt_logprob_start`."""
+class Answering:
+    """The engine, whose answers are changed on their way."""
 
-    def __init__(self, engine: Any, too_late: int = 0) -> None:
-        self.engine, self.too_late = engine, too_late
+    def __init__(self, engine: Any, change: Any) -> None:
+        self.engine, self.change = engine, change
         self.output_processor = engine.output_processor
-        self.starts: dict[str, int] = {}
-
-    def add_request(self, request_id: str, prompt: Any, sampling: Any) -> Any:
-        self.starts[request_id] = sampling.prompt_logprob_start + self.too_late
-        sampling.prompt_logprob_start = None  # this version refuses it
-        return self.engine.add_request(request_id, prompt, sampling)
+        self.add_request = engine.add_request
 
     def step(self) -> list[Any]:
         outputs = self.engine.step()
         for output in outputs:
-            tensors = output.prompt_logprobs[0][:3]
-            start = self.starts[output.request_id]
-            output.prompt_logprobs = [[tensor[start:] for tensor in tensors]]
+            output.prompt_logprobs = [
+                [self.change(tensor) for tensor in part[:3]] for part in output.prompt_logprobs
+            ]
         return outputs
 
 
-def test_this_version_starts_the_top_k_with_the_prompt(scorer: Any) -> None:
-    assert not scorer.can.starts_late
-    taken = scorer.engine.vllm_config.model_config
-    assert not vllm_start.starts_late(scorer.engine)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.SamplingParams.verify", lambda self, config, *_: config is taken)
-        assert vllm_start.starts_late(scorer.engine)
-
-
-def test_an_engine_that_can_leaves_the_prompt_out(
-    scorer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensor: tensor[1:], r"\d+ (of \d+ rows|of .* tokens)|log-probabilities of \d+ tok"),
+        (lambda tensor: tensor[:, :1] if tensor.ndim == 2 else tensor, "1 values at a token for"),
+    ],
+)
+def test_an_answer_of_another_shape_is_refused(
+    scorer: Any, alone: bool, change: Any, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(scorer)
-    late = Late(scorer.engine)
-    monkeypatch.setattr(scorer, "engine", late)
-    monkeypatch.setattr(scorer, "can", Abilities(keeps_tensors=True, starts_late=True))
-    check_same(run(scorer), whole)
-    assert list(late.starts.values()) == [one.positions[0] - 1 for one in EXAMPLES]
-    late.too_late = 1
-    with pytest.raises(UserError, match=r"log-probabilities of \d+ tokens for a prompt of"):
-        run(scorer)
-    late.engine.abort_request(list(late.output_processor.external_req_ids))
+    """Without a row, or with the observed token alone."""
+    engine = scorer.engine
+    monkeypatch.setattr(scorer, "can", Abilities(keeps_tensors=True, rows_alone=alone))
+    monkeypatch.setattr(scorer, "engine", Answering(engine, change))
+    with pytest.raises(UserError, match=words):
+        dict(scorer.score(EXAMPLES[:1], 8))
+    assert not engine.output_processor.external_req_ids
 
 
 def out_of_memory() -> Exception:

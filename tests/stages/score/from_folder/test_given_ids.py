@@ -2,20 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
 from qpipe.stages.engines.settings import EngineSettings
 from qpipe.stages.engines.transformers_engine import TransformersScorer
-from qpipe.stages.engines.vllm_requests import Abilities
 from qpipe.tests.support.examples import unweighted
 from qpipe.trainer.models.files import find_model
 
@@ -89,8 +85,6 @@ def teacher(tiny_model: Path) -> Path:
 @pytest.fixture
 def vllm(vllm_scorer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real engine as it is without `supervised_rows`, which takes given ids too."""
-    if vllm_scorer.can.takes_ids:
-        pytest.skip("this engine has token-id scoring")
     monkeypatch.setattr(vllm_scorer, "can", replace(vllm_scorer.can, rows_alone=False))
     return vllm_scorer
 
@@ -164,98 +158,3 @@ def test_vllm_without_ids_to_gather_still_fills_its_window(
     monkeypatch.setattr(vllm.engine, "add_request", count)
     assert all((one.counts == 3).all() for _, one in vllm.score(EXAMPLES, 3))
     assert waiting == list(range(len(EXAMPLES)))
-
-
-class TokenIdEngine:
-    """The CPU engine with the token-id scoring that only the GPU's model runner has.
-
-    The scoring is vLLM's own: its checks of the request, and its worker, which here gets whole
-    log-probabilities for logits, in chunks of 37 tokens.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.asked: dict[str, Any] = {}
-
-    def add_request(self, request_id: str, prompt: Any, sampling: Any) -> None:
-        from vllm import SamplingParams
-
-        config = self.engine.vllm_config
-        sampling.verify(config.model_config, None, None, None)
-        rows, start = sampling.prompt_logprob_token_ids, sampling.prompt_logprob_start
-        assert len(rows) == len(prompt["prompt_token_ids"]) - 1 - start  # the input processor's
-        self.asked[request_id] = sampling
-        whole = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
-        )
-        self.engine.add_request(request_id, prompt, whole)
-
-    def step(self) -> list[Any]:
-        outputs = self.engine.step()
-        for output in outputs:
-            sampling, flat = self.asked[output.request_id], output.prompt_logprobs
-            dense_TV = torch.full((len(output.prompt_token_ids), VOCAB), torch.nan)
-            for row, start in enumerate(flat.start_indices[1:]):
-                ids = flat.token_ids[start + 1 : start + 1 + VOCAB]
-                dense_TV[row, ids] = torch.tensor(flat.logprobs[start + 1 : start + 1 + VOCAB])
-            output.prompt_token_id_logprobs = worker_scores(sampling, dense_TV)
-            output.prompt_logprobs = type(flat)()  # as it would be with prompt_logprobs alone
-            for row in range(len(flat.start_indices)):
-                self._append_top(output.prompt_logprobs, flat, row, sampling.prompt_logprobs)
-        return outputs
-
-    @staticmethod
-    def _append_top(top: Any, flat: Any, row: int, k: int) -> None:
-        start = flat.start_indices[row]
-        entries = slice(start, min(start + k + 1, flat.end_indices[row]))
-        top.append_fast(
-            flat.token_ids[entries], flat.logprobs[entries], flat.ranks[entries], [None] * (k + 1)
-        )
-
-
-def worker_scores(sampling: Any, dense_TV: torch.Tensor) -> NDArray[np.float32]:
-    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
-
-    worker = PromptLogprobsWorker(1, torch.device("cpu"), "raw_logits")
-    worker.add_request("r", 0, sampling)
-    T = len(dense_TV)
-    answer: dict[str, torch.Tensor] = {}
-    for start in range(0, T, 37):
-        chunk = dense_TV[start : start + 37]
-        batch: Any = SimpleNamespace(
-            req_ids=["r"],
-            idx_mapping_np=np.array([0]),
-            num_computed_prefill_tokens_np=np.array([start]),
-            num_scheduled_tokens=np.array([len(chunk)]),
-            prefill_len_np=np.array([T]),
-            query_start_loc_np=np.array([0, len(chunk)]),
-        )
-        assert not answer
-        answer = worker.compute_prompt_token_id_logprobs(
-            lambda rows: rows, chunk, batch, np.array([T])
-        )
-    return answer["r"].numpy()
-
-
-@pytest.mark.parametrize("top_k", [1, 7])
-def test_vllms_own_token_id_scoring_gives_what_the_dense_reference_has(
-    vllm: Any, dense: Dense, top_k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm, "engine", TokenIdEngine(vllm.engine))
-    can = Abilities(takes_ids=True)  # and its answers are flat lists
-    monkeypatch.setattr(vllm, "can", can)
-    check_all(run(vllm, top_k), dense, top_k)
-
-
-def test_an_engine_that_drops_the_ids_is_told(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dropping(TokenIdEngine):
-        def step(self) -> list[Any]:
-            outputs = super().step()
-            for output in outputs:
-                output.prompt_token_id_logprobs = None
-            return outputs
-
-    monkeypatch.setattr(vllm, "engine", Dropping(vllm.engine))
-    monkeypatch.setattr(vllm, "can", Abilities(takes_ids=True))
-    with pytest.raises(UserError, match="example a: vLLM returned no log-probabilities at"):
-        list(vllm.score(EXAMPLES[:1], 2, AT[:1]))
