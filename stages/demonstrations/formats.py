@@ -235,7 +235,8 @@ def _as_function(tool: Row) -> Row:
 
 def _answer(row: Row, key: str) -> Row:
     """The assistant's message of a row of texts, with the reasoning and weights beside it."""
-    reasoning = {"reasoning_content": _string(row, "reasoning")} if row.get("reasoning") else {}
+    has_reasoning = row.get("reasoning") and not isinstance(row["reasoning"], bool | int | float)
+    reasoning = {"reasoning_content": _string(row, "reasoning")} if has_reasoning else {}
     return message("assistant", _string(row, key)) | reasoning | _weights_in(row)
 
 

@@ -27,6 +27,11 @@ SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
+# Names of the two texts in a turn that holds a question and its answer.
+SIDES = SPEAKERS | {
+    **dict.fromkeys(("input", "question", "prompt"), "user"),
+    **dict.fromkeys(("output", "answer", "response"), "assistant"),
+}
 CALLER = "function_call"  # says the calls of an assistant as JSON
 FLAGS = ("train", "training", "trainable", "loss")  # of a message: whether its tokens are trained
 _REFUSED = {
@@ -51,8 +56,8 @@ def _of_turn(name: str, turn: Any) -> Iterator[Row]:
     if not isinstance(turn, dict):
         raise UnusableError(f"{name} is not an object")
     turn = {key: value for key, value in turn.items() if value is not None}
-    if turn and not {"role", "from"} & turn.keys() and turn.keys() <= SPEAKERS.keys():
-        yield from (message(SPEAKERS[key], value) for key, value in turn.items())
+    if turn and not {"role", "from"} & turn.keys() and turn.keys() <= SIDES.keys():
+        yield from (message(SIDES[key], value) for key, value in turn.items())
         return
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if rest == turn:
@@ -97,12 +102,23 @@ def checked(messages: Messages) -> Messages:
     if not messages:
         raise UnusableError("messages is empty")
     messages = [_checked_message(f"messages[{i}]", each) for i, each in enumerate(messages)]
+    _name_results(messages)
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant"]
     if not answers:
         raise UnusableError("no assistant message")
     if all(is_empty(messages[i]) for i in answers):
         raise UnusableError(f"messages[{answers[0]}].content, the assistant's answer, is empty")
     return messages
+
+
+def _name_results(messages: Messages) -> None:
+    """Give results without an id the ids of the calls before them, in their order."""
+    ids: list[Any] = []
+    for each in messages:
+        if each.get("tool_calls"):
+            ids = [call["id"] for call in each["tool_calls"] if "id" in call]
+        elif each["role"] == "tool" and ids:
+            each.setdefault("tool_call_id", ids.pop(0))
 
 
 def is_empty(answer: Row) -> bool:
@@ -122,8 +138,11 @@ def _checked_message(name: str, given: Any) -> Row:
     each["role"] = role = SPEAKERS.get(role.lower(), role)
     if "function_call" in each:
         each["tool_calls"] = calls_of(f"{name}.function_call", each.pop("function_call"))
-    if not each.get("tool_calls"):
-        each.pop("tool_calls", None)
+    calls = from_json(f"{name}.tool_calls", each.pop("tool_calls", None) or None)
+    if calls:
+        each["tool_calls"] = typed(f"{name}.tool_calls", calls, list, "a list")
+        for i, call in enumerate(calls):
+            typed(f"{name}.tool_calls[{i}]", call, dict, "an object")
     is_call = role == "assistant" and "tool_calls" in each
     each["content"] = content_of(f"{name}.content", each.get("content", "" if is_call else None))
     return _with_flags(name, each)

@@ -88,7 +88,7 @@ class TemplatedChat:
             varied = self.renderings.render([*self.messages[:turn], varied_message, *after])
         except UnusableError:
             return None
-        if other not in varied:
+        if other not in varied or not isinstance(message["content"], str):
             return None
         return find_kept(message["content"], self.text, *difference(self.text, varied))
 
@@ -282,7 +282,7 @@ class TemplatedChat:
         )
         same = None if other is None else self.renderings.same(last, other, turn)
         one, two = ([], []) if other is None else (other.of(turn + 1), other.of(turn + 2))
-        if other is None or same is None or not one or not two:
+        if other is None or same is None or not one or not two or one[0] < same:
             return length
         literal = other.between(same, one[0])
         header = self.syntax.cut_end(

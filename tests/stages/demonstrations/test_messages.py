@@ -31,6 +31,7 @@ SAID = {"from": "human", "value": "a?"}
         ({"messages": [{"role": "human", "content": "a?"}, ASSISTANT]}, QUESTION_AND_ANSWER),
         ({"conversation": QUESTION_AND_ANSWER}, QUESTION_AND_ANSWER),
         ({"conversation": [{"human": "a?", "assistant": "One."}]}, QUESTION_AND_ANSWER),
+        ({"conversation": [{"input": "a?", "output": "One."}], "source": "x"}, None),  # Capybara
         ({"conversations": ["a?", "One.", "b?", "Two."], "source": "x"}, LONGER),
         ({"prompt": ["a?"], "completion": [ASSISTANT]}, QUESTION_AND_ANSWER),
         (
@@ -97,6 +98,14 @@ def test_shapes(tmp_path, row, messages):
             {"instruction": "a?", "output": "One.", "history": ["x"]},
             "history is not a list of pairs of a question and an answer",
         ),
+        (
+            {"messages": [USER, ASSISTANT | {"tool_calls": 5}]},
+            "messages[1].tool_calls is not a list",
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"tool_calls": ["clock"]}]},
+            "messages[1].tool_calls[0] is not an object",
+        ),
         ({**CHAT, "chat_template_kwargs": []}, None),
         ({**CHAT, "chat_template_kwargs": 5}, "chat_template_kwargs is not an object"),
         (
@@ -126,6 +135,27 @@ def test_tools_of_calls_are_in_the_form_of_open_ai(tmp_path):
             "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
         }
     ]
+
+
+def test_results_have_the_ids_of_their_calls(tmp_path):
+    value = json.dumps([{"name": "clock"}, {"name": "die"}])
+    turns = [SAID, {"from": "function_call", "value": value}]
+    turns += [{"from": "observation", "value": "noon"}, {"from": "observation", "value": "6"}]
+    turns += [{"from": "observation", "value": "?"}]
+    found = read_row(tmp_path, {"conversations": turns}).messages
+    assert found[2:] == [
+        {"role": "tool", "content": "noon", "tool_call_id": "call00001"},
+        {"role": "tool", "content": "6", "tool_call_id": "call00002"},
+        {"role": "tool", "content": "?"},
+    ]
+
+
+def test_reasoning_beside_an_answer(tmp_path):
+    row = {"prompt": "a?", "completion": "One."}
+    (_, answer) = read_row(tmp_path, row | {"reasoning": "hm"}).messages
+    assert answer == ASSISTANT | {"reasoning_content": "hm"}
+    assert read_row(tmp_path, row | {"reasoning": True}).messages == QUESTION_AND_ANSWER
+    assert read_row(tmp_path, row | {"reasoning": ["hm"]}) == "reasoning is not a string"
 
 
 class TestPrompt:

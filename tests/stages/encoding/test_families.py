@@ -158,8 +158,13 @@ SHOWN: dict[str, tuple[str, list[tuple[list[Row], list[str]]]]] = {
                 ["hm<|/think|><|call|>ferry pier=B<|/call|>", "At nine.<|end|>"],
             ),
             (
-                [user("When?"), called({"pier": "B"}, content="Wait."), result("x"), user("?")],
-                ["<|call|>ferry pier=B<|/call|>", "Wait."],
+                [
+                    user("When?"),
+                    called({"pier": "B"}, content="Hm.<think>"),
+                    result("x"),
+                    user("?"),
+                ],
+                ["<|call|>ferry pier=B<|/call|>", "Hm.<think>"],
             ),
         ],
     ),
