@@ -192,7 +192,7 @@ def _prepare(fault: Fault) -> None:
 
 def _place(event: str, arguments: tuple[Any, ...]) -> str:
     """Where an event of Python's audit changes a name; nothing where it changes none."""
-    is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+    is_change = event in ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")
     if not is_change and not (event == "open" and arguments[2] & _WRITES):
         return ""
     path, *others = arguments

@@ -21,7 +21,7 @@ from ...pipeline.folders.shard_run import refuse_other, tidy
 from ...pipeline.format.records import Count
 from ...pipeline.options import described
 from ...pipeline.storage.files import TEMPORARY, read_bytes, sha256_of_file, write_bytes
-from ...pipeline.storage.json_files import parse_json, refuse_misfits, sealed_bytes
+from ...pipeline.storage.json_files import read_json, refuse_misfits, sha256_of_json, write_json
 from ...pipeline.threads import in_order
 from ..settings import TrainSettings
 from .trackers import TRACKER_FOLDERS, open_trackers, scalars
@@ -82,16 +82,20 @@ def finished_run(folder: Path, identity: Identity) -> dict[str, Any] | None:
 def read_record(folder: Path) -> tuple[Identity, dict[str, Any]]:
     """The identity and the record of a finished run. Raises UserError if it is damaged."""
     path = folder / RUN
-    content = read_bytes(path)
-    record = parse_json(path, content)
+    record = read_json(path)
     with refuse_misfits(path, "record of a run", f"remove {folder}"):
         checked = msgspec.convert(record, _Record)
-    if record.pop("seal", None) is not None and sealed_bytes(record) != content:
+    if checked.seal not in (None, _seal(record)):
         raise UserError(
-            f"{path}: damaged or changed, its seal does not match its content: restore it, or "
-            f"remove {folder}"
+            f"{path}: damaged or changed, its seal does not match its identity and files: restore "
+            f"it, or remove {folder}"
         )
     return parse_identity(path, checked.identity), record
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """The hash of what determines and what makes up the model; not of the times that it took."""
+    return sha256_of_json({name: record[name] for name in ("identity", "files")})
 
 
 def model_files(folder: Path, record: dict[str, Any]) -> dict[Path, tuple[int, str | None]]:
@@ -130,7 +134,8 @@ def finish(folder: Path, record: dict[str, Any]) -> None:
         name: {"bytes": _size(folder / name), "sha256": sha256}
         for name, sha256 in zip(names, hashes, strict=True)
     }
-    write_bytes(folder / RUN, sealed_bytes(record | {"files": files}))
+    record = record | {"files": files}
+    write_json(folder / RUN, record | {"seal": _seal(record)})
     _tidy(folder)
 
 

@@ -140,7 +140,7 @@ def test_every_byte_of_a_finished_model_is_verified(settings: TrainSettings) -> 
 def test_an_edited_record_is_refused(settings: TrainSettings) -> None:
     train(settings)
     record = settings.out / "qpipe.json"
-    record.write_text(record.read_text().replace('"steps": 9', '"steps": 8'))
+    record.write_text(record.read_text().replace('"epochs": 2', '"epochs": 3'))
     with pytest.raises(UserError, match=r"qpipe\.json: damaged or changed, its seal"):
         list(verify_run(settings.out))
 
