@@ -6,6 +6,7 @@ rendering of the messages as they are: then the marks are the places of the text
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
@@ -92,38 +93,49 @@ Place = Callable[[str, str], str]  # puts a mark into a text
 class Marker:
     """Marks texts with the letters of one script, and reads the marks of a rendering.
 
-    `places` has the fields, by name and text, that are not marked in front and behind.
+    `places` has the fields, by name and text, that are not marked in front and behind. Fields of
+    the same text have the same mark if `alike`, for a template that compares messages.
     """
 
     first: int
     last: int
     places: Mapping[tuple[str, str], Place] = default(default_factory=dict)
+    alike: bool = False
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(f"[{chr(self.first)}-{chr(self.last)}]")
 
-    def mark(self, messages: Messages) -> tuple[Messages, list[Field]]:
-        """The messages with marks, and the field of each mark in order of the script."""
-        fields: list[Field] = []
+    def mark(self, messages: Messages) -> tuple[Messages, list[list[Field]]]:
+        """The messages with marks, and the fields of each mark in order of the script."""
+        fields: list[list[Field]] = []
+        letters: dict[Any, int] = {}
 
         def put(message: int, name: str, text: str) -> str:
             if not text.strip():
                 return text
-            fields.append(Field(message, name, text))
-            if self.first + len(fields) > self.last:
-                raise UnusableError(f"more than {len(fields):,} texts in one row")
-            place = self.places.get((name, text), around)
-            return place(text, chr(self.first + len(fields) - 1))
+            letter = letters.setdefault((name, text, not self.alike and message), len(fields))
+            if letter == len(fields):
+                fields.append([])
+            if self.first + letter > self.last:
+                raise UnusableError(f"more than {letter:,} texts in one row")
+            fields[letter].append(Field(message, name, text))
+            return self.places.get((name, text), around)(text, chr(self.first + letter))
 
         return [_mapped(message, i, put) for i, message in enumerate(messages)], fields
 
-    def read(self, text: str, fields: Sequence[Field]) -> Rendering:
-        """The rendering with marks, read."""
-        marks = [
-            Mark(found.start() - count, fields[ord(found[0]) - self.first])
-            for count, found in enumerate(self._pattern.finditer(text))
-        ]
+    def read(self, text: str, fields: Sequence[Sequence[Field]]) -> Rendering:
+        """The rendering with marks, read. Marks that are alike belong to their fields in order."""
+        found = list(self._pattern.finditer(text))
+        counts, seen = Counter(each[0] for each in found), Counter[str]()
+        marks: list[Mark] = []
+        for place, each in enumerate(found):
+            owners = fields[ord(each[0]) - self.first]
+            share, rest = divmod(counts[each[0]], len(owners))
+            if rest:
+                raise UnusableError("the template does not show messages of the same text alike")
+            marks.append(Mark(each.start() - place, owners[seen[each[0]] // share]))
+            seen[each[0]] += 1
         return Rendering(self._pattern.sub("", text) if marks else text, marks)
 
 

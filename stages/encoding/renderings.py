@@ -48,10 +48,11 @@ class Renderings:
     def _read(self) -> tuple[Marker, Rendering]:
         """A marker whose marks change nothing else in the rendering, and what it reads."""
         marker = marker_of(self.text)
-        read = self._kept_by(marker)
-        if read is not None:
-            return marker, read
-        fields = marker.mark(self.messages)[1]
+        for each in (marker, replace(marker, alike=True)):
+            read = self._kept_by(each)
+            if read is not None:
+                return each, read
+        fields = [field for fields in marker.mark(self.messages)[1] for field in fields]
         places = {(each.name, each.text): nowhere for each in fields}
         for each in fields:
             for place in (around, inside):

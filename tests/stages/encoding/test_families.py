@@ -330,6 +330,19 @@ def test_a_template_that_looks_how_a_text_begins() -> None:
     ]
 
 
+def test_a_template_that_compares_messages() -> None:
+    """Mistral: with marks of their own, two equal questions would not be equal."""
+    last = "(messages | selectattr('role', 'equalto', 'user') | list)[-1]"
+    compares = INSTRUCT.replace("loop.index0 == ns.last", f"m == {last}")
+    messages = [*ONE, user("When?"), answer("At nine.")]
+    assert encoded(compares, messages) == [
+        '[CALL]{"name": "ferry", "arguments": {"pier": "B"}}</s>',
+        "At nine.</s>",
+        "At nine.</s>",
+    ]
+    assert encoded(compares, LATER) == encoded(INSTRUCT, LATER)
+
+
 @pytest.mark.parametrize("template", [PLAIN, TWO_ENDS, PARTS])
 def test_calls_that_a_template_does_not_show(template: str) -> None:
     assert encoded(template, ONE) == "the template does not show the tool_calls of messages[1]"
