@@ -131,6 +131,7 @@ class Web:
     content: bytes
     headers: dict[str, str] = field(default_factory=dict)
     url: str = ""
+    cut: int = 0  # bytes at the end that are announced and not sent
 
 
 @pytest.fixture
@@ -148,7 +149,8 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
         def do_GET(self) -> None:
             self.do_HEAD()
-            self.wfile.write(served.content)
+            self.wfile.write(served.content[: len(served.content) - served.cut])
+            self.close_connection = True
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -218,3 +220,12 @@ def test_what_is_left_out_of_a_message() -> None:
     assert (
         redacted("say what? https://h/x: is it me@home?") == "say what? https://h/x: is it me@home?"
     )
+
+
+@pytest.mark.parametrize("missing", [1, 100])
+def test_half_an_answer_of_a_web_server_is_not_the_file(web: Web, missing: int) -> None:
+    web.headers, web.cut = {"ETag": '"1"'}, missing
+    with pytest.raises(UserError, match=r"cannot be (read|used)"):
+        rows(web.url)
+    web.cut = 0
+    assert rows(web.url) == 3

@@ -1,6 +1,7 @@
 """Conversations without a template, limits, rejects, and the template and tokenizer themselves."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +214,24 @@ def test_a_text_of_megabytes_is_not_tokenised_as_a_whole(monkeypatch: pytest.Mon
     # of what is not too long every token counts
     whole = encoder(CHATML, max_length=200_000).encode(chat("a?", "x" * 100_000))
     assert isinstance(whole, Encoded)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append.__globals__ }}{{ cycler.__init__.__globals__.os.mkdir('ran') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ raise_exception.__globals__['os'].mkdir('ran') }}",
+        "{{ messages.clear() }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_a_template_stays_in_its_sandbox(
+    hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = encoder(CHATML + hostile).encode(chat("a?", "One."))
+    assert isinstance(found, Reject)
+    assert "the template fails on this row" in found.reason
+    assert list(tmp_path.iterdir()) == []
