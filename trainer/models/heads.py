@@ -2,7 +2,9 @@
 
 A head is a linear layer whose logits may be scaled and softly capped. The form is not taken from
 the model's name: a few tokens go through the model and through each candidate, and the candidate
-that gives the model's own logits is taken. If none does, the plain loss runs.
+that gives the model's own logits is taken. Several do where logits are small, as those of a new
+model; then it is the one that the configuration describes most fully. If none does, the plain loss
+runs.
 """
 
 import inspect
@@ -86,26 +88,36 @@ def recognise(model: Any) -> HeadForm | None:
         input_ids = torch.arange(_PROBE_TOKENS, device=layer.weight.device)[None]
         own = causal(input_ids=input_ids, use_cache=False).logits
         hidden = hidden_states(model, input_ids=input_ids)
-        for form in _candidates(causal.config.get_text_config()):
-            logits = form.head(model).logits(hidden)
-            if logits.shape == own.shape and torch.allclose(logits, own.float(), 1e-4, 1e-4):
-                return form
+        errors = {
+            form: _relative_error(form.head(model).logits(hidden), own.float())
+            for form in _candidates(causal.config.get_text_config())
+        }
     except Exception:  # a different architecture: its code may raise anything
         return None
     finally:
         model.train(was_training)
-    return None
+    rounding = max(1e-4, 4 * torch.finfo(own.dtype).eps)  # of logits in the model's own type
+    limit = min(rounding, 2 * min(errors.values()) + 1e-6)
+    return next((form for form, error in errors.items() if error <= limit), None)
+
+
+def _relative_error(logits: Tensor, own: Tensor) -> float:
+    """The largest error as a share of the largest logit; infinite if the shapes differ."""
+    if logits.shape != own.shape:
+        return float("inf")
+    return float((logits - own).abs().max() / own.abs().max().clamp(min=1e-30))
 
 
 def _candidates(config: Any) -> Iterator[HeadForm]:
-    """The plain head, then the forms that the configuration names."""
+    """The forms that the configuration names, the most specific first, then the plain head."""
     softcap = getattr(config, "final_logit_softcapping", None)
-    scales = [1.0]
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value:
-            scales += [float(value), 1 / float(value)]
-    for scale in scales:
-        yield HeadForm(scale)
+    values = [
+        float(value)
+        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+        if (value := getattr(config, name, None))
+    ]
+    scales = [scale for value in values for scale in (value, 1 / value)] + [1.0]
+    for scale in dict.fromkeys(scales):
         if softcap:
             yield HeadForm(scale, float(softcap))
+        yield HeadForm(scale)

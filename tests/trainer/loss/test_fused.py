@@ -244,6 +244,26 @@ def test_heads_are_recognised_by_what_they_compute(make: Callable[[], Any], form
     assert recognise(make()) == form
 
 
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (lambda: _gemma(final_logit_softcapping=30.0), HeadForm(softcap=30.0)),
+        (lambda: _cohere(logit_scale=0.125), HeadForm(scale=0.125)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_small_logits_and_in_bfloat16_are_those_of_the_configuration(
+    make: Callable[[], Any], form: HeadForm, dtype: torch.dtype
+) -> None:
+    """The logits of a new model are too small for a cap to change them."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    assert recognise(model) == form
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    assert recognise(model) == form
+
+
 def test_a_head_that_does_something_else_is_not_recognised() -> None:
     model = _granite(logits_scaling=4.0)
     forward = model.forward
