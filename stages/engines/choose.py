@@ -23,7 +23,7 @@ def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
 
             return TransformersScorer(model, settings)
         case "server":
-            from .server import ServerScorer
+            from .server.scorer import ServerScorer
 
             return ServerScorer(model, settings)
         case other:

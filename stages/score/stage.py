@@ -138,8 +138,13 @@ class ScoreStage:
         return shard.content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raise UserError if no shard holds scores."""
+        """Raise UserError if no shard holds scores, or if a server's model was replaced."""
         refuse_nothing_scored(shards)
+        if self.engine.engine == "server" and "scorer" in vars(self):  # it was asked
+            from ..engines.server.scorer import ServerScorer
+
+            assert isinstance(self.scorer, ServerScorer)
+            self.scorer.check_same()
 
     def _job(self) -> Job:
         model, engine = self.model, self.engine
@@ -200,7 +205,7 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
             )
     server = settings.server
     if engine == "server":
-        from ..engines.server import served_model
+        from ..engines.server.scorer import served_model
 
         server = replace(server, model=served_model(server))
     dtype = choose_dtype(settings.dtype, model.config, host)

@@ -2,12 +2,13 @@
 
     python tests/benchmarks/score.py MODEL [DEMONSTRATIONS]
 
-MODEL is a folder; DEMONSTRATIONS are chats of several turns, about as long as GSM8K's answers, made
-of data/arithmetic.jsonl where none are given. k is 64, numbers are bfloat16 on a GPU and else
-float32. Four figures, each of runs that take turns, medians of them:
+MODEL is a folder; DEMONSTRATIONS are chats of several turns, 40 % of whose tokens are supervised,
+made of data/arithmetic.jsonl where none are given. k is 64, numbers are bfloat16 on a GPU and else
+float32. Five figures, each of runs that take turns, medians of them:
 
 - the stage with vLLM, reading, tokenising and writing included, against a bare `LLM.generate` with
   `flat_logprobs=True, detokenize=False` on the same engine;
+- the same where besides 60 % of each chat is a beginning that all share;
 - the stage with transformers against a plain script: padded batches of 8 in the order given,
   log-softmax and top k over all positions;
 - what the front end costs a token, on arrays, without a model;
@@ -18,13 +19,13 @@ The stage's seconds are those that it reports, as its speed is: shards from read
 without the start of the engine and the hash of its weights.
 """
 
-import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,12 +43,12 @@ from qpipe.stages.engines.vllm_arrays import keep_tensors, prompt_arrays
 from qpipe.stages.quiet import quiet_libraries
 from qpipe.stages.score import stage as score_stage
 from qpipe.stages.score.from_demonstrations import score
-from qpipe.tests.benchmarks.figures import faster, publish, timed
+from qpipe.tests.benchmarks.figures import Figure, faster, publish, timed
+from qpipe.tests.gpu.chats import make_chats
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model, load_model
 
-ARITHMETIC = Path(__file__).parents[2] / "data" / "arithmetic.jsonl"
 TOP_K, MAX_LENGTH = 64, 1024
 CHATS = int(os.environ.get("CHATS", "48"))
 RUNS = int(os.environ.get("RUNS", "3"))
@@ -56,59 +57,78 @@ DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 SECONDS_A_TOKEN = 40e-6  # as of a model of some billions of parameters on a large GPU
 
 
-@dataclass(slots=True)
-class Times:
-    """Seconds of runs that took turns."""
-
-    ours: list[float]
-    theirs: list[float]
-
-
 def main(model: Path, demonstrations: Path | None) -> None:
     """Measure and print."""
     quiet_libraries()
+    files = find_model(str(model))
+    fast: Any = make_scorer(files, EngineSettings("vllm", DTYPE, TOP_K, max_length=MAX_LENGTH))
     with tempfile.TemporaryDirectory() as folder:
-        chats = demonstrations or make_chats(Path(folder) / "chats.jsonl")
-        files = find_model(str(model))
-        vllm, plain, tokens, positions = measure_engines(files, chats, Path(folder))
-    print(
-        f"{tokens:,} tokens, {positions:,} of them supervised, k = {TOP_K}, {os.cpu_count()} "
-        f"cores, load {os.getloadavg()}"
-    )
-    generating, script = "bare LLM.generate, flat_logprobs", "padded batches, top k everywhere"
-    publish(
-        [
-            faster("score with vLLM", vllm.ours, generating, vllm.theirs, tokens, "tokens"),
-            faster("score with transformers", plain.ours, script, plain.theirs, tokens, "tokens"),
-        ]
-    )
+        work = Path(folder)
+        chats = demonstrations or make_chats(work / "chats.jsonl", CHATS, shared=False)
+        shared = make_chats(work / "shared.jsonl", CHATS, shared=True)
+        publish(
+            [
+                measure_vllm("score with vLLM", fast, files, chats, work / "own"),
+                measure_vllm(
+                    "score with vLLM, shared beginnings", fast, files, shared, work / "shared"
+                ),
+                measure_transformers(files, chats, work / "transformers"),
+            ]
+        )
     print(f"front end: {front_end(TOP_K):.2f} µs a token at k = {TOP_K}")
     around_an_engine(files)
 
 
-def measure_engines(files: ModelFiles, chats: Path, folder: Path) -> tuple[Times, Times, int, int]:
-    """Both engines against their rivals, and how many tokens it was about."""
-    fast: Any = make_scorer(files, EngineSettings("vllm", DTYPE, TOP_K, max_length=MAX_LENGTH))
-    slow: Any = make_scorer(files, EngineSettings("transformers", DTYPE, max_length=MAX_LENGTH))
-    plain_model = load_model(files, getattr(torch, DTYPE)).eval()
-    run_stage("vllm", fast, files, chats, folder / "warm")
+def measure_vllm(what: str, scorer: Any, files: ModelFiles, chats: Path, folder: Path) -> Figure:
+    """The stage against bare prompt log-probabilities on the same engine."""
+    run_stage("vllm", scorer, files, chats, folder / "warm")
     examples = list(read_scores(folder / "warm"))
-    generate(fast.llm, examples[:4])
-    plain_script(plain_model, examples[:4])
-    run_stage("transformers", slow, files, chats, folder / "warm-too")
-    vllm, plain = Times([], []), Times([], [])
-    for run in range(RUNS):
-        out = folder / f"out-{run}"
-        pairs = (
-            (vllm.ours, lambda out=out: run_stage("vllm", fast, files, chats, out / "fast")),
-            (vllm.theirs, lambda: timed(lambda: generate(fast.llm, examples))),
-            (plain.ours, lambda out=out: run_stage("transformers", slow, files, chats, out / "s")),
-            (plain.theirs, lambda: timed(lambda: plain_script(plain_model, examples))),
-        )
-        for seconds, work in pairs if run % 2 == 0 else reversed(pairs):
-            seconds.append(work())
+    tokens = said(what, examples)
+    outs = (folder / f"out-{run}" for run in count())
+    ours, theirs = in_turns(
+        lambda: run_stage("vllm", scorer, files, chats, next(outs)),
+        lambda: timed(lambda: generate(scorer.llm, examples)),
+    )
+    beside = "bare LLM.generate, flat_logprobs"
+    return faster(what, ours, beside, theirs, tokens, "tokens")
+
+
+def measure_transformers(files: ModelFiles, chats: Path, folder: Path) -> Figure:
+    """The stage against a plain script."""
+    scorer: Any = make_scorer(files, EngineSettings("transformers", DTYPE, max_length=MAX_LENGTH))
+    model = load_model(files, getattr(torch, DTYPE)).eval()
+    run_stage("transformers", scorer, files, chats, folder / "warm")
+    examples = list(read_scores(folder / "warm"))
+    what = "score with transformers"
+    tokens = said(what, examples)
+    outs = (folder / f"out-{run}" for run in count())
+    ours, theirs = in_turns(
+        lambda: run_stage("transformers", scorer, files, chats, next(outs)),
+        lambda: timed(lambda: plain_script(model, examples)),
+    )
+    return faster(what, ours, "padded batches, top k everywhere", theirs, tokens, "tokens")
+
+
+def in_turns(*ways: Callable[[], float]) -> list[list[float]]:
+    """The seconds that each way gives in each run, after one that warms up."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for run in range(RUNS + 1):
+        order = list(zip(seconds, ways, strict=True))
+        for kept, way in order if run % 2 else reversed(order):
+            kept.append(way())
+    return [kept[1:] for kept in seconds]
+
+
+def said(what: str, examples: list[Any]) -> int:
+    """Print the work of a figure; returns its tokens."""
     tokens = sum(len(example.input_ids) for example in examples)
-    return vllm, plain, tokens, sum(len(example.positions) for example in examples)
+    positions = sum(len(example.positions) for example in examples)
+    print(
+        f"{what}: {tokens:,} tokens, {positions / tokens:.0%} of them supervised, k = {TOP_K}, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()}",
+        flush=True,
+    )
+    return tokens
 
 
 def run_stage(
@@ -231,24 +251,12 @@ def around_an_engine(files: ModelFiles) -> None:
     """What reading, tokenising, packing and writing cost an engine that needs no core."""
     engine = _Elsewhere()
     with tempfile.TemporaryDirectory() as folder:
-        chats = make_chats(Path(folder) / "chats.jsonl", 1024)
+        chats = make_chats(Path(folder) / "chats.jsonl", 1024, shared=False)
         seconds = run_stage("transformers", engine, files, chats, Path(folder) / "out", 64)
     print(
         f"around an engine of {engine.tokens / engine.seconds:,.0f} tokens/s elsewhere: "
         f"{engine.tokens / seconds:,.0f} tokens/s, {engine.seconds / seconds:.3f} of it"
     )
-
-
-def make_chats(path: Path, count: int = CHATS) -> Path:
-    """Conversations of two to eight turns of arithmetic."""
-    rows = [json.loads(line)["messages"] for line in ARITHMETIC.read_text().splitlines()]
-    rng = np.random.default_rng(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            chosen = rng.choice(len(rows), rng.integers(2, 9), replace=False)
-            messages = [message for row in chosen for message in rows[row]]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.pipeline.format.row_checks import violations
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.stages.engines import server
-from qpipe.stages.engines.server import ServerScorer, served_model
+from qpipe.stages.engines.server import api
+from qpipe.stages.engines.server.scorer import ServerScorer, served_model
 from qpipe.stages.engines.settings import EngineSettings, ServerSettings
 from qpipe.tests.support.examples import unweighted
 
@@ -56,6 +56,8 @@ class Fake:
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path.rpartition("/")[2]
+        if path == "generate":
+            return httpx.Response(404)
         if path in self.answers:
             return httpx.Response(200, content=self.answers[path])
         return httpx.Response(200, json=self.right(path, request.content))
@@ -66,7 +68,8 @@ class Fake:
         body = json.loads(content)
         if path == "tokenize":
             return {"tokens": tokenise(body["prompt"])["input_ids"]}
-        return completion(distributions(0, 1.0), body["prompt"], body["prompt_logprobs"])
+        rows_TV = np.resize(distributions(0, 1.0), (len(body["prompt"]), V))
+        return completion(rows_TV, body["prompt"], body["prompt_logprobs"])
 
 
 def tokenise(text: str, **_: Any) -> dict[str, list[int]]:
@@ -80,7 +83,7 @@ SERVER = ServerSettings("http://server", NAME, tries=1, first_wait=0.0)
 def asked(fake: Fake, ask: Callable[[], Any]) -> Any:
     """What comes of asking, with the fake behind the address."""
     client = httpx.AsyncClient(transport=httpx.MockTransport(fake), base_url=SERVER.url)
-    with patch.object(server, "new_client", lambda _: client):
+    with patch.object(api, "new_client", lambda _: client):
         return ask()
 
 

@@ -23,8 +23,9 @@ import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.stages.engines.choose import choose_engine, make_scorer
-from qpipe.stages.engines.server import served_model
+from qpipe.stages.engines.server.scorer import served_model
 from qpipe.stages.engines.settings import EngineSettings, Host, ServerSettings
+from qpipe.stages.score.stage import ScoreStage
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.settings import score_settings
 from qpipe.trainer.models.files import ModelFiles, find_model
@@ -59,6 +60,8 @@ class Fake:
     tokenizes: Callable[[list[int]], list[int] | None] = lambda ids: ids
     url: str = ""
     delay: float = 0.0
+    generates: bool = False  # has `/inference/v1/generate`
+    reads: Callable[[list[int]], list[int] | None] = lambda ids: ids
     requests: int = 0
     at_a_time: int = 0
     most_at_a_time: int = 0
@@ -96,7 +99,10 @@ class Fake:
             for token in range(VOCAB, self.vocab_size if count == -1 else 0):
                 found[token] = {"logprob": -9999.0, "rank": token}
             entries.append(found)
-        return 200, {"id": "c", "choices": [{"text": "", "prompt_logprobs": entries}]}
+        choice = {"text": "", "prompt_logprobs": entries}
+        if body.get("return_token_ids"):
+            choice["prompt_token_ids"] = self.reads(token_ids)
+        return 200, {"id": "c", "choices": [choice]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -114,6 +120,12 @@ class Handler(BaseHTTPRequestHandler):
             ids = fake.files.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             ids = fake.tokenizes(list(ids))
             return self.answer(404, {}) if ids is None else self.answer(200, {"tokens": ids})
+        if self.path == "/inference/v1/generate":
+            if not fake.generates:
+                return self.answer(404, {})
+            sampling = body.pop("sampling_params")
+            assert sampling.pop("detokenize") is False
+            body |= sampling | {"prompt": body.pop("token_ids")}
         with fake.lock:
             fake.requests += 1
             fake.at_a_time += 1
@@ -139,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.answer(200, fault)
                 case "drip" | "flood":
                     self.pour(fault)
+                case None if status == 200 and self.path == "/inference/v1/generate":
+                    self.answer(status, answer["choices"][0])
                 case None:
                     self.answer(status, answer)
                 case spoil:
@@ -495,6 +509,41 @@ def test_the_key_of_the_environment_is_sent(fake: Fake, monkeypatch: pytest.Monk
 def test_a_server_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(UserError, match=r"127.0.0.1:9: no answer in 3 tries: Connect"):
         served_model(ServerSettings("http://127.0.0.1:9", first_wait=0.01))
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_the_path_without_decoding_is_used_where_it_is(
+    fake: Fake, generates: bool, expected: Callable[[int], list[ScoredExample]]
+) -> None:
+    fake.generates = generates
+    assert_same(run(fake), expected(8))
+    scorer: Any = make_scorer(fake.files, settings_for(fake))
+    assert scorer.generates is generates
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_a_server_that_reads_other_tokens_is_refused(fake: Fake, generates: bool) -> None:
+    fake.generates = generates
+    fake.reads = lambda ids: None  # does not say
+    assert len(run(fake)) == len(EXAMPLES)
+    fake.reads = lambda ids: [*ids[:-1], 0] if len(ids) > 30 else ids
+    with pytest.raises(UserError, match="or it read other tokens"):
+        run(fake)
+
+
+def test_a_model_that_is_replaced_behind_the_address_is_noticed_at_the_end(fake: Fake) -> None:
+    settings = settings_for(fake)
+    scorer: Any = make_scorer(fake.files, settings)
+    scorer.check_same()
+    stage: Any = ScoreStage.__new__(ScoreStage)
+    stage.engine = settings
+    shards: Any = [SimpleNamespace(rows=3, rejects=[])]
+    stage.check(shards)  # no engine was started
+    stage.scorer = scorer
+    stage.check(shards)
+    fake.temperature = 0.05
+    with pytest.raises(UserError, match="runs another model than at the start: score again"):
+        stage.check(shards)
 
 
 def test_given_ids_are_not_for_a_server() -> None:
