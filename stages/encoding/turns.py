@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from typing import NamedTuple
 
 from ..demonstrations.demonstration import Messages, Row, UnusableError
@@ -266,8 +266,8 @@ class TemplatedChat:
     @cached_property
     def _opening(self) -> str | None:
         """The token that opens the rendering, and thus messages."""
-        pieces = self.syntax.pieces(self._whole.before(0)[:400] if self._whole.marks else "")
-        tokens = (each for each in pieces if self.syntax.is_token(each))
+        literal = self._whole.before(0)[:400] if self._whole.marks else ""
+        tokens = takewhile(self.syntax.is_token, self.syntax.pieces(literal.lstrip()))
         return next((each for each in tokens if each != self.syntax.begin), None)
 
     def _without_result(self, turn: int, last: int, length: int) -> int:

@@ -16,6 +16,7 @@ from .chats import (
     PLAIN,
     QWEN3,
     TOKENIZER,
+    byte_tokenizer,
     chat,
     encode,
     message,
@@ -104,6 +105,13 @@ def test_white_space_that_the_template_trims(template, ends):
 def test_system_message_is_not_supervised():
     turns = (message("system", "Yes."), message("user", "Yes."), message("assistant", "Yes."))
     assert supervised(CHATML, *turns) == ["Yes.<|im_end|>"]
+
+
+def test_first_token_that_begins_messages_too():
+    """SmolLM2: a default system message, and the token of a message begins texts as well."""
+    tokenizer = byte_tokenizer(bos_token="<|im_start|>", eos_token="<|im_end|>")
+    example = encode(CHATML, chat("a?", "One.", "b?", "Two."), tokenizer=tokenizer)
+    assert stretches(example, tokenizer) == ["One.<|im_end|>", "Two.<|im_end|>"]
 
 
 def test_answers_one_after_another():
