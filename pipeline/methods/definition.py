@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 from array_api_compat import array_namespace
 
 from ..errors import UserError
+from .divergences import Divergence
 from .rules import ONE, Array, Rule, Signals
 
 Form = Literal["live", "frozen-target", "frozen-weight"]
@@ -85,6 +86,7 @@ class Method:
     """One row of the table; the defaults are those of SFT.
 
     `refused` gives the reason why a form is missing. build-targets takes the first of `forms`.
+    With a `divergence` the loss is that of the student from π̃, which is not a cross-entropy.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Method:
     forms: tuple[Form, ...] = ("frozen-target", "live")
     refused: Mapping[Form, str] = field(default_factory=lambda: _NO_WEIGHT)
     statistic: Statistic | None = None
+    divergence: Divergence | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -115,8 +118,9 @@ class Choice:
     @property
     def reads_student(self) -> bool:
         """Whether the target depends on the student in training."""
-        reads = self.method.reads & _OF_STUDENT or self.method.residual in ("mixture", "gem")
-        return self.form == "live" and bool(reads)
+        method = self.method
+        reads = method.reads & _OF_STUDENT or method.residual in ("mixture", "gem")
+        return self.form == "live" and bool(reads or method.divergence)
 
     @property
     def is_weight(self) -> bool:

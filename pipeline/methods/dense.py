@@ -103,6 +103,9 @@ def _target(
         log_probs = given["student"]
         gradient = rules.matching_gradient(log_probs, is_observed, **choice.parameters)
         return xp.exp(log_probs) - gradient, scale
+    if choice.method.divergence is not None:
+        divergence, parameters = choice.method.divergence, choice.parameters
+        return divergence(given["student"], given["teacher"], parameters)[1], scale
     residual = _residual(choice, given, one_hot)
     return trust[..., None] * one_hot + (1 - trust[..., None]) * residual, scale
 

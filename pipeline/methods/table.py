@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from ..errors import UserError
-from . import rules
+from . import divergences, rules
 from .definition import FROZEN, Choice, Form, Method, Parameter, Statistic
 from .dense import dense
 from .rules import Array, constant
@@ -90,8 +90,8 @@ def dense_target(
     Log-probabilities [..., V] are in nats and observed ids [...], both of numpy or torch. The last
     axis of `observed` is one example (iw-sft takes its mean over it), all of it one data set (flow
     and token-cleaning take their statistic of it, unless it is given). The gradient of the loss
-    with respect to the logits is scale·(p − target). Only gem's target has negative entries: it is
-    p minus gem's gradient.
+    with respect to the logits is scale·(p − target). The targets of gem and of the divergences, p
+    minus their gradient, may have negative entries.
 
     Raises UserError if a model that the method reads is not given, and as `choose` does.
     """
@@ -116,6 +116,27 @@ _BY_WEIGHT: tuple[Form, ...] = ("frozen-weight", "frozen-target", "live")
 _IS_SFT: Mapping[Form, str] = dict.fromkeys(
     FROZEN, "with the base as reference the ratio is 1 everywhere: that is sft"
 )
+_HALF_LAMBDA = Parameter("lam", 0.5, 0.0, 1.0)
+_SKEW = Parameter("alpha", 0.1, 1e-3, 0.999)
+
+
+def _minimised(
+    name: str, divergence: divergences.Divergence, *parameters: Parameter, source: str
+) -> Method:
+    """A divergence from the teacher as the loss."""
+    return Method(
+        name,
+        constant(f"loss {divergence.formula}", lambda _: 0.0),
+        "teacher",
+        parameters=parameters,
+        forms=("live",),
+        refused=dict.fromkeys(
+            FROZEN, "its gradient is not that of a cross-entropy to a fixed target: take kd"
+        ),
+        source=source,
+        divergence=divergence,
+    )
+
 
 _ROWS = (
     Method("sft", forms=_ALL, source="maximum likelihood"),
@@ -206,7 +227,7 @@ _ROWS = (
         "kd-hybrid",
         _ONE_MINUS_LAMBDA,
         "teacher",
-        parameters=(Parameter("lam", 0.5, 0.0, 1.0),),
+        parameters=(_HALF_LAMBDA,),
         source="arXiv 1503.02531",
     ),
     Method(
@@ -216,6 +237,18 @@ _ROWS = (
         parameters=(Parameter("eta", 0.5, 0.0, 1.0),),
         source="arXiv 2606.11189",
     ),
+    _minimised("reverse-kl", divergences.reverse_kl, source="arXiv 2306.08543"),
+    _minimised(
+        "mixed-kl", divergences.mixed_kl, Parameter("lam", 0.5, 0.0, 1.0), source="arXiv 2404.02657"
+    ),
+    _minimised(
+        "jsd",
+        divergences.jensen_shannon,
+        Parameter("beta", 0.5, 0.0, 1.0),
+        source="arXiv 2306.13649",
+    ),
+    _minimised("skew-kl", divergences.skew_kl, _SKEW, source="arXiv 2402.03898"),
+    _minimised("skew-reverse-kl", divergences.skew_reverse_kl, _SKEW, source="arXiv 2402.03898"),
     Method(
         "gift",
         rules.gift_trust,

@@ -3,7 +3,8 @@
 A target may give the observed token so little that training cannot teach it. Mean −log Q(y) is the
 loss that such a model keeps; the share of tokens with argmax Q = y is the part of a demonstration
 that it would write itself. Neither needs a training run. For a method that reads the student, Q is
-the target at the start, when the student equals the base.
+the target at the start, when the student equals the base; for a divergence it is the teacher, at
+which training ends.
 
 N positions. Sums are kept over a folder, in all and by b(y), so that shares and means do not depend
 on the sharding.

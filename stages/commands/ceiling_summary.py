@@ -47,7 +47,8 @@ def print_comparison(comparison: "Comparison") -> None:
     click.echo(
         f"\n{comparison.positions:,} supervised tokens of {comparison.examples:,} demonstrations. "
         "demos: how many greedy decoding of Q writes.\nA live form is shown as it starts, where "
-        "the student is the base. Q(y) below 1e-10 counts as 1e-10."
+        "the student is the base; a divergence as it ends, where the student is the teacher.\nQ(y) "
+        "below 1e-10 counts as 1e-10."
     )
     for reason, names in comparison.left_out.items():
         click.echo(f"Left out, {reason}: {', '.join(names)}.")

@@ -61,6 +61,11 @@ FACTS: dict[tuple[str, str], Facts] = {
     ("kd-hybrid", LIVE): Facts("teacher", "t", TEACHER),
     ("target-sft", TARGET): Facts("mixture", "t", BASE + TEACHER),
     ("target-sft", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
+    ("reverse-kl", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
+    ("mixed-kl", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
+    ("jsd", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
+    ("skew-kl", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
+    ("skew-reverse-kl", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
     ("gift", TARGET): Facts("base", "", BASE),
     ("gift", LIVE): Facts("base", "", BASE),
     ("flow", WEIGHT): Facts("observed", "w", BASE),
@@ -81,6 +86,8 @@ NAMES = list(dict.fromkeys(name for name, _ in FACTS))
 FORMS = {name: [form for each, form in FACTS if each == name] for name in NAMES}
 READS_STUDENT = [name for name, form in FACTS if form == LIVE and "s" in FACTS[name, form].letters]
 LIVE_ONLY = [name for name in NAMES if FORMS[name] == [LIVE]]
+# their loss is no cross-entropy: `divergences` states them
+DIVERGENCES = ("reverse-kl", "mixed-kl", "jsd", "skew-kl", "skew-reverse-kl")
 WITH_TEACHER = [name for name in NAMES if "t" in FACTS[name, FORMS[name][0]].letters]
 
 DEFAULTS: dict[str, Parameters] = {
@@ -99,6 +106,11 @@ DEFAULTS: dict[str, Parameters] = {
     "kd": {},
     "kd-hybrid": {"lam": 0.5},
     "target-sft": {"eta": 0.5},
+    "reverse-kl": {},
+    "mixed-kl": {"lam": 0.5},
+    "jsd": {"beta": 0.5},
+    "skew-kl": {"alpha": 0.1},
+    "skew-reverse-kl": {"alpha": 0.1},
     "gift": {"beta": 20},
     "flow": {},
     "stm": {"tau": 0.4},
@@ -120,6 +132,10 @@ VARIANTS: dict[str, list[Parameters]] = {
     "gem": [{"h": "logsigmoid"}, {"beta": 1.5}, {"beta": 0.3, "h": "logsigmoid"}],
     "kd-hybrid": [{"lam": 0}, {"lam": 0.1}, {"lam": 1}],
     "target-sft": [{"eta": 0}, {"eta": 0.3}, {"eta": 1}],
+    "mixed-kl": [{"lam": 0}, {"lam": 0.2}, {"lam": 1}],
+    "jsd": [{"beta": 0}, {"beta": 0.1}, {"beta": 0.9}, {"beta": 1}],
+    "skew-kl": [{"alpha": 0.001}, {"alpha": 0.7}],
+    "skew-reverse-kl": [{"alpha": 0.001}, {"alpha": 0.7}],
     "gift": [{"beta": 0}, {"beta": 0.5}, {"beta": 5}, {"beta": 500}],
     "flow": [{"tau": 0.2}, {"tau": 1}, {"tau": 4}],
     "stm": [{"tau": 0.1}, {"tau": 0.9}],
@@ -274,6 +290,8 @@ FORMULAS: dict[str, Formula] = {
     "kd": lambda token, _: (0.0, probabilities(token.teacher), 1.0),
     "kd-hybrid": lambda token, given: (1 - given["lam"], probabilities(token.teacher), 1.0),
     "target-sft": target_sft,
+    # where they are 0, at which training ends
+    **dict.fromkeys(DIVERGENCES, lambda token, _: (0.0, probabilities(token.teacher), 1.0)),
     "gift": gift,
     "flow": to_followed(flow_trust),
     "stm": to_followed(lambda token, given: float(b_y(token) >= given["tau"])),

@@ -20,7 +20,7 @@ from ...pipeline.methods.definition import Choice
 from ..data.batch import SparseTargets
 from .chunk_in_torch import masses
 from .head import Head
-from .objective import live_targets
+from .objective import LiveTargets, live_targets
 from .sparse import TailShape
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -53,9 +53,10 @@ def loss_and_gradient_(
     from . import kernels
 
     scores_nV = head.write_scores(hidden_nD, scores_nW)
-    bounds_n = None
+    bounds_n = own_n = None
     if live is not None:
-        targets, bounds_n = _live_targets(live, scores_nW, scores_nV, head, targets, known)
+        followed = _live_targets(live, scores_nW, scores_nV, head, targets, known)
+        targets, bounds_n, own_n = followed.targets, followed.error_bounds, followed.losses
         frozen = masses(targets, scores_nV.shape[1])
     losses_n = kernels.loss_and_gradient_(
         scores_nW,
@@ -66,6 +67,8 @@ def loss_and_gradient_(
         targets.weights,
         is_uniform=tail_shape == "uniform",
     )
+    if own_n is not None:
+        losses_n = targets.weights * own_n
     return losses_n, bounds_n, scores_nV
 
 
@@ -85,8 +88,8 @@ def _live_targets(
     head: Head,
     targets: SparseTargets,
     known: dict[str, Tensor],
-) -> tuple[SparseTargets, Tensor | None]:
-    """The targets of a live method, and the bound of their error."""
+) -> LiveTargets:
+    """The targets of a live method."""
     from . import kernels
 
     ids, mask = targets.support_ids, targets.support_mask
@@ -98,8 +101,9 @@ def _live_targets(
         size = min(rules.TOP_ENTROPY_SIZE, scores_nV.shape[1])
         top_nk = head.from_scores(scores_nV.topk(size, dim=1).values)
         known = known | {"top_entropy": rules.renormalised_entropy(top_nk)}
-    short, bounds_n = live_targets(live, summary_nE, _renumbered(targets), **known)
-    return replace(short, support_ids=ids, observed_ids=targets.observed_ids), bounds_n
+    short = live_targets(live, summary_nE, _renumbered(targets), **known)
+    own = replace(short.targets, support_ids=ids, observed_ids=targets.observed_ids)
+    return replace(short, targets=own)
 
 
 def _entropy(summary_nE: Tensor, outside_entropy_n: Tensor) -> Tensor:

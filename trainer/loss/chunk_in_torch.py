@@ -36,13 +36,15 @@ def loss_and_gradient(
     """
     logits_nV = head.logits(hidden_nD)
     capped_nV = logits_nV.clone() if head.softcap is not None else logits_nV
-    bounds_n = None
+    bounds_n = own_n = None
     if live is not None and live.residual == "gem":
         losses_n, gradient_nV = _matching(logits_nV, targets, live)
     else:
         if live is not None:
-            targets, bounds_n = live_targets(live, logits_nV, targets, **known)
+            followed = live_targets(live, logits_nV, targets, **known)
+            targets, bounds_n, own_n = followed.targets, followed.error_bounds, followed.losses
         losses_n, gradient_nV = _sparse_(logits_nV, targets, tail_shape)
+        losses_n = losses_n if own_n is None else targets.weights * own_n
     return losses_n, bounds_n, head.into_scores(gradient_nV, capped_nV)
 
 

@@ -19,6 +19,7 @@ from ...pipeline.folders.mixing import live_method, refuse_to_mix
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.methods import rules
 from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.divergences import Divergence
 from ...pipeline.methods.rules import Signals
 from ...pipeline.methods.table import choose
 from ..data.batch import SparseTargets
@@ -60,7 +61,8 @@ class Objective:
     @property
     def has_error_bounds(self) -> bool:
         """Whether a truncated support changes the gradient, by at most a known bound."""
-        return self.choice.reads_student and self.choice.residual == "mixture"
+        has_other = self.choice.method.divergence is not None or self.choice.residual == "mixture"
+        return self.choice.reads_student and has_other
 
     @property
     def reads_examples(self) -> bool:
@@ -72,16 +74,16 @@ class Objective:
         if self.choice.residual == "gem":
             losses = matching_losses(logits_NV, targets.observed_ids, self.choice)
             return Loss((targets.weights * losses).sum())
-        followed, bounds = self.followed(logits_NV.detach(), targets)
-        losses = target_losses(logits_NV, followed, self.tail_shape)
-        return Loss((followed.weights * losses).sum(), bounds)
+        live = self.followed(logits_NV.detach(), targets)
+        losses = target_losses(logits_NV, live.targets, self.tail_shape)
+        if live.losses is not None:  # of another value, but of the same gradient
+            losses = live.losses + (losses - losses.detach())
+        return Loss((live.targets.weights * losses).sum(), live.error_bounds)
 
-    def followed(
-        self, logits_NV: Tensor, targets: SparseTargets
-    ) -> tuple[SparseTargets, Tensor | None]:
-        """The targets at these logits, and the bound of their error."""
+    def followed(self, logits_NV: Tensor, targets: SparseTargets) -> "LiveTargets":
+        """The targets at these logits."""
         if not self.choice.reads_student or self.choice.residual == "gem":
-            return targets, None
+            return LiveTargets(targets)
         return live_targets(self.choice, logits_NV, targets)
 
     @property
@@ -131,11 +133,24 @@ def common_objective(folders: Sequence[SealedFolder], method: str | None = None)
     return replace(found[0], tokens_alone=any(each.tokens_alone for each in found))
 
 
+@dataclass(frozen=True, slots=True)
+class LiveTargets:
+    """The targets at a student's logits, the bounds of their error, and their losses.
+
+    `losses` are None where they are the cross-entropies to the targets. Those of a divergence are
+    not, and its targets may have negative entries; the gradients agree.
+    """
+
+    targets: SparseTargets
+    error_bounds: Tensor | None = None  # [N], weights included
+    losses: Tensor | None = None  # [N], without the weights
+
+
 @torch.no_grad()
 def live_targets(
     choice: Choice, logits_NV: Tensor, targets: SparseTargets, **known: Tensor
-) -> tuple[SparseTargets, Tensor | None]:
-    """The targets of a live method at the student's logits, and the bound of their error.
+) -> LiveTargets:
+    """The targets of a live method at the student's logits.
 
     `known` are the signals [N] that these logits do not determine: they may not cover whole
     examples, or have one entry for all that is outside the support.
@@ -144,10 +159,12 @@ def live_targets(
     signals = replace(_signals(choice, logits_NV, targets), **known)
     trust_N, weight_N = choice.trust_and_weight(signals)
     live = replace(targets, trust=trust_N, weights=weight_N * targets.weights)
+    if choice.method.divergence is not None:
+        return _diverging(live, logits_NV, choice.method.divergence, choice.parameters)
     if choice.residual != "mixture":
-        return live, None
+        return LiveTargets(live)
     mixed = _mixed(live, logits_NV, choice.parameters["eta"])
-    return mixed, 2 * mixed.weights * (1 - trust_N) * mixed.tail_mass
+    return LiveTargets(mixed, 2 * mixed.weights * (1 - trust_N) * mixed.tail_mass)
 
 
 def matching_losses(logits_NV: Tensor, observed_ids: Tensor, choice: Choice) -> Tensor:
@@ -196,16 +213,40 @@ def example_means(values_N: Tensor, example_of_N: Tensor) -> Tensor:
     return (sums / counts)[group_of_N]
 
 
+def _diverging(
+    targets: SparseTargets, logits_NV: Tensor, divergence: Divergence, parameters: dict[str, Any]
+) -> LiveTargets:
+    """The targets of a divergence from q, the stored residual; the tails are one outcome."""
+    p_NE, q_NE = _outcomes(targets, logits_NV)
+    # rounding can leave q 1e-8 of mass outside a support that is the whole vocabulary
+    q_NE[:, -1] = torch.where(p_NE[:, -1] > -torch.inf, q_NE[:, -1], -torch.inf)
+    losses_N, target_NE = divergence(p_NE, q_NE, parameters)
+    bounds_N = targets.weights * divergence.bound(p_NE[:, -1], q_NE[:, -1], parameters)
+    steering = replace(targets, support_probs=target_NE[:, :-1], tail_mass=target_NE[:, -1])
+    return LiveTargets(steering, bounds_N, losses_N)
+
+
 def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTargets:
     """The targets with residual ∝ p^(1−η)·q^η, where q is the stored residual."""
-    log_norm_N = logits_NV.logsumexp(1)
-    nothing = -torch.inf
-    log_probs_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
+    p_NE, q_NE = _outcomes(targets, logits_NV)
     mixed_NS, mixed_tail_N = rules.geometric_mixture(
-        torch.where(targets.support_mask, log_probs_NS, nothing),
-        complement_log_probs(logits_NV, targets) - log_norm_N,
-        torch.where(targets.support_mask, targets.support_probs.log(), nothing).to(log_norm_N),
-        targets.tail_mass.log().to(log_norm_N),
-        eta,
+        p_NE[:, :-1], p_NE[:, -1], q_NE[:, :-1], q_NE[:, -1], eta
     )
     return replace(targets, support_probs=mixed_NS.exp(), tail_mass=mixed_tail_N.exp())
+
+
+def _outcomes(targets: SparseTargets, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the student and log q of the stored residual, [N, E] each.
+
+    The outcomes are the ids of the support, −inf at its padding, and the tail.
+    """
+    log_norm_N = logits_NV.logsumexp(1)
+    p_NS = logits_NV.gather(1, targets.support_ids) - log_norm_N[:, None]
+    p_tail_N = complement_log_probs(logits_NV, targets) - log_norm_N
+    q_NS, q_tail_N = targets.support_probs.log(), targets.tail_mass.log()
+
+    def outcomes(of_support_NS: Tensor, of_tail_N: Tensor) -> Tensor:
+        known_NS = torch.where(targets.support_mask, of_support_NS, -torch.inf)
+        return torch.cat([known_NS, of_tail_N[:, None]], 1).to(log_norm_N)
+
+    return outcomes(p_NS, p_tail_N), outcomes(q_NS, q_tail_N)

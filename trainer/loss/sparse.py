@@ -97,7 +97,7 @@ def _tail_log_probs(
     """
     outside_N = logits_NV.shape[1] - targets.support_mask.sum(1)
     # rounding can leave 1e-8 of mass outside a support that is the whole vocabulary
-    has_tail_N = (mass_N > 0) & (outside_N > 0)
+    has_tail_N = (mass_N != 0) & (outside_N > 0)
     support_ids_MS = targets.support_ids[has_tail_N]
     complement_MV = logits_NV[has_tail_N]  # a copy, which can be overwritten
     match tail_shape:
@@ -112,7 +112,7 @@ def _tail_log_probs(
 
 def times(probs: Tensor, values: Tensor) -> Tensor:
     """The product; 0 where the probability is 0, so 0·log 0 = 0."""
-    return torch.where(probs > 0, probs * values, 0)
+    return torch.where(probs != 0, probs * values, 0)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def evaluate(
 def _sums(logits_nV: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
     """The sums over some positions that the means are computed from, [7]."""
     logits_nV = at_least_float32(logits_nV)
-    followed, _ = objective.followed(logits_nV, targets)
+    followed = objective.followed(logits_nV, targets).targets
     nothing = logits_nV.new_zeros(())
     residual_is_base = objective.residual == "base"
     return torch.stack(

@@ -14,7 +14,7 @@ from qpipe.pipeline.methods.table import (
     choose,
 )
 from qpipe.pipeline.methods.words import needs, table
-from qpipe.tests.support.methods import FACTS, LIVE, TARGET, WEIGHT, Facts
+from qpipe.tests.support.methods import DIVERGENCES, FACTS, LIVE, TARGET, WEIGHT, Facts
 from qpipe.tests.support.tiers import names_of_six_kinds
 
 # name: source, where methods.md names one
@@ -34,6 +34,11 @@ SOURCES: dict[str, str | None] = {
     "kd": "1503.02531",
     "kd-hybrid": None,
     "target-sft": "2606.11189",
+    "reverse-kl": "2306.08543",
+    "mixed-kl": "2404.02657",
+    "jsd": "2306.13649",
+    "skew-kl": "2402.03898",
+    "skew-reverse-kl": "2402.03898",
     "gift": "2601.09233",
     "flow": "2502.02797",
     "stm": "2501.14315",
@@ -57,6 +62,10 @@ PARAMETERS: dict[tuple[str, str], tuple[float | None, float, float, bool]] = {
     ("gem", "beta"): (0.7, 0, _FAR, True),
     ("kd-hybrid", "lam"): (0.5, 0, 1, False),
     ("target-sft", "eta"): (0.5, 0, 1, False),
+    ("mixed-kl", "lam"): (0.5, 0, 1, False),
+    ("jsd", "beta"): (0.5, 0, 1, False),
+    ("skew-kl", "alpha"): (0.1, 0.001, 0.999, False),
+    ("skew-reverse-kl", "alpha"): (0.1, 0.001, 0.999, False),
     ("gift", "beta"): (20, 0, 500, False),
     ("flow", "tau"): (None, 0, _FAR, True),
     ("stm", "tau"): (0.4, 0, 1, True),
@@ -70,6 +79,7 @@ PARAMETERS: dict[tuple[str, str], tuple[float | None, float, float, bool]] = {
 
 IS_SFT = "with the base as reference the ratio is 1 everywhere: that is sft"
 NO_RESIDUAL = "a weight alone would drop its residual, and with it what it is for"
+NOT_FIXED = "its gradient is not that of a cross-entropy to a fixed target: take kd"
 REFUSED: dict[tuple[str, str], str] = {
     ("iw-sft", TARGET): IS_SFT,
     ("iw-sft", WEIGHT): IS_SFT,
@@ -89,6 +99,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("target-sft", WEIGHT): NO_RESIDUAL,
     ("gift", WEIGHT): NO_RESIDUAL,
     ("contrast", WEIGHT): NO_RESIDUAL,
+    **{(name, form): NOT_FIXED for name in DIVERGENCES for form in (TARGET, WEIGHT)},
 }
 
 
@@ -246,7 +257,7 @@ def test_the_table_in_words() -> None:
         **dict.fromkeys(("dft", "beyond-log", "profit", "eaft", "cft"), "p"),
         **dict.fromkeys(("flow", "stm", "token-cleaning", "idft", "trsft"), "p"),
         **dict.fromkeys(("sft+kl", "asft", "gift"), "b"),
-        **dict.fromkeys(("kd", "kd-hybrid"), "q"),
+        **dict.fromkeys(("kd", "kd-hybrid", *DIVERGENCES), "q"),
         "label-smoothing": "1/V",
         "target-sft": "~ p^(1-eta) q^eta",
         "contrast": "~ q/b where q >= alpha max q",
@@ -272,6 +283,7 @@ def test_the_table_in_words() -> None:
         ("sft+kl", "b"),
         ("kd", "q + --teacher"),
         ("target-sft", "frozen-target: b^(1-eta) q^eta + --teacher; live: q + --teacher"),
+        ("jsd", "q + --teacher"),
         ("stm", "frozen-weight: a weight; frozen-target: b; live: a weight"),
         ("contrast", "q/b + --teacher"),
     ],
@@ -288,7 +300,7 @@ def test_every_form_is_there_or_refused_with_a_reason() -> None:
 
     assert set(FACTS) | set(REFUSED) == {(name, form) for name in SOURCES for form in forms}
     assert not set(FACTS) & set(REFUSED)
-    assert len(FACTS) == 48
+    assert len(FACTS) == 53
 
 
 @pytest.mark.parametrize(("pair", "reason"), REFUSED.items())

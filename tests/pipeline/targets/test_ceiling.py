@@ -23,7 +23,7 @@ from qpipe.pipeline.targets.ceiling import (
     has_ceiling,
     reproducible_share,
 )
-from qpipe.tests.support.methods import DEFAULTS, FACTS, FORMULAS, Token, one_hot
+from qpipe.tests.support.methods import DEFAULTS, DIVERGENCES, FACTS, FORMULAS, Token, one_hot
 
 VOCAB_SIZE = 30
 WHOLE = Truncation(1.0, 10**9)
@@ -278,7 +278,7 @@ def test_at_a_temperature_it_is_compared_with_the_base_as_it_was_scored(
     assert reproducible_share(sums, len(tempered)) == wanted_share(choice, tempered)
 
 
-OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast")
+OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast", *DIVERGENCES)
 # idft's weight reads the entropy over the whole vocabulary
 LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in (*OF_A_TEACHER, "idft")]
 

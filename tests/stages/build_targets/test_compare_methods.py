@@ -24,13 +24,14 @@ from qpipe.stages.build_targets.stage import build_targets
 from qpipe.tests.support.commands import qpipe, run_qpipe
 from qpipe.tests.support.examples import of_probs
 from qpipe.tests.support.folders import in_shards, seal_shards
+from qpipe.tests.support.methods import DIVERGENCES
 
 from .made import weighted
 
 VOCAB = 24
 TOP_K = 20
 UNKNOWN = ["gem", "idft"]  # no distribution, and the entropy over a whole vocabulary
-OF_TEACHER = ["kd", "kd-hybrid", "target-sft", "token-cleaning", "contrast"]
+OF_TEACHER = ["kd", "kd-hybrid", "target-sft", *DIVERGENCES, "token-cleaning", "contrast"]
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -276,8 +276,9 @@ def test_a_comparison_is_a_table_and_what_was_left_out(capsys: pytest.CaptureFix
         "\n"
         "1,234,567 supervised tokens of 1,000 demonstrations. demos: how many greedy decoding of "
         "Q writes.\n"
-        "A live form is shown as it starts, where the student is the base. Q(y) below 1e-10 counts "
-        "as 1e-10.\n"
+        "A live form is shown as it starts, where the student is the base; a divergence as it "
+        "ends, where the student is the teacher.\n"
+        "Q(y) below 1e-10 counts as 1e-10.\n"
         "Left out, needs a teacher: kd, contrast.\n"
         "Left out, has no target distribution: gem.\n"
     )
@@ -292,8 +293,8 @@ def test_compare_methods_prints_its_comparison(scores: Path) -> None:
     assert rows["dft"][3:6] == ["66.7%", "50.0%", "33.3%"]
     assert "3 supervised tokens of 2 demonstrations." in ran.out
     assert (
-        "Left out, needs a teacher: kd, kd-hybrid, target-sft, token-cleaning, contrast."
-        in ran.lines
+        "Left out, needs a teacher: kd, kd-hybrid, target-sft, reverse-kl, mixed-kl, jsd, skew-kl, "
+        "skew-reverse-kl, token-cleaning, contrast." in ran.lines
     )
     assert ran.warnings == []
 

@@ -3,8 +3,10 @@
 import math
 
 import numpy as np
+from qpipe.tests.support import divergences
 from qpipe.tests.support.methods import (
     DEFAULTS,
+    DIVERGENCES,
     FORMULAS,
     Parameters,
     Token,
@@ -30,8 +32,12 @@ def gem_gradient(token: Token, given: Parameters) -> list[float]:
 
 def expected_at(token: Token, name: str, form: str, given: Parameters) -> tuple[list[float], float]:
     """The target over the vocabulary and the scale at one position."""
-    if name == "gem":
-        gradient = gem_gradient(token, given)
+    if name == "gem" or name in DIVERGENCES:
+        gradient = (
+            gem_gradient(token, given)
+            if name == "gem"
+            else divergences.gradient(name, token.followed, token.teacher, given)
+        )
         return [math.exp(z) - g for z, g in zip(token.followed, gradient, strict=True)], 1.0
     trust, residual, scale = FORMULAS[name](token, given)
     if form == "frozen-weight":

@@ -48,6 +48,14 @@ class Losses:
             -1
         )
 
+    def divergence_to(self, log_other: Tensor) -> Tensor:
+        """KL(p ‖ other)."""
+        return (self.log_probs.exp() * (self.log_probs - log_other)).sum(-1)
+
+    @property
+    def reverse_divergence(self) -> Tensor:
+        return self.divergence_to(self.teacher)
+
     def cross_entropy_to(self, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             self.logits.movedim(-1, 1), target.detach().movedim(-1, 1), reduction="none"
@@ -128,6 +136,27 @@ def idft_loss(at: Losses) -> Tensor:
     return prob**power * at.nll
 
 
+def jsd_loss(at: Losses) -> Tensor:
+    """As GKD and TRL have it: KL of both from the mixture, or one KL at either end."""
+    beta, teacher = at.given["beta"], at.teacher.exp()
+    if beta in (0, 1):
+        return at.divergence_from(at.teacher) if beta == 0 else at.reverse_divergence
+    mixture = (beta * teacher + (1 - beta) * at.log_probs.exp()).log()
+    of_teacher = (teacher * (at.teacher - mixture)).sum(-1)
+    return beta * of_teacher + (1 - beta) * at.divergence_to(mixture)
+
+
+def skew_loss(at: Losses) -> Tensor:
+    alpha, teacher = at.given["alpha"], at.teacher.exp()
+    mixture = (alpha * teacher + (1 - alpha) * at.log_probs.exp()).log()
+    return (teacher * (at.teacher - mixture)).sum(-1)
+
+
+def skew_reverse_loss(at: Losses) -> Tensor:
+    alpha = at.given["alpha"]
+    return at.divergence_to((alpha * at.log_probs.exp() + (1 - alpha) * at.teacher.exp()).log())
+
+
 LOSSES: dict[str, Callable[[Losses], Tensor]] = {
     "sft": lambda at: at.nll,
     "dft": lambda at: at.prob.detach() * at.nll,
@@ -148,6 +177,14 @@ LOSSES: dict[str, Callable[[Losses], Tensor]] = {
         (1 - at.given["lam"]) * at.nll + at.given["lam"] * at.divergence_from(at.teacher)
     ),
     "target-sft": target_sft_loss,
+    "reverse-kl": lambda at: at.reverse_divergence,
+    "mixed-kl": lambda at: (
+        (1 - at.given["lam"]) * at.divergence_from(at.teacher)
+        + at.given["lam"] * at.reverse_divergence
+    ),
+    "jsd": jsd_loss,
+    "skew-kl": skew_loss,
+    "skew-reverse-kl": skew_reverse_loss,
     "gift": gift_loss,
     "flow": flow_loss,
     "stm": lambda at: (at.base_prob >= at.given["tau"]) * at.nll,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from qpipe.pipeline.methods import dense_target
-from qpipe.tests.support.methods import FACTS, Parameters
+from qpipe.tests.support.methods import DIVERGENCES, FACTS, Parameters
 
 from .cases import LIBRARIES, Case, make_case
 from .formulas import expected, tokens_of
@@ -27,6 +27,10 @@ PARAMETER_RANGES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("gem", "h"): st.sampled_from(["linear", "logsigmoid"]),
     ("kd-hybrid", "lam"): st.floats(0, 1),
     ("target-sft", "eta"): st.floats(0, 1),
+    ("mixed-kl", "lam"): st.floats(0, 1),
+    ("jsd", "beta"): st.floats(0, 1),
+    ("skew-kl", "alpha"): st.floats(1e-3, 0.999),
+    ("skew-reverse-kl", "alpha"): st.floats(1e-3, 0.999),
     ("gift", "beta"): st.floats(0, 500),
     ("flow", "tau"): st.floats(1e-6, 1e6),
     ("stm", "tau"): st.floats(1e-300, 1),
@@ -71,7 +75,7 @@ def test_a_target_is_a_distribution_and_a_scale_is_finite_and_not_negative(
     assert np.all(np.isfinite(scale))
     assert np.all(scale >= 0)
     np.testing.assert_allclose(target.sum(-1), 1, atol=1e-11)
-    if name != "gem":
+    if name not in ("gem", *DIVERGENCES):
         assert target.min() >= 0
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from qpipe.tests.support.methods import FACTS, FORMULAS, Token
+from qpipe.tests.support import divergences
+from qpipe.tests.support.methods import DIVERGENCES, FACTS, FORMULAS, Token
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -85,6 +86,13 @@ def dense_loss(
         pull = gem_weights(models, **parameters)
         losses = (pull * (p.log() + nll[:, None])).sum(1)
         return losses, pull - pull.sum(1, keepdim=True) * delta
+    if name in DIVERGENCES:
+        pairs = list(zip(p.log().tolist(), models.q.log().tolist(), strict=True))
+        values = [divergences.value(name, *pair, parameters) for pair in pairs]
+        gradients = [divergences.gradient(name, *pair, parameters) for pair in pairs]
+        return torch.tensor(values, dtype=torch.float64), torch.tensor(
+            gradients, dtype=torch.float64
+        )
     followed = models if form == "live" else replace(models, p=models.b)
     rule = rule_of(name, followed, parameters)
     weight = rule.scale * rule.trust

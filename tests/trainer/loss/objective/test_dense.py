@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.methods.table import choices
-from qpipe.tests.support.methods import LIVE_ONLY, NAMES, READS_STUDENT
+from qpipe.tests.support.methods import DIVERGENCES, LIVE_ONLY, NAMES, READS_STUDENT
 from qpipe.trainer.loss.objective import objective_of
 
 from .dense import EXACT, dense_loss, rule_of
@@ -115,8 +115,9 @@ def test_sft_can_be_trained_on_any_folder(name: str) -> None:
     assert loss.error_bounds is None
 
 
-def test_the_error_is_bounded_for_live_target_sft_alone() -> None:
+def test_the_error_is_bounded_for_live_target_sft_and_the_divergences_alone() -> None:
     logits, models = random_models(count=5)
     for case in CASES:
         loss = objective_for(*case)(logits, folder_targets(*case, models))
-        assert (loss.error_bounds is not None) == (case[:2] == ("target-sft", "live"))
+        is_bounded = case[:2] == ("target-sft", "live") or case[0] in DIVERGENCES
+        assert (loss.error_bounds is not None) == is_bounded

@@ -1,5 +1,6 @@
 """Loss and gradient where a target is stored by its support and the mass of its tail."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qpipe.tests.support import divergences
+from qpipe.tests.support.methods import DEFAULTS, DIVERGENCES
 from qpipe.trainer.data.batch import SparseTargets
 from torch import Tensor
 
@@ -25,12 +28,12 @@ class Truncated:
     in_support: Tensor  # [N, V]
 
 
-def truncate(seed: int, count: int, spread: float, residual: str) -> Truncated:
-    """Supports of 1 to V ids in any order, padded; a few known probabilities are 0."""
+def truncate(seed: int, count: int, spread: float, residual: str, least: float = 0.0) -> Truncated:
+    """Supports of 1 to V ids in any order, padded; a few known probabilities are the least."""
     logits, models = random_models(count, seed, spread)
     rng = np.random.default_rng(seed)
     known = getattr(models, residual).clone()
-    known[torch.tensor(rng.random((count, V)) < rng.choice([0.0, 0.3]))] = 0
+    known[torch.tensor(rng.random((count, V)) < rng.choice([0.0, 0.3]))] = least
     known[torch.arange(count), models.observed] += 1e-3
     known = known / known.sum(1, keepdim=True)
     models = replace(models, **{residual: known})
@@ -96,6 +99,36 @@ def test_live_target_sft_on_a_support(seed: int, spread: float, eta: float) -> N
     torch.testing.assert_close(loss.error_bounds, bound, rtol=1e-9, atol=1e-12)
     if eta == 0:
         torch.testing.assert_close(gradient, dense, rtol=1e-9, atol=1e-12)  # dft
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.1, 6), share=st.floats(0, 1))
+@settings(max_examples=8, deadline=None)
+def test_a_divergence_on_a_support(name: str, seed: int, spread: float, share: float) -> None:
+    """100 positions at a time: exact over the outcomes, and within its bound of the whole."""
+    parameters = {key: min(max(share, 1e-3), 0.999) for key in DEFAULTS[name]}
+    case = truncate(seed, 100, spread, "q", least=1e-30)
+    loss, gradient = loss_and_gradient(
+        objective_for(name, "live", parameters), case.logits, case.targets
+    )
+    losses, expected, bounds = [], torch.zeros_like(gradient), []
+    for n, inside in enumerate(case.in_support):
+        p, q = case.models.p[n], case.models.q[n]
+        tails = [float(probs[~inside].sum()) for probs in (p, q)]
+        tail = [] if inside.all() else [math.log(mass) for mass in tails]
+        logs = [[*probs[inside].log().tolist(), *tail[i:][:1]] for i, probs in enumerate((p, q))]
+        losses.append(divergences.value(name, *logs, parameters))
+        of_outcomes = divergences.gradient(name, *logs, parameters)
+        expected[n, inside] = torch.tensor(of_outcomes[: int(inside.sum())], dtype=torch.float64)
+        if tail:
+            expected[n, ~inside] = of_outcomes[-1] * p[~inside] / tails[0]
+        bounds.append(divergences.bound(name, *tails, parameters))
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert loss.sum.item() == pytest.approx(math.fsum(losses), rel=1e-9, abs=1e-9)
+    bound = torch.tensor(bounds, dtype=torch.float64)
+    torch.testing.assert_close(loss.error_bounds, bound, rtol=1e-8, atol=1e-12)
+    _, dense = dense_loss(name, "live", parameters, case.models)
+    assert ((gradient - dense).abs().sum(1) <= bound + 1e-12).all()
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
