@@ -30,8 +30,8 @@ from qpipe.tests.benchmarks.figures import faster, publish
 from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.data.stream import open_streams
 from qpipe.trainer.loss.objective import Objective
+from qpipe.trainer.models.attention.packing import can_pack
 from qpipe.trainer.models.files import find_model, load_model
-from qpipe.trainer.models.packing import can_pack
 from qpipe.trainer.models.student import Student
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.distributed import start_accelerator

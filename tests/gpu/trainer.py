@@ -44,8 +44,8 @@ from qpipe.trainer.loss import chunk_in_kernels, chunk_in_torch, fused
 from qpipe.trainer.loss.fused import fused_loss
 from qpipe.trainer.loss.head import Head
 from qpipe.trainer.loss.objective import Objective
+from qpipe.trainer.models.attention.packing import can_pack
 from qpipe.trainer.models.compiling import compile_layers
-from qpipe.trainer.models.packing import can_pack
 from qpipe.trainer.models.student import Student
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.ahead import on_device

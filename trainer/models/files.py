@@ -82,7 +82,11 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     Raises UserError where the weights are missing, damaged, incomplete, or not of a causal language
     model: the library would fill missing weights with random numbers.
     """
-    from transformers import AutoModelForCausalLM
+    return load_reported(files, dtype)[0]
+
+
+def load_reported(files: ModelFiles, dtype: "torch.dtype") -> tuple[Any, set[str]]:
+    """As `load_model`, with the names of tensors that loading reports as left out."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -91,7 +95,7 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     is_capped = getattr(files.config.get_text_config(), "attn_logit_softcapping", None)
     attention = {"attn_implementation": "eager"} if is_capped else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _class_of(files).from_pretrained(
             files.folder,
             dtype=dtype,
             output_loading_info=True,
@@ -102,25 +106,40 @@ def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
         raise UserError(f"model {files.name}: cannot be loaded: {one_line(error)}") from error
     model, loading = loaded
     _refuse_incomplete(files, loading)
-    return model
+    return model, {*map(str, loading["unexpected_keys"])}
+
+
+def _class_of(files: ModelFiles) -> Any:
+    """The auto class that loads the class that a checkpoint names, and thus all of its parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    named = set(files.config.architectures or ())
+    is_vision_language = named & {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    return AutoModelForImageTextToText if is_vision_language else AutoModelForCausalLM
 
 
 def load_scoring_model(files: ModelFiles, dtype: "torch.dtype") -> Any:
     """The model in evaluation mode on the first GPU, or on the CPU without one.
 
-    Raises UserError as `load_model` does, and where it does not fit on the GPU.
+    Raises UserError as `load_model` does, where it does not fit on the GPU, and where it is not
+    causal.
     """
     import torch
 
+    from .causality import check_causal
+
     model = load_model(files, dtype).eval()
     try:
-        return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"model {files.name}: does not fit on the GPU in {str(dtype).removeprefix('torch.')}: "
             "free memory there, or use the CPU (CUDA_VISIBLE_DEVICES= before the command); to "
             "score, --engine vllm shares a model out by --tensor-parallel-size"
         ) from error
+    check_causal(files.name, model)
+    return model
 
 
 def check_weights(files: ModelFiles) -> None:
@@ -128,12 +147,10 @@ def check_weights(files: ModelFiles) -> None:
 
     Called for engines that would fill the missing ones with random numbers.
     """
-    from transformers import AutoModelForCausalLM
-
     if getattr(files.config, "quantization_config", None) is not None:
         return  # its weights have other names
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _class_of(files).from_pretrained(
             files.folder, device_map="meta", output_loading_info=True, trust_remote_code=False
         )
     except Exception:  # an architecture of the engine alone, or the engine reports the error

@@ -18,6 +18,13 @@ from torch import Tensor
 from ..loss.head import Head, chunks
 
 _PROBE_TOKENS = 4
+# names of scales in configurations
+_SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,16 @@ def causal_model(model: Any) -> Any:
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """The input of the head, [B, T, D]."""
-    return causal_model(model).get_decoder()(use_cache=False, **inputs).last_hidden_state
+    return decoder_of(model)(use_cache=False, **inputs).last_hidden_state
+
+
+def decoder_of(model: Any) -> Any:
+    """The layers below the head, where a model has them apart; a part may have parts (Llama 4)."""
+    outer = causal_model(model)
+    while (inner := outer.get_decoder()) is not outer and hasattr(inner, "get_decoder"):
+        outer = inner
+    # the causal language model of Llama 4 calls itself its decoder
+    return getattr(outer, "model", outer) if inner is outer else inner
 
 
 def logits_of(model: Any, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor) -> Tensor:
@@ -80,7 +96,7 @@ def recognise(model: Any) -> HeadForm | None:
     """The form of the model's head, or None where no candidate gives the model's own logits."""
     causal = causal_model(model)
     layer = causal.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear) or causal.get_decoder() is causal:
+    if not isinstance(layer, torch.nn.Linear) or decoder_of(causal) is causal:
         return None
     was_training = model.training
     model.eval()
@@ -111,11 +127,7 @@ def _relative_error(logits: Tensor, own: Tensor) -> float:
 def _candidates(config: Any) -> Iterator[HeadForm]:
     """The forms that the configuration names, the most specific first, then the plain head."""
     softcap = getattr(config, "final_logit_softcapping", None)
-    values = [
-        float(value)
-        for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
-        if (value := getattr(config, name, None))
-    ]
+    values = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
     scales = [scale for value in values for scale in (value, 1 / value)] + [1.0]
     for scale in dict.fromkeys(scales):
         if softcap:

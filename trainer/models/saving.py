@@ -23,6 +23,12 @@ from .heads import causal_model
 from .student import Student
 
 _ASIDE = ".model.tmp"
+# of a vision-language model's images and videos
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def saved_dtype(base: ModelFiles) -> torch.dtype:
@@ -94,8 +100,9 @@ def _save(model: Any, base: ModelFiles, folder: Path) -> None:
     with _aside(folder, last="config.json") as aside:
         model.save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
-        if generation.exists():
-            shutil.copyfile(generation, aside / generation.name)
+        for copied in (generation, *(base.folder / name for name in _PROCESSORS)):
+            if copied.exists():
+                shutil.copyfile(copied, aside / copied.name)
 
 
 @contextmanager

@@ -55,18 +55,27 @@ def _safetensors(model: ModelFiles) -> list[Path]:
     return [path for path in there if path.name in names]
 
 
+def tensor_names(model: ModelFiles) -> set[str]:
+    """The names of the tensors in the files that transformers loads."""
+    return {name for path in _safetensors(model) for name in _shapes(model, path)}
+
+
 def _values(model: ModelFiles, path: Path) -> int:
     """The number of values in a file of weights."""
+    return sum(map(prod, _shapes(model, path).values()))
+
+
+def _shapes(model: ModelFiles, path: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a file of weights."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {model.name}: {path.name} cannot be read: {one_line(error)}: fetch it again"
         ) from error
-    return sum(map(prod, shapes))
 
 
 def count_weights(model: ModelFiles) -> WeightCounts | None:

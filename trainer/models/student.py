@@ -1,6 +1,6 @@
 """The model that is trained: loading, its loss, its logits at supervised positions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from ...pipeline.errors import UserError
 from ..data.batch import Batch, SparseTargets
 from ..loss.fused import fused_loss, rows_of
 from ..loss.objective import Objective
-from .files import ModelFiles, load_model
+from .causality import check_causal
+from .files import ModelFiles, load_reported
 from .heads import hidden_states, logit_chunks, logits_of, recognise
+from .parts import freeze_other_parts, lost_tensors
 
 
 class Student(torch.nn.Module):
@@ -21,9 +23,10 @@ class Student(torch.nn.Module):
     not [B, T, V], and sharded weights of the head are gathered there.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, lost_tensors: Sequence[str] = ()) -> None:
         super().__init__()
         self.model = model
+        self.lost_tensors = lost_tensors  # of the checkpoint, which are not saved
         self.head_form = recognise(model)
 
     def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
@@ -74,18 +77,22 @@ def load_student(
 ) -> Student:
     """The model with float32 weights, in training mode; with `lora_rank`, only adapters train.
 
-    Raises UserError as `load_model` does, and for a quantised model.
+    Raises UserError as `load_model` does, for a quantised model, for one that is not causal, and
+    for the text model alone of a vision-language checkpoint.
     """
-    model = load_model(base, torch.float32)
+    model, unexpected = load_reported(base, torch.float32)
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"model {base.name}: its weights are quantised and cannot be trained: train the model "
             "that it was made from"
         )
+    check_causal(base.name, model)
+    lost = lost_tensors(base, model, unexpected)
+    freeze_other_parts(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # or frozen embeddings would detach the graph
-    student = Student(model if lora_rank is None else _with_adapters(model, lora_rank))
+    student = Student(model if lora_rank is None else _with_adapters(model, lora_rank), lost)
     return student.train()  # a loaded model has neither dropout nor checkpointing
 
 

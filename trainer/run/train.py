@@ -20,9 +20,9 @@ from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
+from ..models.attention.packing import can_pack
 from ..models.compiling import compile_layers
 from ..models.files import ModelFiles, find_model
-from ..models.packing import can_pack
 from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
 from ..settings import TrainSettings
@@ -100,6 +100,13 @@ def _make_ready(out: Path, identity: Identity, is_main: bool) -> None:
 
 def _warn(base: ModelFiles, student: Student, is_padded_instead: bool) -> None:
     """Warn of what the model does not support."""
+    if student.lost_tensors:
+        print(
+            f"model {base.name}: {len(student.lost_tensors)} tensors of the checkpoint are not "
+            f"part of the model that transformers loads, and will not be saved: "
+            f"{student.lost_tensors[0]} among them",
+            file=sys.stderr,
+        )
     if student.head_form is None:
         print(
             f"model {base.name}: the fused loss does not know its output head: the plain one runs, "

@@ -11,9 +11,9 @@ from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import packed_batch
 from qpipe.trainer.data.segments import segments_of
 from qpipe.trainer.loss.objective import Objective
-from qpipe.trainer.models import packed_attention
+from qpipe.trainer.models.attention import packed_attention
+from qpipe.trainer.models.attention.packing import can_pack
 from qpipe.trainer.models.compiling import compile_layers
-from qpipe.trainer.models.packing import can_pack
 from qpipe.trainer.models.student import Student
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -70,8 +70,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counted.append(len(query))
         return flash(query, *rest, **options)
 
-    monkeypatch.setattr("qpipe.trainer.models.packed_attention.varlen_attn", counting)
-    monkeypatch.setattr("qpipe.trainer.models.packed_attention.runs_in_flash", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", counting)
+    monkeypatch.setattr(packed_attention, "runs_in_flash", lambda *_: True)
     yield counted
     torch.compiler.reset()
 

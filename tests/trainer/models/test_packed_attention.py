@@ -11,8 +11,8 @@ from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.methods import choose
 from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.loss.objective import Objective
+from qpipe.trainer.models.attention.packing import can_pack
 from qpipe.trainer.models.files import ModelFiles, load_model
-from qpipe.trainer.models.packing import can_pack
 from qpipe.trainer.models.student import Student
 from transformers import (
     AutoConfig,

@@ -8,7 +8,7 @@ from qpipe.pipeline.methods.table import choose
 from qpipe.tests.support.dispatched import Dispatched
 from qpipe.trainer.data.batch import packed_batch
 from qpipe.trainer.loss.objective import Objective
-from qpipe.trainer.models.packing import can_pack
+from qpipe.trainer.models.attention.packing import can_pack
 from qpipe.trainer.models.student import load_student
 from qpipe.trainer.settings import TrainSettings
 from qpipe.trainer.step.distributed import start_accelerator

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from ..data.segments import segments_of
-from .heads import causal_model
+from ...data.segments import segments_of
+from ..heads import causal_model
 from .packed_attention import packed_attention
 
 _NAME = "qpipe-packed"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..data.segments import Segments
+from ...data.segments import Segments
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_IN_FLASH = 256  # size of a head
