@@ -1,7 +1,8 @@
 """Log-probabilities of rows whose logits are divided among processes by vocabulary.
 
 With tensor parallelism each process computes the logits of a part of the vocabulary. Only its
-top k, its log-sum-exp, the logits asked for and a count travel, instead of the whole rows.
+summary and the logits asked for travel, instead of the whole rows. One process with the whole
+vocabulary is the simplest case.
 
 n rows, W logits of a row in this process, P processes, k the size of the top k.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .gather import Gathered
+from .summary import Summary, summarise
 
 AllGather = Callable[[Tensor], Tensor]  # [n, c] of this process -> [n, P, c]
 
@@ -27,25 +29,55 @@ def shard_log_probs(
     """The log-probabilities of whole rows, the same in every process.
 
     `logits_nW` are of the ids from `first_id` on, without padding; the parts have at least `top_k`
-    ids together.
+    ids together. Of equal logits, those with the smaller ids are in the top k.
     """
-    logits_nW = logits_nW.float()
-    n, W = logits_nW.shape
-    log_sums_n1 = all_gather(logits_nW.logsumexp(dim=1, keepdim=True)).logsumexp(dim=1)
     asked_nc = torch.cat((observed_n[:, None], given_nw.clamp_min(0)), dim=1) - first_id
-    is_here_nc = (asked_nc >= 0) & (asked_nc < W)
-    at_nc = logits_nW.new_full(asked_nc.shape, -torch.inf)
-    if W:
-        here_nc = logits_nW.gather(1, asked_nc.clamp(0, W - 1))
-        at_nc = torch.where(is_here_nc, here_nc, at_nc)
-    at_nc = all_gather(at_nc).amax(dim=1)
-    ranks_n = all_gather((logits_nW >= at_nc[:, :1]).sum(dim=1, keepdim=True)).sum(dim=(1, 2))
-    values_nk = logits_nW.new_full((n, top_k), -torch.inf)
-    ids_nk = torch.zeros((n, top_k), dtype=torch.int64, device=logits_nW.device)
-    own = logits_nW.topk(min(top_k, W), dim=1)
-    values_nk[:, : own.values.shape[1]] = own.values
-    ids_nk[:, : own.indices.shape[1]] = own.indices + first_id
-    values_nk, chosen_nk = all_gather(values_nk).flatten(1).topk(top_k, dim=1)
-    ids_nk = all_gather(ids_nk).flatten(1).gather(1, chosen_nk)
-    at_nc = at_nc - log_sums_n1
-    return Gathered(at_nc[:, 0], ranks_n, ids_nk, values_nk - log_sums_n1, at_nc[:, 1:])
+    at_nc = all_gather(_at(logits_nW, asked_nc)).amax(dim=1)
+    part = _widened(logits_nW, at_nc[:, 0], top_k)
+    floats = torch.cat((part.highest_n[:, None], part.sums_n[:, None], part.logits_nk), dim=1)
+    integers = torch.cat((part.counts_n[:, None], part.ids_nk + first_id), dim=1)
+    floats_nPc, integers_nPc = all_gather(floats), all_gather(integers)
+    highest_nP, sums_nP = floats_nPc[..., 0], floats_nPc[..., 1]
+    highest_n1 = highest_nP.amax(dim=1, keepdim=True)
+    norm_n1 = (sums_nP * (highest_nP - highest_n1).exp()).sum(dim=1, keepdim=True).log()
+    ranks_n = integers_nPc[..., 0].sum(dim=1)
+    values_nK, ids_nK = floats_nPc[..., 2:].flatten(1), integers_nPc[..., 1:].flatten(1)
+    if values_nK.shape[1] > top_k:
+        values_nK, order_nK = values_nK.sort(dim=1, descending=True, stable=True)
+        values_nK, ids_nK = values_nK[:, :top_k], ids_nK.gather(1, order_nK[:, :top_k])
+    # in this order: far from 0 the norm itself is coarse
+    at_nc = (at_nc - highest_n1) - norm_n1
+    top_nk = (values_nK - highest_n1) - norm_n1
+    return Gathered(at_nc[:, 0], ranks_n, ids_nK, top_nk, at_nc[:, 1:])
+
+
+def whole_log_probs(
+    logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
+) -> Gathered:
+    """The same in one process."""
+    return shard_log_probs(logits_nV, 0, observed_n, given_nw, top_k, lambda part: part[:, None])
+
+
+def _at(logits_nW: Tensor, places_nc: Tensor) -> Tensor:
+    """The logits at some places in float32, −inf at those of other processes."""
+    W = logits_nW.shape[1]
+    if not W:
+        return logits_nW.new_full(places_nc.shape, -torch.inf, dtype=torch.float32)
+    here_nc = logits_nW.gather(1, places_nc.clamp(0, W - 1)).float()
+    return here_nc.masked_fill((places_nc < 0) | (places_nc >= W), -torch.inf)
+
+
+def _widened(logits_nW: Tensor, at_least_n: Tensor, top_k: int) -> Summary:
+    """A summary with −inf in the top k if the part has fewer ids."""
+    n, W = logits_nW.shape
+    if not W:
+        nothing_n = at_least_n.new_full((n,), -torch.inf)
+        nothing_nk = nothing_n[:, None].expand(n, top_k)
+        counts_n, ids_nk = torch.zeros_like(nothing_n).int(), torch.zeros_like(nothing_nk).int()
+        return Summary(nothing_n, torch.zeros_like(nothing_n), counts_n, nothing_nk, ids_nk)
+    part = summarise(logits_nW, at_least_n, min(top_k, W))
+    missing = (0, top_k - part.logits_nk.shape[1])
+    return part._replace(
+        logits_nk=torch.nn.functional.pad(part.logits_nk, missing, value=-torch.inf),
+        ids_nk=torch.nn.functional.pad(part.ids_nk, missing),
+    )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....pipeline.progress import say_once
 from .gather import Gathered, gathered_log_probs, triton_log_probs
 from .request import unpacked
-from .shards import shard_log_probs
+from .shards import shard_log_probs, whole_log_probs
 from .steps import LogProbs, Span, SupervisedRows
+from .summary import has_kernels
 
 _V1 = ("hidden_states", "num_scheduled_tokens")
 _V2 = (
@@ -172,24 +174,43 @@ def _v2_spans(batch: Any, prompt_lens: Any) -> Iterator[Span]:
         )
 
 
-def _checked_log_probs(runner: Any, of_logits: Callable[..., Gathered]) -> LogProbs:
+def _checked_log_probs(runner: Any, plain: Callable[..., Gathered]) -> LogProbs:
     """From hidden states to log-probabilities, compared with a plain computation once.
 
-    `of_logits` takes whole rows of logits. With tensor parallelism the vocabulary stays divided,
-    unless the model's logits do not allow it.
+    With tensor parallelism the vocabulary stays divided, unless the model's logits do not allow it.
+    `plain` takes whole rows of logits where the kernels cannot.
     """
 
     def whole(hidden_nH: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int) -> Gathered:
-        return of_logits(runner.model.compute_logits(hidden_nH), observed_n, given_nw, top_k)
+        logits_nV = runner.model.compute_logits(hidden_nH)
+        of_logits = whole_log_probs if has_kernels(logits_nV, top_k) else plain
+        return of_logits(logits_nV, observed_n, given_nw, top_k)
+
+    def without_kernels(hidden_nH: Tensor, *asked: Any) -> Gathered:
+        return plain(runner.model.compute_logits(hidden_nH), *asked)
 
     config = runner.model_config
     hidden_nH = torch.randn((_PROBE_ROWS, config.get_hidden_size()), dtype=config.dtype)
     hidden_nH = hidden_nH.to(runner.device)
     expected = runner.model.compute_logits(hidden_nH).float().log_softmax(dim=1)
-    for log_probs in (divided_log_probs(runner.model), whole):
-        if log_probs is not None and _agree(log_probs, hidden_nH, expected):
+    reasons: list[str] = []
+    for log_probs in (divided_log_probs(runner.model), whole, without_kernels):
+        reason = None if log_probs is None else _why_not(log_probs, hidden_nH, expected)
+        if log_probs is not None and reason is None:
+            for each in reasons:
+                say_once(f"log-probabilities of supervised rows are computed another way: {each}")
             return log_probs
-    raise ValueError("the log-probabilities of a trial differ from a plain computation")
+        reasons += filter(None, [reason])
+    raise ValueError("; ".join(reasons))
+
+
+def _why_not(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor) -> str | None:
+    try:
+        if _agree(log_probs, hidden_nH, expected_nV):
+            return None
+    except Exception as error:  # of a compiler or a driver, for example
+        return f"{type(error).__name__}: {error}"
+    return "the log-probabilities of a trial differ from a plain computation"
 
 
 def _agree(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor) -> bool:
