@@ -10,7 +10,7 @@ from typing import Any
 
 from ...pipeline.errors import UserError
 from .demonstration import Row, UnusableError
-from .messages import parse_json
+from .messages import value_of
 from .readers.reader import Lines
 
 TARGETS = ("prompt", "completion", "reasoning", "system", "messages", "tools", "id")
@@ -56,7 +56,7 @@ def refuse_unknown(origin: str, rows: Lines, columns: Mapping[str, str]) -> None
     missing = dict(columns)
     for _, raw in islice(rows, _LOOKED_AT) if columns else ():
         with suppress(UnusableError):
-            row = parse_json(raw) if isinstance(raw, bytes) else raw
+            row = value_of(raw)
             if isinstance(row, dict):
                 missing = {name: each for name, each in missing.items() if _at(row, each) is None}
         if not missing:

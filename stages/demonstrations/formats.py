@@ -19,8 +19,8 @@ from .messages import (
     from_json,
     list_of_turns,
     message,
-    parse_json,
     typed,
+    value_of,
 )
 from .sources import Source
 
@@ -68,7 +68,7 @@ def parse_row(
     `columns` are the fields of the row for the names of `columns.TARGETS`.
     """
     try:
-        row = parse_json(raw) if isinstance(raw, bytes) else raw
+        row = value_of(raw)
         if not isinstance(row, dict):
             raise UnusableError("not an object with fields (a JSON array belongs in a .json file)")
         row = renamed(row, columns) if columns else row

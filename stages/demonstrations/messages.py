@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from .demonstration import Messages, Row, UnusableError
 from .message_weights import WEIGHT_KEYS
-from .readers.text import LONGEST_LINE
+from .readers.reader import LONGEST_LINE, TOO_LONG
 
 T = TypeVar("T")
 
@@ -194,15 +194,17 @@ def from_json(name: str, value: Any) -> Any:
         raise UnusableError(f"{name} is not JSON: {error}") from error
 
 
-def parse_json(line: bytes) -> Any:
-    """The value of a line of JSON."""
-    if len(line) > LONGEST_LINE:
+def value_of(raw: Any) -> Any:
+    """The value of a row as its reader gives it: of a line of JSON, what it says."""
+    if raw is TOO_LONG or (isinstance(raw, bytes) and len(raw) > LONGEST_LINE):
         raise UnusableError(f"longer than {LONGEST_LINE:,} bytes, the most of one row")
+    if not isinstance(raw, bytes):
+        return raw
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnusableError(
-            f"not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}"
+            f"not UTF-8: byte {error.start + 1} is {raw[error.start]:#04x}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"not JSON: {error}") from error

@@ -4,7 +4,7 @@ A source is a file (JSON lines or a JSON array, also compressed with gzip or zst
 also at an fsspec URL, or a data set of the `datasets` library: a folder, or a name on the Hugging
 Face hub, written `NAME[:CONFIG][@SPLIT]` ("HuggingFaceTB/smoltalk:all@train"; the split defaults to
 "train"; a folder takes both too). An existing path takes precedence over a name on the hub. A file
-at a URL is fetched as a whole. Only a JSON array is held in memory as a whole.
+at a URL is fetched as a whole.
 """
 
 import re
@@ -130,10 +130,10 @@ class RowReader:
         known = [number for number in counts if number is not None]
         return sum(known) if len(known) == len(counts) else self._end
 
-    def read(self, start: int, stop: int) -> list[tuple[Source, int, Any]]:
-        """Return (source, line, content) of rows `start` to `stop` - 1; fewer at the end.
+    def read(self, start: int, stop: int) -> Iterator[tuple[Source, int, Any]]:
+        """Yield (source, line, content) of rows `start` to `stop` - 1; fewer at the end.
 
-        Raises UserError if a file has changed since it was opened.
+        Raises UserError at their end if a file has changed since it was opened.
         """
         behind = start < self._next
         ahead = start > self._next and all(source.reader.finds_rows for source in self.sources)
@@ -141,13 +141,13 @@ class RowReader:
             self._next = 0 if self.count is None else start
             self._rows = rows_from(self.sources, self._next)
         self._next += sum(1 for _ in islice(self._rows, start - self._next))
-        rows = list(islice(self._rows, stop - start))
-        self._next += len(rows)
+        for row in islice(self._rows, stop - self._next):
+            self._next += 1
+            yield row
         for source in self.sources:
             source.refuse_changed()
-        if len(rows) < stop - start and self.count is None:
+        if self._next < stop and self.count is None:
             self._end = self._next
-        return rows
 
 
 def _open(name: str) -> Source:

@@ -144,11 +144,8 @@ class Demonstrations:
 
     def read(self, index: int) -> ShardInput | None:
         size = self.options.shard_size
-        rows = self.rows.read(index * size, (index + 1) * size)
-        if not rows:
-            return None
         shard = ShardInput()
-        for source, line, raw in rows:
+        for source, line, raw in self.rows.read(index * size, (index + 1) * size):
             row = parse_row(source, line, raw, self.options.format, self.columns)
             encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
             if isinstance(encoded, Encoded):
@@ -165,7 +162,7 @@ class Demonstrations:
                 raise _unusable(encoded)
             else:
                 shard.content.rejects.append(encoded)
-        return shard
+        return shard if shard.examples or shard.content.rejects else None
 
 
 def _max_length(settings: RowSettings, model: ModelFiles) -> int:

@@ -100,7 +100,7 @@ def read(source: Source) -> list[Any]:
     reader = RowReader([source, source])
     whole = [(source, *each) for each in rows] * 2
     for start, stop in ((1, 3), (0, 5), (len(rows) - 1, len(rows) + 2), (2 * len(rows), 9**9)):
-        assert same(reader.read(start, stop), whole[start:stop])
+        assert same(list(reader.read(start, stop)), whole[start:stop])
     assert reader.count == len(whole)
     return [value for _, value in rows]
 

@@ -1,17 +1,26 @@
-"""Readers of Parquet and Arrow files."""
+"""Readers of Parquet and Arrow files.
+
+Both are compressed in pieces, pages and record batches, that are decompressed as a whole: pieces
+that state a large size are refused before that. Texts of Parquet are read as dictionaries, so that
+a text that many rows repeat is held once, and a row is decoded only if it is not too long.
+"""
 
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ....pipeline.storage.files import sha256_of_file
-from .reader import Lines, Reader, without_nones
+from .reader import LONGEST_LINE, TOO_LONG, Lines, Reader, without_nones
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow.parquet import ParquetFile, RowGroupMetaData
 
 BATCH_ROWS = 256  # turned into Python objects at a time
-BUFFER_BYTES = 1 << 20
+MOST_MEMORY = 1 << 30  # bytes that Arrow may hold of a batch of Parquet
+_USUAL_BATCH = 1 << 27  # bytes, if the rows of a group are of similar size
+_BUFFER_BYTES = 1 << 14  # of a column, after which its memory is looked at
 
 
 def parquet_reader(path: Path) -> Reader:
@@ -26,16 +35,53 @@ def parquet_reader(path: Path) -> Reader:
 
 
 def _parquet_rows(path: Path, start: int) -> Lines:
-    from pyarrow.parquet import ParquetFile
+    from .parquet_pages import refuse_page_bombs
 
-    with ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+    with _open_parquet(path) as file:
         row = 0
         for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row + size > start:
-                batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group])
+            facts = file.metadata.row_group(group)
+            if row + facts.num_rows > start:
+                refuse_page_bombs(path, facts)
+                batches = file.iter_batches(_batch_size(facts), row_groups=[group])
                 yield from _batch_rows(batches, row, start)
-            row += size
+            row += facts.num_rows
+
+
+def _open_parquet(path: Path) -> "ParquetFile":
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile, read_metadata
+
+    schema = read_metadata(path).schema
+    columns = (schema.column(index) for index in range(len(schema)))
+    return ParquetFile(
+        pa.PythonFile(_Watched(path), "r"),
+        pre_buffer=False,
+        buffer_size=_BUFFER_BYTES,
+        read_dictionary=[each.path for each in columns if each.physical_type == "BYTE_ARRAY"],
+    )
+
+
+class _Watched(FileIO):
+    """A file that is not read on while Arrow holds more than MOST_MEMORY of what was read."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        super().__init__(path)
+        self._allocated = pa.total_allocated_bytes
+        self._before = self._allocated()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._allocated() - self._before > MOST_MEMORY:
+            raise ValueError(f"a row, or several, take more than {MOST_MEMORY:,} bytes")
+        return super().read(size) or b""
+
+
+def _batch_size(group: "RowGroupMetaData") -> int:
+    """The number of rows to read at a time, which is smaller for long rows."""
+    fitting = _USUAL_BATCH * group.num_rows // max(1, group.total_byte_size)
+    return min(max(1, fitting), BATCH_ROWS)
 
 
 def arrow_reader(path: Path) -> Reader:
@@ -51,11 +97,15 @@ def _arrow_batches(path: Path) -> "Iterator[pa.RecordBatch]":
     """The record batches of an Arrow file of either IPC format, mapped into memory."""
     import pyarrow as pa
 
+    from ....pipeline.format.arrow_limits import refuse_bombs, refuse_stream_bombs
+
     with pa.memory_map(str(path)) as file:
         if file.read(6) == b"ARROW1":
+            refuse_bombs(file, is_shard=False)
             reader = pa.ipc.open_file(file)
             yield from map(reader.get_batch, range(reader.num_record_batches))
         else:
+            refuse_stream_bombs(file)
             file.seek(0)
             yield from pa.ipc.open_stream(file)
 
@@ -65,6 +115,19 @@ def _batch_rows(batches: "Iterator[pa.RecordBatch]", row: int, start: int) -> Li
     for batch in batches:
         batch.validate(full=True)  # invalid list offsets would crash the process
         for offset in range(max(0, start - row), batch.num_rows, BATCH_ROWS):
-            rows = batch.slice(offset, BATCH_ROWS).to_pylist()
-            yield from enumerate(map(without_nones, rows), row + offset + 1)
+            rows = _decoded(batch.slice(offset, BATCH_ROWS))
+            yield from enumerate(rows, row + offset + 1)
         row += batch.num_rows
+
+
+def _decoded(batch: "pa.RecordBatch") -> Iterator[Any]:
+    """The rows of a batch, and TOO_LONG in place of those that are longer than a line may be."""
+    from .widths import row_bytes
+
+    sizes = row_bytes(batch)
+    whole = len(sizes) if sizes.sum() <= LONGEST_LINE else 1
+    for first in range(0, len(sizes), whole):
+        if sizes[first : first + whole].sum() > LONGEST_LINE:
+            yield TOO_LONG
+            continue
+        yield from map(without_nones, batch.slice(first, whole).to_pylist())

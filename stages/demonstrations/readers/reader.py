@@ -1,8 +1,10 @@
 """The interface of readers."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+LONGEST_LINE = 1 << 25  # bytes; a conversation of a million tokens takes a fifth
+TOO_LONG: Final = object()  # in place of a row that is longer than a line may be
 # line or row number from 1, and content: bytes are unparsed JSON
 Lines = Iterator[tuple[int, Any]]
 Version = tuple[int, ...] | None  # of a file; None if it is missing, or not a file

@@ -2,19 +2,17 @@
 
 import csv
 import gzip
-import json
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from .reader import Lines, Reader
+from .json_array import array_values
+from .reader import LONGEST_LINE, Lines, Reader
 
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
-LONGEST_LINE = 1 << 25  # bytes; a conversation of a million tokens takes a fifth
-MOST_OF_ARRAY = 1 << 30  # bytes; parsed, an array takes several times its size
 _ZSTD_BYTES = 1 << 10  # decompressed at once, to at most 32 MiB
 _USUAL_WINDOW, _ANY_WINDOW = 1 << 27, 1 << 31  # bytes; zstd itself asks for --long above the first
 _LARGE_FILE = 1 << 24
@@ -27,11 +25,11 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def json_reader(path: Path) -> Reader:
-    """Read JSON lines or, in a .json file, an array, which is held in memory as a whole."""
+    """Read JSON lines or, in a .json file, the values of an array."""
     if suffixes(path)[0] == ".json" and _starts_array(path):
         return Reader(
-            lambda start: islice(enumerate(_load_array(path), 1), start, None),
-            lambda: (_text_facts(path)[0], len(_load_array(path))),
+            lambda start: islice(enumerate(array_values(_content(path)), 1), start, None),
+            lambda: (_text_facts(path)[0], sum(1 for _ in array_values(_content(path)))),
         )
     return Reader(lambda start: _text_rows(path, start), lambda: _text_facts(path))
 
@@ -46,19 +44,23 @@ def csv_reader(path: Path) -> Reader:
 
 def _csv_rows(path: Path) -> Lines:
     csv.field_size_limit(LONGEST_LINE)
-    lines = (_refuse_long(line).decode("utf-8") for line in _text_lines(path))
+    taken = 0  # bytes of the row that is being read, which may have several lines
+
+    def lines() -> Iterator[str]:
+        nonlocal taken
+        for line in _text_lines(path):
+            taken += len(line)
+            if taken > LONGEST_LINE:
+                raise ValueError(f"a row is longer than {LONGEST_LINE:,} bytes")
+            yield line.decode("utf-8")
+
     delimiter = "\t" if suffixes(path)[0] == ".tsv" else ","
-    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
     for number, row in enumerate(rows, 1):
+        taken = 0
         if None in row or None in row.values():
             raise ValueError(f"line {rows.line_num} has another number of fields than the first")
         yield number, {name: value for name, value in row.items() if value}
-
-
-def _refuse_long(line: bytes) -> bytes:
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"a line is longer than {LONGEST_LINE:,} bytes")
-    return line
 
 
 def _text_lines(path: Path) -> Iterator[bytes]:
@@ -141,14 +143,3 @@ def _text_facts(path: Path) -> tuple[str, int]:
 def _starts_array(path: Path) -> bool:
     first = next((line for line in _text_lines(path) if line.strip()), b"")
     return first.lstrip().startswith(b"[")
-
-
-def _load_array(path: Path) -> list[Any]:
-    content = bytearray()
-    for chunk in _content(path):
-        content += chunk
-        if len(content) > MOST_OF_ARRAY:
-            raise ValueError(
-                f"a JSON array of more than {MOST_OF_ARRAY:,} bytes: give JSON lines (jq -c '.[]')"
-            )
-    return json.loads(content.decode("utf-8"))

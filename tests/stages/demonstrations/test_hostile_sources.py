@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +20,7 @@ from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.storage.remote import fetch
 from qpipe.stages.demonstrations.formats import parse_row
 from qpipe.stages.demonstrations.readers import text
-from qpipe.stages.demonstrations.sources import open_sources
+from qpipe.stages.demonstrations.sources import RowReader, open_sources
 
 ROW = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 LINE = json.dumps(ROW).encode() + b"\n"
@@ -103,13 +105,43 @@ def test_a_json_array_on_one_line_has_no_longest_line(tmp_path: Path) -> None:
     assert source.facts.rows == len(rows)
 
 
-def test_a_json_array_of_gigabytes_is_refused(
+def test_a_json_array_is_read_value_by_value(tmp_path: Path) -> None:
+    """Small values take thirty times their text."""
+    content = b"[" + b'{"a":[]},' * 400_000 + b"{}]"
+    (tmp_path / "x.json.zst").write_bytes(zstandard.compress(content))
+    assert read_in_a_child(tmp_path / "x.json.zst") == (400_001, pytest.approx(30, abs=70))
+
+
+def test_a_value_of_an_array_that_is_too_long_ends_the_reading(tmp_path: Path) -> None:
+    content = b'[{}, {"a": "' + b"x" * (1 << 26) + b'"}]'
+    (tmp_path / "x.json.zst").write_bytes(zstandard.compress(content))
+    (source,) = open_sources([str(tmp_path / "x.json.zst")])
+    with pytest.raises(UserError, match="value 2 of the array: longer than 33,554,432 characters"):
+        list(source.rows())
+
+
+def test_a_row_of_a_table_may_not_have_any_number_of_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "MOST_OF_ARRAY", 1 << 22)
-    (tmp_path / "x.json.zst").write_bytes(zstandard.compress(b"[" + b" " * (1 << 23) + b"]"))
-    with pytest.raises(UserError, match="a JSON array of more than 4,194,304 bytes: give JSON li"):
-        open_sources([str(tmp_path / "x.json.zst")])
+    monkeypatch.setattr(text, "LONGEST_LINE", 999)
+    table = b"prompt,completion\n" + b"a,b\n" * 999 + b'a,"' + b"%s\n" + b'"\n'
+    for size, is_refused in ((900, False), (999, True)):
+        (tmp_path / "x.csv").write_bytes(table % (b"\n" * size))
+        (source,) = open_sources([str(tmp_path / "x.csv")])
+        with pytest.raises(UserError, match="longer than 999") if is_refused else nullcontext():
+            assert len(list(source.rows())) == 1000
+
+
+def test_the_rows_of_a_shard_are_not_all_held(tmp_path: Path) -> None:
+    """Rows of 32 MiB, of which a small file may hold hundreds."""
+    line = LINE[:-1] + b" " * (1 << 24) + b"\n"
+    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(line * 12))
+    (source,) = open_sources([str(tmp_path / "x.jsonl.zst")])
+    tracemalloc.start()
+    assert sum(1 for _ in RowReader([source]).read(0, 12)) == 12
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * (1 << 24)
 
 
 def test_a_long_window_is_for_large_files(tmp_path: Path) -> None:
