@@ -1,4 +1,4 @@
-"""The parts of trainer.py, a script of its own, as parts of `make gpu`."""
+"""The parts of the module `trainer`, run in a process of its own, as parts of `make gpu`."""
 
 import json
 import os
@@ -7,21 +7,20 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .parts import Bench, Part, Row
 
-SCRIPT = Path(__file__).parent / "trainer.py"
+MODULE = "qpipe.tests.gpu.trainer"
 
 
 def measured(bench: Bench, name: str) -> Iterator[Row]:
-    """What trainer.py finds in one of its parts, line by line."""
+    """What the module finds in one of its parts, line by line."""
     out = bench.work / f"trainer-{name}"
     out.mkdir(exist_ok=True)
     kept = out / "trainer.jsonl"
     kept.unlink(missing_ok=True)
-    words = [sys.executable, f"{SCRIPT}", name, *(["--rehearse"] if bench.rehearse else [])]
+    words = [sys.executable, "-m", MODULE, name, *(["--rehearse"] if bench.rehearse else [])]
     running = subprocess.Popen(words, env=os.environ | {"OUT": f"{out}"})
     read, ended = 0, False
     while not ended:
@@ -32,7 +31,7 @@ def measured(bench: Bench, name: str) -> Iterator[Row]:
             yield from rows_of(json.loads(line))
         time.sleep(0 if ended else 0.3)
     if running.returncode:
-        raise RuntimeError(f"trainer.py ended with status {running.returncode}")
+        raise RuntimeError(f"{MODULE} ended with status {running.returncode}")
 
 
 def rows_of(found: dict[str, Any]) -> Iterator[Row]:
@@ -48,15 +47,11 @@ def _part(name: str, about: str, seconds: int) -> Part:
     return Part(about, partial(measured, name=name), seconds)
 
 
-PARTS = (
-    {
-        "right": _part("right", "the loss and packed attention against truth", 90),
-        "loss": _part("loss", "time and memory of the loss", 120),
-        "products": _part("products", "the matrix products of the loss", 60),
-        "step-0.6B": _part("step-0.6B", "training steps of a 0.6B model", 150),
-        "step-1.7B": _part("step-1.7B", "training steps of a 1.7B model", 150),
-        "trace": _part("trace", "the kernels of a training step", 60),
-    }
-    if SCRIPT.exists()
-    else {}
-)
+PARTS = {
+    "right": _part("right", "the loss and packed attention against truth", 90),
+    "loss": _part("loss", "time and memory of the loss", 120),
+    "products": _part("products", "the matrix products of the loss", 60),
+    "step-0.6B": _part("step-0.6B", "training steps of a 0.6B model", 150),
+    "step-1.7B": _part("step-1.7B", "training steps of a 1.7B model", 150),
+    "trace": _part("trace", "the kernels of a training step", 60),
+}

@@ -22,7 +22,7 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _MOST_IN_FLASH = 256  # size of a head
 # until torch 2.12 fewer heads of keys and values need no argument
 _IS_TOLD = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if _IS_TOLD else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if _IS_TOLD else {}
 
 
 def packed_attention(
@@ -87,7 +87,7 @@ def _in_one_call(
         segments.longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # of so many tokens to the left
-        **_GROUPED,
+        **GROUPED,
     )
     return output
 
