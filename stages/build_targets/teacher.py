@@ -1,7 +1,9 @@
-"""A teacher's score folder joined to the base's, by example and position.
+"""A teacher's score folder joined to the base's, by example and supervised token.
 
 A folder made by `qpipe score --at` has the base's examples in the base's shards and is read in step
-with it. Any other is searched by example id (`Join`).
+with it. Any other is searched by example id (`Join`). The two must hold the same tokens at the same
+positions. Behind a context of the teacher's own (`score --context`) only the supervised tokens are
+the same.
 """
 
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ class Teacher:
     def __init__(self, base: SealedFolder, folder: SealedFolder) -> None:
         self.base = base
         self.folder = folder
+        self.has_context = "context" in folder.settings
         self._join = Join(base, folder)
         ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
         if ours != theirs:
@@ -39,9 +42,17 @@ class Teacher:
     def batches(self, shard: int) -> Iterator[tuple[FlatBatch, FlatBatch]]:
         """The batches of a shard of the base, each with the teacher's scores of its rows."""
         for batch, own in self._pairs(shard):
-            if not _same_tokens(batch, own):
+            if not self._are_same(batch, own):
                 raise self._other_tokens()
             yield batch, own
+
+    def _are_same(self, one: FlatBatch, other: FlatBatch) -> bool:
+        """Whether two batches have the same rows of supervised tokens, and of all tokens."""
+        if not np.array_equal(one.lengths["position"], other.lengths["position"]):
+            return False
+        if self.has_context:
+            return np.array_equal(one.observed_ids, other.observed_ids)
+        return _same_tokens(one, other)
 
     def _pairs(self, shard: int) -> Iterator[tuple[FlatBatch, FlatBatch]]:
         return zip(self.base.batches(shard), self._join.batches(shard), strict=True)
@@ -49,6 +60,8 @@ class Teacher:
     def _refuse_missing(self) -> None:
         """Refuse a folder in which a search would not find each example once."""
         way_out = f"score the teacher with --at {self.base.path}"
+        if self.has_context:
+            way_out += ", or leave out what it rejected with `qpipe subset --ids`"
         repeated = self._join.repeated()
         if repeated is not None:
             raise UserError(
@@ -69,7 +82,8 @@ class Teacher:
             zip(split(self.base.schema, batch), split(self.folder.schema, own), strict=True)
             for batch, own in pairs
         )
-        first_of_rows = chain.from_iterable(islice(_differences(*row), 1) for row in rows)
+        differences = _other_answers if self.has_context else _differences
+        first_of_rows = chain.from_iterable(islice(differences(*row), 1) for row in rows)
         first = next(first_of_rows)
         differing = 1 + sum(1 for _ in first_of_rows)
         return UserError(
@@ -86,6 +100,14 @@ def _same_tokens(one: FlatBatch, other: FlatBatch) -> bool:
         and np.array_equal(one[name], other[name])
         for name, level in (("input_ids", "token"), ("positions", "position"))
     )
+
+
+def _other_answers(ours: Example, theirs: Example) -> Iterator[str]:
+    """The supervised tokens in which two examples differ, in words."""
+    pairs = (each.observed_ids.tolist() for each in (ours, theirs))
+    for place, (our, their) in enumerate(zip_longest(*pairs, fillvalue="absent")):
+        if our != their:
+            yield f"{ours.id}, supervised token {place} is {their}, not {our}"
 
 
 def _differences(ours: Example, theirs: Example) -> Iterator[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...pipeline.format.records import Reject
     from ..score.plan import Costs, Memory, ScorePlan, Workload
 
-_FIRST = ("model", "demonstrations", "at")
+_FIRST = ("model", "demonstrations", "at", "context")
 _BINDS = {
     "step": "the largest step in use",
     "share": "--gpu-memory-utilization keeps the step from being larger",
@@ -90,11 +90,13 @@ def score(ctx: click.Context, plan: bool, show: int | None, **options: Any) -> N
 
     With --at, a second model scores the examples of an existing score folder, also at the ids
     stored there, so that the two folders can be joined. Options that control how rows are read
-    do not apply.
+    do not apply, except with --context: it puts a prompt of the teacher's own in front.
 
     \b
     qpipe score --model Qwen/Qwen3-0.6B --demonstrations chats.jsonl --out scores/
     qpipe score --model Qwen/Qwen3-8B --at scores/ --out teacher/
+    qpipe score --model Qwen/Qwen3-0.6B --at scores/ --demonstrations chats.jsonl
+        --context 'The answer is {{ answer }}.' --out hinted/
     qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --show 3
     qpipe score --model Qwen/Qwen3-8B --demonstrations chats.jsonl --plan --gpu-memory 80
     """
@@ -114,7 +116,7 @@ def score(ctx: click.Context, plan: bool, show: int | None, **options: Any) -> N
     take_place(options)
     execution = take(Execution, options)
     if options["at"] is not None:
-        _refuse_row_options(ctx)
+        _refuse_row_options(ctx, has_context=options["context"] is not None)
         from ..score.from_folder import score_at as run
     elif options["demonstrations"]:
         from ..score.from_demonstrations import score as run
@@ -158,13 +160,16 @@ def _plan(ctx: click.Context, options: dict[str, Any], gpu: dict[str, float | No
     log_event(log_json, **plan_event(result))
 
 
-def _refuse_row_options(ctx: click.Context) -> None:
-    """Refuse options about rows, which --at takes from its folder."""
+def _refuse_row_options(ctx: click.Context, has_context: bool) -> None:
+    """Refuse options about rows, which --at takes from its folder; with a context its shards'."""
     for each in described(RowSettings):
+        if has_context and each.name != "shard_size":
+            continue
         if ctx.get_parameter_source(each.name) is not ParameterSource.DEFAULT:
             option = option_of(each.name)
+            excluded = "--context" if has_context else "--at"
             raise click.UsageError(
-                f"{option} requires --demonstrations and excludes --at: leave one out", ctx
+                f"{option} requires --demonstrations and excludes {excluded}: leave one out", ctx
             )
 
 

@@ -48,7 +48,7 @@ def _refuse_rejects(job: Job) -> None:
         entries = in_order(there, sidecar_indices(folder))
     for entry in entries:
         if entry is not None and entry.rejects:
-            raise _unusable(entry.rejects[0])
+            raise unusable(entry.rejects[0])
 
 
 def _stage(
@@ -125,13 +125,14 @@ class Demonstrations:
         return {}
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
+        facts = [source.facts for source in self.rows.sources]
+        return _stage, (self.dated(settings), job, facts)
+
+    def dated(self, settings: ScoreSettings) -> ScoreSettings:
+        """The settings with the date that the template writes here."""
         day = self.encoder.day
         rows = replace(settings.rows, date=None if day is None else day.isoformat())
-        return _stage, (
-            replace(settings, rows=rows),
-            job,
-            [source.facts for source in self.rows.sources],
-        )
+        return replace(settings, rows=rows)
 
     @property
     def count(self) -> int | None:
@@ -159,7 +160,7 @@ class Demonstrations:
                         "in the scores"
                     )
             elif self.options.strict:
-                raise _unusable(encoded)
+                raise unusable(encoded)
             else:
                 shard.content.rejects.append(encoded)
         return shard if shard.examples or shard.content.rejects else None
@@ -176,7 +177,8 @@ def _max_length(settings: RowSettings, model: ModelFiles) -> int:
     return settings.max_length
 
 
-def _unusable(reject: Reject) -> UserError:
+def unusable(reject: Reject) -> UserError:
+    """The error of --strict."""
     return UserError(
         f"{reject.source}, line {reject.line}: {reject.reason}: correct it, or leave --strict out"
     )

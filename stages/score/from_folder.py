@@ -16,6 +16,7 @@ from ...trainer.models.files import ModelFiles, find_model
 from ..engines.base import GivenIds
 from ..execution.run import host_of_workers, run_stage
 from ..execution.settings import Execution
+from .in_context import ExamplesInContext
 from .settings import ScoreSettings
 from .stage import ScoreStage, ShardInput
 
@@ -24,10 +25,10 @@ def score_at(
     settings: ScoreSettings, execution: Execution | None = None
 ) -> StageResult | TaskResult:
     """Make the score folder of another folder's examples, or its missing shards."""
-    return run_stage(_stage(settings.on(host_of_workers(execution))), execution)
+    return run_stage(stage_at(settings.on(host_of_workers(execution))), execution)
 
 
-def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
+def stage_at(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
     """The stage of these settings; a worker passes the job of its driver."""
     at = settings.at
     assert at is not None
@@ -35,6 +36,11 @@ def _stage(settings: ScoreSettings, job: Job | None = None) -> ScoreStage:
     model = find_model(settings.model, settings.revision)
     if job is None:
         _check_tokenizer(folder, model)
+    if settings.context is not None:
+        return ScoreStage(
+            settings, ExamplesInContext(settings, folder, model, stage_at), model, job
+        )
+    if job is None:
         _check_examples(folder, model)
     return ScoreStage(settings, _FolderExamples(folder, model), model, job)
 
@@ -64,7 +70,7 @@ class _FolderExamples:
         return {"at": self.folder.manifest.as_parent}
 
     def rebuild(self, settings: Any, job: Job) -> tuple[Any, ...]:
-        return _stage, (settings, job)
+        return stage_at, (settings, job)
 
     @property
     def count(self) -> int | None:

@@ -89,9 +89,21 @@ class ScoreSettings:
         "in that folder.",
         metavar="DIR",
     )
+    context: str | None = option(
+        None,
+        "With --at and the --demonstrations of its folder, put this system message in front, for "
+        "the teacher alone. A Jinja template over the fields of a row, as in 'The answer: "
+        "{{ answer }}', or @FILE.",
+        metavar="TEXT|@FILE",
+    )
     engine: EngineSettings = EngineSettings()
 
     def __post_init__(self) -> None:
+        if self.context is not None and (self.at is None or not self.rows.demonstrations):
+            raise UserError(
+                "--context goes with --at and --demonstrations: give the score folder and what it "
+                "was made from"
+            )
         if self.at is not None and self.out.resolve() == self.at.resolve():
             raise UserError(f"--out {self.out}: is the folder of --at: give another --out")
 
