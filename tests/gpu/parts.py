@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-MODULES = ("scoring", "training")  # in the order of their parts
+MODULES = ("rows", "scoring", "training")  # in the order of their parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,18 +25,18 @@ _TURNS = 2
 _CHATS = {"0.6B": 384, "8B": 128}
 
 
-def alignment(bench: Bench) -> Iterator[Row]:
+def alignment(bench: Bench, names: Sequence[str]) -> Iterator[Row]:
     """`qpipe score --engine vllm` as a command, against dense log-probabilities in float32."""
-    base, other = (with_weights(bench, "0.6B", seed) for seed in (0, 1))
     chats = make_chats(bench.work / "few.jsonl", 4 if bench.rehearse else 24, shared=False)
-    source = ("--demonstrations", f"{chats}")
-    first = bench.work / "scores-auto"
-    runs: tuple[tuple[str, Path, Path, tuple[str, ...]], ...] = (
-        ("auto", base, first, source),
-        ("--at", other, bench.work / "scores-at", ("--at", f"{first}")),
-        ("float32", base, bench.work / "scores-float32", (*source, "--dtype", "float32")),
-    )
-    for name, model, out, words in runs:
+    source, first = ("--demonstrations", f"{chats}"), bench.work / "scores-auto"
+    runs: dict[str, tuple[int, Path, tuple[str, ...]]] = {
+        "float32": (0, bench.work / "scores-float32", (*source, "--dtype", "float32")),
+        "auto": (0, first, source),
+        "--at": (1, bench.work / "scores-at", ("--at", f"{first}")),
+    }
+    for name in names:
+        seed, out, words = runs[name]
+        model = with_weights(bench, "0.6B", seed)
         try:
             seconds = score_command(model, out, *words)
         except subprocess.CalledProcessError as error:
@@ -65,7 +65,7 @@ def compared(model: Path, scores: Path) -> Iterator[Row]:
     from qpipe.pipeline.folders.sealed import read_scores
 
     rows_of = dense_log_probs(model)
-    errors, at_errors, divergences, equal_ranks, ties = [], [], [], [], []
+    errors, at_errors, divergences, ranks, ties = [], [], [], [], []
     for example in read_scores(scores):
         log_probs_NV = rows_of(example)
         ids_N = example.input_ids[example.positions]
@@ -78,16 +78,17 @@ def compared(model: Path, scores: Path) -> Iterator[Row]:
         terms_E = np.exp(expected_E) * (expected_E - example.topk_log_probs)
         divergences.append(np.bincount(position_E, terms_E, len(N)))
         ranks_N = (log_probs_NV >= observed_N[:, None]).sum(axis=1)
-        equal_ranks.append(ranks_N == example.observed_ranks)
+        ranks.append(np.abs(ranks_N - example.observed_ranks) / ranks_N)
         ties.append(np.diff(example.topk_log_probs) == 0)
-    found = [np.concatenate(each) for each in (errors, at_errors, divergences, equal_ranks, ties)]
+    found = [np.concatenate(each) for each in (errors, at_errors, divergences, ranks, ties)]
     yield Row("supervised positions", len(found[0]))
     yield Row("error of log p of the observed token, mean", float(found[0].mean()), "nats")
     yield Row("error of log p of the observed token, largest", float(found[0].max()), "nats")
     yield Row("error of log p of the stored entries, mean", float(found[1].mean()), "nats")
     yield Row("error of log p of the stored entries, largest", float(found[1].max()), "nats")
     yield Row("KL on the stored entries, mean", float(found[2].mean()), "nats")
-    yield Row("equal ranks of the observed token", 100 * float(found[3].mean()), "%")
+    yield Row("equal ranks of the observed token", 100 * float((found[3] == 0).mean()), "%")
+    yield Row("difference of the rank, in parts of it, mean", 100 * float(found[3].mean()), "%")
     yield Row("entries that tie with the next", 100 * float(found[4].mean()), "%")
 
 
@@ -325,7 +326,16 @@ def _speeds(size: str, **overrides: Any) -> Callable[[Bench], Iterator[Row]]:
 PARTS = {
     "score-0.6b": Part("scoring at the dimensions of a 0.6B model", _speeds("0.6B"), 140),
     "score-8b": Part("scoring at the dimensions of an 8B model", _speeds("8B"), 150),
-    "alignment": Part("scores against dense log-probabilities in float32", alignment, 170),
+    "alignment-float32": Part(
+        "scores in float32 against dense log-probabilities",
+        partial(alignment, names=("float32",)),
+        110,
+    ),
+    "alignment": Part(
+        "scores in bfloat16 against dense log-probabilities in float32",
+        partial(alignment, names=("auto", "--at")),
+        150,
+    ),
     "steps-2048": Part(
         "a 0.6B model with steps of 2,048 tokens",
         _speeds("0.6B", beginnings=("own",), max_num_batched_tokens=2048),
