@@ -69,15 +69,14 @@ def test_parts_have_distinct_names() -> None:
 def test_scoring_rehearses(tmp_path: Path) -> None:
     """The scoring parts run to their end on the CPU, and the scores of all forms agree."""
     pytest.importorskip("vllm")
+    parts = ["score-0.6b", "alignment", "alignment-float32", "rows", "apart-2048"]
     words = [
         sys.executable,
         f"{run.ROOT / 'tests' / 'gpu' / 'run.py'}",
         f"{tmp_path}",
         "--rehearse",
     ]
-    done = subprocess.run(
-        [*words, "score-0.6b", "alignment", "alignment-float32", "--minutes", "30"], check=False
-    )
+    done = subprocess.run([*words, *parts, "--minutes", "60"], check=False)
     assert done.returncode == 0
     results = run.read_results(tmp_path)
     assert {name: result["ended"] for name, result in results.items()} == dict.fromkeys(
