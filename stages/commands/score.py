@@ -111,6 +111,7 @@ def score(ctx: click.Context, plan: bool, show: int | None, **options: Any) -> N
         if value is not None:
             option = option_of(name)
             raise click.UsageError(f"{option} requires --plan: give both, or leave it out", ctx)
+    from ..execution.own_gpus import take_own_gpus
     from .folder_summary import report
 
     take_place(options)
@@ -123,6 +124,7 @@ def score(ctx: click.Context, plan: bool, show: int | None, **options: Any) -> N
     else:
         raise click.UsageError("give either --demonstrations FILE or --at DIR", ctx)
     settings = _settings(options)
+    take_own_gpus(execution, settings.engine.gpus)
     report(settings.out, settings.in_store, run(settings, execution), execution.log_json)
 
 

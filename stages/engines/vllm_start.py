@@ -52,6 +52,7 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
             # None: if vLLM holds it to be right for the model, that is, not for hybrid ones
             enable_prefix_caching=None if settings.reads_prefixes else False,
             worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__name__}",
+            language_model_only=True,  # encoders of images would be loaded and tried out
             enforce_eager=True,  # only prefill is run
             use_tqdm_on_load=sys.stderr.isatty(),
             seed=0,
