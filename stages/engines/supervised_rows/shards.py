@@ -1,8 +1,8 @@
 """Log-probabilities of rows whose logits are divided among processes by vocabulary.
 
 With tensor parallelism each process computes the logits of a part of the vocabulary. Only its
-summary and the logits asked for travel, instead of the whole rows. One process with the whole
-vocabulary is the simplest case.
+summary and the logits asked for travel, instead of the whole rows. A process with the whole
+vocabulary sends nothing.
 
 n rows, W logits of a row in this process, P processes, k the size of the top k.
 """
@@ -42,20 +42,28 @@ def shard_log_probs(
     norm_n1 = (sums_nP * (highest_nP - highest_n1).exp()).sum(dim=1, keepdim=True).log()
     ranks_n = integers_nPc[..., 0].sum(dim=1)
     values_nK, ids_nK = floats_nPc[..., 2:].flatten(1), integers_nPc[..., 1:].flatten(1)
-    if values_nK.shape[1] > top_k:
-        values_nK, order_nK = values_nK.sort(dim=1, descending=True, stable=True)
-        values_nK, ids_nK = values_nK[:, :top_k], ids_nK.gather(1, order_nK[:, :top_k])
-    # in this order: far from 0 the norm itself is coarse
-    at_nc = (at_nc - highest_n1) - norm_n1
-    top_nk = (values_nK - highest_n1) - norm_n1
-    return Gathered(at_nc[:, 0], ranks_n, ids_nK, top_nk, at_nc[:, 1:])
+    values_nK, order_nK = values_nK.sort(dim=1, descending=True, stable=True)
+    ids_nk = ids_nK.gather(1, order_nK[:, :top_k])
+    return _gathered(at_nc, values_nK[:, :top_k], ids_nk, ranks_n, highest_n1, norm_n1)
 
 
 def whole_log_probs(
     logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
 ) -> Gathered:
     """The same in one process."""
-    return shard_log_probs(logits_nV, 0, observed_n, given_nw, top_k, lambda part: part[:, None])
+    asked_nc = torch.cat((observed_n[:, None], given_nw.clamp_min(0)), dim=1)
+    at_nc = logits_nV.gather(1, asked_nc).float()
+    highest_n, sums_n, ranks_n, top_nk, ids_nk = summarise(logits_nV, at_nc[:, 0], top_k)
+    norm_n1 = sums_n.log()[:, None]
+    return _gathered(at_nc, top_nk, ids_nk, ranks_n, highest_n[:, None], norm_n1)
+
+
+def _gathered(
+    at_nc: Tensor, top_nk: Tensor, ids_nk: Tensor, ranks_n: Tensor, highest: Tensor, norm: Tensor
+) -> Gathered:
+    """Log-probabilities of logits, in an order that is exact far from 0."""
+    at_nc, top_nk = (at_nc - highest) - norm, (top_nk - highest) - norm
+    return Gathered(at_nc[:, 0], ranks_n, ids_nk, top_nk, at_nc[:, 1:])
 
 
 def _at(logits_nW: Tensor, places_nc: Tensor) -> Tensor:
