@@ -24,7 +24,7 @@ from ...pipeline.format.records import Reject, ScoredExample, WeightedExample
 from ...trainer.models.files import ModelFiles
 from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
 from ..demonstrations.formats import check_readable, parse_row
-from ..demonstrations.messages import parse_json
+from ..demonstrations.messages import value_of
 from ..demonstrations.sources import open_sources
 from ..encoding.encoder import Encoded
 from ..engines.base import GivenIds
@@ -118,9 +118,8 @@ class ExamplesInContext:
             row = parse_row(source, line, raw, options.format, reader.columns)
             if isinstance(row, Reject):  # as when the folder was made
                 continue
-            fields = parse_json(raw) if isinstance(raw, bytes) else raw
             try:
-                behind = self.context.before(row, fields)
+                behind = self.context.before(row, value_of(raw))
             except UnusableError as error:
                 yield row, Reject(row.source, row.line, reason(error))
             else:
