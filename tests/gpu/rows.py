@@ -309,6 +309,11 @@ PARTS = {
         150,
     ),
     "apart-8192": Part("what makes runs differ, with steps of 8,192 tokens", _apart(), 130),
+    "apart-16384": Part(
+        "what makes runs differ, with steps of 16,384 tokens",
+        _apart(max_num_batched_tokens=16384),
+        130,
+    ),
     "apart-compiled": Part(
         "what makes runs differ, compiled with CUDA graphs", _apart(enforce_eager=False), 170
     ),
