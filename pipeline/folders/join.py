@@ -27,7 +27,6 @@ class Join:
     def __init__(self, main: SealedFolder, other: SealedFolder) -> None:
         self.main = main
         self.other = other
-        self._checked: set[int] = set()  # shards of `other` whose hash was compared
 
     def is_in_step(self, shard: int) -> bool:
         """Whether a shard of `main` has the ids of the same shard of `other`, in the same order."""
@@ -93,9 +92,7 @@ class Join:
     def _read(self, places: Iterable[Place]) -> Iterator[Any]:
         """The examples at some places; neighbours in a shard, or in a batch, are read together."""
         for shard, of_shard in groupby(places, itemgetter(0)):
-            if shard not in self._checked:
-                self.other.check(shard)
-                self._checked.add(shard)
+            self.other.check_once(shard)
             wanted = (
                 (number, np.array([row for *_, row in of_batch]))
                 for number, of_batch in groupby(of_shard, itemgetter(1))

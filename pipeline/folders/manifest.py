@@ -82,7 +82,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     back to the demonstrations can be read without them. `provenance` records what does not affect
     the content: model, revision, package versions. `totals` adds up the shards: read, rejected,
     rows, tokens, positions, entries, bytes, and the stage's own sums. `frequent_ids` are the ids
-    of the first ranks of a packed folder (`packing.Packing`).
+    of the first ranks of a packed folder (`packing.Packing`). `index` is the hash of the index
+    (`row_index`), which folders of older versions lack.
     """
 
     identity: Identity
@@ -92,6 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     totals: dict[str, Any]
     shards: list[ShardEntry]
     frequent_ids: tuple[int, ...] = ()
+    index: str = ""
 
     @property
     def kept_mass(self) -> float:
@@ -222,7 +224,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises UserError if the manifest would be too large to read.
     """
-    write_readable(folder / MANIFEST, _sealed_bytes(manifest))
+    write_readable(folder / MANIFEST, manifest_bytes(manifest))
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
@@ -230,7 +232,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 
     Raises UserError as `write_manifest` does, and if the one that is there states other shards.
     """
-    path, content = folder / MANIFEST, _sealed_bytes(manifest)
+    path, content = folder / MANIFEST, manifest_bytes(manifest)
     refuse_unreadable(path, content)
     create_bytes(path, content)
     found = read_manifest(folder)
@@ -242,9 +244,13 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     return found
 
 
-def _sealed_bytes(manifest: Manifest) -> bytes:
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of a manifest."""
     ids = " ".join(map(str, manifest.frequent_ids))
-    return sealed_bytes(msgspec.structs.asdict(manifest) | {"frequent_ids": ids})
+    value = msgspec.structs.asdict(manifest) | {"frequent_ids": ids}
+    if not manifest.index:
+        del value["index"]
+    return sealed_bytes(value)
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:
@@ -253,7 +259,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
     with refuse_misfits(path, "manifest", _way_out(path)):
         value = msgspec.convert(value, dict[str, Any])
         _refuse_other_version(path, value.get("identity"))
-        value.pop("seal", None)
+        is_sealed = value.pop("seal", None) == sha256_of_json(value)
         value["frequent_ids"] = _parse_ids(value.get("frequent_ids"))
         manifest = msgspec.convert(value, Manifest)
         _check_settings(manifest)
@@ -263,7 +269,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
             "fingerprint does not match its settings": manifest.identity.fingerprint
             == manifest.fingerprint,
             "totals do not match its shards": totals_of(manifest.shards) == manifest.totals,
-            "seal does not match its content": _sealed_bytes(manifest) == content,
+            "seal does not match its content": is_sealed,
         }
     for what, holds in is_right.items():
         if not holds:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from ..format.records import ScoredExample, TargetExample
 from ..format.schema import Column, Schema, packing_of, schema_of
 from ..storage.cache import local_copy
 from ..storage.files import refuse_irregular, sha256_of_file
-from ..storage.remote import open_path
+from ..storage.remote import is_remote, open_path
 from .manifest import Manifest, read_manifest
-from .shards import COUNTED
+from .row_index import RowOutline, outline_of, read_index
+from .shards import COUNTED, refuse_incomplete
 
 Columns = dict[str, list[Any]]
 
@@ -35,6 +36,7 @@ class SealedFolder:
 
     path: Path
     manifest: Manifest
+    checked: set[int] = field(default_factory=set, compare=False)  # shards whose hash was compared
 
     @property
     def stage(self) -> str:
@@ -131,6 +133,25 @@ class SealedFolder:
             batches = range(reader.num_record_batches)
             return [read_batch(reader, number).column("id").to_pylist() for number in batches]
 
+    def outlines(self, *, verify: bool = True) -> Iterator[RowOutline]:
+        """Yield the outlines of all rows, from the index if there is one, else from the shards.
+
+        With the index a shard is not read, and is not verified before it is (`check_once`).
+        """
+        if not self.manifest.index:
+            for shard in self.shards:
+                yield outline_of(shard, self.batches(shard, verify=verify))
+            return
+        if not is_remote(self.path):
+            way_out = f"restore it, or make {self.path} again"
+            refuse_incomplete(self.path, self.manifest.shards, f"the manifest names it: {way_out}")
+        yield from read_index(self.path, self.manifest)
+
+    def check_once(self, shard: int) -> None:
+        """Do the same as `check`, unless this object has compared the hash of the shard before."""
+        if shard not in self.checked:
+            self.check(shard)
+
     def check(self, shard: int, *, verify: bool = True) -> None:
         """Raise UserError if a shard is missing, or its hash is not the manifest's."""
         path, sha256 = self.shard_path(shard), self.manifest.shards[shard].sha256
@@ -143,6 +164,8 @@ class SealedFolder:
             raise UserError(
                 f"{path}: damaged, its hash is not the manifest's: make {self.path} again"
             )
+        if verify:
+            self.checked.add(shard)
 
     @contextmanager
     def _opened(

@@ -39,7 +39,15 @@ from .manifest import (
     totals_of,
     write_plan,
 )
-from .shards import ShardContent, commit_shard, committed_shard
+from .row_index import RowOutline, write_index
+from .shards import (
+    ShardContent,
+    commit_shard,
+    committed_shard,
+    read_sidecar,
+    refuse_incomplete,
+    sidecar_path,
+)
 
 REJECTS = "rejects.jsonl"
 MOST_SHARDS = 150_000  # keeps the manifest of a target folder below `storage.files.MOST_BYTES`
@@ -300,6 +308,7 @@ class ShardRun:
         shards = [self.committed[index] for index in range(len(self.committed))]
         refuse_incomplete(job.folder, shards, "it was there: run the same command again")
         packing = job.schema.packing
+        index = self._write_index(shards)
         manifest = Manifest(
             identity=job.identity,
             fingerprint=job.identity.fingerprint,
@@ -308,6 +317,7 @@ class ShardRun:
             totals=totals_of(shards),
             shards=shards,
             frequent_ids=job.frequent_ids if packing is None else packing.frequent_ids,
+            index=index,
         )
         try:
             write_bytes(job.folder / REJECTS, rejects_bytes(shards))
@@ -321,6 +331,38 @@ class ShardRun:
         else:
             (job.folder / PLAN).unlink(missing_ok=True)
         return StageResult(manifest, self.positions, self.seconds)
+
+    def _write_index(self, shards: Sequence[ShardEntry]) -> str:
+        """Write the index of the folder from the sidecars, read again to keep memory small.
+
+        Returns its hash; "" without shards, or if an older version has made one of them.
+        """
+        folder = self.job.folder
+
+        def outline(index: int) -> RowOutline | None:
+            entry, outline = read_sidecar(folder, index)
+            if entry != shards[index]:
+                raise UserError(
+                    f"{sidecar_path(folder, index)}: has changed: run the same command again"
+                )
+            return outline
+
+        outlines = in_order(outline, range(len(shards)))
+        try:
+            return write_index(folder, _all_known(outlines)) if shards else ""
+        except _OlderShardError:
+            return ""
+
+
+class _OlderShardError(Exception):
+    """A shard of an older version, whose sidecar has no outline."""
+
+
+def _all_known(outlines: Iterable[RowOutline | None]) -> Iterator[RowOutline]:
+    for outline in outlines:
+        if outline is None:
+            raise _OlderShardError
+        yield outline
 
 
 def rejects_bytes(shards: Iterable[ShardEntry]) -> bytes:
@@ -341,18 +383,3 @@ def sidecar_indices(folder: Path) -> list[int]:
     """The indices of the shards that have a sidecar, ascending."""
     digits = [path.stem.removeprefix("shard-") for path in folder.glob("shard-*.json")]
     return sorted(int(each) for each in digits if each.isdecimal())
-
-
-def refuse_incomplete(folder: Path, shards: Sequence[ShardEntry], way_out: str) -> None:
-    """Raise UserError, ending with `way_out`, for a shard that is missing or has another size."""
-    paths = [folder / entry.file for entry in shards]
-    for path, entry, size in zip(paths, shards, in_order(_size, paths), strict=True):
-        if size != entry.bytes:
-            raise UserError(f"{path}: {'missing' if size is None else 'damaged'}, {way_out}")
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None

@@ -1,23 +1,25 @@
 """Writes a shard and its sidecar."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import pyarrow as pa
 
+from ..errors import UserError
 from ..format.arrow import encode
 from ..format.batches import FlatBatch, flatten
 from ..format.records import Reject, ScoredExample, TargetExample
 from ..format.schema import Schema
-from ..storage.files import atomic_file, sha256_of_file
+from ..storage.files import HashingFile, atomic_file, sha256_of_file
 from ..storage.json_files import read_sealed, refuse_misfits, sealed_bytes, write_readable
 from ..storage.remote import is_remote
+from ..threads import in_order
 from .manifest import ShardEntry, check_entry, shard_name
+from .row_index import RowOutline, outline_as_json, outline_from_json, outline_of
 
 BATCH_ROWS = 64  # rows of a record batch, the least that a reader holds in memory
 BATCH_ENTRIES = 2**24  # a batch of several rows has no more; 64 rows of 4,096 tokens have as many
@@ -75,7 +77,7 @@ def commit_shard(
     """Write a shard and its sidecar."""
     path = folder / shard_name(index)
     with atomic_file(path) as file:
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         sink = pa.PythonFile(hashing, "w")
         with pa.ipc.new_file(sink, schema.arrow, options=COMPRESSED[schema.record]) as writer:
             for batch in content.batches:
@@ -92,27 +94,33 @@ def commit_shard(
         rejects=content.rejects,
         sums=content.sums,
     )
-    write_sidecar(folder, index, entry)
+    write_sidecar(folder, index, entry, outline_of(index, content.batches))
     return entry
 
 
-def write_sidecar(folder: Path, index: int, entry: ShardEntry) -> None:
+def write_sidecar(
+    folder: Path, index: int, entry: ShardEntry, outline: RowOutline | None = None
+) -> None:
     """Write the sidecar of a shard, with a hash of all its values."""
-    write_readable(sidecar_path(folder, index), sidecar_bytes(entry))
+    write_readable(sidecar_path(folder, index), sidecar_bytes(entry, outline))
 
 
-def sidecar_bytes(entry: ShardEntry) -> bytes:
-    """The content of a sidecar."""
-    return sealed_bytes(msgspec.structs.asdict(entry))
+def sidecar_bytes(entry: ShardEntry, outline: RowOutline | None = None) -> bytes:
+    """The content of a sidecar; copies of a shard have one without an outline."""
+    stated = {} if outline is None else {"outline": outline_as_json(outline)}
+    return sealed_bytes(msgspec.structs.asdict(entry) | stated)
 
 
-def read_sidecar(folder: Path, index: int) -> ShardEntry:
+def read_sidecar(folder: Path, index: int) -> tuple[ShardEntry, RowOutline | None]:
     """Read a sidecar. Raises UserError if it is damaged."""
     path, way_out = sidecar_path(folder, index), "remove it and run again"
-    entry = read_sealed(path, ShardEntry, "sidecar", way_out)
+    value = read_sealed(path, dict[str, Any], "sidecar", way_out)
     with refuse_misfits(path, "sidecar", way_out):
+        stated = value.pop("outline", None)
+        outline = None if stated is None else outline_from_json(index, stated)
+        entry = msgspec.convert(value, ShardEntry)
         check_entry(entry, index, entry.fingerprint)
-    return entry
+    return entry, outline
 
 
 def committed_shard(
@@ -124,7 +132,7 @@ def committed_shard(
     """
     if not sidecar_path(folder, index).exists():
         return None
-    entry = read_sidecar(folder, index)
+    entry, _ = read_sidecar(folder, index)
     path = folder / shard_name(index)
     whole = entry.fingerprint == fingerprint and _is_whole(path, entry, verify)
     return entry if whole else None
@@ -144,23 +152,16 @@ def _total(batches: Iterable[FlatBatch], level: Any) -> int:
     return sum(int(batch.lengths[level].sum()) for batch in batches)
 
 
-class _HashingFile:
-    """A file to write that keeps the hash and size of what was written."""
+def refuse_incomplete(folder: Path, shards: Sequence[ShardEntry], way_out: str) -> None:
+    """Raise UserError, ending with `way_out`, for a shard that is missing or has another size."""
+    paths = [folder / entry.file for entry in shards]
+    for path, entry, size in zip(paths, shards, in_order(_size, paths), strict=True):
+        if size != entry.bytes:
+            raise UserError(f"{path}: {'missing' if size is None else 'damaged'}, {way_out}")
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.closed = False
 
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        """Only mark it as closed: the block that opened the file still syncs it."""
-        self.closed = True
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

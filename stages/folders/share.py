@@ -1,24 +1,33 @@
 """`qpipe share`: copies a sealed folder, checks the copy, and adds a data set card."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import MANIFEST, Manifest
 from ...pipeline.folders.mixing import MIX
+from ...pipeline.folders.row_index import INDEX, RowOutline
 from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shard_run import (
     HUB_FILE,
     REJECTS,
     finished,
     open_folder,
-    refuse_incomplete,
     rejects_bytes,
     tidy,
 )
-from ...pipeline.folders.shards import committed_shard, sidecar_bytes, sidecar_path, write_sidecar
+from ...pipeline.folders.shards import (
+    committed_shard,
+    read_sidecar,
+    refuse_incomplete,
+    sidecar_bytes,
+    sidecar_path,
+    write_sidecar,
+)
 from ...pipeline.progress import progress_bar
 from ...pipeline.storage.cache import kept_copies, local_copy
 from ...pipeline.storage.files import atomic_file, read_bytes, sha256_of_file, write_bytes
@@ -55,6 +64,7 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     beside = {
         REJECTS: rejects_bytes(manifest.shards),
         CARD: card(manifest, title or folder.name, license_id).encode(),
+        **_index(source),
         MANIFEST: read_bytes(folder / MANIFEST),
     }
     if str(target).startswith(DATASETS):
@@ -78,6 +88,16 @@ def share(folder: Path, target: Path, license_id: str | None, title: str | None)
     return Shared(manifest, copied)
 
 
+def _index(source: SealedFolder) -> dict[str, bytes]:
+    """The index of a folder, by its name; none in a folder of an older version."""
+    if not source.manifest.index:
+        return {}
+    content = read_bytes(source.path / INDEX)
+    if hashlib.sha256(content).hexdigest() != source.manifest.index:
+        raise UserError(f"{source.path / INDEX}: damaged: restore it, or make {source.path} again")
+    return {INDEX: content}
+
+
 def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) -> Shared:
     """Share to the Hugging Face hub, in one commit."""
     manifest = source.manifest
@@ -88,7 +108,7 @@ def _share_to_hub(source: SealedFolder, target: Path, beside: dict[str, bytes]) 
     if others:
         raise UserError(f"{target}: holds something else ({min(others)}): give a folder inside it")
     sidecars = {
-        sidecar_path(target, index).name: sidecar_bytes(entry)
+        sidecar_path(target, index).name: sidecar_bytes(entry, _outline(source, index))
         for index, entry in enumerate(manifest.shards)
     }
     with kept_copies(source.path) as copy:
@@ -125,7 +145,14 @@ def copy_shard(source: SealedFolder, target: Path, index: int) -> None:
         shutil.copyfileobj(content, file)
     if sha256_there(target / entry.file) != entry.sha256:
         raise UserError(f"{target / entry.file}: arrived damaged: run the same command again")
-    write_sidecar(target, index, entry)
+    write_sidecar(target, index, entry, _outline(source, index))
+
+
+def _outline(source: SealedFolder, index: int) -> RowOutline | None:
+    """The outline in the sidecar of a shard; None where there is none."""
+    with suppress(UserError):  # a sealed folder is whole without its sidecars
+        return read_sidecar(source.path, index)[1]
+    return None
 
 
 def sha256_there(path: Path) -> str:

@@ -92,7 +92,7 @@ def _unfinished(folder: Path) -> FolderStatus:
     if "subset" in plan.identity.settings:  # the plan has the number of the source
         plan = msgspec.structs.replace(plan, demonstrations=None)
     indices = sidecar_indices(folder)
-    entries = [read_sidecar(folder, index) for index in indices]
+    entries = [read_sidecar(folder, index)[0] for index in indices]
     status = _counted(folder, plan, entries, is_done=False)
     times = [sidecar_path(folder, index).stat().st_mtime for index in indices]
     if not times or not all(times):  # no shard yet, or a store without modification times

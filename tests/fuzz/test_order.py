@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
+from qpipe.pipeline.folders.row_index import id_hash
 from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.pipeline.threads import Prefetch
@@ -20,7 +21,7 @@ from qpipe.trainer.data.batch import Collator
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.mixture import Mixture, mix
 from qpipe.trainer.data.steps import Samples, Step, StepLoader
-from qpipe.trainer.data.stream import TargetStream, is_held_out, open_streams
+from qpipe.trainer.data.stream import TargetStream, are_held_out, open_streams
 from qpipe.trainer.run.loop import STEPS_AHEAD
 
 from .inputs import Draw, folder_until_exit, fuzz
@@ -46,7 +47,8 @@ def target(name: str, number: int) -> TargetExample:
 def ids_of(name: str, eval_fraction: float = 0.0) -> list[str]:
     """The rows that are to be trained on, worked out from what was written."""
     ids = [f"{name}-{number}" for number in range(sum(SIZES[name])) if number % 10]
-    return [each for each in ids if not is_held_out(each, eval_fraction)]
+    hashes = np.array([id_hash(each) for each in ids], np.uint64)
+    return [ids[place] for place in np.flatnonzero(~are_held_out(hashes, eval_fraction))]
 
 
 @cache

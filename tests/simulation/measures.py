@@ -13,20 +13,16 @@ import numpy as np
 import pyarrow as pa
 from msgspec.structs import replace
 from qpipe.pipeline.folders.manifest import (
-    Identity,
-    identity_schema,
     read_manifest,
     shard_name,
     totals_of,
     write_manifest,
 )
 from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
-from qpipe.pipeline.folders.shard_run import Job, ShardRun, open_folder
-from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
-from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
-from qpipe.tests.benchmarks.stream import POSITIONS, VOCAB_SIZE, made_up
+from qpipe.pipeline.folders.shards import BATCH_ROWS
+from qpipe.tests.simulation.opening import ROWS, make_folder
 from qpipe.trainer.data.steps import Step, micro_batches
-from qpipe.trainer.data.stream import Outline, TargetStream, epoch_of, open_streams, outline_of
+from qpipe.trainer.data.stream import Outline, TargetStream, epoch_of, open_streams
 
 SUMS = 28  # that build-targets adds up of a shard
 
@@ -36,7 +32,7 @@ class Measures:
     """Seconds, bytes and rates of one core."""
 
     hash_rate: float  # bytes a second
-    open_rate: float  # supervised positions a second, hashed and decoded
+    open_rate: float  # demonstrations a second, from the index, and the manifest
     length_seconds: float  # of a sample, as steps are cut
     plan_seconds: float  # of a step of 8,000 samples, on each of 1,000 ranks
     epoch_seconds: float  # to order ten million samples
@@ -47,11 +43,11 @@ class Measures:
     entry_memory: float  # bytes at most, while it is read
 
 
-def measure(root: Path, batches: int = 32, entries: int = 5000, rows: int = 10**6) -> Measures:
+def measure(root: Path, shards: int = 400, entries: int = 5000, rows: int = 10**6) -> Measures:
     """Measure all of them; the folders are made under `root`."""
     pa.set_cpu_count(1)
-    folder = _made_up_targets(root / "opened", batches)
-    opened = _seconds(lambda: open_streams(open_sealed(folder), 0.0))
+    folder = make_folder(root / "opened", shards)
+    opened = _seconds(lambda: open_streams(open_sealed(folder), 0.01))
     outlined = _outlined(rows)
     manifest, read_seconds, memory = _manifest(root / "many", folder, entries)
     content = os.urandom(2**24)
@@ -59,12 +55,12 @@ def measure(root: Path, batches: int = 32, entries: int = 5000, rows: int = 10**
     step = Step(0, tuple(np.random.default_rng(0).integers(50, 1500, 8000).tolist()))
     return Measures(
         hash_rate=len(content) / _seconds(lambda: hashlib.sha256(content)),
-        open_rate=batches * BATCH_ROWS * POSITIONS / opened,
+        open_rate=shards * ROWS / opened,
         length_seconds=_seconds(lambda: sum(outlined.lengths(0, numbers))) / len(numbers),
         plan_seconds=_seconds(lambda: micro_batches(step, 7, 1000, 8192, False)),
         epoch_seconds=_seconds(lambda: epoch_of(outlined.outline, 0, 1)) * 10**7 / rows,
         row_bytes=sum(_size(getattr(outlined.outline, n)) for n in Outline.__slots__) / rows,
-        opening_bytes=_opening_bytes(min(rows, 200_000)),
+        opening_bytes=_opening_bytes(folder) / (shards * ROWS),
         entry_bytes=manifest / entries,
         entry_seconds=read_seconds / entries,
         entry_memory=memory / entries,
@@ -98,17 +94,13 @@ def _outlined(rows: int) -> TargetStream:
     return TargetStream(SealedFolder(Path(), None), outline)  # type: ignore
 
 
-def _opening_bytes(rows: int) -> float:
-    """Bytes for each row at most, as the blocks of all shards become an outline."""
+def _opening_bytes(folder: Path) -> int:
+    """Bytes at most, as a folder is opened."""
     tracemalloc.start()
-    blocks = [
-        (0, number, np.arange(BATCH_ROWS, dtype=np.int32), np.full(BATCH_ROWS, 250, np.int32))
-        for number in range(rows // BATCH_ROWS)
-    ]
-    outline_of(blocks)
+    open_streams(open_sealed(folder), 0.01)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return peak / rows
+    return peak
 
 
 def _manifest(folder: Path, like: Path, entries: int) -> tuple[int, float, int]:
@@ -128,23 +120,3 @@ def _manifest(folder: Path, like: Path, entries: int) -> tuple[int, float, int]:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return (folder / "manifest.json").stat().st_size, seconds, peak
-
-
-def _made_up_targets(folder: Path, batches: int) -> Path:
-    """A sealed folder of 100 supervised tokens a row and 30 entries each, eight batches a shard."""
-    schema = schema_of("build-targets", VOCAB_SIZE)
-    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tokenizer_hash": "made up"}
-    settings |= {"method": "sft+kl", "form": "frozen-target", "parameters": {"lam": 0.1}}
-    settings |= {"residual": "base", "tail_shape": "student", "top_p": 0.99, "max_support": 64}
-    identity = Identity("build-targets", settings, {}, identity_schema(schema), TARGETS_VERSION)
-    open_folder(folder, identity)
-    run = ShardRun(Job(folder, schema, identity, {}, {}))
-
-    def shard(index: int) -> ShardContent:
-        return ShardContent([made_up(number) for number in range(8 * index, 8 * index + 8)])
-
-    tasks = ((index, lambda index=index: shard(index)) for index in range(batches // 8))
-    run.make(tasks)
-    assert run.made == batches // 8
-    run.seal()
-    return folder

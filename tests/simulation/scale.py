@@ -73,7 +73,7 @@ def costs(measures: Measures) -> str:
         yield span(shards * measures.entry_seconds)
         yield size(shards * measures.entry_memory)
         yield span(stored / measures.hash_rate)
-        yield span(tokens / measures.open_rate)
+        yield span(demonstrations / measures.open_rate)
         yield size(demonstrations * measures.row_bytes)
         yield size(demonstrations * measures.opening_bytes)
         yield span(demonstrations * measures.length_seconds)
@@ -81,7 +81,7 @@ def costs(measures: Measures) -> str:
     names = (
         "demonstrations", "shards", "GPU hours of scoring, assumed speed", "scores, k = 64",
         "targets, 99 %", "files of a folder", "manifest of targets", "to read it, each process",
-        "memory while reading it", "to hash the targets, one core",
+        "memory while reading it", "to hash all targets, once an epoch, one core",
         "to open the targets, each training process", "memory of an open stream",
         "memory while opening", "to cut the steps of an epoch by --step-tokens, each process",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def measured(m: Measures) -> str:
     """What was measured on one core."""
     rows = [
         ["SHA-256", f"{m.hash_rate / 1e6:,.0f} MB/s"],
-        ["opening targets: hashed, decoded, checked", f"{m.open_rate:,.0f} supervised tokens/s"],
+        ["opening targets, from the index", f"{m.open_rate:,.0f} demonstrations/s"],
         ["cutting steps by tokens", f"{m.length_seconds * 1e6:.1f} µs a demonstration"],
         ["a rank's plan of a step of 8,000, 1,000 ranks", f"{m.plan_seconds * 1e3:.0f} ms"],
         ["the order of 10^7 demonstrations", f"{m.epoch_seconds * 1e3:.0f} ms an epoch"],

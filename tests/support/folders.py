@@ -15,6 +15,7 @@ from qpipe.pipeline.folders.manifest import (
     totals_of,
     write_manifest,
 )
+from qpipe.pipeline.folders.row_index import INDEX
 from qpipe.pipeline.folders.shard_run import (
     Job,
     ShardRun,
@@ -129,7 +130,7 @@ def build(scores: Path, out: Path, choice: Choice | None = None, **options: Any)
 
 
 def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda each: each) -> None:
-    """Make every hash, total, sidecar and the seal fit what the folder holds now."""
+    """Make every hash, total, sidecar and the seal fit the files; the index is removed."""
     manifest = change(read_manifest(folder))
     entries = [
         replace(
@@ -148,7 +149,9 @@ def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda each: e
         fingerprint=manifest.identity.fingerprint,
         totals=totals_of(entries),
         shards=entries,
+        index="",
     )
+    (folder / INDEX).unlink(missing_ok=True)
     write_manifest(folder, manifest)
 
 

@@ -25,11 +25,11 @@ class TargetDataset(Dataset[dict[str, Any]]):
     """The examples of a target folder that have supervised tokens, as dicts of numpy arrays.
 
     A dict has the fields of `TargetExample`. A mixture has as many rows as its parts together, in
-    the proportions of their weights. Opening reads the folder once, to index its rows and, unless
-    `verify` is False, to verify the hash of every shard. Afterwards rows are read on demand, by any
-    number of worker processes; those of one batch of a `DataLoader` are read together. A few record
-    batches stay in memory. Raises UserError where the folder is not sealed or has no supervised
-    token, or a shard is missing or damaged.
+    the proportions of their weights. Opening reads the index of the folder. Afterwards rows are
+    read on demand, by any number of worker processes; those of one batch of a `DataLoader` are read
+    together. The hash of a shard is compared before its first row is read, unless `verify` is
+    False. A few record batches stay in memory. Raises UserError where the folder is not sealed or
+    has no supervised token, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:

@@ -8,22 +8,26 @@ The order of an epoch: the blocks (record batches of all shards) are permuted an
 of `WINDOW_BLOCKS`, then the rows of each window are permuted. One window is in memory at a time,
 and reading starts at the window of the first sample that is asked for.
 
-Opening a folder reads it once, to verify the hash of every shard, choose the held-out rows and
-count the tokens of each row; twelve bytes a row stay in memory.
+Opening a folder reads its index: the tokens of each row, and the hashes of the ids, which choose
+the held-out rows. Eight bytes a row stay in memory. The hash of a shard is compared when the first
+of its rows is read.
 
 B blocks, R rows of a stream, W windows of an epoch.
 """
 
-import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...pipeline.errors import UserError
+from ...pipeline.folders.row_index import RowOutline
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.format.batches import split
 from ...pipeline.format.records import Ints, TargetExample
@@ -72,6 +76,7 @@ class TargetStream:
 
     folder: SealedFolder
     outline: Outline
+    verify: bool = True  # the hash of each shard, before its rows are read
 
     def __len__(self) -> int:
         """Samples an epoch."""
@@ -122,10 +127,19 @@ class TargetStream:
         block_of_row = np.searchsorted(outline.starts, rows, side="right") - 1
         blocks, firsts = np.unique(block_of_row, return_index=True)
         # not strict: no rows at all still split into one part
-        parts = zip(blocks, np.split(outline.places[rows], firsts[1:]), strict=False)
+        parts = zip(blocks, np.split(rows, firsts[1:]), strict=False)
         for shard, of_shard in groupby(parts, lambda part: int(outline.shards[part[0]])):
-            wanted = ((int(outline.numbers[block]), places) for block, places in of_shard)
-            for batch in self.folder.rows(shard, wanted):
+            if self.verify:
+                self.folder.check_once(shard)
+            wanted = list(of_shard)
+            places = ((int(outline.numbers[block]), outline.places[own]) for block, own in wanted)
+            batches = self.folder.rows(shard, places)
+            for batch, (_, own) in zip(batches, wanted, strict=True):
+                if not np.array_equal(batch.lengths["token"], outline.tokens[own]):
+                    raise UserError(
+                        f"{self.folder.shard_path(shard)}: differs from the index of its folder: "
+                        f"make {self.folder.path} again"
+                    )
                 yield from split(schema, batch)
 
 
@@ -134,29 +148,25 @@ def open_streams(
 ) -> tuple[TargetStream, TargetStream]:
     """The examples to train on and those held out; examples without supervision are in neither.
 
-    `verify` compares the hash of every shard. Raises UserError where a shard is missing or damaged.
+    Reads the index of the folder; a folder without an index is read as a whole. `verify` compares
+    the hash of every shard before its rows are used. Raises UserError where a shard is missing or
+    damaged.
     """
-    train_blocks: list[Block] = []
-    eval_blocks: list[Block] = []
-    for shard in folder.shards:
-        for number, batch in enumerate(folder.batches(shard, verify=verify)):
-            held_out = np.array([is_held_out(row_id, eval_fraction) for row_id in batch.ids], bool)
-            has_positions = batch.lengths["position"] > 0
-            for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):
-                places = np.flatnonzero(mask & has_positions).astype(np.int32)
-                if len(places):
-                    tokens = batch.lengths["token"][places].astype(np.int32)
-                    blocks.append((shard, number, places, tokens))
+    train_blocks: list[Blocks] = []
+    eval_blocks: list[Blocks] = []
+    for rows in folder.outlines(verify=verify):
+        held_out = are_held_out(rows.id_hashes, eval_fraction)
+        for blocks, mask in ((train_blocks, ~held_out), (eval_blocks, held_out)):
+            blocks.append(_blocks(rows, mask & (rows.positions > 0)))
     return (
-        TargetStream(folder, outline_of(train_blocks)),
-        TargetStream(folder, outline_of(eval_blocks)),
+        TargetStream(folder, joined(train_blocks), verify),
+        TargetStream(folder, joined(eval_blocks), verify),
     )
 
 
-def is_held_out(example_id: str, eval_fraction: float) -> bool:
-    """Whether an example is held out for evaluation; depends on its id alone."""
-    digest = hashlib.sha256(example_id.encode()).digest()
-    return int.from_bytes(digest[:8]) < eval_fraction * 2**64
+def are_held_out(id_hashes: NDArray[np.uint64], eval_fraction: float) -> NDArray[np.bool_]:
+    """Whether examples are held out for evaluation; depends on the hashes of their ids alone."""
+    return id_hashes < np.uint64(math.ceil(eval_fraction * 2**64))
 
 
 def epoch_of(outline: Outline, seed: int, index: int) -> Epoch:
@@ -177,17 +187,25 @@ def permutation(size: int, seed: int, *key: int) -> Rows:
     return np.argsort(source.random_raw(size), kind="stable")
 
 
-Block = tuple[int, int, Ints, Ints]  # shard, record batch; its rows' places and tokens
+class Blocks(NamedTuple):
+    """The blocks of consecutive shards that a stream has rows of."""
+
+    shards: Ints  # [B]
+    numbers: Ints  # [B]
+    sizes: Ints  # [B]
+    places: Ints  # [R]
+    tokens: Ints  # [R]
 
 
-def outline_of(blocks: Sequence[Block]) -> Outline:
+def _blocks(rows: RowOutline, mask: NDArray[np.bool_]) -> Blocks:
+    blocks, sizes = np.unique(rows.blocks[mask], return_counts=True)
+    columns = blocks >> 32, blocks & 0xFFFFFFFF, sizes, rows.places[mask], rows.tokens[mask]
+    return Blocks(*(column.astype(np.int32) for column in columns))
+
+
+def joined(blocks: Sequence[Blocks]) -> Outline:
     """The outline of the rows in these blocks, in order."""
     none = np.empty(0, np.int32)
-    shards, numbers, places, tokens = zip(*blocks, strict=True) if blocks else [()] * 4
-    return Outline(
-        shards=np.array(shards, np.int32),
-        numbers=np.array(numbers, np.int32),
-        starts=np.cumsum([0, *map(len, places)]),
-        places=np.concatenate([none, *places]),
-        tokens=np.concatenate([none, *tokens]),
-    )
+    parts = zip(*blocks, strict=True) if blocks else [()] * len(Blocks._fields)
+    shards, numbers, sizes, places, tokens = (np.concatenate([none, *part]) for part in parts)
+    return Outline(shards, numbers, np.append(0, np.cumsum(sizes, dtype=np.int64)), places, tokens)

@@ -8,6 +8,7 @@ import pytest
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
 FILES = [
+    "index.arrow",
     "manifest.json",
     "rejects.jsonl",
     "shard-00000.arrow",

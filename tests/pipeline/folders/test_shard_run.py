@@ -17,7 +17,9 @@ from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import ShardEntry, read_manifest
 from qpipe.pipeline.folders.shard_run import open_folder, totals_of
+from qpipe.pipeline.folders.shards import read_sidecar, write_sidecar
 from qpipe.pipeline.format.records import Reject
+from qpipe.pipeline.storage.files import sha256_of_file
 
 from .stopped import FILES, FolderBytes, stop_at
 
@@ -240,7 +242,9 @@ def test_a_stop_at_any_sync_is_continued_to_the_same_bytes(
 ) -> None:
     wanted = folder_bytes(undisturbed)
     made = []
-    for stop in range(18):  # 9 files: plan, 3 shards, 3 sidecars, rejects, manifest; 2 syncs each
+    for stop in range(
+        20
+    ):  # 10 files: plan, 3 shards and sidecars, index, rejects, manifest; 2 syncs each
         folder = tmp_path / str(stop)
         calls = iter(range(100))
 
@@ -260,7 +264,7 @@ def test_a_stop_at_any_sync_is_continued_to_the_same_bytes(
 
     # a sidecar has its name before its second sync, so a stop there finds the shard whole; the one
     # behind it has been made meanwhile, and is still written
-    assert made == [3, 3, 2, 2, 2, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert made == [3, 3, 2, 2, 2, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 HANG_AT_A_SYNC = """
@@ -295,7 +299,7 @@ def kill_in_the_middle(folder: Path, hang_at: int) -> None:
 def test_what_a_killed_run_leaves_does_not_hinder_the_next_and_is_gone_after_sealing(
     toy: Any, folder: Path, undisturbed: Path, folder_bytes: FolderBytes
 ) -> None:
-    for hang_at in (0, 2, 6, 10):  # plan; shard 0; shard 0 made again, the sidecar of 1; manifest
+    for hang_at in (0, 2, 6, 12):  # plan; shard 0; shard 0 made again, the sidecar of 1; manifest
         kill_in_the_middle(folder, hang_at)
     leftovers = sorted(path.name.rsplit(".", 2)[0] for path in folder.glob(".*.tmp"))
     again = toy(folder)
@@ -337,3 +341,17 @@ def test_a_sealed_folder_is_the_same_after_a_move(
 
     assert stage.calls == []
     assert len(list(read_scores(moved))) == 5
+
+
+def test_a_folder_with_a_shard_of_an_older_version_is_sealed_without_an_index(
+    toy: Any, folder: Path, undisturbed: Path
+) -> None:
+    assert read_manifest(undisturbed).index == sha256_of_file(undisturbed / "index.arrow")
+    stop_at(toy, folder, 2)
+    entry, outline = read_sidecar(folder, 0)
+    assert outline is not None
+    write_sidecar(folder, 0, entry)  # as older versions write it
+    manifest = toy(folder).run().manifest
+
+    assert manifest == replace(read_manifest(undisturbed), index="")
+    assert not (folder / "index.arrow").exists()

@@ -92,7 +92,7 @@ main()
             # it is there, nobody has looked at it
             ("s3://bucket", "before", 2, "sha256_there", 2),
             ("s3://bucket", "after", 2, "copy_shard", 1),
-            ("s3://bucket", "before", 3, "write_bytes", 0),  # all but the manifest
+            ("s3://bucket", "before", 4, "write_bytes", 0),  # all but the manifest
             ("s3://bucket", "before", 1, "tidy", 0),
         ),
     ],

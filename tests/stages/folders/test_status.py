@@ -94,7 +94,7 @@ def test_a_folder_under_work_tells_how_far_it_is(tmp_path: Path) -> None:
     assert (found.shards, found.shards_in_all) == (4, 10)
     assert (found.demonstrations, found.demonstrations_in_all, found.rejected) == (20, 50, 4)
     assert (found.tokens, found.positions) == (160, 48)
-    assert found.bytes == sum(p.stat().st_size for p in (tmp_path / "s").glob("*.arrow"))
+    assert found.bytes == sum(p.stat().st_size for p in (tmp_path / "s").glob("shard-*.arrow"))
     assert found.positions_per_second == pytest.approx(36 / 30, rel=1e-3)
     assert found.seconds_left == pytest.approx(30 / (15 / 30), rel=1e-3)
     assert found.seconds_since_shard == pytest.approx(0, abs=5)

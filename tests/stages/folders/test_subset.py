@@ -61,9 +61,9 @@ def test_targets_are_copied_code_by_code(targets: Path, tmp_path: Path) -> None:
     examples = [e for e in read_targets(targets) if len(e.positions) >= 7 and len(e.input_ids) < 30]
     assert 0 < len(examples) < 30
     assert [as_bytes(e) for e in read_targets(folder)] == [as_bytes(e) for e in examples]
-    stored = [pa.ipc.open_file(path).read_all() for path in sorted(targets.glob("*.arrow"))]
+    stored = [pa.ipc.open_file(path).read_all() for path in sorted(targets.glob("shard-*.arrow"))]
     wanted = {row["id"]: row for row in pa.concat_tables(stored).to_pylist()}
-    own = [pa.ipc.open_file(path).read_all() for path in sorted(folder.glob("*.arrow"))]
+    own = [pa.ipc.open_file(path).read_all() for path in sorted(folder.glob("shard-*.arrow"))]
     for row in pa.concat_tables(own).to_pylist():
         assert row == wanted[row["id"]]
     trust = sum(float(e.trust.sum(dtype=np.float64)) for e in examples)

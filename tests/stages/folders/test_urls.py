@@ -145,7 +145,8 @@ def test_train_streams_through_the_cache(
         qpipe("train", "--targets", targets, "--out", out, *words)
         models.append((out / "model.safetensors").read_bytes())
     assert models[0] == models[1]
-    assert len(list((tmp_path / "cache" / "shards").iterdir())) == 3
+    kept = list((tmp_path / "cache" / "shards").iterdir())
+    assert len(kept) == 4  # the shards and the index
     said = qpipe("train", "--targets", "s3://bucket/targets", "--out", "s3://bucket/run",
                  "--model", tiny_model, fails=True)  # fmt: skip
     assert said.startswith("Error: --out s3://bucket/run: a model is trained in a local folder")

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from qpipe.pipeline import read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Manifest, read_manifest, totals_of, write_manifest
+from qpipe.pipeline.folders.row_index import INDEX, read_index, write_index
 from qpipe.pipeline.folders.sealed import open_sealed
-from qpipe.pipeline.folders.shards import write_sidecar
+from qpipe.pipeline.folders.shards import read_sidecar, write_sidecar
 from qpipe.pipeline.format.packing import PRECISIONS
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.storage.json_files import write_json
@@ -352,8 +353,9 @@ def test_readers_compare_hashes_unless_they_are_told_not_to(own: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
         list(read_targets(own))
+    stream, _ = open_streams(open_sealed(own), 0.0)
     with pytest.raises(UserError, match=r"shard-00000\.arrow: damaged, its hash is not"):
-        open_streams(open_sealed(own), 0.0)
+        next(stream.in_order())
     assert [each.id for each in read_targets(own, verify=False)] == wanted
     stream, _ = open_streams(open_sealed(own), 0.0, verify=False)
     assert len(stream) == 8
@@ -364,3 +366,20 @@ def test_what_moves_a_cursor_is_not_printed(verify: Verify, own: Path) -> None:
     (folder / "manifest.json").unlink()
     said = refused(verify, folder, r"a\x1b[31m b: not a qpipe folder")
     assert said.count("\n") == 1
+
+
+def test_an_index_or_an_outline_that_is_not_that_of_the_rows_is_named(
+    verify: Verify, own: Path
+) -> None:
+    manifest = read_manifest(own)
+    (rows,) = read_index(own, manifest)
+    lied = dataclasses.replace(rows, id_hashes=rows.id_hashes[::-1])
+    write_manifest(own, replace(manifest, index=write_index(own, [lied])))
+    refused(verify, own, "index.arrow: differs from the rows of the shards", "1 problem(s)")
+    (own / INDEX).write_bytes(b"")
+    refused(verify, own, "index.arrow: damaged, its hash is not the manifest's", "1 problem(s)")
+    write_manifest(own, replace(manifest, index=write_index(own, [rows])))
+    entry, outline = read_sidecar(own, 0)
+    assert outline is not None
+    write_sidecar(own, 0, entry, dataclasses.replace(outline, tokens=outline.tokens + 1))
+    refused(verify, own, "shard-00000.json: its outline differs from the rows", "1 problem(s)")

@@ -4,7 +4,7 @@ import gc
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from numpy.typing import NDArray
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.folders.manifest import read_manifest, write_manifest
+from qpipe.pipeline.folders.row_index import INDEX, RowOutline, id_hash, read_index, write_index
 from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
@@ -22,14 +25,15 @@ from qpipe.trainer.data.stream import (
     WINDOW_BLOCKS,
     Outline,
     TargetStream,
+    are_held_out,
     epoch_of,
-    is_held_out,
     open_streams,
     permutation,
 )
 
 from ...support.runs import Examples, Make
 
+ROWS_OF_A_SHARD = 5  # of the folders made here
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=3 * WINDOW_BLOCKS)
 
 
@@ -48,6 +52,13 @@ def outlined(sizes: list[int]) -> TargetStream:
     starts = np.cumsum([0, *sizes])
     outline = Outline(shards, np.arange(len(sizes), dtype=np.int32), starts, rows, rows)
     return TargetStream(SealedFolder(Path(), None), outline)  # type: ignore
+
+
+def without_index(folder: Path) -> Path:
+    """The folder as an older version has sealed it."""
+    write_manifest(folder, structs.replace(read_manifest(folder), index=""))
+    (folder / INDEX).unlink(missing_ok=True)
+    return folder
 
 
 def living_examples() -> int:
@@ -144,9 +155,10 @@ def test_held_out_examples_are_disjoint_complete_and_stable(
 
 def test_held_out_by_the_hash_of_the_id() -> None:
     share = int(hashlib.sha256(b"some id").hexdigest()[:16], 16) / 2**64
-    assert is_held_out("some id", share + 1e-9)
-    assert not is_held_out("some id", share - 1e-9)
-    assert not is_held_out("some id", 0.0)
+    hashes = np.array([id_hash("some id")], np.uint64)
+    assert are_held_out(hashes, share + 1e-9).all()
+    assert not are_held_out(hashes, share - 1e-9).any()
+    assert not are_held_out(hashes, 0.0).any()
 
 
 def test_examples_without_supervision_are_left_out(
@@ -168,13 +180,18 @@ def test_examples_without_supervision_are_left_out(
     assert [example.id for example in stream.in_order()] == ["example-0", "example-1", "example-2"]
 
 
-def test_a_damaged_shard_is_found_at_once(folder: Path) -> None:
+def test_a_damaged_shard_is_found_before_its_rows_are_used(folder: Path) -> None:
     shard = folder / "shard-00003.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    stream, _ = open_folder(folder)
+    read = stream.in_order()
+    assert [next(read).id for _ in range(3 * ROWS_OF_A_SHARD)]
     with pytest.raises(UserError, match=r"shard-00003\.arrow: damaged, its hash"):
-        open_folder(folder)
+        next(read)
+    with pytest.raises(UserError, match=r"shard-00003\.arrow: damaged, its hash"):
+        open_folder(without_index(folder))
 
 
 def test_a_shard_that_is_gone_is_named(folder: Path) -> None:
@@ -337,3 +354,64 @@ def test_held_out_rows_never_appear(large: Path) -> None:
     ids = [example.id for example in stream.samples(3, range(4 * len(stream)))]
     assert not out & set(ids)
     assert Counter(ids) == {f"example-{i}": 4 for i in range(180) if f"example-{i}" not in out}
+
+
+@pytest.mark.parametrize("eval_fraction", [0.0, 0.3])
+def test_a_folder_without_an_index_is_the_same_stream(large: Path, eval_fraction: float) -> None:
+    with_index = open_folder(large, eval_fraction)
+    older = open_folder(without_index(large), eval_fraction)
+    for one, other in zip(with_index, older, strict=True):
+        for name in Outline.__slots__:
+            np.testing.assert_array_equal(getattr(one.outline, name), getattr(other.outline, name))
+        assert epoch_ids(one) == epoch_ids(other)
+
+
+def test_opening_reads_no_shard_and_the_first_sample_one_window(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    check = SealedFolder.check
+
+    def noting(self: SealedFolder, shard: int, *, verify: bool = True) -> None:
+        opened.append(shard)
+        check(self, shard, verify=verify)
+
+    monkeypatch.setattr(SealedFolder, "check", noting)
+    stream, _ = open_folder(large)
+    assert opened == []
+    first = list(stream.samples(0, range(1)))
+    assert len(first) == len(opened) == 1
+    assert len(list(stream.samples(0, range(len(stream))))) == 180
+    assert sorted(opened) == list(range(36))  # each hashed once, however often it is read
+
+
+def relabelled(folder: Path, rows: RowOutline) -> Path:
+    """The folder with another index, and a manifest that names it."""
+    sha256 = write_index(folder, [rows])
+    write_manifest(folder, structs.replace(read_manifest(folder), index=sha256))
+    return folder
+
+
+def test_an_index_that_does_not_describe_the_rows_is_refused(folder: Path) -> None:
+    (rows,) = read_index(folder, read_manifest(folder))
+    tokens, batches = rows.tokens.copy(), rows.batches.copy()
+    tokens[:2] += np.array([1, -1]).astype(np.uint32)  # of the same sum
+    stream, _ = open_folder(relabelled(folder, replace(rows, tokens=tokens)))
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: differs from the index"):
+        next(stream.in_order())
+    with pytest.raises(UserError, match=r"index\.arrow: damaged: its counts are not"):
+        open_folder(relabelled(folder, replace(rows, tokens=tokens + np.uint32(1))))
+    batches[0] = 1
+    with pytest.raises(UserError, match=r"index\.arrow: damaged: its rows are not in order"):
+        open_folder(relabelled(folder, replace(rows, batches=batches)))
+
+
+def test_a_damaged_or_missing_index_is_refused(folder: Path) -> None:
+    content = bytearray((folder / INDEX).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / INDEX).write_bytes(content)
+    with pytest.raises(UserError, match=r"index\.arrow: damaged, its hash is not the manifest's"):
+        open_folder(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(UserError, match=r"index\.arrow: missing, the manifest names it"):
+        open_folder(folder)
