@@ -91,6 +91,12 @@ def test_a_committed_shard_is_a_file_and_the_sidecar_that_describes_it(
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "rejects": [{"source": "chats.jsonl", "line": 7, "reason": "empty"}],
+        "outline": {
+            "batches": "0 1",
+            "tokens": "6 4",
+            "positions": "3 2",
+            "id_hashes": "".join(hashlib.sha256(each).hexdigest()[:16] for each in (b"a", b"b")),
+        },
         "sums": {"nll": 1.5},
     }
     assert committed_shard(tmp_path, 12, "print") == entry

@@ -80,8 +80,8 @@ def test_a_folder_appears_there_in_one_commit(run: Run, made: Path, address: str
     assert "was there already" in said[2]
     assert said[4].split()[:2] == ["code", "build-targets"]
     uploads = [line for line in log(address, "targets") if not line.startswith("create")]
-    assert [line.split()[0] for line in uploads] == ["upload", "upload", "commit"]
-    assert uploads[2] == "commit 8 files"  # shards, sidecars, index, rejects, card, manifest
+    assert [line.split()[0] for line in uploads] == ["upload", "upload", "upload", "commit"]
+    assert uploads[3] == "commit 8 files"  # shards, sidecars, index, rejects, card, manifest
 
 
 def test_what_was_uploaded_is_not_uploaded_again(run: Run, made: Path, address: str) -> None:
