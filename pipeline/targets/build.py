@@ -30,6 +30,7 @@ from .distributions import (
     truncated,
     within,
 )
+from .pooling import Pooling, pooled
 from .temperature import tempered
 
 Floats = NDArray[np.float64]
@@ -55,12 +56,14 @@ class ScoreModel:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The base and the teacher at the positions of a batch."""
+    """The base and the teacher at the positions of a batch; of several teachers their mean."""
 
     scores: FlatBatch
     base_model: ScoreModel
     teacher_scores: FlatBatch | None = None
     teacher_model: ScoreModel | None = None
+    more_teachers: tuple[tuple[FlatBatch, ScoreModel], ...] = ()
+    pooling: Pooling | None = None  # with more teachers
 
     @property
     def observed_ids(self) -> NDArray[np.int32]:
@@ -97,8 +100,15 @@ class Evidence:
         """The teacher at its temperature, and a bound of its error, [N]."""
         assert self.teacher_scores is not None
         assert self.teacher_model is not None
-        known = known_supports(self.teacher_scores)
-        supports, bound = _at_temperature(known, self.teacher_model)
+        teachers = [
+            _at_temperature(known_supports(scores), model)
+            for scores, model in ((self.teacher_scores, self.teacher_model), *self.more_teachers)
+        ]
+        supports, bound = teachers[0]
+        if self.pooling is not None:
+            supports = pooled([each for each, _ in teachers], self.pooling)
+            # of the arithmetic mean; the geometric one is made at a temperature of 1
+            bound = np.average([each for _, each in teachers], axis=0, weights=self.pooling.weights)
         return within(supports, self.base_model.vocab_size), bound
 
     @property
@@ -133,7 +143,7 @@ class Evidence:
         """log q(y), [N]."""
         assert self.teacher_scores is not None
         assert self.teacher_model is not None
-        if self.teacher_model.temperature == 1:
+        if self.teacher_model.temperature == 1 and self.pooling is None:
             return _observed_log_prob(self.teacher_scores)
         return _at_observed(self.teacher, self.observed_ids)
 

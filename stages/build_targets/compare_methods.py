@@ -4,6 +4,7 @@ One pass over the scores, and one before it for the methods that read a statisti
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ...pipeline.targets.ceiling import (
     reproducible_share,
 )
 from .inputs import Inputs, open_inputs
-from .settings import check_temperatures
+from .settings import Mean, check_temperatures, pooling_of
 from .stage import with_statistics
 
 WHOLE = Truncation(top_p=1.0, max_support=2**31)
@@ -37,14 +38,17 @@ class Comparison:
 
 def compare_methods(
     scores: Path,
-    teacher: Path | None = None,
+    teacher: Sequence[Path] = (),
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     all_forms: bool = False,
+    teacher_weights: str | None = None,
+    teacher_mean: Mean = "arithmetic",
 ) -> Comparison:
     """Build the targets of every method with its defaults, and keep only their ceilings."""
     check_temperatures(temperature, teacher_temperature, teacher)
-    inputs = open_inputs(scores, teacher, temperature, teacher_temperature)
+    pooling = pooling_of(len(teacher), teacher_weights, teacher_mean, teacher_temperature)
+    inputs = open_inputs(scores, teacher, temperature, teacher_temperature, pooling)
     left_out = LeftOut()
     usable = with_statistics(inputs, _usable(inputs, all_forms, left_out), left_out.add)
     sums: dict[int, Counter[str]] = {place: Counter() for place in range(len(usable))}

@@ -1,6 +1,6 @@
 """The score folders that targets are built from: the base's, and a teacher's joined to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from ...pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ...pipeline.progress import progress_bar
 from ...pipeline.targets.build import Evidence, ScoreModel
 from ...pipeline.targets.distributions import known_supports, padded, truncated
+from ...pipeline.targets.pooling import Pooling
 from .teacher import Teacher
 
 PIECE_POSITIONS = 2048  # with fewer, Python takes more of the time than numpy
@@ -30,27 +31,39 @@ class Inputs:
 
     scores: SealedFolder
     base_model: ScoreModel
-    teacher: Teacher | None = None
-    teacher_model: ScoreModel | None = None
+    teachers: tuple[tuple[Teacher, ScoreModel], ...] = ()
+    pooling: Pooling | None = None  # of several teachers
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The first teacher."""
+        return self.teachers[0][0] if self.teachers else None
 
     @property
     def folders(self) -> dict[str, SealedFolder]:
         """The folders by name."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.folder}
-        return {"scores": self.scores, **teacher}
+        names = ("teacher", *(f"teacher-{n}" for n in range(2, len(self.teachers) + 1)))
+        folders = (teacher.folder for teacher, _ in self.teachers)
+        return {"scores": self.scores, **dict(zip(names, folders, strict=False))}
 
     def evidence(self, index: int) -> Iterator[list[Evidence]]:
         """The evidence at the positions of a shard: small pieces of each of its batches."""
-        if self.teacher is None:
+        if not self.teachers:
             for batch in self.scores.batches(index):
                 yield [Evidence(piece, self.base_model) for piece in _pieces(self.scores, batch)]
             return
-        for batch, own in self.teacher.batches(index):
-            ours, theirs = _pieces(self.scores, batch), _pieces(self.teacher.folder, own)
-            yield [
-                Evidence(one, self.base_model, other, self.teacher_model)
-                for one, other in zip(ours, theirs, strict=True)
+        for pairs in zip(*(teacher.batches(index) for teacher, _ in self.teachers), strict=True):
+            ours = _pieces(self.scores, pairs[0][0])
+            theirs = [
+                _pieces(teacher.folder, own)
+                for (teacher, _), (_, own) in zip(self.teachers, pairs, strict=True)
             ]
+            yield [self._evidence(*pieces) for pieces in zip(ours, *theirs, strict=True)]
+
+    def _evidence(self, own: FlatBatch, *others: FlatBatch) -> Evidence:
+        models = [model for _, model in self.teachers]
+        more = tuple(zip(others[1:], models[1:], strict=True))
+        return Evidence(own, self.base_model, others[0], models[0], more, self.pooling)
 
     def all_evidence(self, description: str) -> Iterator[Evidence]:
         """The evidence at all positions, in order, under a progress bar."""
@@ -107,17 +120,20 @@ class Inputs:
 
 
 def open_inputs(
-    scores: Path, teacher: Path | None, temperature: float = 1.0, teacher_temperature: float = 1.0
+    scores: Path,
+    teachers: Sequence[Path],
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    pooling: Pooling | None = None,
 ) -> Inputs:
     """Open the folders. Raises UserError if they do not fit together."""
     base = open_sealed(scores, "score")
     base_model = _score_model(base, temperature)
     if base.manifest.totals["positions"] == 0:
         raise UserError(f"{scores}: has no supervised token: score other demonstrations")
-    if teacher is None:
-        return Inputs(base, base_model)
-    other = open_sealed(teacher, "score")
-    return Inputs(base, base_model, Teacher(base, other), _score_model(other, teacher_temperature))
+    others = [open_sealed(teacher, "score") for teacher in teachers]
+    joined = ((Teacher(base, each), _score_model(each, teacher_temperature)) for each in others)
+    return Inputs(base, base_model, tuple(joined), pooling)
 
 
 def _score_model(scores: SealedFolder, temperature: float) -> ScoreModel:

@@ -1,6 +1,8 @@
 """The settings of `qpipe build-targets`, each an option."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +11,9 @@ from ...pipeline.options import Range, about, check, option
 
 if TYPE_CHECKING:
     from ...pipeline.methods.definition import Choice
+    from ...pipeline.targets.pooling import Pooling
+
+Mean = Literal["arithmetic", "geometric"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +29,19 @@ class BuildSettings:
     scores: Path = field(metadata=about("Score folder made by `qpipe score`."))
     out: Path
     choice: "Choice"
-    teacher: Path | None = option(
+    teacher: tuple[Path, ...] = option(
+        (),
+        "Scores of the same examples under a teacher model, made by `qpipe score --at`. Several "
+        "teachers are averaged.",
+        metavar="DIR...",
+    )
+    teacher_weights: str | None = option(
         None,
-        "Scores of the same examples under a teacher model, made by `qpipe score --at`.",
-        metavar="DIR",
+        "Weights of several teachers in their mean, in order, as in 2,1.  [default: equal]",
+        metavar="W,W,...",
+    )
+    teacher_mean: Mean = option(
+        "arithmetic", "Mean of several teachers: of their probabilities, or of the logs of these."
     )
     in_store: bool = False
     temperature: float = option(1.0, "Temperature applied to the base distribution.")
@@ -51,16 +65,57 @@ class BuildSettings:
     def __post_init__(self) -> None:
         check(self)
         check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
-        if self.teacher is not None and not self.choice.needs_teacher:
+        _ = self.pooling
+        if self.teacher and not self.choice.needs_teacher:
             raise UserError(
-                f"--teacher {self.teacher}: {self.choice.method.name} does not use a teacher: "
+                f"--teacher {self.teacher[0]}: {self.choice.method.name} does not use a teacher: "
                 "leave it out, or give another --method"
             )
 
+    @property
+    def pooling(self) -> "Pooling | None":
+        """The mean of several teachers; None of one or none."""
+        return pooling_of(
+            len(self.teacher), self.teacher_weights, self.teacher_mean, self.teacher_temperature
+        )
 
-def check_temperatures(base: float, teacher: float, folder: Path | None) -> None:
+
+def pooling_of(
+    teachers: int, weights: str | None, mean: Mean, temperature: float = 1.0
+) -> "Pooling | None":
+    """The mean of several teachers; None of one or none.
+
+    Raises UserError for weights that are not as many positive numbers as teachers, and where there
+    is nothing to average.
+    """
+    if teachers < 2:
+        if weights is not None or mean != "arithmetic":
+            raise UserError(
+                "--teacher-weights and --teacher-mean go with several teachers: give another "
+                "--teacher, or leave them out"
+            )
+        return None
+    if mean == "geometric" and temperature != 1:
+        raise UserError(
+            f"--teacher-temperature {temperature:g} goes with --teacher-mean arithmetic: give that"
+        )
+    try:
+        numbers = [1.0] * teachers if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != teachers or not all(0 < number < inf for number in numbers):
+        raise UserError(
+            f"--teacher-weights {weights}: give {teachers} numbers above 0, one for each teacher, "
+            f"as in {','.join('1' * teachers)}"
+        )
+    from ...pipeline.targets.pooling import Pooling  # here, as it loads numpy
+
+    return Pooling(tuple(number / sum(numbers) for number in numbers), mean)
+
+
+def check_temperatures(base: float, teacher: float, folders: Sequence[Path]) -> None:
     """Raise UserError for values out of range, or a teacher's temperature without a teacher."""
     for name, value in (("--temperature", base), ("--teacher-temperature", teacher)):
         require(0.05 <= value <= 20, name, value, "0.05 to 20")
-    if folder is None and teacher != 1:
+    if not folders and teacher != 1:
         raise UserError(f"--teacher-temperature {teacher:g} goes with --teacher: give that as well")

@@ -44,7 +44,11 @@ def build_targets(
 
 def _open_inputs(settings: BuildSettings) -> Inputs:
     return open_inputs(
-        settings.scores, settings.teacher, settings.temperature, settings.teacher_temperature
+        settings.scores,
+        settings.teacher,
+        settings.temperature,
+        settings.teacher_temperature,
+        settings.pooling,
     )
 
 
@@ -165,12 +169,18 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         "vocab_size": vocab_size,
         "tokenizer_hash": inputs.scores.settings["tokenizer_hash"],
     }
+    if inputs.pooling is not None:
+        described |= {
+            "teacher_weights": list(inputs.pooling.weights),
+            "teacher_mean": inputs.pooling.mean,
+        }
     schema = schema_of("build-targets", vocab_size, packing_of(described, frequent))
     provenance = inputs.scores.manifest.provenance | {
         "build_versions": package_versions("qpipe", "pyarrow")
     }
-    if "teacher" in folders:
-        provenance["teacher"] = folders["teacher"].manifest.provenance
+    provenance |= {
+        name: folder.manifest.provenance for name, folder in folders.items() if name != "scores"
+    }
     identity = Identity(
         stage="build-targets",
         settings=described,

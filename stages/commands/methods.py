@@ -10,7 +10,16 @@ from .options import FOLDER, Command, config_option, options_of
 
 @click.command(cls=Command)
 @click.argument("scores", type=FOLDER)
-@options_of(BuildSettings, only=("teacher", "temperature", "teacher_temperature"))
+@options_of(
+    BuildSettings,
+    only=(
+        "teacher",
+        "teacher_weights",
+        "teacher_mean",
+        "temperature",
+        "teacher_temperature",
+    ),
+)
 @click.option(
     "--all-forms", is_flag=True, help="Compare every form of each method instead of its first form."
 )

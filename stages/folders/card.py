@@ -81,8 +81,9 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if name in sums:
             yield f"mean {of}", f"{sums[name] / positions:.4f}"
     yield "base model", _model(made_by)
-    if "teacher" in made_by:
-        yield "teacher", _model(made_by["teacher"])
+    for name in made_by:
+        if name.startswith("teacher"):
+            yield name.replace("-", " "), _model(made_by[name])
     yield "vocabulary", f"{manifest.settings['vocab_size']:,} tokens"
     yield "tokenizer's hash", str(manifest.settings["tokenizer_hash"])
     yield "fingerprint", manifest.fingerprint

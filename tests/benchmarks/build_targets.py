@@ -63,7 +63,7 @@ from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 folder, shards, out, method, form, has_teacher = sys.argv[1:]
 def build(shards, out):
-    teacher = Path(f"{folder}/teacher-{shards}") if has_teacher == "yes" else None
+    teacher = (Path(f"{folder}/teacher-{shards}"),) if has_teacher == "yes" else ()
     scores = Path(f"{folder}/base-{shards}")
     return build_targets(BuildSettings(
         scores=scores, out=Path(out), choice=choose(method, form), teacher=teacher))

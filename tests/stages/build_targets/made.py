@@ -128,7 +128,7 @@ class Made:
     demonstrations: list[Dense]
 
     def settings(self, out: Path, choice: Choice, **options: Any) -> BuildSettings:
-        teacher = self.teacher if choice.needs_teacher else None
+        teacher = (self.teacher,) if choice.needs_teacher else ()
         return BuildSettings(
             self.scores, out, choice, **{"teacher": teacher, "precision": "float32"} | options
         )

@@ -127,7 +127,7 @@ def first_forms(*without: str) -> list[tuple[str, str]]:
 
 
 def test_each_method_is_compared_in_the_form_that_build_targets_takes(made: Made) -> None:
-    comparison = compare_methods(made.weighted, made.teacher)
+    comparison = compare_methods(made.weighted, [made.teacher])
 
     assert names(comparison) == first_forms(*UNKNOWN)
     assert comparison.left_out == {"its target is not known": UNKNOWN}
@@ -136,7 +136,7 @@ def test_each_method_is_compared_in_the_form_that_build_targets_takes(made: Made
 
 
 def test_all_forms_are_compared_where_they_are_asked_for(made: Made) -> None:
-    comparison = compare_methods(made.weighted, made.teacher, all_forms=True)
+    comparison = compare_methods(made.weighted, [made.teacher], all_forms=True)
 
     every = [(each.method.name, each.form) for each in choices()]
     assert names(comparison) == [each for each in every if each[0] not in UNKNOWN]
@@ -167,7 +167,7 @@ def test_what_cannot_be_built_is_left_out_with_the_reason(made: Made, tmp_path: 
 def test_each_row_is_what_build_targets_stores_for_the_same_choice(
     made: Made, tmp_path: Path, temperatures: tuple[float, float]
 ) -> None:
-    comparison = compare_methods(made.weighted, made.teacher, *temperatures, all_forms=True)
+    comparison = compare_methods(made.weighted, [made.teacher], *temperatures, all_forms=True)
 
     assert len(comparison.rows) > 40
     for choice, ceiling, share in comparison.rows:
@@ -175,7 +175,7 @@ def test_each_row_is_what_build_targets_stores_for_the_same_choice(
             made.weighted,
             tmp_path / f"{choice.method.name}-{choice.form}",
             choice_as_given(choice),
-            teacher=made.teacher if choice.needs_teacher else None,
+            teacher=(made.teacher,) if choice.needs_teacher else (),
             top_p=1.0,
             max_support=2**31,
             temperature=temperatures[0],
@@ -249,8 +249,8 @@ def test_sharding_does_not_matter(made: Made, tmp_path: Path, shard_size: int) -
     scores = score_folder(tmp_path / "scores", examples(12), shard_size)
     teacher = score_folder(tmp_path / "teacher", examples(12, teacher=True)[::-1], 4)
 
-    wanted = compare_methods(made.scores, made.teacher)
-    found = compare_methods(scores, teacher)
+    wanted = compare_methods(made.scores, [made.teacher])
+    found = compare_methods(scores, [teacher])
 
     assert len(found.rows) == len(wanted.rows) > 15
     for one, other in zip(found.rows, wanted.rows, strict=True):
@@ -268,7 +268,7 @@ def test_a_head_at_which_the_base_is_not_known_leaves_contrast_out(tmp_path: Pat
     scores = score_folder(tmp_path / "scores", [of_probs("a", [base], [0], 2)], 1, 2, 5)
     teacher = score_folder(tmp_path / "teacher", [of_probs("a", [apart], [0], 2)], 1, 2, 5)
 
-    comparison = compare_methods(scores, teacher)
+    comparison = compare_methods(scores, [teacher])
 
     compared = [name for name, _ in names(comparison)]
     assert "target-sft" in compared
@@ -322,12 +322,12 @@ def test_scores_are_streamed(made: Made, tmp_path: Path, monkeypatch: pytest.Mon
     teacher = score_folder(tmp_path / "teacher", examples(40, teacher=True), shard_size=20)
     for folder in (scores, teacher):
         reader = Reader(folder, monkeypatch)
-        compare_methods(scores, teacher, all_forms=True)
+        compare_methods(scores, [teacher], all_forms=True)
         assert len(reader.read) == 2 * 40  # once for the statistics, once for the ceilings
         assert reader.most_alive <= 3
 
     reader = Reader(scores, monkeypatch)
-    kept = list(open_inputs(scores, teacher).all_evidence("kept"))
+    kept = list(open_inputs(scores, [teacher]).all_evidence("kept"))
     assert reader.most_alive == len(kept) == 40  # the reader would have seen it
 
 
@@ -379,7 +379,7 @@ def test_the_options_arrive(made: Made) -> None:
         "compare-methods", made.weighted, "--teacher", made.teacher, "--all-forms",
         "--temperature", 0.8, "--teacher-temperature", 0.9,
     )  # fmt: skip
-    comparison = compare_methods(made.weighted, made.teacher, 0.8, 0.9, all_forms=True)
+    comparison = compare_methods(made.weighted, [made.teacher], 0.8, 0.9, all_forms=True)
     lines = [line.split() for line in out.splitlines()[1 : len(comparison.rows) + 1]]
     assert [tuple(line[:3]) for line in lines] == [
         (choice.method.name, choice.form, f"{ceiling.nll:.4f}")

@@ -101,7 +101,7 @@ def test_contrast_is_refused_where_the_base_is_not_known_at_the_teachers_head(
 
     # of b the base is known at 4, the observed token; of d it is not
     with pytest.raises(UserError, match="example d: the base's probability of a token") as refused:
-        build(scores, tmp_path / "targets", "contrast", teacher=teacher)
+        build(scores, tmp_path / "targets", "contrast", teacher=(teacher,))
     assert "score the base with `qpipe score --at` the teacher's folder" in str(refused.value)
     with pytest.raises(UserError, match="not finished yet"):
         read_manifest(tmp_path / "targets")
@@ -142,7 +142,7 @@ def test_a_folder_built_with_other_parameters_or_another_teacher_is_refused(
     )
     there, now = (read_manifest(each).fingerprint for each in (made.teacher, made.scores))
     words = f'inputs.teacher is "{there}" there and "{now}" now'
-    assert words in refused(choice, teacher=made.scores)
+    assert words in refused(choice, teacher=(made.scores,))
     assert 'inputs.teacher is "' in refused(SFT_KL)
 
 

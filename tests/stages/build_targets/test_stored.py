@@ -198,7 +198,7 @@ def test_a_shard_of_rejects_alone_stays_a_shard(tmp_path: Path) -> None:
     seal_shards(tmp_path / "scores", "score", settings, [[], found, []])
 
     for method in ("sft+kl", "flow", "kd"):
-        teacher = tmp_path / "scores" if method == "kd" else None
+        teacher = (tmp_path / "scores",) if method == "kd" else ()
         result = build(tmp_path / "scores", tmp_path / method, method, teacher=teacher)
         assert [shard.rows for shard in result.manifest.shards] == [0, 2, 0]
         assert [each.id for each in read_targets(tmp_path / method)] == ["chats:2", "chats:3"]

@@ -79,7 +79,7 @@ def build(base: Path, teacher: Path, method: str = "target-sft", **options: Any)
     out = base.parent / f"targets-{teacher.name}-{method}"
     settings = {"top_p": 1.0} | options
     return build_targets(
-        BuildSettings(base, out, choose(method), teacher, **{"precision": "float32"} | settings)
+        BuildSettings(base, out, choose(method), (teacher,), **{"precision": "float32"} | settings)
     )
 
 
@@ -99,7 +99,7 @@ def refusal(base: Path, teacher: Path, method: str = "target-sft") -> str:
 
 
 def join_of(base: Path, teacher: Path) -> Teacher:
-    joined = open_inputs(base, teacher).teacher
+    joined = open_inputs(base, [teacher]).teacher
     assert joined is not None
     return joined
 

@@ -98,7 +98,7 @@ def test_sound_targets_of_any_method_pass(
     verify: Verify, scores: Path, tmp_path: Path, method: str, form: str
 ) -> None:
     choice = choose(method, form)
-    teacher = scores if choice.needs_teacher else None
+    teacher = (scores,) if choice.needs_teacher else ()
     folder = build(scores, tmp_path / "out", choice, teacher=teacher)
     status, said = verify(folder)
     assert (status, "all well" in said) == (0, True), said
