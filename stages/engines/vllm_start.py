@@ -84,13 +84,14 @@ def abilities(llm: Any, settings: EngineSettings) -> Abilities:
     cache = engine.vllm_config.cache_config
     return Abilities(
         keeps_tensors=keeps,
-        rows_alone=keeps and settings.rows_alone and _install_rows(llm),
+        rows_alone=keeps and settings.rows_alone and _install_rows(llm, settings.top_k),
         block_size=cache.block_size if cache.enable_prefix_caching else 0,
     )
 
 
-def _install_rows(llm: Any) -> bool:
-    reasons = [reason for reason in llm.collective_rpc("qpipe_install_rows") if reason]
+def _install_rows(llm: Any, top_k: int) -> bool:
+    answers = llm.collective_rpc("qpipe_install_rows", args=(top_k,))
+    reasons = [reason for reason in answers if reason]
     if reasons:
         say_once(f"log-probabilities of every token by vLLM itself, slower: {reasons[0]}")
     return not reasons

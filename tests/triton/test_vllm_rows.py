@@ -77,7 +77,7 @@ def test_the_second_runners_worker_with_rows_in_it(monkeypatch: pytest.MonkeyPat
         model=SimpleNamespace(compute_logits=lambda hidden: hidden @ HEAD_HV),
         prompt_logprobs_worker=PromptLogprobsWorker(3, torch.device("cpu")),
     )
-    assert extension.qpipe_install_rows() is None
+    assert extension.qpipe_install_rows(K) is None
     worker: Any = runner.prompt_logprobs_worker
     given = np.array([[7, 59]] * len(ROWS), np.int32)
     asked = RowRequest(np.array(ROWS, np.int32), IDS[1, 1:][ROWS].numpy(), given, K)

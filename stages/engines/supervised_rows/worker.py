@@ -38,13 +38,13 @@ class RowsExtension:
     model_runner: Any
 
     @torch.inference_mode()
-    def qpipe_install_rows(self) -> str | None:
-        """Install `SupervisedRows`; returns why not, or None."""
+    def qpipe_install_rows(self, top_k: int) -> str | None:
+        """Install `SupervisedRows`, tried out with this top k; returns why not, or None."""
         runner = self.model_runner
         try:
             if hasattr(runner, "prompt_logprobs_worker"):
-                return _install_v2(runner)
-            return _install_v1(runner)
+                return _install_v2(runner, top_k)
+            return _install_v1(runner, top_k)
         except Exception as error:  # vLLM's internals may raise anything: its own path still works
             return f"{type(error).__name__}: {error}"
 
@@ -68,21 +68,21 @@ def knows_v2(worker_class: Any) -> bool:
     )
 
 
-def _install_v1(runner: Any) -> str | None:
+def _install_v1(runner: Any, top_k: int) -> str | None:
     if not knows_v1(type(runner)):
         return "the model runner has another form"
-    log_probs = _checked_log_probs(runner, gathered_log_probs)
+    log_probs = _checked_log_probs(runner, gathered_log_probs, top_k)
     runner._get_prompt_logprobs_dict = _V1Rows(runner, SupervisedRows(log_probs))
     return None
 
 
-def _install_v2(runner: Any) -> str | None:
+def _install_v2(runner: Any, top_k: int) -> str | None:
     stock = runner.prompt_logprobs_worker
     if stock is None:  # this process has no output head
         return None
     if not knows_v2(type(stock)) or not hasattr(stock, "uses_prompt_logprobs"):
         return "the second model runner has another form"
-    log_probs = _checked_log_probs(runner, triton_log_probs)
+    log_probs = _checked_log_probs(runner, triton_log_probs, top_k)
     runner.prompt_logprobs_worker = _V2Rows(stock, SupervisedRows(log_probs))
     return None
 
@@ -174,7 +174,7 @@ def _v2_spans(batch: Any, prompt_lens: Any) -> Iterator[Span]:
         )
 
 
-def _checked_log_probs(runner: Any, plain: Callable[..., Gathered]) -> LogProbs:
+def _checked_log_probs(runner: Any, plain: Callable[..., Gathered], top_k: int) -> LogProbs:
     """From hidden states to log-probabilities, compared with a plain computation once.
 
     With tensor parallelism the vocabulary stays divided, unless the model's logits do not allow it.
@@ -195,7 +195,7 @@ def _checked_log_probs(runner: Any, plain: Callable[..., Gathered]) -> LogProbs:
     expected = runner.model.compute_logits(hidden_nH).float().log_softmax(dim=1)
     reasons: list[str] = []
     for log_probs in (divided_log_probs(runner.model), whole, without_kernels):
-        reason = None if log_probs is None else _why_not(log_probs, hidden_nH, expected)
+        reason = None if log_probs is None else _why_not(log_probs, hidden_nH, expected, top_k)
         if log_probs is not None and reason is None:
             for each in reasons:
                 say_once(f"log-probabilities of supervised rows are computed another way: {each}")
@@ -204,20 +204,20 @@ def _checked_log_probs(runner: Any, plain: Callable[..., Gathered]) -> LogProbs:
     raise ValueError("; ".join(reasons))
 
 
-def _why_not(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor) -> str | None:
+def _why_not(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor, top_k: int) -> str | None:
     try:
-        if _agree(log_probs, hidden_nH, expected_nV):
+        if _agree(log_probs, hidden_nH, expected_nV, top_k):
             return None
     except Exception as error:  # of a compiler or a driver, for example
         return f"{type(error).__name__}: {error}"
     return "the log-probabilities of a trial differ from a plain computation"
 
 
-def _agree(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor) -> bool:
+def _agree(log_probs: LogProbs, hidden_nH: Tensor, expected_nV: Tensor, top_k: int) -> bool:
     """Whether some rows have the expected log-probabilities and ranks, and each id its own."""
     n, V = expected_nV.shape
     observed_n = torch.linspace(0, V - 1, n, device=hidden_nH.device).long()
-    found = log_probs(hidden_nH, observed_n, observed_n[:, None], min(8, V))
+    found = log_probs(hidden_nH, observed_n, observed_n[:, None], min(top_k, V))
     ids_nc = torch.cat((observed_n[:, None], observed_n[:, None], found.ids_nk.long()), dim=1)
     values_nc = torch.cat((found.observed_n[:, None], found.given_nw, found.top_nk), dim=1)
     at_nc = expected_nV.gather(1, ids_nc)

@@ -236,7 +236,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def install(runner: Any) -> str | None:
     extension = RowsExtension()
     extension.model_runner = runner
-    return extension.qpipe_install_rows()
+    return extension.qpipe_install_rows(K)
 
 
 @pytest.mark.usefixtures("one_process")
