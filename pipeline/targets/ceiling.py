@@ -95,9 +95,14 @@ def reproducible_share(sums: Mapping[str, float], demonstrations: int) -> float:
     return sums["ceiling.reproducible"] / max(demonstrations, 1)
 
 
+def can_teach(overall: Ceiling, reproducible: float) -> bool:
+    """Whether two thirds of the tokens and half of the demonstrations can be learnt."""
+    return overall.learnable >= 2 / 3 and reproducible >= 1 / 2
+
+
 def ceiling_advice(overall: Ceiling, reproducible: float) -> str:
     """A warning if a third of the tokens or most demonstrations cannot be learnt, else ""."""
-    if overall.learnable >= 2 / 3 and reproducible >= 1 / 2:
+    if can_teach(overall, reproducible):
         return ""
     return (
         f"another token than the observed one is the target's mode at {1 - overall.learnable:.0%} "

@@ -14,6 +14,7 @@ from ...pipeline.methods.table import METHODS, choices
 from ...pipeline.targets.build import Truncation, stored_residual
 from ...pipeline.targets.ceiling import (
     Ceiling,
+    can_teach,
     ceiling_sums,
     ceilings,
     has_ceiling,
@@ -26,11 +27,14 @@ from .stage import with_statistics
 WHOLE = Truncation(top_p=1.0, max_support=2**31)
 
 
+Row = tuple[Choice, Ceiling, float]  # the last is the share of demonstrations it can reproduce
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Each method with its ceiling overall and the share of demonstrations it can reproduce."""
 
-    rows: list[tuple[Choice, Ceiling, float]]
+    rows: list[Row]
     left_out: dict[str, list[str]]  # by the reason
     positions: int
     examples: int
@@ -67,6 +71,43 @@ def compare_methods(
         for place, total in sums.items()
     ]
     return Comparison(rows, left_out.methods, totals["positions"], totals["rows"])
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """First what can teach most of the demonstrations, those with the least KL from the base first.
+
+    Then the rest, those that reproduce most demonstrations and have the least NLL first.
+    """
+
+    def rank(row: Row) -> tuple[float, ...]:
+        _, ceiling, share = row
+        if can_teach(ceiling, share):
+            return (0, ceiling.divergence)
+        return (1, -share, ceiling.nll)
+
+    return sorted(rows, key=rank)
+
+
+def advice(rows: Sequence[Row]) -> str:
+    """What follows from the ceilings, in a sentence or two."""
+    able = [row for row in ranked(rows) if can_teach(*row[1:])]
+    weak = len(rows) - len(able)
+    if not able:
+        return (
+            "no method here can teach half of the demonstrations: take one whose γ is above 0.5 "
+            "at every token, as sft+kl with a lam below 1"
+        )
+    first, ceiling, share = able[0]
+    words = (
+        f"of the {len(able)} that can teach most demonstrations, {first.method.name} "
+        f"({first.form}) stays nearest to the base, {ceiling.divergence:.2g} nats a token, and "
+        f"can teach {share:.0%} of them"
+    )
+    if weak:
+        words += f"; the last {weak} cannot teach half of them"
+    if any(choice.needs_teacher and choice.residual == "teacher" for choice, *_ in rows):
+        words += ". The ceiling does not tell whether the teacher or the demonstrations are right"
+    return words
 
 
 @dataclass(frozen=True, slots=True)

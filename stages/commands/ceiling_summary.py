@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...pipeline.methods.table import METHODS
 from ...pipeline.targets.ceiling import Ceiling, ceiling_advice, reproducible_share
 from .tables import print_table
 
@@ -12,11 +13,17 @@ if TYPE_CHECKING:
     from ..build_targets.compare_methods import Comparison
 
 
-def print_ceiling(form: str, rows: list[Ceiling], totals: Mapping[str, Any]) -> None:
+def print_ceiling(
+    settings: Mapping[str, Any], rows: list[Ceiling], totals: Mapping[str, Any]
+) -> None:
     """Print the ceiling of a folder, by the base's probability of the observed token."""
     if not rows:
         return
-    at = " (at the start, where the student is the base)" if form == "live" else ""
+    at = ""
+    if METHODS[settings["method"]].divergence is not None:
+        at = " (at the end, where the student is the teacher)"
+    elif settings["form"] == "live":
+        at = " (at the start, where the student is the base)"
     click.echo(f"\nWhat these targets can teach at best{at}")
     cells = [
         (row.name, f"{row.positions:,}", *(_cells(row) if row.positions else [""] * 4))
@@ -37,10 +44,12 @@ def _cells(row: Ceiling) -> list[str]:
 
 
 def print_comparison(comparison: "Comparison") -> None:
-    """Print the ceiling of every method."""
+    """Print the ceiling of every method, the best first, and the advice that follows."""
+    from ..build_targets.compare_methods import advice, ranked
+
     head = ("method", "form", "-log Q(y)", "Q's mode is y", "demos", "γ < 0.05", "KL from base")
     rows = []
-    for choice, row, share in comparison.rows:
+    for choice, row, share in ranked(comparison.rows):
         nll, learnable, *others = _cells(row)
         rows.append((choice.method.name, choice.form, nll, learnable, f"{share:.1%}", *others))
     print_table([head, *rows])
@@ -50,5 +59,6 @@ def print_comparison(comparison: "Comparison") -> None:
         "the student is the base; a divergence as it ends, where the student is the teacher.\nQ(y) "
         "below 1e-10 counts as 1e-10."
     )
+    click.echo(f"Advice: {advice(comparison.rows)}.")
     for reason, names in comparison.left_out.items():
         click.echo(f"Left out, {reason}: {', '.join(names)}.")

@@ -66,7 +66,7 @@ def print_targets(folder: Path, result: StageResult) -> None:
             *_size_and_speed(result),
         ]
     )
-    print_ceiling(settings["form"], ceilings(totals["sums"]), totals)
+    print_ceiling(settings, ceilings(totals["sums"]), totals)
 
 
 def print_subset(folder: Path, result: StageResult) -> None:

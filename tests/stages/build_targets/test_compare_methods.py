@@ -14,10 +14,17 @@ from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.sealed import SealedFolder
 from qpipe.pipeline.format.batches import FlatBatch, flatten
 from qpipe.pipeline.format.records import ScoredExample
+from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.methods.table import METHODS, choices
-from qpipe.pipeline.targets.ceiling import ceilings, reproducible_share
-from qpipe.stages.build_targets.compare_methods import Comparison, compare_methods
+from qpipe.pipeline.targets.ceiling import Ceiling, ceilings, reproducible_share
+from qpipe.stages.build_targets.compare_methods import (
+    Comparison,
+    Row,
+    advice,
+    compare_methods,
+    ranked,
+)
 from qpipe.stages.build_targets.inputs import open_inputs
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
@@ -383,5 +390,31 @@ def test_the_options_arrive(made: Made) -> None:
     lines = [line.split() for line in out.splitlines()[1 : len(comparison.rows) + 1]]
     assert [tuple(line[:3]) for line in lines] == [
         (choice.method.name, choice.form, f"{ceiling.nll:.4f}")
-        for choice, ceiling, _ in comparison.rows
+        for choice, ceiling, _ in ranked(comparison.rows)
     ]
+
+
+def row(name: str, nll: float, learnable: float, divergence: float, share: float) -> Row:
+    return choose(name, "live"), Ceiling("all", 9, nll, learnable, 0.0, divergence), share
+
+
+def test_the_best_come_first_and_the_advice_names_the_first() -> None:
+    rows = [
+        row("dft", 2.0, 0.5, 0.01, 0.2),
+        row("sft", 0.0, 1.0, 2.0, 1.0),
+        row("gift", 1.0, 0.6, 0.03, 0.6),  # of too few tokens
+        row("sft+kl", 0.1, 1.0, 0.25, 1.0),
+        row("profit", 1.0, 0.5, 0.01, 0.2),
+        row("kd", 0.3, 0.9, 0.1, 0.5),
+    ]
+    assert [each[0].method.name for each in ranked(rows)] == [
+        *("kd", "sft+kl", "sft"),
+        *("gift", "profit", "dft"),
+    ]
+    assert advice(rows) == (
+        "of the 3 that can teach most demonstrations, kd (live) stays nearest to the base, 0.1 "
+        "nats a token, and can teach 50% of them; the last 3 cannot teach half of them. The "
+        "ceiling does not tell whether the teacher or the demonstrations are right"
+    )
+    assert advice(rows[1:2]).endswith("can teach 100% of them")
+    assert advice(rows[:1]).startswith("no method here can teach half of the demonstrations")
