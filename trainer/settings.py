@@ -137,6 +137,21 @@ class TrainSettings:
         "[default: train all weights]",
         range=Range(1, 1024),
     )
+    lora_alpha: float | None = option(
+        None,
+        "Alpha of the adapters, which are scaled by alpha/rank.  [default: twice the rank]",
+        range=_POSITIVE,
+        in_identity=False,  # part of it where it is given
+    )
+    lora_targets: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "Layers that get an adapter, by the last word of their names, for example"
+            " q_proj,v_proj.  [default: all linear layers and experts]",
+            metavar="NAME,NAME,…",
+            in_identity=False,
+        ),
+    )
     keep_adapter: bool = option(
         False, "Save the LoRA adapter in peft's format instead of merging it."
     )
@@ -237,5 +252,7 @@ class TrainSettings:
             )
         if self.fsdp and self.precision == "float16":
             raise UserError("--fsdp has no loss scaling for --precision float16: give bfloat16")
-        if self.keep_adapter and self.lora_rank is None:
-            raise UserError("--keep-adapter needs an adapter: give --lora-rank too")
+        for name in ("keep_adapter", "lora_alpha", "lora_targets"):
+            if getattr(self, name) and self.lora_rank is None:
+                shown = name.replace("_", "-")
+                raise UserError(f"--{shown} needs an adapter: give --lora-rank too")

@@ -23,8 +23,16 @@ def _weights(ctx: click.Context, parameter: click.Parameter, text: str | None) -
         ) from error
 
 
+def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
 @click.command(cls=Command)
-@options_of(TrainSettings, mixture_weights={"multiple": False, "type": str, "callback": _weights})
+@options_of(
+    TrainSettings,
+    mixture_weights={"multiple": False, "type": str, "callback": _weights},
+    lora_targets={"multiple": False, "type": str, "callback": _names},
+)
 @config_option
 def train(**options: Any) -> None:
     """Train a model on targets; no base model is needed.

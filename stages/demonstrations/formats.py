@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...pipeline.errors import UserError, reason
+from ...pipeline.errors import UserError, reason, shown
 from ...pipeline.format.records import Reject
 from .columns import HINT, fields_of, refuse_unknown, renamed
 from .demonstration import Demonstration, Messages, Row, UnusableError
@@ -103,8 +103,12 @@ def _recognise(row: Row) -> str:
 
 def _row_id(row: Row) -> str | None:
     value = row.get("id")
+    if value is None:
+        return None
     is_id = isinstance(value, str | int) and not isinstance(value, bool)
-    return str(value) if is_id else None
+    if not is_id or not str(value).strip():
+        raise UnusableError(f"id is {shown(value)}: give a text or a whole number, or leave it out")
+    return str(value)
 
 
 def _tools(row: Row) -> list[Row] | None:

@@ -9,7 +9,7 @@ to the token that ends the turn, both as they appear in the rendering of the who
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ...pipeline.errors import UserError, one_line, reason
 from ...pipeline.format.records import Reject, WeightedExample
-from ..demonstrations.demonstration import Demonstration, Messages, UnusableError
+from ..demonstrations.demonstration import Demonstration, Messages, Row, UnusableError
 from ..demonstrations.messages import is_empty
 from .forms import best_chat
 from .renderings import Renderings
@@ -44,13 +44,14 @@ class Encoded:
 
     `cut` if it was longer than the limit and was truncated; `empty` is the number of its empty
     answers, which are not supervised; `unread` are its fields of reasoning that the template does
-    not name.
+    not name; `never_ends` if the template writes nothing that ends one of its answers.
     """
 
     example: WeightedExample
     cut: bool
     empty: int = 0
     unread: frozenset[str] = frozenset()
+    never_ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Encoder:
 
     `template` is the text of a chat template, or None: then the contents are concatenated, each
     assistant turn followed by the end-of-sequence token, and the tokenizer adds its own special
-    tokens. `supervise` is "assistant" (every assistant turn), "last" (the last of them) or
-    "all" (every token but the first). A demonstration of more than `max_length` tokens is rejected
-    or cut, by `too_long`.
+    tokens. `tools_template` replaces it for demonstrations with tools. `supervise` is "assistant"
+    (every assistant turn), "last" (the last of them) or "all" (every token but the first); tokens
+    of weight 0 are not supervised. A demonstration of more than `max_length` tokens is rejected or
+    cut, by `too_long`.
 
     Raises UserError for a tokenizer without character offsets or, if needed, end-of-sequence token.
     """
@@ -73,6 +75,7 @@ class Encoder:
     too_long: str = "reject"
     vocab_size: int | None = None  # of the model, which may be smaller than the tokenizer's
     day: date | None = None  # passed to a template that asks for the time; None is now
+    tools_template: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -89,14 +92,15 @@ class Encoder:
 
         They are stored outside `tokenizer.json`, so the tokenizer's hash does not cover them.
         """
-        written = "eos_token" if self.template is None else self.template
+        written = f"{self.template or 'eos_token'}{self.tools_template or ''}"
         named = self.tokenizer.special_tokens_map
         return {name: named[name] for name in sorted(named) if name in written}
 
     def encode(self, demonstration: Demonstration) -> Encoded | Reject:
         """The tokens of a demonstration, or a reject with the reason why it cannot be used."""
+        encoder = self._with_tools if demonstration.tools else self
         try:
-            return self._encode(demonstration)
+            return encoder._encode(demonstration)
         except UnusableError as error:
             return Reject(demonstration.source, demonstration.line, reason(error))
 
@@ -125,10 +129,17 @@ class Encoder:
         if demonstration.weights:
             weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
             weights = weigh(layout.text, offsets, weighed)[positions]
+            positions, weights = positions[weights != 0], weights[weights != 0]
+        if not len(positions):
+            raise UnusableError("every supervised token has the weight 0")
         input_ids = input_ids[: self.max_length]
         example = WeightedExample(demonstration.id, input_ids, positions, weights)
         empty = sum(is_empty(demonstration.messages[turn]) for turn in turns)
-        return Encoded(example, cut, empty, self._unread(demonstration))
+        never_ends = bool(places) and not any(
+            _has_end(layout.text, spans, demonstration.messages[turn])
+            for turn, spans in places.items()
+        )
+        return Encoded(example, cut, empty, self._unread(demonstration), never_ends)
 
     def _unread(self, demonstration: Demonstration) -> frozenset[str]:
         given = {key for message in demonstration.messages for key in REASONING & message.keys()}
@@ -201,6 +212,13 @@ class Encoder:
         return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     @cached_property
+    def _with_tools(self) -> "Encoder":
+        """The encoder of demonstrations with tools."""
+        if self.tools_template is None:
+            return self
+        return replace(self, template=self.tools_template, tools_template=None)
+
+    @cached_property
     def _learned(self) -> dict[Any, Any]:
         """What is known of the template's literals, for all demonstrations."""
         return {}
@@ -259,6 +277,12 @@ class _Renderer:
             return render()
         except Exception as error:  # a template is a program and may raise anything
             raise UnusableError(f"the template fails on this row: {one_line(error)}") from error
+
+
+def _has_end(text: str, spans: list[Span], message: Row) -> bool:
+    """Whether a turn goes on after its content: with a token that ends it, or with calls."""
+    written = text[spans[0][0] : spans[-1][1]].rstrip()
+    return bool(message.get("tool_calls")) or not written.endswith(message["content"].rstrip())
 
 
 def _with_spaces(offsets: Offsets) -> Offsets:

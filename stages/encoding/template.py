@@ -14,7 +14,7 @@ CLOCK = "strftime_now"  # the function that templates call for the time
 
 
 def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """The chat template for `option`: "tokenizer" (its own), "none", or a Jinja file.
+    """The chat template for `option`: "tokenizer" (its own), "none", its name, or a Jinja file.
 
     Raises UserError if it is missing or is not a template.
     """
@@ -22,10 +22,29 @@ def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | No
         return None
     if option == "tokenizer":
         return _own_template(tokenizer)
+    if option in (named := _named_templates(tokenizer)):
+        return named[option]
     return _template_file(Path(option), tokenizer)
 
 
+def load_tools_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The template of the tokenizer for conversations with tools, if it has one of its own."""
+    return _named_templates(tokenizer).get("tool_use") if option == "tokenizer" else None
+
+
+def _named_templates(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """The templates of a tokenizer that has several, such as default, tool_use and rag."""
+    own = tokenizer.chat_template
+    return own if isinstance(own, dict) else {}
+
+
 def _own_template(tokenizer: "PreTrainedTokenizerFast") -> str:
+    named = _named_templates(tokenizer)
+    if named and "default" not in named:
+        raise UserError(
+            f"tokenizer {name_of(tokenizer)} has the templates {', '.join(sorted(named))} and none "
+            "of the name default: give one of these names with --template"
+        )
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -40,7 +59,8 @@ def _template_file(path: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
         template = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"template {path}: no such file (--template takes tokenizer, none, or a Jinja file)"
+            f"template {path}: no such file (--template takes tokenizer, none, the name of one of "
+            "the tokenizer's templates, or a Jinja file)"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"template {path}: cannot be read: {one_line(error)}") from error

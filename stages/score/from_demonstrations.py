@@ -20,13 +20,17 @@ from ..demonstrations.columns import parse_columns
 from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.sources import Facts, RowReader, Source, open_sources
 from ..encoding.encoder import Encoded, Encoder
-from ..encoding.template import load_template, template_date
+from ..encoding.template import load_template, load_tools_template, template_date
 from ..execution.run import host_of_workers, run_stage
 from ..execution.settings import Execution
 from .settings import RowSettings, ScoreSettings
 from .stage import ScoreStage, ShardInput
 
 DEFAULT_MAX_LENGTH = 4096
+_NEVER_ENDS = (
+    "Warning: the chat template writes no token that ends an answer, so a model does not learn to "
+    "stop: give a template that ends each with one (--template FILE, or none)"
+)
 
 
 def score(settings: ScoreSettings, execution: Execution | None = None) -> StageResult | TaskResult:
@@ -93,6 +97,7 @@ class Demonstrations:
         self.columns = parse_columns(options.columns)
         self.max_length = _max_length(options, model)
         template = load_template(options.template, model.tokenizer)
+        tools_template = load_tools_template(options.template, model.tokenizer)
         self.encoder = Encoder(
             model.tokenizer,
             template,
@@ -100,13 +105,16 @@ class Demonstrations:
             max_length=self.max_length,
             too_long=options.too_long,
             vocab_size=model.vocab_size,
-            day=template_date(template, options.date, folder),
+            day=template_date(f"{template}{tools_template}", options.date, folder),
+            tools_template=tools_template,
         )
 
     def settings(self) -> dict[str, Any]:
         template, day = self.encoder.template, self.encoder.day
         special_tokens = self.encoder.special_tokens
         extra = {"special_tokens": special_tokens} if special_tokens else {}
+        if self.encoder.tools_template is not None:
+            extra["tools_template_hash"] = sha256_of_json(self.encoder.tools_template)
         extra |= {} if day is None else {"date": day.isoformat()}
         extra |= {"columns": self.columns} if self.columns else {}
         return extra | {
@@ -159,6 +167,8 @@ class Demonstrations:
                         f"Warning: the chat template does not read {field}: what it holds is not "
                         "in the scores"
                     )
+                if encoded.never_ends:
+                    say_once(_NEVER_ENDS)
             elif self.options.strict:
                 raise unusable(encoded)
             else:

@@ -3,7 +3,6 @@
 N supervised positions of an example, V vocabulary, S entries of a support.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ OBJECTIVE = Objective(choose("sft+kl"), "student", "base")
 _LENGTHS = (9, 21, 13, 5)  # longer and shorter than the windows of the models
 _SHARED = 4  # tokens at the beginning of all
 
+Examples = list[TargetExample]
 Gradients = dict[str, Tensor]
 
 
-def make_examples(vocab_size: int) -> list[TargetExample]:
+def make_examples(vocab_size: int) -> Examples:
     """Examples with a common beginning and random targets."""
     rng = np.random.default_rng(0)
     shared = rng.integers(3, vocab_size, _SHARED)
@@ -78,7 +78,7 @@ def dense_loss(logits_NV: Tensor, example: TargetExample) -> Tensor:
     return total
 
 
-def reference_gradients(model: Any, examples: list[TargetExample]) -> tuple[Tensor, Gradients]:
+def reference_gradients(model: Any, examples: Examples) -> tuple[Tensor, Gradients]:
     """The loss of all examples and its gradients, each example by itself."""
     model.zero_grad()
     total = sum(dense_loss(logits_alone(model, each), each) for each in examples)
@@ -105,10 +105,3 @@ def largest_error(found: Gradients, expected: Gradients) -> float:
     assert found.keys() == expected.keys()
     errors = [(found[name].double() - expected[name]).abs().max() for name in expected]
     return float(max(errors) / max(each.abs().max() for each in expected.values()))
-
-
-def changed(example: TargetExample, vocab_size: int) -> TargetExample:
-    """The example with other tokens after the common beginning."""
-    tokens = example.input_ids.copy()
-    tokens[_SHARED:] = 3 + (tokens[_SHARED:] + 7) % (vocab_size - 3)
-    return replace(example, input_ids=tokens)

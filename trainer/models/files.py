@@ -61,6 +61,11 @@ def find_model(
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
     folder, name = _locate(model, revision, weights, local)
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model {model}: is an adapter, not a model: merge it into its base first: "
+            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: no config.json in it: give a Hugging Face model folder")
     try:
@@ -73,7 +78,26 @@ def find_model(
             f"model {model}: its tokenizer is a {type(tokenizer).__name__}, which does not "
             "return the offsets of tokens: save a fast tokenizer (tokenizer.json) in the folder"
         )
+    _refuse_empty(model, folder, tokenizer)
     return ModelFiles(name, revision, folder, config, tokenizer)
+
+
+def _refuse_empty(model: str, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raises UserError where the files of a vocabulary are missing.
+
+    transformers then makes a tokenizer of special tokens alone, which loses every text.
+    """
+    names = type(tokenizer).vocab_files_names
+    own = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+    missing = [name for name in own if not (folder / name).exists()]
+    is_there = (folder / "tokenizer.json").exists() or (own and not missing)
+    others = any(any(folder.glob(kind)) for kind in ("*.model", "*.tiktoken", "tekken.json"))
+    is_empty = len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()) + 1
+    if is_empty or not (is_there or others):
+        raise UserError(
+            f"model {model}: its tokenizer has no vocabulary: {' and '.join(missing) or 'the file'}"
+            " of it is missing or empty, and so is tokenizer.json: fetch the model again"
+        )
 
 
 def load_model(files: ModelFiles, dtype: "torch.dtype") -> Any:

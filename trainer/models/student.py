@@ -10,6 +10,7 @@ from ...pipeline.errors import UserError
 from ..data.batch import Batch, SparseTargets
 from ..loss.fused import fused_loss, rows_of
 from ..loss.objective import Objective
+from .adapters import Adapters, with_adapters
 from .causality import check_causal
 from .files import ModelFiles, load_reported
 from .heads import hidden_states, logit_chunks, logits_of, recognise
@@ -73,9 +74,9 @@ class Student(torch.nn.Module):
 
 
 def load_student(
-    base: ModelFiles, gradient_checkpointing: bool, lora_rank: int | None = None
+    base: ModelFiles, gradient_checkpointing: bool, adapters: Adapters | None = None
 ) -> Student:
-    """The model with float32 weights, in training mode; with `lora_rank`, only adapters train.
+    """The model with float32 weights, in training mode; with `adapters`, only these train.
 
     Raises UserError as `load_model` does, for a quantised model, for one that is not causal, and
     for the text model alone of a vision-language checkpoint.
@@ -92,17 +93,5 @@ def load_student(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # or frozen embeddings would detach the graph
-    student = Student(model if lora_rank is None else _with_adapters(model, lora_rank), lost)
+    student = Student(model if adapters is None else with_adapters(model, adapters), lost)
     return student.train()  # a loaded model has neither dropout nor checkpointing
-
-
-def _with_adapters(model: Any, rank: int) -> Any:
-    """LoRA (arXiv 2106.09685) on every linear layer but the head, with alpha twice the rank."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)

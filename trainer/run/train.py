@@ -20,6 +20,7 @@ from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
+from ..models.adapters import Adapters
 from ..models.attention.packing import can_pack
 from ..models.compiling import compile_layers
 from ..models.files import ModelFiles, find_model
@@ -59,6 +60,8 @@ def train(settings: TrainSettings) -> TrainResult:
         mixture_weights=list(shares_of(targets.weights)) or None,  # 6,2 is 3,1
         precision=precision_of(accelerator),
         **({"tokens_alone": True} if objective.tokens_alone else {}),
+        **({"lora_alpha": settings.lora_alpha} if settings.lora_alpha else {}),
+        **({"lora_targets": sorted(settings.lora_targets)} if settings.lora_targets else {}),
     )
     record = finished_run(settings.out, identity)
     if record is not None:
@@ -68,7 +71,7 @@ def train(settings: TrainSettings) -> TrainResult:
         with accelerator.main_process_first():
             _make_ready(settings.out, identity, is_main)
         set_seed(settings.seed)  # new adapters are the same everywhere
-        student = load_student(base, settings.gradient_checkpointing, settings.lora_rank)
+        student = load_student(base, settings.gradient_checkpointing, _adapters(settings))
         set_seed(settings.seed, device_specific=True)  # dropout is not
         collate = Collator(settings.pack and can_pack(student.model), objective.tokens_alone)
         if is_main:
@@ -88,6 +91,12 @@ def train(settings: TrainSettings) -> TrainResult:
                 finish(settings.out, _record(run, targets, identity, result))
             accelerator.wait_for_everyone()
     return result
+
+
+def _adapters(settings: TrainSettings) -> Adapters | None:
+    if settings.lora_rank is None:
+        return None
+    return Adapters(settings.lora_rank, settings.lora_alpha, settings.lora_targets)
 
 
 def _make_ready(out: Path, identity: Identity, is_main: bool) -> None:

@@ -32,9 +32,10 @@ def start_accelerator(precision: Precision, waits_long: bool = False) -> Acceler
     """Devices, processes and mixed precision; "auto" is bfloat16 on a GPU that has it.
 
     On a CPU the process keeps freed memory from now on. Collective operations time out after some
-    minutes, after a day with `waits_long`. Raises UserError for float16 without a GPU, and for more
-    processes than GPUs.
+    minutes, after a day with `waits_long`. Raises UserError for float16 without a GPU, for more
+    processes than GPUs, and for several processes without a launcher.
     """
+    _refuse_half_launched()
     place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if torch.cuda.is_available() and place >= gpus:
         raise UserError(
@@ -55,6 +56,19 @@ def start_accelerator(precision: Precision, waits_long: bool = False) -> Acceler
     return Accelerator(
         cpu=on_cpu, mixed_precision=_ACCELERATE_NAMES[precision], kwargs_handlers=handlers
     )
+
+
+def _refuse_half_launched() -> None:
+    """Raises UserError where the environment names several processes, but not where they meet."""
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and missing:
+        raise UserError(
+            f"WORLD_SIZE is {processes} in the environment, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: start training with torchrun "
+            f"--nproc-per-node {processes}, or unset WORLD_SIZE"
+        )
 
 
 def precision_of(accelerator: Accelerator) -> str:

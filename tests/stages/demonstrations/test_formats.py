@@ -253,11 +253,15 @@ def test_format_that_is_forced(tmp_path, name, reason):
     assert read_row(tmp_path, {"instruction": "a?"}, format=name) == reason
 
 
-@pytest.mark.parametrize(
-    ("value", "id"), [("a", "a"), (7, "7"), (0, "0"), ("", None), (True, None), (1.5, None)]
-)
+@pytest.mark.parametrize(("value", "id"), [("a", "a"), (7, "7"), (0, "0"), (None, "x.jsonl:1")])
 def test_id(tmp_path, value, id):
-    assert read_row(tmp_path, CHAT | {"id": value}).id == (id or "x.jsonl:1")
+    assert read_row(tmp_path, CHAT | {"id": value}).id == id
+
+
+@pytest.mark.parametrize("value", ["", " ", True, 1.5, [1], {"a": 1}])
+def test_id_that_names_nothing(tmp_path, value):
+    reason = f"id is {value!r}: give a text or a whole number, or leave it out"
+    assert read_row(tmp_path, CHAT | {"id": value}) == reason
 
 
 TOOLS = [{"type": "function", "function": {"name": "clock", "default": None}}]

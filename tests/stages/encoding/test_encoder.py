@@ -8,7 +8,7 @@ import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Reject
 from qpipe.stages.encoding.encoder import Encoded
-from qpipe.stages.encoding.template import load_template
+from qpipe.stages.encoding.template import load_template, load_tools_template
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +25,9 @@ from .chats import (
     stretches,
     supervised,
 )
+
+TOOLS = "{{ tools | tojson }}"
+NEVER_ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 def with_bos(tokenizer, end=""):
@@ -166,6 +169,29 @@ class TestLoadTemplate:
         ):
             load_template("tokenizer", TOKENIZER)
 
+    def test_named_ones_are_chosen_as_transformers_does(self):
+        """The default, for tools the template of that use, and others by their name."""
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = {"default": CHATML, "tool_use": TOOLS + CHATML, "rag": GEMMA}
+        default, tools = (
+            load("tokenizer", tokenizer) for load in (load_template, load_tools_template)
+        )
+        assert (default, tools) == (CHATML, TOOLS + CHATML)
+        for given in (None, [{"type": "function", "function": {"name": "clock"}}]):
+            example = encode(default, chat("a?", "One.", tools=given), tools_template=tools)
+            expected = tokenizer.apply_chat_template(
+                chat("a?", "One.").messages, tools=given, tokenize=False
+            )
+            assert TOKENIZER.decode(example.input_ids) == expected
+        assert load_template("rag", tokenizer) == GEMMA
+        assert load_tools_template("rag", tokenizer) is None
+
+    def test_named_ones_without_a_default(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = {"tool_use": CHATML, "rag": GEMMA}
+        with pytest.raises(UserError, match="has the templates rag, tool_use and none of the name"):
+            load_template("tokenizer", tokenizer)
+
     def test_a_file(self, tmp_path):
         for name, template in (("chatml.jinja", CHATML), ("raises.jinja", "{{ messages[9].x.y }}")):
             (tmp_path / name).write_text(template)
@@ -186,6 +212,21 @@ class TestLoadTemplate:
         (tmp_path / "latin.jinja").write_bytes(b"\xe9")
         with pytest.raises(UserError, match="cannot be read"):
             load_template(str(tmp_path / name), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "never_ends"),
+    [
+        (NEVER_ENDS, ("One.",), True),
+        (NEVER_ENDS, ("One.", "Two."), True),
+        (CHATML, ("One.",), False),
+        (None, ("One.",), False),
+    ],
+)
+def test_templates_without_an_end_are_noticed(template, answers, never_ends):
+    turns = [turn for answer in answers for turn in ("a?", answer)]
+    encoded = encoder(template).encode(chat(*turns))
+    assert encoded.never_ends == never_ends
 
 
 def test_tokenizer_without_offsets():

@@ -37,7 +37,7 @@ class TestWeightOfATurn:
 
     def test_of_each_turn(self):
         turns = (user("a?"), answer("One.", weight=0), user("b?"), answer("Two.", weight=1))
-        assert told(KEEPS, *turns) == [("One." + END, 0), ("Two." + END, 1)]
+        assert told(KEEPS, *turns) == [("Two." + END, 1)]
 
     def test_of_what_the_template_writes_in_the_turn(self):
         turns = (user("a?"), answer("One.", weight=3))
@@ -63,7 +63,8 @@ class TestWeightOfATurn:
 
 CONTENT = "Two or three"
 SPANS = [[0, 3], [7, 12, 2.5]]
-PLACED = [("Two", 1), (" or ", 0), ("three", 2.5), (END, 0)]
+ALL_ZERO = "every supervised token has the weight 0"
+PLACED = [("Two", 1), ("three", 2.5)]
 
 
 class TestSpans:
@@ -82,17 +83,17 @@ class TestSpans:
         ]
 
     def test_none_of_the_turn(self):
-        assert told(KEEPS, user("a?"), answer("One.", spans=[])) == [("One." + END, 0)]
+        assert refused(KEEPS, user("a?"), answer("One.", spans=[])) == ALL_ZERO
         turns = (user("a?"), answer("One.", spans=[], weight=4))
         assert told(KEEPS, *turns) == [("One." + END, 4)]
 
     def test_side_by_side(self):
         turns = (user("a?"), answer("abcd", spans=[[1, 2, 2], [2, 4, 3]]))
-        assert told(KEEPS, *turns) == [("a", 0), ("b", 2), ("cd", 3), (END, 0)]
+        assert told(KEEPS, *turns) == [("b", 2), ("cd", 3)]
 
     def test_characters_of_several_bytes_and_tokens(self):
         turns = (user("🙂?"), answer("é🙂数x", spans=[[1, 2, 5], [3, 4, 7]]))
-        assert told(KEEPS, *turns) == [("é", 0), ("🙂", 5), ("数", 0), ("x", 7), (END, 0)]
+        assert told(KEEPS, *turns) == [("🙂", 5), ("x", 7)]
 
     def test_the_same_text_elsewhere(self):
         turns = (user(CONTENT), answer(CONTENT), user(CONTENT), answer(CONTENT, spans=SPANS))
@@ -102,30 +103,21 @@ class TestSpans:
 
     def test_without_a_template(self):
         turns = (user("a?"), answer(CONTENT, spans=SPANS), user("b?"), answer("</s>", spans=[]))
-        placed = [*PLACED[:3], ("</s>", 0)]
-        assert told(None, *turns) == [*placed, ("</s>", 0)]
+        assert told(None, *turns) == PLACED
 
     @pytest.mark.parametrize("template", [KEEPS, TRIMS, HIDES, QWEN3])
     def test_white_space_about_the_content(self, template):
         turns = (user("a?"), answer(f" \n {CONTENT} \n", spans=[[3, 6], [10, 15, 2.5]]), user("b?"))
-        before, after = ("", "") if template is TRIMS else (" \n ", " \n")
-        found = told(template, *turns)
-        assert found == [
-            *([(before, 0)] if before else []),
-            ("Two", 1),
-            (" or ", 0),
-            ("three", 2.5),
-            (after + END, 0),
-        ]
+        assert told(template, *turns) == PLACED
 
     def test_white_space_that_is_trimmed_off_the_edges(self):
         turns = (user("a?"), answer(" \n One. \n", spans=[[0, 9, 2]]))
-        assert told(TRIMS, *turns) == [("One.", 2), (END, 0)]
-        assert told(KEEPS, *turns) == [(" \n One. \n", 2), (END, 0)]
+        assert told(TRIMS, *turns) == [("One.", 2)]
+        assert told(KEEPS, *turns) == [(" \n One. \n", 2)]
 
     def test_nothing_but_white_space_that_is_trimmed(self):
         turns = (user("a?"), answer(" \n One. \n", spans=[[0, 2, 2]]))
-        assert told(KEEPS, *turns) == [(" \n", 2), (" One. \n" + END, 0)]
+        assert told(KEEPS, *turns) == [(" \n", 2)]
         assert refused(TRIMS, *turns) == (
             "the template drops characters 0-2 of messages[1].content, which span [0, 2] covers: "
             "leave them out of it"
@@ -139,11 +131,10 @@ class TestReasoning:
 
     def test_in_the_answer(self):
         turns = (user("a?"), answer(self.THOUGHT, spans=[[21, 24, 2]]))
-        head = "<think>\nhm\n</think>\n\n"
-        placed = [("One", 2), ("." + END, 0)]
-        assert told(QWEN3, *turns) == [(head, 0), *placed]
+        placed = [("One", 2)]
+        assert told(QWEN3, *turns) == placed
         assert told(QWEN3, *turns, user("b?")) == placed
-        assert told(HIDES, *turns) == [("\n\n", 0), *placed]
+        assert told(HIDES, *turns) == placed
 
     def test_in_the_reasoning_where_it_is_shown(self):
         turns = (user("a?"), answer(self.THOUGHT, spans=[[0, 7], [8, 10, 3]], weight=0.5))
@@ -169,7 +160,7 @@ class TestReasoning:
 
     def test_white_space_that_is_dropped_with_it(self):
         turns = (user("a?"), answer(self.THOUGHT, spans=[[19, 24, 2]]), user("b?"))
-        assert told(QWEN3, *turns) == [("One", 2), ("." + END, 0)]
+        assert told(QWEN3, *turns) == [("One", 2)]
 
     def test_that_says_what_the_answer_says(self):
         """Which of the two the template shows cannot be seen."""
@@ -179,21 +170,18 @@ class TestReasoning:
             "leave them out, or write the content as the template does"
         )
         whole = answer("<think>\nOne.\n</think>\n\nOne.", spans=[[23, 26, 2]])
-        head = "<think>\nOne.\n</think>\n\n"
-        assert told(QWEN3, user("a?"), whole) == [(head, 0), ("One", 2), ("." + END, 0)]
+        assert told(QWEN3, user("a?"), whole) == [("One", 2)]
 
     def test_in_a_field_of_its_own(self):
         turn = answer("One.", reasoning_content="One. hm", spans=[[0, 3, 2]])
         assert told(QWEN3, user("a?"), turn) == [
-            ("<think>\nOne. hm\n</think>\n\n", 0),
             ("One", 2),
-            ("." + END, 0),
         ]
 
     def test_that_the_prompt_opens_is_not_the_model_s(self):
         opens = KEEPS.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n' }}{%- endif")
         turns = (user("a?"), answer(self.THOUGHT, spans=[[0, 10, 2]]))
-        assert told(opens, *turns) == [("hm", 2), ("\n</think>\n\nOne." + END, 0)]
+        assert told(opens, *turns) == [("hm", 2)]
         turns = (user("a?"), answer(self.THOUGHT, spans=[[0, 7]]))
         assert refused(opens, *turns) == (
             "span [0, 7] of messages[1] holds no token of what the model writes: let it hold one, "
@@ -219,9 +207,7 @@ class TestContentThatIsNotShown:
     def test_beside_a_tool_call(self):
         call = answer("Wait.", tool_calls=[{"name": "clock"}], spans=[[0, 4, 2]])
         assert told(QWEN3, user("a?"), call) == [
-            ("<think>\n\n</think>\n\n", 0),
             ("Wait", 2),
-            (".<call>clock</call>" + END, 0),
         ]
         assert "rewrites messages[1].content" in refused(CALLS, user("a?"), call)
         alike = answer("die", tool_calls=[{"name": "die"}], spans=[[0, 3]])
@@ -255,7 +241,7 @@ class TestTokensOfSeveralCharacters:
 
     def test_the_space_before_a_word_does_not_count(self, tokenizer):
         content = "hello good day"
-        wanted = [("hello", 0), (" good", 2), (" day" + END, 0)]
+        wanted = [(" good", 2)]
         for span in ((6, 10, 2), (5, 10, 2), (5, 11, 2), (6, 11, 2)):
             assert told(KEEPS, *with_spans(content, span), tokenizer=tokenizer) == wanted
 
@@ -278,7 +264,7 @@ class TestTokensOfSeveralCharacters:
     def test_token_of_white_space(self, tokenizer):
         """Two of these spaces are a token of their own, the third is that of the word."""
         content = "hello   good"
-        wanted = [("hello", 0), ("  ", 3), (" good" + END, 0)]
+        wanted = [("  ", 3)]
         for span in ((5, 7, 3), (5, 8, 3)):
             assert told(KEEPS, *with_spans(content, span), tokenizer=tokenizer) == wanted
         assert refused(KEEPS, *with_spans(content, (0, 6)), tokenizer=tokenizer) == (
@@ -315,7 +301,7 @@ class TestTokensOfSeveralCharacters:
 class TestTokenWeights:
     def test_of_the_content(self):
         turns = (user("a?"), answer("One.", token_weights=[4, 2, 3.5, 0]))
-        placed = [("O", 4), ("n", 2), ("e", 3.5), (".", 0)]
+        placed = [("O", 4), ("n", 2), ("e", 3.5)]
         assert told(KEEPS, *turns) == [*placed, (END, 1)]
         assert told(None, *turns) == [*placed, ("</s>", 1)]
         assert told(QWEN3, *turns) == [("<think>\n\n</think>\n\n", 1), *placed, (END, 1)]
@@ -373,7 +359,6 @@ class TestSupervise:
         assert told(KEEPS, *self.TURNS, supervise="all") == [
             ("user\na?" + END + "\n<|im_start|>assistant\n", 1),
             ("One", 2),
-            ("." + END, 0),
             ("\n<|im_start|>user\nb?" + END + "\n<|im_start|>assistant\n", 1),
             ("Two." + END, 3),
             ("\n", 1),

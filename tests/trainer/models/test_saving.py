@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
+from qpipe.trainer.models.adapters import Adapters
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.saving import save_model
 from qpipe.trainer.models.student import Student, load_student
@@ -86,7 +87,7 @@ def test_saving_leaves_the_student_as_it_is(
 def test_adapters_are_merged_in_the_copy_alone(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     base = find_model(str(model))
-    student = load_student(base, gradient_checkpointing=False, lora_rank=2)
+    student = load_student(base, gradient_checkpointing=False, adapters=Adapters(2))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_" in name:
@@ -137,3 +138,11 @@ def test_files_of_a_model_have_the_mode_of_the_umask(settings: TrainSettings, um
         os.umask(before)
     files = [path for path in settings.out.rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_an_adapter_is_not_a_model(settings: TrainSettings) -> None:
+    pytest.importorskip("peft")
+    kept = replace(settings, lora_rank=4, keep_adapter=True)
+    train(kept)
+    with pytest.raises(UserError, match="is an adapter, not a model: merge it into its base first"):
+        find_model(str(kept.out))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from qpipe.pipeline.errors import UserError
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
 
@@ -26,6 +27,17 @@ def test_two_processes_train_as_one_on_a_live_target(
     folder = make_targets(make_live_examples(13, "teacher"), "few", **LIVE["target-sft"])
     assert_two_processes_train_as_one(replace(settings, targets=folder), tmp_path)
     assert all(line["error_bound"] > 0 for line in read_log(settings.out, "step"))
+
+
+def test_processes_without_a_launcher_are_refused(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE is 4 .* but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"
+    ):
+        train(settings)
 
 
 def assert_two_processes_train_as_one(settings: TrainSettings, tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""LoRA (arXiv 2106.09685): which weights of a model get an adapter.
+
+They are every linear layer but the head, and the experts of a mixture, which transformers stores
+as one three-dimensional parameter. A layer whose weights the model uses without calling it cannot
+carry an adapter: that is tried on a few tokens, and known of the mixers of Mamba, whose kernels
+take the weights.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from ...pipeline.errors import UserError
+
+_IN_KERNELS = {"x_proj", "dt_proj", "out_proj"}  # of a mixer of Mamba
+# layers of a mixture with fused experts that peft would take for its experts
+_RENAMED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_TRIED_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The rank of adapters, their alpha, and the last words of the names of their layers.
+
+    Alpha is twice the rank by default; without names all layers get an adapter.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+
+def with_adapters(model: Any, adapters: Adapters) -> Any:
+    """A model in which only adapters train. Raises UserError for a name that no layer has."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
+    targets = adapters.targets
+    layers, experts = _layers(model), _experts(model)
+    _refuse_unknown(targets, {*map(_last, layers), *map(_last, experts)})
+    chosen = [name for name in layers if not targets or _last(name) in targets]
+    as_modules = {_last(name, 2) for name in chosen if not (experts and _last(name) in _RENAMED)}
+    parameters = [f"{name}.weight" for name in chosen if _last(name, 2) not in as_modules]
+    config = LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha or 2 * adapters.rank,  # pyright: ignore[reportArgumentType]
+        target_modules=sorted(as_modules),
+        exclude_modules=[
+            name
+            for name, _ in _linear(model)
+            if _last(name, 2) in as_modules and name not in chosen
+        ],
+        target_parameters=sorted(
+            {_last(name, 2) for name in experts if not targets or _last(name) in targets}
+            | {_last(name, 3) for name in parameters}
+        ),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _layers(model: Any) -> list[str]:
+    """The names of the linear layers that can carry an adapter."""
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    linear = [
+        name
+        for name, layer in _linear(model)
+        if layer is not head
+        and layer.weight.requires_grad
+        and not (_last(name) in _IN_KERNELS and hasattr(modules[name.rpartition(".")[0]], "D"))
+    ]
+    called = _called(model)
+    return [name for name in linear if _kind(name) in called]
+
+
+def _linear(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            yield name, module
+
+
+def _experts(model: Any) -> list[str]:
+    """The names of the parameters that hold the weights of all experts of a layer."""
+    return [
+        f"{name}.{each}"
+        for name, module in model.named_modules()
+        if "expert" in f"{name}{type(module).__name__}".lower()
+        for each, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.requires_grad
+    ]
+
+
+@torch.no_grad()
+def _called(model: Any) -> set[str]:
+    """The kinds of linear layers that run as modules, in any of the model's layers and experts.
+
+    Some routers inherit from a linear layer and return more than its output: they are left out.
+    """
+    called: set[str] = set()
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            called.add(_kind(name))
+
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name, layer in _linear(model)
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        model(input_ids=torch.arange(_TRIED_TOKENS, device=model.device)[None], use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _last(name: str, words: int = 1) -> str:
+    return ".".join(name.split(".")[-words:])
+
+
+def _refuse_unknown(targets: Sequence[str], known: set[str]) -> None:
+    for target in targets:
+        if target not in known:
+            raise UserError(
+                f"--lora-targets {target}: no layer of this name can carry an adapter: give some "
+                f"of {', '.join(sorted(known))}"
+            )
