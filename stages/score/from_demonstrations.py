@@ -113,8 +113,8 @@ class Demonstrations:
         template, day = self.encoder.template, self.encoder.day
         special_tokens = self.encoder.special_tokens
         extra = {"special_tokens": special_tokens} if special_tokens else {}
-        if self.encoder.tools_template is not None:
-            extra["tools_template_hash"] = sha256_of_json(self.encoder.tools_template)
+        for_tools = self.encoder.tools_template
+        extra |= {} if for_tools is None else {"tools_template_hash": sha256_of_json(for_tools)}
         extra |= {} if day is None else {"date": day.isoformat()}
         extra |= {"columns": self.columns} if self.columns else {}
         return extra | {
