@@ -150,11 +150,11 @@ class Context:
             messages[0] = messages[0] | {"content": f"{content}\n\n{text}"}
         else:
             raise UnusableError("--context: the system message of the row is not a text")
-        prompt_length = demonstration.prompt_length
+        prompt_length, weights = demonstration.prompt_length, demonstration.weights
         return replace(
             demonstration,
             messages=messages,
-            weights=(),  # those of the folder count
+            weights=((None,) * added + weights) if weights else (),
             prompt_length=prompt_length + added if prompt_length else 0,
         )
 

@@ -38,6 +38,8 @@ def row(number: int) -> dict[str, Any]:
         {"role": "user", "content": f"Say {number}."},
         {"role": "assistant", "content": f"It is {number}.", "weight": 0.5 if number else 1},
     ]
+    if number == 4:  # the first token, of weight 0, is not supervised
+        messages[1] |= {"spans": [[0, 2, 0.0]]}
     if number == 3:
         messages.insert(0, {"role": "system", "content": "Be brief."})
     return {"id": f"d{number}", "messages": messages, "hint": f"the {number}"}
