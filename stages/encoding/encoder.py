@@ -23,6 +23,8 @@ from ..demonstrations.demonstration import Demonstration, Messages, Row, Unusabl
 from ..demonstrations.messages import is_empty
 from .forms import best_chat
 from .renderings import Renderings
+from .sandbox.environment import compiled, generated_spans
+from .sandbox.watch import TooMuchError, watched
 from .spans import Offsets, Span, Syntax, overlapping
 from .template import CLOCK, name_of
 from .token_weights import turn_of, weigh
@@ -36,6 +38,7 @@ REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a messag
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _MOST_OF_TOKEN = 16  # characters; a token of text has four
 _SHORT = 2**16  # characters
+_MOST_OVERRUNS = 3  # demonstrations that take too much; then it is the template
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,9 +106,18 @@ class Encoder:
             return encoder._encode(demonstration)
         except UnusableError as error:
             return Reject(demonstration.source, demonstration.line, reason(error))
+        except TooMuchError as error:
+            self._overran.append(demonstration)
+            if len(self._overran) == _MOST_OVERRUNS:
+                raise UserError(
+                    f"the chat template cannot be used: {error}, also for {demonstration.source}, "
+                    f"line {demonstration.line}: give another with --template FILE"
+                ) from error
+            why = f"the template cannot be used on this row: {error}"
+            return Reject(demonstration.source, demonstration.line, why)
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
-        layout = self._lay_out(demonstration)
+        layout = watched(lambda: self._lay_out(demonstration))
         if self.too_long == "reject":
             self._refuse_long(layout.text)
         input_ids, offsets = self._tokenise(layout.text)
@@ -116,7 +128,7 @@ class Encoder:
             raise UnusableError(f"a token is outside the model's vocabulary of {self.vocab_size}")
 
         turns = self._turns(demonstration)
-        places = layout.places(turns)
+        places = watched(lambda: layout.places(turns))
         supervised = overlapping(offsets, [span for spans in places.values() for span in spans])
         if self.supervise == "all":
             supervised[:] = True
@@ -219,6 +231,11 @@ class Encoder:
         return replace(self, template=self.tools_template, tools_template=None)
 
     @cached_property
+    def _overran(self) -> list[Demonstration]:
+        """The demonstrations for which the template took too much."""
+        return []
+
+    @cached_property
     def _learned(self) -> dict[Any, Any]:
         """What is known of the template's literals, for all demonstrations."""
         return {}
@@ -237,44 +254,31 @@ class _Renderer:
     """Renders conversations as a demonstration's is: with its tools and arguments."""
 
     def __init__(self, encoder: Encoder, demonstration: Demonstration) -> None:
-        day = encoder.day
-        self._tokenizer, self._template = encoder.tokenizer, encoder.template
-        self._tools = demonstration.tools
-        self._arguments: dict[str, Any] = {} if day is None else {CLOCK: day.strftime}
-        self._arguments |= demonstration.template_kwargs
-        self.variant = json.dumps([bool(self._tools), demonstration.template_kwargs], default=str)
+        day, tools = encoder.day, demonstration.tools
+        self._template = encoder.template or ""
+        self._arguments = {
+            **encoder.tokenizer.special_tokens_map,
+            "tools": tools,
+            "documents": None,
+            **({} if day is None else {CLOCK: day.strftime}),
+            **demonstration.template_kwargs,
+        }
+        self.variant = json.dumps([bool(tools), demonstration.template_kwargs], default=str)
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
-        text = self._run(
-            lambda: self._tokenizer.apply_chat_template(
-                messages,
-                tools=self._tools,  # pyright: ignore[reportArgumentType]
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self._arguments,
-            )
-        )
-        return str(text)
+        given = {"messages": messages, "add_generation_prompt": prompt}
+        return self._run(lambda: compiled(self._template).render(self._arguments, **given))
 
     def generated(self, messages: Messages) -> list[Span]:
         """The characters within {% generation %} in the rendering."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        def run() -> Any:
-            return render_jinja_template(
-                conversations=[messages],
-                tools=self._tools,  # pyright: ignore[reportArgumentType]
-                chat_template=self._template,
-                return_assistant_tokens_mask=True,
-                **{**self._tokenizer.special_tokens_map, **self._arguments},
-            )
-
-        return self._run(run)[1][0]
+        given = {**self._arguments, "messages": messages, "add_generation_prompt": False}
+        return self._run(lambda: generated_spans(compiled(self._template), given))
 
     def _run(self, render: Callable[[], T]) -> T:
         try:
             return render()
+        except TooMuchError:
+            raise
         except Exception as error:  # a template is a program and may raise anything
             raise UnusableError(f"the template fails on this row: {one_line(error)}") from error
 

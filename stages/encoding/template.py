@@ -24,7 +24,7 @@ def load_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | No
         return _own_template(tokenizer)
     if option in (named := _named_templates(tokenizer)):
         return named[option]
-    return _template_file(Path(option), tokenizer)
+    return _template_file(Path(option))
 
 
 def load_tools_template(option: str, tokenizer: "PreTrainedTokenizerFast") -> str | None:
@@ -54,7 +54,7 @@ def _own_template(tokenizer: "PreTrainedTokenizerFast") -> str:
         ) from error
 
 
-def _template_file(path: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
+def _template_file(path: Path) -> str:
     try:
         template = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -64,22 +64,23 @@ def _template_file(path: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"template {path}: cannot be read: {one_line(error)}") from error
-    _check_syntax(path, template, tokenizer)
+    _check_syntax(path, template)
     return template
 
 
-def _check_syntax(path: Path, template: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+def _check_syntax(path: Path, template: str) -> None:
     from jinja2 import TemplateSyntaxError
 
-    question = [{"role": "user", "content": "?"}]
+    from .sandbox.environment import compiled
+
     try:
-        tokenizer.apply_chat_template(question, chat_template=template, tokenize=False)
+        compiled(template)
     except TemplateSyntaxError as error:
         raise UserError(
             f"template {path}, line {error.lineno}: not a Jinja template: {one_line(error)}"
         ) from error
-    except Exception:  # it compiles, but may refuse a conversation of one question
-        return
+    except Exception as error:  # of Jinja's compiler, such as RecursionError
+        raise UserError(f"template {path}: cannot be compiled: {one_line(error)}") from error
 
 
 def name_of(tokenizer: "PreTrainedTokenizerFast") -> str:

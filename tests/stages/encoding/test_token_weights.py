@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from qpipe.stages.demonstrations.formats import parse_row
 from qpipe.stages.encoding.content import Kept, find_kept
-from qpipe.stages.encoding.encoder import Encoder
+from qpipe.stages.encoding.encoder import Encoder, _Renderer
 
 from .chats import QWEN3
 from .weighed import (
@@ -386,11 +386,9 @@ class TestCut:
 def test_only_places_in_the_content_cost_another_rendering(monkeypatch, fields, renderings):
     """Of a conversation whose like was rendered before: with marks and without."""
     tokenizer, calls = byte_tokenizer(), []
-    render = tokenizer.apply_chat_template
+    render = _Renderer.render
     monkeypatch.setattr(
-        tokenizer,
-        "apply_chat_template",
-        lambda *args, **named: calls.append(1) or render(*args, **named),
+        _Renderer, "render", lambda *args, **named: calls.append(1) or render(*args, **named)
     )
     found = Encoder(tokenizer, KEEPS, 10_000)
     for content in ("One.", "Two."):
