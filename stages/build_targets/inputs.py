@@ -106,7 +106,8 @@ class Inputs:
                 "score the demonstrations under another model of the same tokenizer with `qpipe "
                 f"score --model … --at {folder} --out teacher`, then give --teacher teacher"
             )
-        if choice.needs_mask and not self.scores.manifest.totals["sums"].get("weighted"):
+        sums = self.scores.manifest.totals["sums"]
+        if choice.needs_mask and not sums.get("weighted") and "masked" not in sums:
             return f"token weights, and the demonstrations of {folder} carry none", (
                 "give their answers `spans`, `token_weights` or `weight`, and score again"
             )

@@ -47,7 +47,8 @@ class Encoded:
 
     `cut` if it was longer than the limit and was truncated; `empty` is the number of its empty
     answers, which are not supervised; `unread` are its fields of reasoning that the template does
-    not name; `never_ends` if the template writes nothing that ends one of its answers.
+    not name; `never_ends` if the template writes nothing that ends one of its answers; `masked` is
+    the number of tokens that are not supervised because their weight is 0.
     """
 
     example: WeightedExample
@@ -55,6 +56,7 @@ class Encoded:
     empty: int = 0
     unread: frozenset[str] = frozenset()
     never_ends: bool = False
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Encoder:
         if demonstration.weights:
             weighed = [turn_of(turn, demonstration, layout, places) for turn in turns]
             weights = weigh(layout.text, offsets, weighed)[positions]
-            positions, weights = positions[weights != 0], weights[weights != 0]
+        masked = int((weights == 0).sum())
+        positions, weights = positions[weights != 0], weights[weights != 0]
         if not len(positions):
             raise UnusableError("every supervised token has the weight 0")
         input_ids = input_ids[: self.max_length]
@@ -151,7 +154,7 @@ class Encoder:
             _has_end(layout.text, spans, demonstration.messages[turn])
             for turn, spans in places.items()
         )
-        return Encoded(example, cut, empty, self._unread(demonstration), never_ends)
+        return Encoded(example, cut, empty, self._unread(demonstration), never_ends, masked)
 
     def _unread(self, demonstration: Demonstration) -> frozenset[str]:
         given = {key for message in demonstration.messages for key in REASONING & message.keys()}

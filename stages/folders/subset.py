@@ -161,6 +161,8 @@ class SubsetStage:
             kept_N = np.repeat(keeps, batch.lengths["position"])
             content.add_sums(**_sums(source.stage, batch, kept_N))
             report(len(keeps), int(kept_N.sum()))
+        if "masked" in source.manifest.totals["sums"]:  # in which rows is not stored
+            content.add_sums(masked=0)
         table = pa.Table.from_batches(kept, source.schema.arrow).combine_chunks()
         content.batches = [
             decode(self.job.schema, batch, str(source.path))

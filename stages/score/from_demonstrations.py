@@ -162,6 +162,8 @@ class Demonstrations:
                 shard.content.add_sums(cut=encoded.cut)
                 if encoded.empty:
                     shard.content.add_sums(empty_answers=encoded.empty)
+                if encoded.masked:
+                    shard.content.add_sums(masked=encoded.masked)
                 for field in sorted(encoded.unread):
                     say_once(
                         f"Warning: the chat template does not read {field}: what it holds is not "

@@ -99,16 +99,18 @@ def _experts(model: Any) -> list[str]:
 def _called(model: Any) -> set[str]:
     """The kinds of linear layers that run as modules, in any of the model's layers and experts.
 
-    Some routers inherit from a linear layer and return more than its output: they are left out.
+    Some inherit from a linear layer and return something else: routers, and layers that multiply in
+    groups. They are left out.
     """
     called: set[str] = set()
 
-    def note(name: str, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
+    def note(name: str, layer: Any, output: Any) -> None:
+        width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        if isinstance(output, torch.Tensor) and output.shape[-1] == width:
             called.add(_kind(name))
 
     hooks = [
-        layer.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        layer.register_forward_hook(lambda layer, _, output, name=name: note(name, layer, output))
         for name, layer in _linear(model)
     ]
     was_training = model.training

@@ -1,11 +1,12 @@
 """What `build-targets` refuses: scores that a method cannot use, folders that do not fit."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qpipe.pipeline import read_targets
+from qpipe.pipeline import read_scores, read_targets
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.pipeline.folders.shard_run import open_folder
@@ -13,7 +14,9 @@ from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
+from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.support.methods import WITH_TEACHER
+from qpipe.tests.support.settings import score_settings
 
 from .made import (
     ALL_CHOICES,
@@ -227,3 +230,23 @@ def test_a_damaged_score_shard_is_refused_by_name_and_nothing_is_sealed(
     with pytest.raises(UserError, match=r"scores/shard-00001\.arrow: damaged"):
         build(scores, tmp_path / "targets", method)
     assert not (tmp_path / "targets" / "manifest.json").exists()
+
+
+def test_cft_takes_a_mask_whose_other_tokens_are_not_supervised(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """All tokens that were scored have the weight 1 then."""
+    answer = {"role": "assistant", "content": "the answer", "spans": [[0, 3]]}
+    row = {"messages": [{"role": "user", "content": "a"}, answer]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row))
+    settings = score_settings(
+        model=str(tiny_model),
+        demonstrations=(str(tmp_path / "chats.jsonl"),),
+        out=tmp_path / "scores",
+        engine="transformers",
+    )
+    score(settings)
+    [found] = read_scores(tmp_path / "scores")
+    assert found.token_weights.tolist() == [1] * len(found.positions)
+    result = build(tmp_path / "scores", tmp_path / "out", "cft")
+    assert result.manifest.totals["rows"] == 1
