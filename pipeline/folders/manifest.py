@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import UserError, quoted, shown
-from ..format.packing import Precision
+from ..format.packing import PRECISIONS, SCORE_PRECISION
 from ..format.records import Count, Reject
-from ..format.schema import FORMAT_VERSION, STAGES, Schema, format_version_of
+from ..format.schema import FORMAT_VERSION, STAGES, Schema, readable_versions
 from ..storage.files import create_bytes, read_bytes, write_bytes
 from ..storage.json_files import (
     Number,
@@ -141,7 +141,7 @@ class _Settings(msgspec.Struct):
     tail_shape: Literal["student", "uniform"] = "student"
     top_p: Number | None = None
     max_support: Count | None = None
-    precision: Precision | None = None
+    precision: str | None = None
     temperature: Number = 1.0
     teacher_temperature: Number = 1.0
 
@@ -290,12 +290,15 @@ def _check_settings(manifest: Manifest) -> None:
     if stage not in _REQUIRED:
         raise ValueError(f"stage {shown(stage)} is not one of {', '.join(_REQUIRED)}")
     required = _REQUIRED[stage]
-    if settings.get("precision") is not None:
+    if stage == "build-targets" and settings.get("precision") is not None:
         required = (*required, "max_support")
     for name in required:
         if name not in settings:
             raise ValueError(f"setting {name} is missing")
     checked = msgspec.convert(settings, _Settings)
+    precisions = {"score": (SCORE_PRECISION,), "build-targets": PRECISIONS}.get(stage, ())
+    if checked.precision not in (None, *precisions):
+        raise ValueError(f"precision {shown(checked.precision)} is not one of {stage}'s")
     ids = manifest.frequent_ids
     if len(set(ids)) < len(ids) or not all(0 <= each < checked.vocab_size for each in ids):
         raise ValueError("frequent_ids holds an id twice, or an id outside the vocabulary")
@@ -333,10 +336,11 @@ def _refuse_other_version(path: Path, identity: Any) -> None:
     """Raise UserError for another format version, before any other field is checked."""
     match identity:
         case {"stage": str(stage), "format_version": found}:
-            readable = format_version_of(stage)
-            if type(found) is not int or found != readable:
+            readable = readable_versions(stage)
+            if type(found) is not int or found not in readable:
+                versions = " and ".join(map(str, readable))
                 raise UserError(
-                    f"{path}: format version {shown(found)}, this qpipe reads {readable}: make it "
+                    f"{path}: format version {shown(found)}, this qpipe reads {versions}: make it "
                     f"again with `qpipe {stage[:20]}`, or use the qpipe that made it"
                 )
 

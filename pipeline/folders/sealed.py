@@ -66,7 +66,7 @@ class SealedFolder:
     @cached_property
     def schema(self) -> Schema:
         """The schema of the shards. Raises UserError for a stage that makes no shards."""
-        packing = packing_of(self.settings, self.manifest.frequent_ids)
+        packing = packing_of(self.stage, self.settings, self.manifest.frequent_ids)
         return schema_of(self.stage, self.settings["vocab_size"], packing)
 
     def shard_path(self, shard: int) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ..errors import UserError
+from ..format.packing import Packing
 from ..format.schema import Schema
 from ..storage.files import TEMPORARY, write_bytes
 from ..storage.json_files import json_bytes, read_json
@@ -316,7 +317,7 @@ class ShardRun:
             provenance=job.provenance,
             totals=totals_of(shards),
             shards=shards,
-            frequent_ids=job.frequent_ids if packing is None else packing.frequent_ids,
+            frequent_ids=packing.frequent_ids if isinstance(packing, Packing) else job.frequent_ids,
             index=index,
         )
         try:

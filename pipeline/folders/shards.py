@@ -12,6 +12,7 @@ import pyarrow as pa
 from ..errors import UserError
 from ..format.arrow import encode
 from ..format.batches import FlatBatch, flatten
+from ..format.packing import ScorePacking
 from ..format.records import Reject, ScoredExample, TargetExample
 from ..format.schema import Schema
 from ..storage.files import HashingFile, atomic_file, sha256_of_file
@@ -31,6 +32,7 @@ def _zstd(level: int) -> pa.ipc.IpcWriteOptions:
 
 # for scores, level 9 would save one per cent more and take twelve times as long
 COMPRESSED = {ScoredExample: _zstd(3), TargetExample: _zstd(9)}
+_COMPRESSED_CODES = _zstd(1)  # of packed scores, which higher levels do not make smaller
 # the field of the manifest that counts each level
 COUNTED = {"row": "rows", "token": "tokens", "position": "positions", "entry": "entries"}
 
@@ -71,6 +73,13 @@ def sidecar_path(folder: Path, index: int) -> Path:
     return folder / shard_name(index).replace(".arrow", ".json")
 
 
+def compression(schema: Schema) -> pa.ipc.IpcWriteOptions:
+    """The compression of the shards of a schema."""
+    if isinstance(schema.packing, ScorePacking):
+        return _COMPRESSED_CODES
+    return COMPRESSED[schema.record]
+
+
 def commit_shard(
     folder: Path, index: int, schema: Schema, fingerprint: str, content: ShardContent
 ) -> ShardEntry:
@@ -79,7 +88,7 @@ def commit_shard(
     with atomic_file(path) as file:
         hashing = HashingFile(file)
         sink = pa.PythonFile(hashing, "w")
-        with pa.ipc.new_file(sink, schema.arrow, options=COMPRESSED[schema.record]) as writer:
+        with pa.ipc.new_file(sink, schema.arrow, options=compression(schema)) as writer:
             for batch in content.batches:
                 writer.write_batch(encode(schema, batch))
     entry = ShardEntry(

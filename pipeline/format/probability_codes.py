@@ -1,4 +1,6 @@
-"""Probabilities in one byte: the code of the level with the nearest logarithm.
+"""Probabilities as codes: in one byte those of targets, in two those of scores.
+
+The code of a target's probability is that of the level with the nearest logarithm.
 
 Levels are equally spaced in the square root of the probability, which spreads the divergence of a
 position evenly over its entries. For small probabilities they are equally spaced in the logarithm,
@@ -53,3 +55,46 @@ def codes_of(probs: NDArray[np.float32]) -> NDArray[np.uint8]:
 def probs_of(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The probabilities of codes."""
     return _PROBS[codes]
+
+
+# The levels of scores: equally spaced in the square root of the probability, and for small
+# probabilities in the logarithm. The mean divergence is below 1e-6 nats, and no probability is off
+# by more than 2 %. Where a float32 cannot hold the probability, levels are 1 % of the logarithm
+# apart.
+_FINE_ROOT = 3e-4
+_FINE_LOG = 0.04  # nats
+_FINE_LOG_FROM = 2 * math.log(2 * _FINE_ROOT / _FINE_LOG)  # where both steps are equal
+_FINE_LOG_CODE = 1 / _FINE_ROOT - 2 / _FINE_LOG
+_TINY_FROM, _TINY_RATIO = -104.0, 1.01
+_TINY_CODE = _FINE_LOG_CODE + (_FINE_LOG_FROM - _TINY_FROM) / _FINE_LOG
+_LEAST_LOG = -1e4
+FINE_ZERO = math.ceil(_TINY_CODE + math.log(_LEAST_LOG / _TINY_FROM) / math.log(_TINY_RATIO))
+
+
+def _fine_levels() -> NDArray[np.float64]:
+    """The log-probability of each code, descending; the last is that of 0."""
+    code = np.arange(FINE_ZERO)
+    by_root = 2 * np.log1p(-_FINE_ROOT * np.minimum(code, _FINE_LOG_CODE))
+    by_log = _FINE_LOG_FROM - (code - _FINE_LOG_CODE) * _FINE_LOG
+    tiny = _TINY_FROM * _TINY_RATIO ** np.maximum(code - _TINY_CODE, 0)
+    levels = np.where(code < _FINE_LOG_CODE, by_root, np.where(code < _TINY_CODE, by_log, tiny))
+    return np.append(levels, -np.inf)
+
+
+FINE_LEVELS = _fine_levels()
+
+
+def fine_codes_of(log_probs: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The codes of log-probabilities; one above 0 counts as 0."""
+    logs = np.minimum(log_probs, np.float32(0))
+    roots = np.exp(logs * np.float32(0.5))
+    by_root = (1 - roots) * np.float32(1 / _FINE_ROOT)
+    by_log = logs * np.float32(-1 / _FINE_LOG)
+    by_log += np.float32(_FINE_LOG_CODE + _FINE_LOG_FROM / _FINE_LOG)
+    codes = np.where(logs > np.float32(_FINE_LOG_FROM), by_root, by_log)
+    is_tiny = logs < _TINY_FROM
+    if is_tiny.any():
+        tiny = np.log(logs[is_tiny] / _TINY_FROM) / math.log(_TINY_RATIO) + _TINY_CODE
+        least = np.where(np.isinf(logs[is_tiny]), FINE_ZERO, FINE_ZERO - 1)
+        codes[is_tiny] = np.minimum(tiny, least)
+    return np.rint(codes).astype(np.uint16)

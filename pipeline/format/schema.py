@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from .packing import Packing
+from .packing import Packing, ScorePacking
 from .records import Example, Level, ScoredExample, TargetExample
 
 FORMAT_VERSION = 3
 TARGETS_VERSION = 4
+PACKED_SCORES_VERSION = 4
 _RECORDS: dict[str, type[Example]] = {"score": ScoredExample, "build-targets": TargetExample}
 STAGES = tuple(_RECORDS)  # the stages whose folders hold shards
 
@@ -45,7 +46,7 @@ class Schema:
     record: type[Example]
     columns: tuple[Column, ...]
     vocab_size: int
-    packing: Packing | None = None
+    packing: Packing | ScorePacking | None = None
 
     @property
     def stored(self) -> tuple[Column, ...]:
@@ -68,7 +69,7 @@ class Schema:
         return tuple(column for column in self.columns if column.level != "example")
 
 
-def schema_of(stage: str, vocab_size: int, packing: Packing | None = None) -> Schema:
+def schema_of(stage: str, vocab_size: int, packing: Packing | ScorePacking | None = None) -> Schema:
     """The schema of a stage's shards; ids take two bytes if the vocabulary allows it.
 
     Raises UserError for a stage that makes no shards.
@@ -93,14 +94,24 @@ def _columns(record: type[Example], vocab_size: int) -> tuple[Column, ...]:
 
 
 def format_version_of(stage: str) -> int:
-    """The format version of a stage's folders, the only one that is read."""
+    """The format version of a stage's folders; packed scores have a later one."""
     return TARGETS_VERSION if stage == "build-targets" else FORMAT_VERSION
 
 
-def packing_of(settings: Mapping[str, Any], frequent_ids: tuple[int, ...]) -> Packing | None:
-    """The packing in a stage's settings; None for plain columns, as in scores."""
+def readable_versions(stage: str) -> tuple[int, ...]:
+    """The format versions of a stage's folders that are read."""
+    packed = (PACKED_SCORES_VERSION,) if stage == "score" else ()
+    return format_version_of(stage), *packed
+
+
+def packing_of(
+    stage: str, settings: Mapping[str, Any], frequent_ids: tuple[int, ...] = ()
+) -> Packing | ScorePacking | None:
+    """The packing in a stage's settings; None for plain columns."""
     if settings.get("precision") is None:
         return None
+    if stage == "score":
+        return ScorePacking(settings["vocab_size"])
     return Packing(
         settings["precision"],
         settings["vocab_size"],
@@ -111,11 +122,34 @@ def packing_of(settings: Mapping[str, Any], frequent_ids: tuple[int, ...]) -> Pa
     )
 
 
-def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]:
+def _packed(columns: tuple[Column, ...], packing: Packing | ScorePacking) -> tuple[Column, ...]:
     """The stored columns for the columns of records."""
+    instead = (
+        _packed_scores(packing) if isinstance(packing, ScorePacking) else _packed_targets(packing)
+    )
+    return tuple(stored for column in columns for stored in instead.get(column.name, (column,)))
+
+
+def _packed_scores(packing: ScorePacking) -> dict[str, tuple[Column, ...]]:
+    high = _narrowest(packing.vocab_size >> 8)
+    return {
+        "topk_ids": (
+            Column("topk_ids_low", "entry", np.uint8, np.uint8),
+            Column("topk_ids_high", "entry", high, high),
+        ),
+        "topk_log_probs": (
+            Column("log_prob_steps_low", "entry", np.uint8, np.uint8),
+            Column("log_prob_steps_high", "entry", np.uint8, np.uint8),
+        ),
+        "observed_log_probs": (Column("observed_codes", "position", np.uint16, np.uint16),),
+        "tail_mass": (Column("tail_codes", "position", np.uint16, np.uint16),),
+    }
+
+
+def _packed_targets(packing: Packing) -> dict[str, tuple[Column, ...]]:
     high = _narrowest(packing.vocab_size >> 8)
     log_prob = getattr(np, packing.precision)
-    instead = {
+    return {
         "counts": (Column("counts", "position", np.int32, _narrowest(packing.most_entries)),),
         "support_ids": (
             Column("rank_steps_low", "entry", np.uint8, np.uint8),
@@ -124,7 +158,6 @@ def _packed(columns: tuple[Column, ...], packing: Packing) -> tuple[Column, ...]
         "support_probs": (Column("support_log_probs", "entry", log_prob, log_prob),),
         "tail_mass": (Column("tail_log_probs", "position", log_prob, log_prob),),
     }
-    return tuple(stored for column in columns for stored in instead.get(column.name, (column,)))
 
 
 def _narrowest(largest: int) -> type:

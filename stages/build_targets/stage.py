@@ -174,7 +174,9 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
             "teacher_weights": list(inputs.pooling.weights),
             "teacher_mean": inputs.pooling.mean,
         }
-    schema = schema_of("build-targets", vocab_size, packing_of(described, frequent))
+    schema = schema_of(
+        "build-targets", vocab_size, packing_of("build-targets", described, frequent)
+    )
     provenance = inputs.scores.manifest.provenance | {
         "build_versions": package_versions("qpipe", "pyarrow")
     }

@@ -93,7 +93,12 @@ def rescore(
 
 
 def tied_share(folder: SealedFolder) -> float:
-    """The share of neighbouring entries with equal log-probabilities, in the first positions."""
+    """The share of neighbouring entries with equal log-probabilities, in the first positions.
+
+    0 for packed scores: their codes tie where the log-probabilities did not.
+    """
+    if folder.schema.packing is not None:
+        return 0.0
     ties = neighbours = positions = 0
     for batch in (batch for shard in range(len(folder.shards)) for batch in folder.batches(shard)):
         example: ScoredExample

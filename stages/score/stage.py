@@ -18,8 +18,15 @@ from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import Job, folder_in
 from ...pipeline.folders.shards import ShardContent, batches_of
 from ...pipeline.folders.watch import Report
+from ...pipeline.format.packing import SCORE_PRECISION
+from ...pipeline.format.ragged import segment_sums
 from ...pipeline.format.records import ScoredExample, WeightedExample
-from ...pipeline.format.schema import schema_of
+from ...pipeline.format.schema import (
+    FORMAT_VERSION,
+    PACKED_SCORES_VERSION,
+    packing_of,
+    schema_of,
+)
 from ...trainer.models.files import ModelFiles
 from ..engines.base import GivenIds, Scorer
 from ..engines.choose import (
@@ -132,7 +139,10 @@ class ScoreStage:
         for place, example in self.scorer.score(shard.examples, self.engine.top_k, shard.at):
             scored[place] = example
             report(demonstrations=1, positions=len(example.positions))
-        in_order = [scored[place] for place in range(len(shard.examples))]
+        in_order = [
+            most_probable(scored[place], self.settings.top_p)
+            for place in range(len(shard.examples))
+        ]
         shard.content.batches = batches_of(self.job.schema, in_order)
         shard.content.add_sums(**score_sums(in_order))
         return shard.content
@@ -148,7 +158,6 @@ class ScoreStage:
 
     def _job(self) -> Job:
         model, engine = self.model, self.engine
-        schema = schema_of("score", model.vocab_size)
         is_server = engine.engine == "server"
         own = {
             "weights_hash": None if is_server else model.weights_hash(),
@@ -160,6 +169,11 @@ class ScoreStage:
         }
         if engine.head_dtype == "float32":
             own |= {"head_dtype": "float32"}  # where it is not the model's own
+        if self.settings.precision == SCORE_PRECISION:
+            own |= {"precision": SCORE_PRECISION}
+        if self.settings.top_p < 1:
+            own |= {"top_p": self.settings.top_p}
+        schema = schema_of("score", model.vocab_size, packing_of("score", own))
         if is_server:
             # a server's weights are known only by their name, its number format by --dtype
             dtype = self.settings.engine.dtype
@@ -170,6 +184,7 @@ class ScoreStage:
             settings=self.source.settings() | own,
             inputs=self.source.inputs(),
             schema=identity_schema(schema),
+            format_version=FORMAT_VERSION if schema.packing is None else PACKED_SCORES_VERSION,
         )
         provenance = {
             "model": model.name,
@@ -217,6 +232,24 @@ def _resolved(settings: EngineSettings, source: ExampleSource, model: ModelFiles
         head_dtype=choose_head(settings.head_dtype, engine, dtype, model.config, host),
         max_length=source.max_length,
         server=server,
+    )
+
+
+def most_probable(example: ScoredExample, top_p: float) -> ScoredExample:
+    """The example with the smallest prefix of mass `top_p` at each position; the rest is tail."""
+    if top_p == 1:
+        return example
+    counts, probs = example.counts, np.exp(example.topk_log_probs.astype(np.float64))
+    starts, sums = np.cumsum(counts) - counts, np.append(0, np.cumsum(probs))
+    # each sum starts at its position: rounding errors of the others stay far below a probability
+    keep = sums[:-1] - np.repeat(sums[starts], counts) < top_p
+    dropped = segment_sums(np.where(keep, 0.0, probs), counts)
+    return replace(
+        example,
+        counts=segment_sums(keep.astype(np.int32), counts),
+        topk_ids=example.topk_ids[keep],
+        topk_log_probs=example.topk_log_probs[keep],
+        tail_mass=(example.tail_mass + dropped).astype(np.float32),
     )
 
 

@@ -62,7 +62,7 @@ def main(scores: Path) -> None:
     manifest = folder.manifest
     batches = [batch for shard in folder.shards for batch in folder.batches(shard)]
     batches = [cut(folder.schema, batch, SAMPLE)[0] for batch in batches[:2]]
-    whole = [_whole(batch, manifest.settings["vocab_size"]) for batch in batches]
+    whole = [whole_of(batch, manifest.settings["vocab_size"]) for batch in batches]
     positions = manifest.totals["positions"]
     heads = (
         "setting",
@@ -92,7 +92,7 @@ def _build(scores: Path, out: Path, top_p: float, most: int, precision: Precisio
     build_targets(BuildSettings(scores, out, choice, **kept))
 
 
-def _whole(batch: FlatBatch, vocab_size: int) -> Whole:
+def whole_of(batch: FlatBatch, vocab_size: int) -> Whole:
     known = known_supports(batch)
     base = np.zeros((len(known.counts), vocab_size + 1), np.float32)
     base[known.position_of, known.ids] = known.probs
@@ -120,13 +120,13 @@ def _measured(
     for scores, batch, known in zip(batches, read, whole, strict=True):
         kept = truncated(known_supports(scores), scores.observed_ids, top_p, most)
         divergence += _divergence(kept, batch)
-        errors.append(_errors(batch["counts"], batch["support_ids"], batch["support_probs"], known))
+        errors.append(errors(batch["counts"], batch["support_ids"], batch["support_probs"], known))
     return (
         f"{manifest.totals['entries'] / positions:.1f}",
         f"{size / positions:.1f}",
         f"{1 - manifest.totals['sums']['tail_mass'] / positions:.4f}",
         f"{divergence / seen:.1e}",
-        *_mean_and_worst(errors),
+        *mean_and_worst(errors),
     )
 
 
@@ -144,7 +144,7 @@ def _divergence(kept: Supports, batch: FlatBatch) -> float:
     return float(terms.sum() + tails.sum())
 
 
-def _errors(
+def errors(
     counts: NDArray[np.int32], ids: NDArray[np.int32], probs: NDArray[np.float32], known: Whole
 ) -> NDArray[np.float32]:
     """Sums [N] of absolute differences of the target, its tail spread as the student's."""
@@ -158,7 +158,7 @@ def _errors(
     return np.abs(target - known.base).sum(1)
 
 
-def _mean_and_worst(errors: list[NDArray[np.float32]]) -> tuple[str, str]:
+def mean_and_worst(errors: list[NDArray[np.float32]]) -> tuple[str, str]:
     """The mean of errors, and what one in a hundred exceeds."""
     every = np.concatenate(errors)
     return f"{every.mean():.4f}", f"{np.quantile(every, 0.99):.3f}"
@@ -186,7 +186,7 @@ def _sampled(
         }
         entries = segment_sums(counts.astype(np.int64), scores.lengths["position"])
         content.batches.append(FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries}))
-        errors.append(_errors(counts, arrays["support_ids"], probs, known))
+        errors.append(errors(counts, arrays["support_ids"], probs, known))
     out.mkdir()
     entry = commit_shard(out, 0, schema, "", content)
     size, positions = entry.bytes, entry.positions
@@ -195,7 +195,7 @@ def _sampled(
         f"{size / positions:.1f}",
         "-",
         "-",
-        *_mean_and_worst(errors),
+        *mean_and_worst(errors),
     )
 
 

@@ -32,6 +32,7 @@ ASSUMED = {
     "supervised": 250,  # of these
     "target bytes": 50,  # a supervised token: docs/folders.md, tests/benchmarks/frontier.py
     "score bytes": 64 * 5.2 + 9,  # at k = 64: stages/score/plan.py
+    "packed bytes": 148,  # with --precision uint16: docs/folders.md
     "shard": 512,  # demonstrations: the default of --shard-size
 }
 SIZES = (10**9, 10**10, 10**12)  # supervised tokens
@@ -67,6 +68,7 @@ def costs(measures: Measures) -> str:
         yield f"{shards:,.0f}"
         yield f"{demonstrations * a['tokens'] / a['prefill'] / 3600:,.0f}"
         yield size(tokens * a["score bytes"])
+        yield size(tokens * a["packed bytes"])
         yield size(stored)
         yield f"{2 * shards + 2:,.0f}"
         yield size(shards * measures.entry_bytes)
@@ -80,7 +82,8 @@ def costs(measures: Measures) -> str:
 
     names = (
         "demonstrations", "shards", "GPU hours of scoring, assumed speed", "scores, k = 64",
-        "targets, 99 %", "files of a folder", "manifest of targets", "to read it, each process",
+        "scores, --precision uint16", "targets, 99 %", "files of a folder",
+        "manifest of targets", "to read it, each process",
         "memory while reading it", "to hash all targets, once an epoch, one core",
         "to open the targets, each training process", "memory of an open stream",
         "memory while opening", "to cut the steps of an epoch by --step-tokens, each process",

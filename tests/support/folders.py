@@ -26,7 +26,13 @@ from qpipe.pipeline.folders.shard_run import (
 from qpipe.pipeline.folders.shards import ShardContent, batches_of, write_sidecar
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import Reject, ScoredExample, TargetExample
-from qpipe.pipeline.format.schema import Schema, format_version_of, schema_of
+from qpipe.pipeline.format.schema import (
+    PACKED_SCORES_VERSION,
+    Schema,
+    format_version_of,
+    packing_of,
+    schema_of,
+)
 from qpipe.pipeline.methods import choose
 from qpipe.pipeline.methods.definition import Choice
 from qpipe.pipeline.storage.files import sha256_of_file
@@ -54,11 +60,11 @@ def seal_shards(
     sums_of: Callable[[Rows], Mapping[str, float]] = lambda _: {},
     batches: Callable[[Schema, Rows], list[FlatBatch]] = batches_of,
 ) -> StageResult:
-    """Seal a folder of these shards, in plain columns; the first one holds the rejects."""
-    schema = schema_of(stage, settings["vocab_size"])
-    identity = Identity(
-        stage, settings, inputs or {}, identity_schema(schema), format_version_of(stage)
-    )
+    """Seal a folder of these shards, targets in plain columns; the first one holds the rejects."""
+    packing = packing_of(stage, settings) if stage == "score" else None
+    schema = schema_of(stage, settings["vocab_size"], packing)
+    version = format_version_of(stage) if packing is None else PACKED_SCORES_VERSION
+    identity = Identity(stage, settings, inputs or {}, identity_schema(schema), version)
     assert open_folder(folder, identity) is None
     run = ShardRun(Job(folder, schema, identity, parents or {}, provenance or {}))
 
