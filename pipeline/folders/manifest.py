@@ -14,7 +14,13 @@ from msgspec import Meta
 from ..errors import UserError, quoted, shown
 from ..format.packing import PRECISIONS, SCORE_PRECISION
 from ..format.records import Count, Reject
-from ..format.schema import FORMAT_VERSION, STAGES, Schema, readable_versions
+from ..format.schema import (
+    FORMAT_VERSION,
+    PACKED_SCORES_VERSION,
+    STAGES,
+    Schema,
+    readable_versions,
+)
 from ..storage.files import create_bytes, read_bytes, write_bytes
 from ..storage.json_files import (
     Number,
@@ -299,6 +305,9 @@ def _check_settings(manifest: Manifest) -> None:
     precisions = {"score": (SCORE_PRECISION,), "build-targets": PRECISIONS}.get(stage, ())
     if checked.precision not in (None, *precisions):
         raise ValueError(f"precision {shown(checked.precision)} is not one of {stage}'s")
+    is_packed = manifest.identity.format_version == PACKED_SCORES_VERSION
+    if stage == "score" and is_packed != (checked.precision is not None):
+        raise ValueError("format_version does not match the precision")
     ids = manifest.frequent_ids
     if len(set(ids)) < len(ids) or not all(0 <= each < checked.vocab_size for each in ids):
         raise ValueError("frequent_ids holds an id twice, or an id outside the vocabulary")

@@ -227,13 +227,13 @@ def test_a_setting_changed_by_hand_is_noticed(sealed: Path) -> None:
         read_manifest(sealed)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None, [3], 3.0, True])
+@pytest.mark.parametrize("version", [0, 1, 2, 5, "3", None, [3], 3.0, True])
 def test_another_format_version_is_refused_with_both_named(sealed: Path, version: Any) -> None:
     edit(sealed, lambda manifest: manifest["identity"].update(format_version=version))
 
     with pytest.raises(
         UserError,
-        match=re.escape(f"format version {version!r}, this qpipe reads 3: make it again"),
+        match=re.escape(f"format version {version!r}, this qpipe reads 3 and 4: make it again"),
     ):
         read_manifest(sealed)
 
@@ -241,7 +241,7 @@ def test_another_format_version_is_refused_with_both_named(sealed: Path, version
 def test_a_format_version_of_any_length_is_one_short_line(sealed: Path) -> None:
     edit(sealed, lambda manifest: manifest["identity"].update(format_version=[["v" * 1000] * 9]))
 
-    with pytest.raises(UserError, match="this qpipe reads 3") as refused:
+    with pytest.raises(UserError, match="this qpipe reads 3 and 4") as refused:
         read_manifest(sealed)
     assert len(str(refused.value)) < 400
 
@@ -256,7 +256,7 @@ def test_an_unfinished_folder_of_another_format_version_is_refused(
 
     with pytest.raises(
         UserError,
-        match="format version 1, this qpipe reads 3: make it again with `qpipe score`",
+        match="format version 1, this qpipe reads 3 and 4: make it again with `qpipe score`",
     ):
         toy(tmp_path / "scores").run()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,19 @@ def test_a_precision_of_another_stage_is_refused(
     identity = manifest.identity
     write_manifest(folder, structs.replace(manifest, fingerprint=identity.fingerprint))
     with pytest.raises(UserError, match=f"precision '?{precision}'? is not one of"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(("settings", "version"), [(SCORES, 4), (PACKED, 3)])
+def test_a_version_that_is_not_that_of_the_precision_is_refused(
+    tmp_path: Path, settings: dict[str, Any], version: int
+) -> None:
+    folder = seal(tmp_path / "scores", "score", settings, [[random_scored(4)]])
+    manifest = read_manifest(folder)
+    identity = structs.replace(manifest.identity, format_version=version)
+    changed = structs.replace(manifest, identity=identity, fingerprint=identity.fingerprint)
+    write_manifest(folder, changed)
+    with pytest.raises(UserError, match="format_version does not match the precision"):
         read_manifest(folder)
 
 

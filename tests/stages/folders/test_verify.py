@@ -324,7 +324,7 @@ def test_no_more_than_twenty_lines_are_printed_and_all_are_counted(
 def test_a_folder_of_another_version_is_refused_with_the_way_out(
     verify: Verify, own: Path, own_scores: Path, stage: str, version: Any
 ) -> None:
-    folder, present = (own_scores, 3) if stage == "score" else (own, 4)
+    folder, present = (own_scores, "3 and 4") if stage == "score" else (own, 4)
     reseal(folder, lambda m: replace(m, identity=replace(m.identity, format_version=version)))
     words = (
         f"manifest.json: format version {version!r}, this qpipe reads {present}: make it again "

@@ -62,6 +62,8 @@ def test_quantiles_of_lengths() -> None:
 def test_size_of_the_folder() -> None:
     work = Workload(tokens=1000, positions=500)
     assert folder_bytes(work, 64, 49_152) == 500 * (9 + 64 * 5.2) + 2000
+    packed = folder_bytes(work, 64, 49_152, is_packed=True)
+    assert packed == int(500 * (4 + 64 * 2.2) + 2000)
     assert folder_bytes(work, 64, 152_000) == int(500 * (9 + 64 * 5.6) + 2000)
 
 
