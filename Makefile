@@ -4,6 +4,8 @@
 # make test        Runs ruff, pyright, import-linter, and pytest in two processes. With npm it also
 #                  installs a browser for the report's tests.
 # make faults      Runs the tests marked slow: killed processes, full disks, changing clocks.
+# make hosts       Runs arrays, Ray and torchrun on two hosts, one of which fails. The hosts are
+#                  network namespaces, which takes root.
 # make fuzz        Runs every reader, decoder and command on generated inputs for MINUTES=10 in
 #                  total and prints a table.
 # make scale       Prints the tables of docs/scale.md, with a thousand simulated workers.
@@ -39,7 +41,7 @@ PARTS ?=
 # transformers takes twice the time without, and the tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test faults fuzz scale experiment bench gpu clean
+.PHONY: install demo test faults hosts fuzz scale experiment bench gpu clean
 
 install: .venv/installed $(MODEL)/config.json
 
@@ -84,6 +86,9 @@ scale: install
 
 faults: install
 	$(BIN)/pytest -m slow --timeout 3600
+
+hosts: install
+	$(BIN)/pytest -v -m slow --timeout 1800 tests/hosts
 
 .venv/fuzz: requirements/fuzz.txt .venv/installed
 	$(BIN)/pip install $(PIP_ARGS) --quiet --disable-pip-version-check --no-deps -r $<

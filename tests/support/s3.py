@@ -1,6 +1,6 @@
 """A server on loopback that speaks S3, for folders behind URLs.
 
-`python tests/support/s3.py` prints its address and serves until its standard input ends.
+`python tests/support/s3.py IP` prints its address and serves until its standard input ends.
 """
 
 import logging
@@ -15,25 +15,25 @@ BUCKET = "bucket"
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
+def s3_server(ip: str = "127.0.0.1") -> Iterator[str]:
     """The address of a server that lives as long as the block.
 
     In a process of its own: it loads a web framework whose objects fail when they are looked at,
     and vLLM, where it starts, looks at every object of every module.
     """
-    words, pipe = [sys.executable, __file__], subprocess.PIPE
+    words, pipe = [sys.executable, __file__, ip], subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.communicate()  # ends its input, and so the server
 
 
-def serve() -> None:
+def serve(ip: str) -> None:
     """Serve until the standard input ends."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=ip, port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     print(f"http://{host}:{port}", flush=True)
@@ -85,4 +85,4 @@ class Bucket:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])
