@@ -103,9 +103,13 @@ def tiny_config(model_type: str) -> Any:
     return kind(**small | OWN.get(model_type, {}))
 
 
+# with others a ReLU of CTRL is so near 0 that rounding decides whether it has a gradient
+_SEEDS = {"ctrl": 2}
+
+
 def tiny_model(model_type: str) -> Any:
     """A tiny model with random weights and the plain attention, which leaves nothing out."""
-    torch.manual_seed(0)
+    torch.manual_seed(_SEEDS.get(model_type, 0))
     config = tiny_config(model_type)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
