@@ -304,7 +304,8 @@ def _check_settings(manifest: Manifest) -> None:
     checked = msgspec.convert(settings, _Settings)
     precisions = {"score": (SCORE_PRECISION,), "build-targets": PRECISIONS}.get(stage, ())
     if checked.precision not in (None, *precisions):
-        raise ValueError(f"precision {shown(checked.precision)} is not one of {stage}'s")
+        what = f"precision {shown(checked.precision)} is not one of {stage}'s"
+        raise ValueError(f"{what} - at `$.precision`")
     is_packed = manifest.identity.format_version == PACKED_SCORES_VERSION
     if stage == "score" and is_packed != (checked.precision is not None):
         raise ValueError("format_version does not match the precision")

@@ -63,7 +63,7 @@ def _damage_named() -> Iterator[None]:
         yield
     except pa.ArrowInvalid:
         raise
-    except (struct.error, ValueError, OverflowError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise pa.ArrowInvalid(f"its tables are damaged ({error})") from error
 
 

@@ -123,8 +123,8 @@ def test_a_task_says_what_is_left(score: Sequence[object], tmp_path: Path) -> No
     assert (first["event"], first["shards"], first["committed"]) == ("start", 12, 0)
     assert [each["index"] for each in shards] == [1, 6, 11]
     assert (last["event"], last["made"], last["there"], last["shards"]) == ("part", 3, 3, 12)
-    line = qpipe(*score, out, "--rank", 0, "--world-size", 2, "--top-p", 1, fails=True)
-    assert "--top-p" in line
+    line = qpipe(*score, out, "--rank", 0, "--world-size", 2, "--method", "sft", fails=True)
+    assert "--method" in line
     assert "top_k is 8 there and 9 now" in qpipe(
         *score, out, "--top-k", 9, "--rank", 0, "--world-size", 2, fails=True
     )
