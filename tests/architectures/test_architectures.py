@@ -1,6 +1,6 @@
 """Tiny models of every architecture: scores, gradients, saving, adapters.
 
-The table in docs/training.md is made of the same examinations (`table`).
+`table` makes a table of the same examinations.
 """
 
 from pathlib import Path
