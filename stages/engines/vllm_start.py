@@ -33,7 +33,7 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
 
     Raises EngineStoppedError if memory ran out, UserError if it cannot start for another reason.
     """
-    _prepare_environment(settings.max_length, model.max_length)
+    _prepare_environment(settings, model.max_length)
     try:
         from vllm import LLM
 
@@ -119,17 +119,19 @@ def _names_memory(message: str) -> bool:
     return any(words in message.lower() for words in _MEMORY_WORDS)
 
 
-def _prepare_environment(max_length: int, model_limit: int) -> None:
+def _prepare_environment(settings: EngineSettings, model_limit: int) -> None:
     """Set options of vLLM that exist only as environment variables, unless the user set them."""
     import torch
 
     defaults = {}
-    if max_length + 1 > model_limit:
+    if settings.max_length + 1 > model_limit:
         # the free position is never computed, so the model's own limit still holds
         defaults["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     if torch.cuda.is_available():
         # CUDA fails in a forked process once its parent has initialised it
         defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        if settings.dtype == "float32":
+            defaults["TRITON_F32_DEFAULT"] = "ieee"  # its attention would compute in TF32
     else:
         defaults |= {
             "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE),

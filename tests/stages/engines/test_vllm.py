@@ -301,7 +301,9 @@ def test_settings_of_the_environment_are_vllms_own(
     environment: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environment)
     with torch._dynamo.config.patch(disable=False):  # which it sets on a CPU
-        vllm_start._prepare_environment(max_length=256, model_limit=256)
+        vllm_start._prepare_environment(EngineSettings("vllm", "float32", max_length=256), 256)
+    of_triton = environment.pop("TRITON_F32_DEFAULT", None)
+    assert of_triton == ("ieee" if has_gpu else None)  # float32 attention is not in TF32
     assert set(environment) <= set(envs.environment_variables)
     assert (environment.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn") is has_gpu
     assert (environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") is not has_gpu
