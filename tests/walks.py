@@ -1,6 +1,6 @@
 """Counts the files that the settings of `qpipe score` and `qpipe train` pass through on their way.
 
-    python -m qpipe.tests.walks
+    python -m qpipe.tests.walks [--json]
 
 Both commands run over a tiny random model, on a CPU. The way starts where a function named as the
 command is called with `settings`, and ends at the first call of the engine (score) or of the loss
@@ -125,9 +125,19 @@ def walks(out: Path) -> list[Walk]:
     return [score, train]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the files, or with `--json` one line of their counts."""
     with tempfile.TemporaryDirectory() as made:
-        for walk in walks(Path(made)):
-            print(f"\n{walk.command}: {len(walk.given)} given, {len(walk.made)} given or made")
-            for file, function in walk.made.items():
-                print("given" if file in walk.given else "made ", file, function)
+        found = walks(Path(made))
+    if "--json" in sys.argv:
+        counts = [{"given": len(walk.given), "made": len(walk.made)} for walk in found]
+        print("\n" + json.dumps(counts), flush=True)
+        return
+    for walk in found:
+        print(f"\n{walk.command}: {len(walk.given)} given, {len(walk.made)} given or made")
+        for file, function in walk.made.items():
+            print("given" if file in walk.given else "made ", file, function)
+
+
+if __name__ == "__main__":
+    main()
