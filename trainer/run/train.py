@@ -26,6 +26,7 @@ from ..models.compiling import compile_layers
 from ..models.files import ModelFiles, find_model
 from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
+from ..models.summary import summary
 from ..settings import TrainSettings
 from ..step.distributed import precision_of, start_accelerator
 from ..step.step import NOT_FINITE, Stepper
@@ -75,7 +76,7 @@ def train(settings: TrainSettings) -> TrainResult:
         set_seed(settings.seed, device_specific=True)  # dropout is not
         collate = Collator(settings.pack and can_pack(student.model), objective.tokens_alone)
         if is_main:
-            _warn(base, student, is_padded_instead=settings.pack and not collate.packed)
+            _say_what_is_used(base, student, collate.packed, settings.pack)
         if settings.compile:
             compile_layers(student.model)
         stepper = Stepper(accelerator, student, settings, objective)
@@ -107,24 +108,16 @@ def _make_ready(out: Path, identity: Identity, is_main: bool) -> None:
         (out / NOT_FINITE).unlink(missing_ok=True)
 
 
-def _warn(base: ModelFiles, student: Student, is_padded_instead: bool) -> None:
-    """Warn of what the model does not support."""
+def _say_what_is_used(
+    base: ModelFiles, student: Student, is_packed: bool, wants_packing: bool
+) -> None:
+    """Print what the run uses of the model, and what will be lost of it."""
+    print(f"model {base.name}: {summary(student, is_packed, wants_packing)}", file=sys.stderr)
     if student.lost_tensors:
         print(
             f"model {base.name}: {len(student.lost_tensors)} tensors of the checkpoint are not "
             f"part of the model that transformers loads, and will not be saved: "
             f"{student.lost_tensors[0]} among them",
-            file=sys.stderr,
-        )
-    if student.head_form is None:
-        print(
-            f"model {base.name}: the fused loss does not know its output head: the plain one runs, "
-            "which takes more memory and time",
-            file=sys.stderr,
-        )
-    if is_padded_instead:
-        print(
-            f"model {base.name}: packed demonstrations would not stay apart in it: they are padded",
             file=sys.stderr,
         )
 

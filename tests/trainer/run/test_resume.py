@@ -259,9 +259,10 @@ def test_a_model_that_mixes_packed_examples_is_padded(
     train(padded)
     monkeypatch.setattr("qpipe.trainer.run.train.can_pack", lambda _: False)
     train(settings)
-    assert "packed demonstrations would not stay apart in it: they are padded" in (
-        capsys.readouterr().err
-    )
+    lines = capsys.readouterr().err.splitlines()
+    by_option, by_need = (line for line in lines if line.startswith("model "))
+    assert "; attention sdpa, demonstrations padded by --no-pack; " in by_option
+    assert "padded as packed demonstrations would not stay apart in it; " in by_need
     assert_same_run(settings.out, padded.out)
 
 

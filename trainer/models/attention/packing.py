@@ -27,9 +27,8 @@ def can_pack(model: Any) -> bool:
     every window has a few tokens while it is tried: what applies it shows.
     """
     causal = causal_model(model)
-    layers = getattr(causal.config.get_text_config(), "layer_types", None) or ()
     own = causal.config._attn_implementation
-    if own not in _OWN or not _LAYERS.issuperset(layers):
+    if unsupported_attention(model):
         return False
     AttentionInterface.register(_NAME, packed_attention)
     was_training = model.training
@@ -44,6 +43,16 @@ def can_pack(model: Any) -> bool:
     if not stays_apart:
         causal.set_attn_implementation(own)
     return stays_apart
+
+
+def unsupported_attention(model: Any) -> str | None:
+    """What of a model's configuration the packed attention does not compute, in words."""
+    config = causal_model(model).config
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYERS
+    if kinds:
+        return f"it has layers of {' and '.join(sorted(kinds))}"
+    own = config._attn_implementation
+    return None if own in _OWN else f"its attention is {own}"
 
 
 def _tried(causal: Any) -> bool:
