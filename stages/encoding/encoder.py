@@ -24,6 +24,7 @@ from ..demonstrations.messages import is_empty
 from .forms import best_chat
 from .renderings import Renderings
 from .sandbox.environment import compiled, generated_spans
+from .sandbox.overruns import Overruns
 from .sandbox.watch import TooMuchError, watched
 from .spans import Offsets, Span, Syntax, overlapping
 from .template import CLOCK, name_of
@@ -38,7 +39,6 @@ REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a messag
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _MOST_OF_TOKEN = 16  # characters; a token of text has four
 _SHORT = 2**16  # characters
-_MOST_OVERRUNS = 3  # demonstrations that take too much; then it is the template
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,14 +109,7 @@ class Encoder:
         except UnusableError as error:
             return Reject(demonstration.source, demonstration.line, reason(error))
         except TooMuchError as error:
-            self._overran.append(demonstration)
-            if len(self._overran) == _MOST_OVERRUNS:
-                raise UserError(
-                    f"the chat template cannot be used: {error}, also for {demonstration.source}, "
-                    f"line {demonstration.line}: give another with --template FILE"
-                ) from error
-            why = f"the template cannot be used on this row: {error}"
-            return Reject(demonstration.source, demonstration.line, why)
+            return self._overruns.reject(demonstration, error)
 
     def _encode(self, demonstration: Demonstration) -> Encoded:
         layout = watched(lambda: self._lay_out(demonstration))
@@ -234,9 +227,8 @@ class Encoder:
         return replace(self, template=self.tools_template, tools_template=None)
 
     @cached_property
-    def _overran(self) -> list[Demonstration]:
-        """The demonstrations for which the template took too much."""
-        return []
+    def _overruns(self) -> Overruns:
+        return Overruns("the chat template", "give another with --template FILE")
 
     @cached_property
     def _learned(self) -> dict[Any, Any]:

@@ -27,6 +27,9 @@ from ..demonstrations.formats import check_readable, parse_row
 from ..demonstrations.messages import value_of
 from ..demonstrations.sources import open_sources
 from ..encoding.encoder import Encoded
+from ..encoding.sandbox.environment import compiled_plainly
+from ..encoding.sandbox.overruns import Overruns
+from ..encoding.sandbox.watch import TooMuchError, watched
 from ..engines.base import GivenIds
 from .from_demonstrations import Demonstrations, unusable
 from .settings import ScoreSettings
@@ -122,6 +125,8 @@ class ExamplesInContext:
                 behind = self.context.before(row, value_of(raw))
             except UnusableError as error:
                 yield row, Reject(row.source, row.line, reason(error))
+            except TooMuchError as error:
+                yield row, self.context.overruns.reject(row, error)
             else:
                 yield row, reader.encoder.encode(behind)
 
@@ -132,15 +137,19 @@ class Context:
     def __init__(self, option: str) -> None:
         """`option` is the template's text, or @ and the path of a file with it."""
         self.text = _text_of_file(Path(option[1:])) if option.startswith("@") else option
+        self.overruns = Overruns("--context", "give a template that takes less")
         _ = self._template
 
     def before(self, demonstration: Demonstration, row: dict[str, Any]) -> Demonstration:
-        """The demonstration with the context in front; UnusableError where it has no value."""
-        from jinja2 import TemplateError
+        """The demonstration with the context in front; UnusableError where it has no value.
 
+        Raises TooMuchError for a template that takes too much.
+        """
         try:
-            text = self._template.render(row)
-        except (TemplateError, TypeError, ValueError) as error:
+            text = watched(lambda: self._template.render(row))
+        except TooMuchError:
+            raise
+        except Exception as error:  # a template is a program and may raise anything
             raise UnusableError(f"--context: {one_line(error)}") from error
         messages: Messages = list(demonstration.messages)
         added = not (messages and messages[0]["role"] == "system")
@@ -160,12 +169,9 @@ class Context:
 
     @cached_property
     def _template(self) -> "Template":
-        from jinja2 import StrictUndefined, TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         try:
-            return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(self.text)
-        except TemplateSyntaxError as error:
+            return compiled_plainly(self.text)
+        except Exception as error:  # of Jinja's compiler, such as RecursionError
             raise UserError(f"--context: not a Jinja template: {one_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
-"""Compiles and renders chat templates as transformers does, with limits for each operation.
+"""Compiles and renders templates as transformers or Jinja does, with limits for each operation.
 
-Filters, functions and extensions are those of transformers' own environment. Operations that make a
+Filters, functions and extensions are those of their own environments. Operations that make a
 huge value at once, which no other thread could end, are refused before they are done.
 """
 
@@ -11,7 +11,7 @@ from itertools import islice
 from types import BuiltinMethodType
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Environment, StrictUndefined, Template, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -164,15 +164,25 @@ def _joined(values: Iterable[Any]) -> str:
 
 @lru_cache(maxsize=16)
 def compiled(template: str) -> Template:
-    """A template, to be rendered with limits. Raises jinja2.TemplateSyntaxError."""
+    """A chat template, to be rendered with limits. Raises jinja2.TemplateSyntaxError."""
     from transformers.utils.chat_template_utils import (
         _compile_jinja_template,  # pyright: ignore[reportPrivateUsage]
     )
 
-    theirs = _compile_jinja_template("").environment
+    return _compiled(template, _compile_jinja_template("").environment)
+
+
+def compiled_plainly(template: str) -> Template:
+    """As `compiled`, for a template of Jinja alone, to which a missing name is an error."""
+    return _compiled(template, ImmutableSandboxedEnvironment(undefined=StrictUndefined))
+
+
+def _compiled(template: str, theirs: Environment) -> Template:
+    """A template with limits; otherwise it is rendered as in another environment."""
     ours = _Sandbox(
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
+        undefined=theirs.undefined,
         extensions=[type(each) for each in theirs.extensions.values()],
     )
     ours.globals |= theirs.globals

@@ -10,10 +10,12 @@ from contextlib import suppress
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import Reject
+from qpipe.stages.demonstrations.demonstration import UnusableError
 from qpipe.stages.encoding.encoder import Encoded
 from qpipe.stages.encoding.sandbox import environment, watch
 from qpipe.stages.encoding.sandbox.environment import LimitError, compiled
 from qpipe.stages.encoding.sandbox.watch import TooMuchError, watched
+from qpipe.stages.score.in_context import Context
 
 from . import families
 from .chats import CHATML, TOKENIZER, chat, encoder
@@ -138,6 +140,26 @@ def test_a_call_that_returns_as_it_is_ended_leaves_nothing_behind(
     assert not watch._runs
 
 
+def test_a_context_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a template of Jinja alone, in which a missing name is an error."""
+    demonstration, context = chat("a?", "One."), Context("{{ hint|join('-') }}\n\n")
+    assert context.before(demonstration, {"hint": "ab"}).messages[0]["content"] == "a-b\n"
+    with pytest.raises(UnusableError, match="--context: 'hint' is undefined"):
+        context.before(demonstration, {})
+    for name in ("doubled", "as JSON", "power", "center", "recursion"):
+        with pytest.raises(UnusableError, match=r"--context: (it (asks|writes)|maximum)"):
+            Context(HUGE[name]).before(demonstration, {})
+    monkeypatch.setattr(watch, "MOST_SECONDS", 0.1)
+    slow = Context(HUGE["time"])
+    with pytest.raises(TooMuchError) as ended:
+        slow.before(demonstration, {})
+    for _ in range(2):
+        reject = slow.overruns.reject(demonstration, ended.value)
+        assert reject.reason.startswith("--context cannot be used on this row: it takes more")
+    with pytest.raises(UserError, match=r"--context cannot be used: it takes more .*line 7: give"):
+        slow.overruns.reject(demonstration, ended.value)
+
+
 TEMPLATES = [name for name, each in vars(families).items() if "{%" in str(each)]
 
 
@@ -179,7 +201,7 @@ def test_a_row_on_which_a_template_takes_too_long_is_rejected_and_the_third_ends
     for _ in range(2):
         found = made.encode(bad)
         assert isinstance(found, Reject)
-        assert "the template cannot be used on this row: it takes more than" in found.reason
+        assert "the chat template cannot be used on this row: it takes more than" in found.reason
         assert isinstance(made.encode(good), Encoded)
     with pytest.raises(UserError, match=r"chat template cannot be used: it takes .* --template"):
         made.encode(bad)
