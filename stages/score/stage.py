@@ -8,15 +8,22 @@ sources in the order given, rejected ones included, so the plan does not depend 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ...pipeline.errors import UserError, option_of
-from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
+from ...pipeline.folders.manifest import (
+    Identity,
+    Manifest,
+    ShardEntry,
+    identity_schema,
+    totals_of,
+)
 from ...pipeline.folders.provenance import package_versions
-from ...pipeline.folders.shard_run import Job, folder_in
-from ...pipeline.folders.shards import ShardContent, batches_of
+from ...pipeline.folders.sealed import SealedFolder
+from ...pipeline.folders.shard_run import Job, folder_in, sidecar_indices
+from ...pipeline.folders.shards import ShardContent, batches_of, committed_shard
 from ...pipeline.folders.watch import Report
 from ...pipeline.format.packing import SCORE_PRECISION
 from ...pipeline.format.ragged import segment_sums
@@ -39,6 +46,9 @@ from ..engines.choose import (
 )
 from ..engines.settings import EngineSettings
 from .settings import ScoreSettings
+
+if TYPE_CHECKING:
+    from ..engines.server.scorer import ServerScorer
 
 
 @dataclass(slots=True)
@@ -121,8 +131,12 @@ class ScoreStage:
 
     @cached_property
     def scorer(self) -> Scorer:
-        """The engine, started on first use."""
-        return make_scorer(self.model, self.engine)
+        """The engine, started on first use; a server must run the model of an earlier run."""
+        scorer = make_scorer(self.model, self.engine)
+        stored = first_stored(self.job) if self.engine.engine == "server" else None
+        if stored is not None:
+            _server(scorer).check_stored(stored)
+        return scorer
 
     def start(self) -> None:
         _ = self.scorer
@@ -139,6 +153,8 @@ class ScoreStage:
         for place, example in self.scorer.score(shard.examples, self.engine.top_k, shard.at):
             scored[place] = example
             report(demonstrations=1, positions=len(example.positions))
+        if self.engine.engine == "server":
+            _server(self.scorer).check_same()
         in_order = [
             most_probable(scored[place], self.settings.top_p)
             for place in range(len(shard.examples))
@@ -148,13 +164,8 @@ class ScoreStage:
         return shard.content
 
     def check(self, shards: Sequence[ShardEntry]) -> None:
-        """Raise UserError if no shard holds scores, or if a server's model was replaced."""
+        """Raise UserError if no shard holds scores."""
         refuse_nothing_scored(shards)
-        if self.engine.engine == "server" and "scorer" in vars(self):  # it was asked
-            from ..engines.server.scorer import ServerScorer
-
-            assert isinstance(self.scorer, ServerScorer)
-            self.scorer.check_same()
 
     def _job(self) -> Job:
         model, engine = self.model, self.engine
@@ -195,6 +206,25 @@ class ScoreStage:
         }
         folder = folder_in(self.settings.out, self.settings.in_store, identity)
         return Job(folder, schema, identity, self.source.parents(), provenance)
+
+
+def first_stored(job: Job) -> ScoredExample | None:
+    """The first example of the shards that a job has made; None if there is none yet."""
+    for index in sidecar_indices(job.folder):
+        entry = committed_shard(job.folder, index, job.identity.fingerprint)
+        if entry is not None and entry.rows:
+            made = Manifest(
+                job.identity, entry.fingerprint, {}, {}, totals_of([entry]), shards=[entry]
+            )
+            return next(SealedFolder(job.folder, made).records())
+    return None
+
+
+def _server(scorer: Scorer) -> "ServerScorer":
+    from ..engines.server.scorer import ServerScorer
+
+    assert isinstance(scorer, ServerScorer)
+    return scorer
 
 
 def check_top_k(top_k: int, model: ModelFiles) -> None:

@@ -33,10 +33,12 @@ def scores_in(
         log_probs_E = np.fromiter((e.logprob for e in entries.values()), np.float32, len(entries))
         ranks_E = np.fromiter((e.rank for e in entries.values()), np.int64, len(entries))
         is_top_E = (ranks_E >= 1) & (ranks_E <= top_k)
-        if token not in entries or is_top_E.sum() != top_k or ids_E.max() >= vocab_size:
+        found = len(np.unique(ranks_E[is_top_E]))  # vLLM numbers equally probable tokens too
+        is_whole = found == is_top_E.sum() == top_k
+        if token not in entries or not is_whole or ids_E.max() >= vocab_size:
             raise UserError(
-                f"example {example.id}: the server's answer for token {position} holds "
-                f"{int(is_top_E.sum())} of the top {top_k}, or not the token itself, or ids "
+                f"example {example.id}: the server's answer for token {position} holds {found} of "
+                f"the ranks 1 to {top_k}, or one of them twice, or not the token itself, or ids "
                 "outside the vocabulary: finished shards are kept: a vLLM server is needed here"
             )
         ids_Nk[n, ranks_E[is_top_E] - 1] = ids_E[is_top_E]

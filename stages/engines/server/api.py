@@ -3,12 +3,15 @@
 import asyncio
 import os
 import random
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Annotated, Any, cast
 
 import httpx
 import msgspec
 
-from ....pipeline.errors import UserError, one_line
+from ....pipeline.errors import UserError, one_line, quoted
 from ..settings import ServerSettings
 
 START_TRIES = 3  # a missing server is reported soon
@@ -16,6 +19,8 @@ _LONGEST_WAIT = 60.0  # seconds between two tries
 _CONNECT_SECONDS = 10.0
 _BYTES_ENTRY = 256  # of JSON for one token's log-probability; as a rule below 100
 _BYTES_BESIDE = 2**24  # of the rest of an answer
+_PLAIN = {"", "identity"}  # content encodings; others may expand without bound
+_MOST_NAMES = 10  # of models in a message
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # ids and ranks
 
@@ -41,7 +46,7 @@ class Completion(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    id: str
+    id: Annotated[str, msgspec.Meta(max_length=1024)]
     max_model_len: int | None = None
 
 
@@ -102,8 +107,8 @@ class Api:
             else:
                 try:
                     return msgspec.json.decode(content, type=kind)
-                except msgspec.DecodeError as error:
-                    trouble = f"an answer that cannot be read: {one_line(error)}"
+                except (msgspec.DecodeError, RecursionError) as error:
+                    trouble = f"an answer that cannot be read: {one_line(error)}: {_text(content)}"
         raise UserError(
             f"server {self.server.url}: no answer in {tries} tries: {trouble}: finished shards are "
             "kept: run again when it is back"
@@ -114,10 +119,15 @@ class Api:
         content = bytearray()
         method = "GET" if body is None else "POST"
         async with self.client.stream(method, path, json=body) as response:
-            async for chunk in response.aiter_bytes():
-                content += chunk
-                if len(content) > most:
-                    raise httpx.ReadError(f"an answer of more than {most:,} bytes")
+            encoding = response.headers.get("Content-Encoding", "")
+            if encoding not in _PLAIN:
+                raise httpx.DecodingError(f"its content encoding is {encoding}, none was asked for")
+            chunks = cast(AsyncGenerator[bytes], response.aiter_bytes())
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    content += chunk
+                    if len(content) > most:
+                        raise httpx.ReadError(f"an answer of more than {most:,} bytes")
         return response.status_code, bytes(content)
 
     def _wait(self, attempt: int) -> float:
@@ -137,7 +147,9 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
     try:
         client = httpx.AsyncClient(
             base_url=server.address,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {key}"} if key else {}),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none are kept
             timeout=httpx.Timeout(server.timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=server.concurrency),
             trust_env=False,  # proxies of the environment are for the web
@@ -152,6 +164,11 @@ def new_client(server: ServerSettings) -> httpx.AsyncClient:
         ) from error
 
 
+def names_of(models: Sequence[Model]) -> str:
+    """The names of models for a message."""
+    return ", ".join(quoted(each.id)[1:-1] for each in models[:_MOST_NAMES]) or "none"
+
+
 def _text(content: bytes) -> str:
-    """The text of an error, on one line."""
-    return one_line(Exception(content[:4096].decode(errors="replace")))
+    """The beginning of an answer, on one line."""
+    return one_line(Exception(content[:4096].decode(errors="replace") or "it is empty"))

@@ -19,7 +19,7 @@ from ....trainer.models.files import ModelFiles
 from ..base import GivenIds
 from ..settings import EngineSettings, ServerSettings
 from .answers import scores_in, unnormalised
-from .api import START_TRIES, Api, Completion, Model, Prompt, RefusedError, Scored, Tokens
+from .api import START_TRIES, Api, Completion, Model, Prompt, RefusedError, Scored, Tokens, names_of
 
 _PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
 _SAME_MODEL = 0.5  # nats on average: bfloat16 and other batches move them by a tenth at most
@@ -70,10 +70,22 @@ class ServerScorer:
     def check_same(self) -> None:
         """Raise UserError if the server runs another model than at the start."""
         now = self.runner.run(self._probe())
-        if len(now) != len(self.known) or np.abs(now - self.known).mean() > _SAME_MODEL:
+        self._refuse_other(now, self.known, "at the start")
+
+    def check_stored(self, stored: ScoredExample) -> None:
+        """Raise UserError if the server runs another model than that of a stored example."""
+        example = WeightedExample(
+            stored.id, stored.input_ids, stored.positions, stored.token_weights
+        )
+        ((_, now),) = self.score([example], 1)
+        then = stored.observed_log_probs
+        self._refuse_other(now.observed_log_probs, then, "for the shards that are there")
+
+    def _refuse_other(self, now_N: Floats, then_N: Floats, when: str) -> None:
+        if np.abs(now_N - then_N).mean() > _SAME_MODEL:
             raise UserError(
-                f"server {self.server.url}: runs another model than at the start: score again into "
-                "another --out"
+                f"server {self.server.url}: runs another model than {when}: finished shards are "
+                "kept: run again when it serves the first one, or score again into another --out"
             )
 
     async def _probe(self) -> Floats:
@@ -82,6 +94,11 @@ class ServerScorer:
         prompt = await self._prompt(ids, 1, self.server.tries)
         rows = zip(ids[1:], prompt[1:], strict=True)
         found = [row[token].logprob for token, row in rows if row and token in row]
+        if len(found) < len(ids) - 1:
+            raise UserError(
+                f"server {self.server.url}: its answer lacks log-probabilities of the prompt's "
+                "tokens: a vLLM server is needed here"
+            )
         return np.array(found, np.float32)
 
     async def _score(self, example: WeightedExample, top_k: int) -> ScoredExample:
@@ -140,10 +157,9 @@ class ServerScorer:
         models = await self.api.models()
         found = next((each for each in models if each.id == self.server.model), None)
         if found is None:
-            names = ", ".join(each.id for each in models)
             raise UserError(
                 f"--server-model {self.server.model}: {self.server.url} does not serve it: give "
-                f"one of {names}"
+                f"one of {names_of(models)}"
             )
         needed = max_length + 1  # a prompt needs one free position
         if found.max_model_len is not None and found.max_model_len < needed:
@@ -218,6 +234,7 @@ def served_model(server: ServerSettings) -> str:
 
     models = asyncio.run(ask())
     if len(models) != 1:
-        names = ", ".join(each.id for each in models) or "none"
-        raise UserError(f"server {server.url}: serves {names}: name one with --server-model")
+        raise UserError(
+            f"server {server.url}: serves {names_of(models)}: name one with --server-model"
+        )
     return models[0].id
