@@ -20,7 +20,7 @@ SHARDS = ("score", *slow("build-targets", "share"))
 Copy = Callable[[str], tuple[Work, Path]]
 
 
-@pytest.mark.parametrize("step", [13, *slow(1)])
+@pytest.mark.parametrize("step", [29, *slow(1)])
 @pytest.mark.parametrize("fault", ["remove", *slow("truncate")])
 @pytest.mark.parametrize("name", SHARDS)
 def test_a_finished_shard(

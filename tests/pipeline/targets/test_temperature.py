@@ -141,7 +141,7 @@ def test_a_tail_that_is_all_alike_or_one_id_alone_reaches_the_bound(temperature:
         assert reached == pytest.approx(bound, rel=1e-9)
 
 
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     seed=seeds,
     size=st.integers(2, 25),
@@ -173,7 +173,7 @@ logits_of_a_shape = st.lists(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     logits=logits_of_a_shape,
     top_k=st.integers(1, 12),

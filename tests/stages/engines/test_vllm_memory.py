@@ -23,6 +23,7 @@ from qpipe.stages.engines.vllm_memory import (
     runner_of,
     smaller,
 )
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import ModelFiles, find_model
 from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
 from transformers import Qwen3Config
@@ -105,7 +106,7 @@ print((peak() - before) / (rows * size))
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
 def test_rows_take_on_a_cpu_what_is_planned(dtype: str) -> None:
     """In a process whose peak is looked at."""
     done = subprocess.run(

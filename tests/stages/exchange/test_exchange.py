@@ -127,14 +127,14 @@ def test_a_damaged_file_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.parquet", [a_row()])
     content = path.read_bytes()
     said = []
-    for place in range(0, len(content), 7):
+    for place in range(0, len(content), 23):
         path.write_bytes(content[:place] + b"\xff\xff" + content[place + 2 :])
         try:
             imported(path, tiny_model, top_k=2)
         except UserError as error:
             said.append(str(error))
         rmtree(tmp_path / "rows", ignore_errors=True)
-    assert len(said) > 50
+    assert len(said) > 15
     assert not any("\n" in each for each in said)
 
 

@@ -84,10 +84,10 @@ def flip(folders: list[Path], count: int, seed: int) -> dict[str, int]:
     return said
 
 
-def test_three_hundred_flipped_bits(folders: list[Path]) -> None:
-    said = flip(folders, 300, seed=0)
-    assert said["flips"] == 300
-    assert min(said.values()) > 100
+def test_a_hundred_flipped_bits(folders: list[Path]) -> None:
+    said = flip(folders, 100, seed=0)
+    assert said["flips"] == 100
+    assert min(said.values()) > 30
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from qpipe.tests.support.losses import (
     run,
     to_dtype,
 )
+from qpipe.tests.support.tiers import slow
 from qpipe.trainer.data.batch import SparseTargets
 from qpipe.trainer.loss import fused
 from qpipe.trainer.loss.fused import fused_loss
@@ -85,7 +86,8 @@ def test_float32_is_as_near_to_float64_as_the_plain_path(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize(
-    ("name", "form"), [("sft+kl", "frozen-target"), ("target-sft", "live"), ("gem", "live")]
+    ("name", "form"),
+    [("target-sft", "live"), *slow(("sft+kl", "frozen-target"), ("gem", "live"))],
 )
 def test_compiled_in_one_graph_it_is_the_same(name: str, form: Any) -> None:
     """No graph break; the chunks become part of the graph."""

@@ -26,6 +26,7 @@ print(getrusage(RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="told of the GNU C library")
 def test_the_pages_of_freed_arrays_serve_the_next_ones() -> None:
     kept, given_back = (

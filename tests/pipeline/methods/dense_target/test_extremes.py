@@ -50,7 +50,7 @@ def drawn_choices(draw: st.DrawFn) -> tuple[str, str, Parameters]:
     return name, form, draw(st.fixed_dictionaries({}, optional=own))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     chosen=drawn_choices(),
     seed=st.integers(0, 2**32 - 1),
