@@ -19,7 +19,9 @@ Residual = Literal[
 Stored = Literal["observed", "base-observed", "base", "teacher", "uniform", "mixture", "contrast"]
 
 FROZEN: tuple[Form, ...] = ("frozen-target", "frozen-weight")
-_OF_STUDENT = frozenset({"log_prob", "entropy", "top_entropy", "sequence_log_ratio"})
+# of the whole distribution: the logits of a support and the sum of all others do not give them
+OF_WHOLE = frozenset({"concentration", "rank", "expected_rank"})
+_OF_STUDENT = OF_WHOLE | {"log_prob", "entropy", "top_entropy", "sequence_log_ratio"}
 _OF_TEACHER = frozenset({"teacher_log_prob", "divergence"})
 _NO_WEIGHT: Mapping[Form, str] = {
     "frozen-weight": "a weight alone would drop its residual, and with it what it is for"
@@ -146,6 +148,11 @@ class Choice:
             return "observed"
         is_live_mixture = self.form == "live" and self.residual == "mixture"
         return "teacher" if is_live_mixture else cast(Stored, self.residual)
+
+    @property
+    def mixing(self) -> tuple[float, float]:
+        """η and α of a mixture of the followed model and the teacher."""
+        return self.parameters["eta"], self.parameters.get("alpha", 1.0)
 
     @property
     def needs_teacher(self) -> bool:

@@ -76,8 +76,13 @@ def _signals(choice: Choice, given: _Given, observed: Array, mask: Array) -> Sig
         "log_prob": lambda: at_observed(followed),
         "entropy": lambda: rules.entropy(given[followed]),
         "top_entropy": top,
+        "concentration": lambda: rules.concentration(given[followed]),
+        "rank": lambda: rules.rank(given[followed], at_observed(followed)),
+        "expected_rank": lambda: rules.expected_rank(given[followed]),
         "sequence_log_ratio": sequence_log_ratio,
         "base_log_prob": lambda: at_observed("base"),
+        "base_mass": lambda: rules.mass_up_to(given["base"], at_observed("base")),
+        "base_entropy": lambda: rules.entropy(given["base"]),
         "teacher_log_prob": lambda: at_observed("teacher"),
         "divergence": lambda: rules.divergence(given["teacher"], given["base"]),
         "mask": given_mask,
@@ -125,8 +130,7 @@ def _residual(choice: Choice, given: _Given, one_hot: Array) -> Array:
         case _:
             own = given["student" if choice.form == "live" else "base"]
             no_tail = xp.full_like(own[..., 0], -float("inf"))
-            eta = choice.parameters["eta"]
-            mixed, _ = rules.geometric_mixture(own, no_tail, given["teacher"], no_tail, eta)
+            mixed, _ = rules.mixture(own, no_tail, given["teacher"], no_tail, *choice.mixing)
             return xp.exp(mixed)
 
 

@@ -30,8 +30,13 @@ class Signals:
     log_prob: Array = None  # log p(y) of the followed model
     entropy: Array = None  # of the followed model, over the whole vocabulary
     top_entropy: Array = None  # of its 20 most probable tokens, renormalised
+    concentration: Array = None  # Σ p² of the followed model
+    rank: Array = None  # ids to which the followed model gives at least p(y)
+    expected_rank: Array = None  # the mean rank of an id drawn from the followed model
     sequence_log_ratio: Array = None  # mean of log p(y) − log b(y) over an example's positions
     base_log_prob: Array = None  # log b(y)
+    base_mass: Array = None  # b(y) and the mass of all ids less probable under the base
+    base_entropy: Array = None
     teacher_log_prob: Array = None  # log q(y)
     divergence: Array = None  # KL(teacher ‖ base)
     mask: Array = None  # in [0, 1], from the demonstrations
@@ -181,18 +186,81 @@ def trust_region(signals: Signals, parameters: Parameters) -> Array:
     return xp.exp(xp.clip(signals.log_prob - math.log(parameters["tau"]), None, 0.0))
 
 
-def geometric_mixture(
-    log_probs: Array, log_tail: Array, other_log_probs: Array, other_log_tail: Array, eta: float
-) -> tuple[Array, Array]:
-    """log of ∝ p^(1−η)·q^η on a support [..., S] and in its tail [...].
+@_rule("p_y^(sum p^2)", "log_prob", "concentration")
+def focused_likelihood(signals: Signals, _: Parameters) -> Array:
+    return _exp(signals.concentration * signals.log_prob)
 
-    Exact if the tails are empty. Otherwise each tail counts as one outcome, and the gradient of a
-    cross-entropy to the mixture is off by at most 2·m̂ in the sum of absolute values, where m̂ is
-    the tail mass of the mixture.
+
+@_rule("max(p_y^(1/tau), floor)", "log_prob")
+def floored_likelihood(signals: Signals, parameters: Parameters) -> Array:
+    xp = array_namespace(signals.log_prob)
+    return xp.clip(_exp(signals.log_prob / parameters["tau"]), parameters["floor"], None)
+
+
+@_rule("p_y max(0, 1 - logit(p_y)/logit(P))", "log_prob")
+def information(signals: Signals, parameters: Parameters) -> Array:
+    xp = array_namespace(signals.log_prob)
+    log_prob = xp.clip(signals.log_prob, -1e4, None)  # 0 times a finite number
+    log_rest = xp.log(xp.clip(-xp.expm1(log_prob), xp.finfo(log_prob.dtype).smallest_normal, None))
+    at_end = math.log(parameters["P"]) - math.log1p(-parameters["P"])
+    return xp.exp(log_prob) * xp.clip(1 - (log_prob - log_rest) / at_end, 0.0, None)
+
+
+@_rule("min(cap, R/E[R]), R = rank of y", "rank", "expected_rank")
+def relative_rank(signals: Signals, parameters: Parameters) -> Array:
+    xp = array_namespace(signals.rank)
+    return xp.clip(signals.rank / signals.expected_rank, None, parameters["cap"])
+
+
+@_rule("b_y", "base_log_prob")
+def base_likelihood(signals: Signals, _: Parameters) -> Array:
+    return _exp(signals.base_log_prob)
+
+
+@_rule("1 if b_y + (sum of all b_k < b_y) >= tau, else 0", "base_mass")
+def supported(signals: Signals, parameters: Parameters) -> Array:
+    return _indicator(signals.base_mass, parameters["tau"])
+
+
+@_rule("H(b)", "base_entropy")
+def base_uncertainty(signals: Signals, _: Parameters) -> Array:
+    return signals.base_entropy
+
+
+@_rule("1 if H(b) >= threshold, else 0", "base_entropy")
+def uncertain(signals: Signals, parameters: Parameters) -> Array:
+    return _indicator(signals.base_entropy, parameters["threshold"])
+
+
+@_rule("H(b) + KL(q,b)", "base_entropy", "divergence")
+def importance(signals: Signals, _: Parameters) -> Array:
+    xp = array_namespace(signals.divergence)
+    return xp.clip(signals.base_entropy + signals.divergence, None, 1e6)
+
+
+@_rule("1 if H(b) + KL(q,b) >= threshold, else 0", "base_entropy", "divergence")
+def important(signals: Signals, parameters: Parameters) -> Array:
+    return _indicator(importance(signals, parameters), parameters["threshold"])
+
+
+def mixture(
+    log_probs: Array,
+    log_tail: Array,
+    other_log_probs: Array,
+    other_log_tail: Array,
+    eta: float,
+    alpha: float = 1.0,
+) -> tuple[Array, Array]:
+    """log of ∝ ((1−η)·p^a + η·q^a)^(1/a), a = (1−α)/2, on a support [..., S] and in its tail [...].
+
+    It is the arithmetic mixture at an α of −1, and the geometric one, ∝ p^(1−η)·q^η, at 1. Exact if
+    the tails are empty. Otherwise each tail counts as one outcome. For α ≥ −1 the mean of two sums
+    is at least the sum of the means, so the tail mass m̂ of the mixture is at least the true one,
+    and the gradient of a cross-entropy to it is off by at most 2·m̂ in the sum of absolute values.
     """
     xp = array_namespace(log_probs)
-    mixed = _scaled(log_probs, 1 - eta) + _scaled(other_log_probs, eta)
-    mixed_tail = _scaled(log_tail, 1 - eta) + _scaled(other_log_tail, eta)
+    mixed = _log_mean(log_probs, other_log_probs, eta, alpha)
+    mixed_tail = _log_mean(log_tail, other_log_tail, eta, alpha)
     log_norm = log_sum_exp(xp.concat([mixed, mixed_tail[..., None]], axis=-1))
     return mixed - log_norm[..., None], mixed_tail - log_norm
 
@@ -247,6 +315,33 @@ def renormalised_entropy(log_probs: Array) -> Array:
     return entropy(log_probs - log_sum_exp(log_probs)[..., None])
 
 
+def concentration(log_probs: Array) -> Array:
+    """Σ p² over the last axis."""
+    xp = array_namespace(log_probs)
+    return xp.sum(xp.exp(2 * log_probs), axis=-1)
+
+
+def rank(log_probs: Array, observed_log_prob: Array) -> Array:
+    """The number of ids on the last axis that are at least as probable as the observed one."""
+    xp = array_namespace(log_probs)
+    at_least = log_probs >= observed_log_prob[..., None]
+    return xp.sum(xp.astype(at_least, log_probs.dtype), axis=-1)
+
+
+def expected_rank(log_probs: Array) -> Array:
+    """Σ r·p of the r-th most probable id over the last axis; ranks begin at 1."""
+    xp = array_namespace(log_probs)
+    probs = xp.exp(xp.sort(log_probs, axis=-1, descending=True))
+    return xp.sum(probs * xp.cumulative_sum(xp.ones_like(probs), axis=-1), axis=-1)
+
+
+def mass_up_to(log_probs: Array, observed_log_prob: Array) -> Array:
+    """The probability of the observed id and of all less probable ones on the last axis."""
+    xp = array_namespace(log_probs)
+    lower = log_probs < observed_log_prob[..., None]
+    return xp.exp(observed_log_prob) + xp.sum(xp.where(lower, xp.exp(log_probs), 0.0), axis=-1)
+
+
 def divergence(log_probs: Array, other_log_probs: Array) -> Array:
     """KL(p ‖ q) over the last axis."""
     xp = array_namespace(log_probs)
@@ -262,6 +357,19 @@ def log_sum_exp(values: Array) -> Array:
     shift = xp.where(highest > -math.inf, highest, 0.0)
     total = xp.sum(xp.exp(values - shift[..., None]), axis=-1)
     return shift + xp.where(total > 0, xp.log(xp.where(total > 0, total, 1.0)), -math.inf)
+
+
+def _log_mean(log_one: Array, log_other: Array, eta: float, alpha: float) -> Array:
+    """The log of the power mean of two probabilities, with weights 1 − η and η."""
+    if alpha == 1 or eta in (0, 1):
+        return _scaled(log_one, 1 - eta) + _scaled(log_other, eta)
+    xp, power = array_namespace(log_one), (1 - alpha) / 2
+    known = (log_one > -math.inf) | (log_other > -math.inf)
+    rise = power * (xp.where(known, log_other, 0.0) - xp.where(known, log_one, 0.0))
+    near = log_one + xp.log1p(eta * xp.expm1(xp.clip(rise, -1.0, 1.0))) / power
+    terms = (math.log1p(-eta) + power * log_one, math.log(eta) + power * log_other)
+    # the second form would cancel at a small power
+    return xp.where(xp.abs(rise) < 1, near, xp.logaddexp(*terms) / power)
 
 
 def _scaled(log_probs: Array, power: float) -> Array:

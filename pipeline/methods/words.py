@@ -12,7 +12,7 @@ def table() -> list[dict[str, str]]:
         {
             "name": method.name,
             "trust": method.trust.formula,
-            "residual": _RESIDUAL_WORDS[method.residual],
+            "residual": _residual_words(method),
             "scale": method.scale.formula,
             "parameters": ", ".join(map(_parameter_words, method.parameters)) or "-",
             "forms": ", ".join(method.forms),
@@ -44,6 +44,12 @@ def _needs(choice: Choice) -> str:
     return " + ".join(words) or "-"
 
 
+def _residual_words(method: Method) -> str:
+    if method.residual == "mixture" and "alpha" in (each.name for each in method.parameters):
+        return "~ ((1-eta) p^a + eta q^a)^(1/a), a = (1-alpha)/2"
+    return _RESIDUAL_WORDS[method.residual]
+
+
 _RESIDUAL_WORDS: Mapping[Residual, str] = {
     "observed": "-",
     "student": "p",
@@ -58,7 +64,7 @@ _STORED_WORDS: Mapping[Stored, str] = {
     "base-observed": "b_y",
     "base": "b",
     "teacher": "q",
-    "mixture": "b^(1-eta) q^eta",
+    "mixture": "the mixture of b and q",
     "contrast": "q/b",
 }
 

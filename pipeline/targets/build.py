@@ -21,8 +21,11 @@ from .distributions import (
     Supports,
     common_divergence,
     common_supports,
+    concentration,
     contrasted,
+    expected_rank,
     known_supports,
+    mass_up_to,
     mixture,
     most_probable_first,
     observed_only,
@@ -121,14 +124,14 @@ class Evidence:
         """Base and teacher on their common ids."""
         return common_supports(self.base, self.teacher)
 
-    def mixture(self, eta: float) -> Supports:
-        """∝ b^(1−η)·q^η on the common ids."""
-        if eta not in self._mixtures:
-            self._mixtures[eta] = mixture(self.common, eta)
-        return self._mixtures[eta]
+    def mixture(self, eta: float, alpha: float = 1.0) -> Supports:
+        """The mixture of base and teacher on the common ids."""
+        if (eta, alpha) not in self._mixtures:
+            self._mixtures[eta, alpha] = mixture(self.common, eta, alpha)
+        return self._mixtures[eta, alpha]
 
     @cached_property
-    def _mixtures(self) -> dict[float, Supports]:
+    def _mixtures(self) -> dict[tuple[float, float], Supports]:
         return {}
 
     @cached_property
@@ -153,8 +156,13 @@ class Evidence:
             "log_prob": lambda: self.base_log_prob,
             "entropy": self._entropy,
             "top_entropy": self._top_entropy,
+            "concentration": lambda: concentration(self.base),
+            "rank": lambda: self.scores["observed_ranks"].astype(np.float64),
+            "expected_rank": lambda: expected_rank(self.base),
             "sequence_log_ratio": lambda: np.zeros_like(self.base_log_prob),
             "base_log_prob": lambda: self.base_log_prob,
+            "base_mass": lambda: mass_up_to(self.base, self.observed_ids),
+            "base_entropy": self._entropy,
             "teacher_log_prob": lambda: self.teacher_log_prob,
             "divergence": lambda: common_divergence(self.common),
             "mask": self._mask,
@@ -223,7 +231,7 @@ def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) 
         case "teacher":
             whole = evidence.teacher
         case "mixture":
-            whole = most_probable_first(evidence.mixture(choice.parameters["eta"]))
+            whole = most_probable_first(evidence.mixture(*choice.mixing))
         case "contrast":
             _refuse_unknown_head(evidence, choice.parameters["alpha"])
             whole = most_probable_first(contrasted(evidence.common, choice.parameters["alpha"]))

@@ -134,7 +134,7 @@ def _residual_at_start(evidence: Evidence, choice: Choice, residual: Supports) -
         observed = evidence.observed_ids
         return observed_only(observed, np.zeros(len(observed)))
     if choice.residual == "mixture" and choice.form == "live":
-        return evidence.mixture(choice.parameters["eta"])
+        return evidence.mixture(*choice.mixing)
     return residual
 
 
@@ -182,7 +182,7 @@ def _base_and_residual(evidence: Evidence, choice: Choice, residual: Supports) -
             case "teacher":
                 return evidence.common
             case "mixture":
-                return evidence.common._replace(second=evidence.mixture(choice.parameters["eta"]))
+                return evidence.common._replace(second=evidence.mixture(*choice.mixing))
             case "contrast":
                 contrast = contrasted(evidence.common, choice.parameters["alpha"])
                 return evidence.common._replace(second=contrast)

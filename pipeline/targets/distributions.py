@@ -138,15 +138,16 @@ def common_supports(one: Supports, other: Supports) -> SharedSupport:
     )
 
 
-def mixture(common: SharedSupport, eta: float) -> Supports:
-    """∝ p^(1−η)·q^η on the common support, with the tails as one outcome; q is the second."""
+def mixture(common: SharedSupport, eta: float, alpha: float = 1.0) -> Supports:
+    """`rules.mixture` on the common support, with the tails as one outcome; q is the second."""
     p, q = common
-    mixed_NS, mixed_tail_N = rules.geometric_mixture(
+    mixed_NS, mixed_tail_N = rules.mixture(
         padded(p.counts, p.log_probs, -np.inf),
         p.log_tail,
         padded(q.counts, q.log_probs, -np.inf),
         q.log_tail,
         eta,
+        alpha,
     )
     return replace(p, log_probs=unpadded(p.counts, mixed_NS), tail_mass=np.exp(mixed_tail_N))
 
@@ -180,6 +181,37 @@ def common_divergence(common: SharedSupport) -> Floats:
     inner = segment_sums(q.probs * (q.log_probs - p.log_probs), p.counts)
     log_tail = np.log(np.maximum(p.tail_mass, SMALLEST_TAIL))
     return inner + q.tail_mass * (safe_log(q.tail_mass, 0.0) - log_tail)
+
+
+def concentration(supports: Supports) -> Floats:
+    """Σ p² of the entries, [N].
+
+    A lower bound: the tail adds its mass times the probability of the last entry at most.
+    """
+    return segment_sums(np.exp(2 * supports.log_probs), supports.counts)
+
+
+def expected_rank(supports: Supports) -> Floats:
+    """The mean rank, [N]: a lower bound, which gives the tail the rank of the last entry."""
+    inside = segment_sums((supports.ranks + 1) * supports.probs, supports.counts)
+    return inside + supports.counts * supports.tail_mass
+
+
+def mass_up_to(supports: Supports, observed: NDArray[np.int32]) -> Floats:
+    """The mass of the observed token, of all less probable entries and of the tail, [N].
+
+    An upper bound if the observed token is not among the most probable ones.
+    """
+    is_observed = supports.ids == observed[supports.position_of]
+    lower = supports.log_probs < _of_observed(supports, observed)
+    counted = np.where(lower | is_observed, supports.probs, 0.0)
+    return segment_sums(counted, supports.counts) + supports.tail_mass
+
+
+def _of_observed(supports: Supports, observed: NDArray[np.int32]) -> Floats:
+    """The log-probability of the observed token, at each entry, [K]."""
+    is_observed = supports.ids == observed[supports.position_of]
+    return np.repeat(supports.log_probs[is_observed], supports.counts)
 
 
 def padded(counts: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:

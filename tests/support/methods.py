@@ -81,6 +81,28 @@ FACTS: dict[tuple[str, str], Facts] = {
     ("contrast", LIVE): Facts("contrast", "t", BASE + TEACHER),
     ("idft", LIVE): Facts("observed", "sw", STUDENT),
     ("trsft", LIVE): Facts("observed", "sw", STUDENT),
+    ("prift-prob", WEIGHT): Facts("observed", "w", BASE),
+    ("prift-prob", TARGET): Facts("base", "", BASE),
+    ("prift-prob", LIVE): Facts("observed", "w", STUDENT + BASE),
+    ("prift-mass", WEIGHT): Facts("observed", "w", BASE),
+    ("prift-mass", TARGET): Facts("base", "", BASE),
+    ("prift-mass", LIVE): Facts("observed", "w", STUDENT + BASE),
+    ("infosft", WEIGHT): Facts("observed", "w", BASE),
+    ("infosft", LIVE): Facts("observed", "s", STUDENT),
+    ("deft", TARGET): Facts("base", "", BASE),
+    ("deft", WEIGHT): Facts("observed", "w", BASE),
+    ("deft", LIVE): Facts("observed", "sw", STUDENT),
+    ("talr", TARGET): Facts("base", "", BASE),
+    ("talr", WEIGHT): Facts("observed", "w", BASE),
+    ("talr", LIVE): Facts("observed", "sw", STUDENT + BASE),
+    ("ranktuner", WEIGHT): Facts("observed", "w", BASE),
+    ("ranktuner", LIVE): Facts("observed", "s", STUDENT),
+    ("se-kd", TARGET): Facts("teacher", "t", BASE + TEACHER),
+    ("se-kd", LIVE): Facts("teacher", "t", BASE + TEACHER),
+    ("tip", TARGET): Facts("teacher", "t", BASE + TEACHER),
+    ("tip", LIVE): Facts("teacher", "t", BASE + TEACHER),
+    ("amid", TARGET): Facts("mixture", "t", BASE + TEACHER),
+    ("amid", LIVE): Facts("teacher", "ts", STUDENT + TEACHER),
 }
 NAMES = list(dict.fromkeys(name for name, _ in FACTS))
 FORMS = {name: [form for each, form in FACTS if each == name] for name in NAMES}
@@ -118,6 +140,15 @@ DEFAULTS: dict[str, Parameters] = {
     "contrast": {"alpha": 0.2, "beta": 0.4},
     "idft": {"beta": 1},
     "trsft": {"tau": 0.1},
+    "prift-prob": {},
+    "prift-mass": {"tau": 0.5},
+    "infosft": {"P": 0.93},
+    "deft": {},
+    "talr": {"floor": 0.01},
+    "ranktuner": {"cap": 10},
+    "se-kd": {"keep": 0.2},
+    "tip": {"keep": 0.2},
+    "amid": {"eta": 0.5, "alpha": 0},
 }
 # what is given besides nothing at all
 VARIANTS: dict[str, list[Parameters]] = {
@@ -149,6 +180,20 @@ VARIANTS: dict[str, list[Parameters]] = {
     "contrast": [{"alpha": 0.5, "beta": 0.1}, {"alpha": 1e-6, "beta": 0}, {"alpha": 1}],
     "idft": [{"beta": 0.5}, {"beta": 4}],
     "trsft": [{"tau": 0.5}, {"tau": 1}],
+    "prift-mass": [{"tau": 0.1}, {"tau": 0.9}, {"tau": 1}],
+    "infosft": [{"P": 0.6}, {"P": 0.999}],
+    "talr": [{"tau": 0.5}, {"tau": 3, "floor": 0}, {"tau": 2, "floor": 0.5}],
+    "ranktuner": [{"cap": 2}, {"cap": 1000}],
+    "se-kd": [{"keep": 0}, {"keep": 0.7}, {"keep": 1}, {"threshold": 1}],
+    "tip": [{"keep": 0}, {"keep": 0.7}, {"keep": 1}, {"threshold": 2}],
+    "amid": [
+        {"eta": 0},
+        {"eta": 1},
+        {"alpha": 1},
+        {"alpha": -1, "eta": 0.2},
+        {"alpha": 0.9},
+        {"alpha": 4, "eta": 0.7},
+    ],
 }
 
 
@@ -164,6 +209,8 @@ class Token:
     log_ratio: float = 0.0  # mean of log p_y − log b_y over the example
     losses: Sequence[float] = ()  # −log b_y of the data set
     excesses: Sequence[float] = ()  # log q_y − log b_y of the data set
+    entropies: Sequence[float] = ()  # of the base, of the data set
+    importances: Sequence[float] = ()  # these plus KL(q, b)
 
 
 Row = tuple[float, list[float], float]  # γ, π̃, s
@@ -261,6 +308,70 @@ def contrast(token: Token, given: Parameters) -> Row:
     return 0.0, residual, float(divergence >= given["beta"])
 
 
+def base_entropy(token: Token) -> float:
+    return entropy(probabilities(token.base))
+
+
+def importance(token: Token) -> float:
+    pairs = zip(token.teacher, token.base, strict=True)
+    kl = sum(math.exp(q) * (q - b) for q, b in pairs if q > -math.inf)
+    return min(base_entropy(token) + kl, 1e6)
+
+
+def prift_mass_trust(token: Token, given: Parameters) -> float:
+    less = [math.exp(b) for b in token.base if b < token.base[token.observed]]
+    return float(math.fsum([b_y(token), *less]) >= given["tau"])
+
+
+def infosft(token: Token, given: Parameters) -> Row:
+    p, at_end = p_y(token), given["P"]
+    if p in (0, 1):
+        return 1.0, one_hot(token), 0.0
+    rest = math.fsum(q for k, q in enumerate(probabilities(token.followed)) if k != token.observed)
+    excess = (math.log(p) - math.log(rest)) / math.log(at_end / (1 - at_end))
+    return 1.0, one_hot(token), p * max(1 - excess, 0)
+
+
+def deft_trust(token: Token, _: Parameters) -> float:
+    return p_y(token) ** math.fsum(p * p for p in probabilities(token.followed))
+
+
+def talr_trust(token: Token, given: Parameters) -> float:
+    tau = given["tau"] if "tau" in given else statistics.median(token.losses)
+    return max(p_y(token) ** (1 / tau), given["floor"])
+
+
+def ranktuner(token: Token, given: Parameters) -> Row:
+    rank = sum(log_prob >= log_p_y(token) for log_prob in token.followed)
+    ranked = enumerate(sorted(probabilities(token.followed), reverse=True), start=1)
+    expected = math.fsum(place * p for place, p in ranked)
+    return 1.0, one_hot(token), min(given["cap"], rank / expected)
+
+
+def selected(value: float, of_all: Sequence[float], given: Parameters) -> float:
+    """Whether a value is among the highest, or at least the threshold that is given."""
+    if "threshold" in given:
+        return float(value >= given["threshold"])
+    kept = sorted(of_all, reverse=True)[: math.ceil(len(of_all) * given["keep"])]
+    return float(bool(kept) and value >= kept[-1])
+
+
+def amid(token: Token, given: Parameters) -> Row:
+    def mean(log_p: float, log_q: float) -> float:
+        eta, power = given["eta"], (1 - given["alpha"]) / 2
+        p, q = math.exp(log_p), math.exp(log_q)
+        if eta in (0, 1):
+            return q if eta else p
+        if power == 0:
+            return p ** (1 - eta) * q**eta
+        if power < 0 and 0 in (p, q):
+            return 0.0
+        return float(((1 - eta) * p**power + eta * q**power) ** (1 / power))
+
+    pairs = zip(token.followed, token.teacher, strict=True)
+    return 0.0, normalised([mean(*pair) for pair in pairs]), 1.0
+
+
 def idft_trust(token: Token, given: Parameters) -> float:
     surprise = -(log_p_y(token) + entropy(probabilities(token.followed))) / given["beta"]
     power = 2.0 if surprise > 100 else min(max(math.exp(surprise), 0.1), 2.0)
@@ -299,4 +410,21 @@ FORMULAS: dict[str, Formula] = {
     "contrast": contrast,
     "idft": to_followed(idft_trust),
     "trsft": to_followed(lambda token, given: min(1.0, p_y(token) / given["tau"])),
+    "prift-prob": to_followed(lambda token, _: b_y(token)),
+    "prift-mass": to_followed(prift_mass_trust),
+    "infosft": infosft,
+    "deft": to_followed(deft_trust),
+    "talr": to_followed(talr_trust),
+    "ranktuner": ranktuner,
+    "se-kd": lambda token, given: (
+        0.0,
+        probabilities(token.teacher),
+        selected(base_entropy(token), token.entropies, given),
+    ),
+    "tip": lambda token, given: (
+        0.0,
+        probabilities(token.teacher),
+        selected(importance(token), token.importances, given),
+    ),
+    "amid": amid,
 }

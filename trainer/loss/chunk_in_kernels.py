@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...pipeline.methods import rules
-from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.definition import OF_WHOLE, Choice
 from ..data.batch import SparseTargets
 from .chunk_in_torch import masses
 from .head import Head
@@ -27,12 +27,19 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype, live: Choice | None) -> bool:
-    """Whether the kernels run on a device in a type and compute a method; all but gem."""
-    if not _HAS_TRITON or (live is not None and live.residual == "gem"):
+    """Whether the kernels run on a device in a type and compute a method.
+
+    They compute all but gem, and what reads the whole distribution of the student.
+    """
+    if not _HAS_TRITON or (live is not None and _needs_torch(live)):
         return False
     from . import kernels
 
     return device.type in kernels.DEVICES and dtype in kernels.DTYPES
+
+
+def _needs_torch(live: Choice) -> bool:
+    return live.residual == "gem" or bool(live.method.reads & OF_WHOLE)
 
 
 def loss_and_gradient_(

@@ -18,7 +18,7 @@ from ...pipeline.errors import UserError
 from ...pipeline.folders.mixing import live_method, refuse_to_mix
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.methods import rules
-from ...pipeline.methods.definition import Choice
+from ...pipeline.methods.definition import OF_WHOLE, Choice
 from ...pipeline.methods.divergences import Divergence
 from ...pipeline.methods.rules import Signals
 from ...pipeline.methods.table import choose
@@ -163,7 +163,7 @@ def live_targets(
         return _diverging(live, logits_NV, choice.method.divergence, choice.parameters)
     if choice.residual != "mixture":
         return LiveTargets(live)
-    mixed = _mixed(live, logits_NV, choice.parameters["eta"])
+    mixed = _mixed(live, logits_NV, *choice.mixing)
     return LiveTargets(mixed, 2 * mixed.weights * (1 - trust_N) * mixed.tail_mass)
 
 
@@ -190,11 +190,23 @@ def _signals(choice: Choice, logits_NV: Tensor, targets: SparseTargets) -> Signa
         size = min(rules.TOP_ENTROPY_SIZE, logits_NV.shape[1])
         top_Nk = logits_NV.topk(size, dim=1).values
         signals = replace(signals, top_entropy=rules.renormalised_entropy(top_Nk))
+    if reads & OF_WHOLE:
+        signals = replace(signals, **_of_whole(reads, logits_NV - log_norm_N[:, None], log_prob_N))
     if choice.stored == "base-observed":
         base_N = stored_log_prob(targets).to(log_prob_N.dtype)
         ratio_N = example_means(log_prob_N - base_N, targets.example_of)
         signals = replace(signals, base_log_prob=base_N, sequence_log_ratio=ratio_N)
     return signals
+
+
+def _of_whole(reads: frozenset[str], log_probs_NV: Tensor, log_prob_N: Tensor) -> dict[str, Tensor]:
+    """The signals, among those read, of the student's whole distribution."""
+    compute = {
+        "concentration": lambda: rules.concentration(log_probs_NV),
+        "rank": lambda: rules.rank(log_probs_NV, log_prob_N),
+        "expected_rank": lambda: rules.expected_rank(log_probs_NV),
+    }
+    return {name: compute[name]() for name in reads & OF_WHOLE}
 
 
 def stored_log_prob(targets: SparseTargets) -> Tensor:
@@ -226,11 +238,11 @@ def _diverging(
     return LiveTargets(steering, bounds_N, losses_N)
 
 
-def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float) -> SparseTargets:
-    """The targets with residual ∝ p^(1−η)·q^η, where q is the stored residual."""
+def _mixed(targets: SparseTargets, logits_NV: Tensor, eta: float, alpha: float) -> SparseTargets:
+    """The targets whose residual is the mixture of p and q, where q is the stored residual."""
     p_NE, q_NE = _outcomes(targets, logits_NV)
-    mixed_NS, mixed_tail_N = rules.geometric_mixture(
-        p_NE[:, :-1], p_NE[:, -1], q_NE[:, :-1], q_NE[:, -1], eta
+    mixed_NS, mixed_tail_N = rules.mixture(
+        p_NE[:, :-1], p_NE[:, -1], q_NE[:, :-1], q_NE[:, -1], eta, alpha
     )
     return replace(targets, support_probs=mixed_NS.exp(), tail_mass=mixed_tail_N.exp())
 

@@ -35,22 +35,30 @@ def log_of_sum(values: np.ndarray) -> float:
 # The geometric mixture on a support.
 
 
-def true_mixture(own: np.ndarray, other: np.ndarray, eta: float) -> np.ndarray:
-    weights = [math.exp((1 - eta) * p + eta * q) for p, q in zip(own, other, strict=True)]
+def true_mixture(own: np.ndarray, other: np.ndarray, eta: float, alpha: float = 1.0) -> np.ndarray:
+    if alpha == 1:
+        weights = [math.exp((1 - eta) * p + eta * q) for p, q in zip(own, other, strict=True)]
+    else:
+        power = (1 - alpha) / 2
+        weights = [
+            ((1 - eta) * math.exp(power * p) + eta * math.exp(power * q)) ** (1 / power)
+            for p, q in zip(own, other, strict=True)
+        ]
     total = math.fsum(weights)
     return np.array([weight / total for weight in weights])
 
 
 def truncated_mixture(
-    own: np.ndarray, other: np.ndarray, inside: np.ndarray, eta: float
+    own: np.ndarray, other: np.ndarray, inside: np.ndarray, eta: float, alpha: float = 1.0
 ) -> tuple[np.ndarray, float]:
     """The mixture over the whole vocabulary, its tail in the student's own shape; its tail mass."""
-    mixed, tail = rules.geometric_mixture(
+    mixed, tail = rules.mixture(
         own[inside],
         np.asarray(log_of_sum(own[~inside])),
         other[inside],
         np.asarray(log_of_sum(other[~inside])),
         eta,
+        alpha,
     )
     tail_mass = math.exp(tail)
     whole = np.empty_like(own)
@@ -68,6 +76,7 @@ def truncated_mixture(
     other_spread=st.floats(0.05, 12),
     kept=st.floats(0, 1),
     eta=st.floats(0, 1),
+    alpha=st.just(1.0) | st.floats(-1, 0.9) | st.floats(1.1, 5),
     top=st.booleans(),
 )
 def test_truncation_errs_by_no_more_than_the_bound(
@@ -77,9 +86,10 @@ def test_truncation_errs_by_no_more_than_the_bound(
     other_spread: float,
     kept: float,
     eta: float,
+    alpha: float,
     top: bool,
 ) -> None:
-    """‖ĝ − g‖₁ ≤ 2·(1 − p_y)·m̂ for live target-sft, the tail bucket in the student's shape."""
+    """‖ĝ − g‖₁ ≤ 2·(1 − γ)·m̂ for live mixtures, the tail bucket in the student's shape."""
     rng = np.random.default_rng(seed)
     own, other = random_log_probs(rng, vocab, spread), random_log_probs(rng, vocab, other_spread)
     observed = int(rng.integers(vocab))
@@ -89,9 +99,9 @@ def test_truncation_errs_by_no_more_than_the_bound(
     inside[order[:size]] = True
     inside[observed] = True
 
-    truncated, tail_mass = truncated_mixture(own, other, inside, eta)
+    truncated, tail_mass = truncated_mixture(own, other, inside, eta, alpha)
     trust = math.exp(own[observed])
-    exact = np.exp(own) - (1 - trust) * true_mixture(own, other, eta)
+    exact = np.exp(own) - (1 - trust) * true_mixture(own, other, eta, alpha)
     bucketed = np.exp(own) - (1 - trust) * truncated
     error = float(np.abs(bucketed - exact).sum())
 
@@ -133,7 +143,7 @@ def test_the_bound_is_nearly_reached_where_the_tails_do_not_meet() -> None:
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_mixture_worked_out_by_hand(library: str) -> None:
     """√(0.4·0.1) = 0.2, √(0.2·0.8) = 0.4, and √(0.4·0.1) = 0.2 of the tails."""
-    mixed, tail = rules.geometric_mixture(
+    mixed, tail = rules.mixture(
         as_array(np.log([0.4, 0.2]), library),
         as_array(np.log(0.4), library),
         as_array(np.log([0.1, 0.8]), library),
@@ -143,6 +153,50 @@ def test_a_mixture_worked_out_by_hand(library: str) -> None:
 
     np.testing.assert_allclose(np.exp(np.asarray(mixed)), [0.25, 0.5], rtol=1e-12)
     np.testing.assert_allclose(np.exp(np.asarray(tail)), 0.25, rtol=1e-12)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("alpha", "own", "other", "wanted"),
+    [
+        # the mean of both
+        (-1.0, [0.1, 0.5, 0.4], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]),
+        # (√p/2 + √q/2)²: (0.1 + 0.8)²/4, (0.3)²/4 and (0.9 + 0.6)²/4
+        (0.0, [0.01, 0.09, 0.81], [0.64, 0.0, 0.36], [0.2025, 0.0225, 0.5625]),
+        # the harmonic mean, 2·p·q/(p + q)
+        (3.0, [0.1, 0.5, 0.4], [0.4, 0.5, 0.1], [0.16, 0.5, 0.16]),
+        (3.0, [0.1, 0.5, 0.4], [0.4, 0.0, 0.6], [0.16, 0.0, 0.48]),
+    ],
+)
+def test_a_power_mixture_worked_out_by_hand(
+    alpha: float, own: list[float], other: list[float], wanted: list[float], library: str
+) -> None:
+    with np.errstate(divide="ignore"):
+        log_own, log_other = np.log(own), np.log(other)
+    mixed, tail = rules.mixture(
+        as_array(log_own[:2], library),
+        as_array(log_own[2], library),
+        as_array(log_other[:2], library),
+        as_array(log_other[2], library),
+        0.5,
+        alpha,
+    )
+    found = [*np.exp(np.asarray(mixed)), float(np.exp(np.asarray(tail)))]
+    np.testing.assert_allclose(found, np.array(wanted) / sum(wanted), rtol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1 - 1e-3, 1 - 1e-7, 1 - 1e-12, 1 + 1e-12, 1 + 1e-7])
+def test_a_power_mixture_next_to_the_geometric_one_does_not_cancel(alpha: float) -> None:
+    """The mean to the first order in the power: that of the logs plus power·variance/2."""
+    rng = np.random.default_rng(3)
+    own, other = random_log_probs(rng, 30, 2), random_log_probs(rng, 30, 2)
+    nothing = np.asarray(NONE)
+    found, _ = rules.mixture(own, nothing, other, nothing, 0.3, alpha)
+    weights = np.exp(0.7 * own + 0.3 * other + (1 - alpha) / 4 * 0.21 * (other - own) ** 2)
+
+    np.testing.assert_allclose(
+        np.exp(found), weights / weights.sum(), rtol=1e-12 + 50 * (1 - alpha) ** 2
+    )
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -167,7 +221,7 @@ def test_a_tail_of_nothing_has_its_right_mass(
     with np.errstate(divide="ignore"):
         own = np.log([1 - own_tail, own_tail])
         other = np.log([1 - other_tail, other_tail])
-    mixed, tail = rules.geometric_mixture(
+    mixed, tail = rules.mixture(
         as_array(own[:1], library),
         as_array(own[1], library),
         as_array(other[:1], library),
@@ -185,7 +239,7 @@ def test_a_token_without_a_share_has_its_right_one_in_the_mixture(library: str) 
     other = as_array([math.log(0.25), math.log(0.75), NONE], library)
     nothing = as_array(NONE, library)
     for eta, wanted in ((0.0, [0.5, 0, 0.5]), (0.5, [1, 0, 0]), (1.0, [0.25, 0.75, 0])):
-        mixed, tail = rules.geometric_mixture(own, nothing, other, nothing, eta)
+        mixed, tail = rules.mixture(own, nothing, other, nothing, eta)
         np.testing.assert_allclose(np.exp(np.asarray(mixed)), wanted, rtol=1e-12)
         assert float(tail) == NONE
 
@@ -194,9 +248,9 @@ def test_mixtures_of_a_batch_are_those_of_its_positions() -> None:
     rng = np.random.default_rng(0)
     own, other = np.log(rng.random((3, 4, 5)) / 5), np.log(rng.random((3, 4, 5)) / 5)
     own_tail, other_tail = np.log(rng.random((3, 4))), np.log(rng.random((3, 4)))
-    mixed, tail = rules.geometric_mixture(own, own_tail, other, other_tail, 0.3)
+    mixed, tail = rules.mixture(own, own_tail, other, other_tail, 0.3)
     for i, j in np.ndindex(3, 4):
-        alone, tail_alone = rules.geometric_mixture(
+        alone, tail_alone = rules.mixture(
             own[i, j], own_tail[i, j], other[i, j], other_tail[i, j], 0.3
         )
         np.testing.assert_allclose(mixed[i, j], alone, rtol=1e-14)
@@ -328,6 +382,40 @@ HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
             [1, 1, 1],
         ),
         ("trsft", {"tau": 0.4}, {"log_prob": [HALF, FIFTH, NONE]}, [1, 0.5, 0], [1, 1, 1]),
+        ("prift-prob", {}, {"base_log_prob": [HALF, NONE]}, [0.5, 0], [1, 1]),
+        ("prift-mass", {}, {"base_mass": [0.49, 0.5, 1.0]}, [0, 1, 1], [1, 1, 1]),
+        # at ½ the log-odds are 0, at P the weight ends, and at 1 − P it is p·2
+        (
+            "infosft",
+            {"P": 0.9},
+            {"log_prob": [HALF, math.log(0.9), 0.0, TENTH, NONE]},
+            [1] * 5,
+            [0.5, 0, 0, 0.2, 0],
+        ),
+        (
+            "deft",
+            {},
+            {"log_prob": [HALF, HALF, 0.0, NONE], "concentration": [1.0, 0.5, 1.0, 0.1]},
+            [0.5, 0.5**0.5, 1, 0],
+            [1] * 4,
+        ),
+        ("talr", {"tau": 2}, {"log_prob": [HALF, -20.0, NONE]}, [0.5**0.5, 0.01, 0.01], [1] * 3),
+        (
+            "ranktuner",
+            {"cap": 3},
+            {"rank": [1.0, 4.0, 9.0], "expected_rank": [2.0, 2.0, 2.0]},
+            [1] * 3,
+            [0.5, 2, 3],
+        ),
+        ("se-kd", {"threshold": 1}, {"base_entropy": [0.9, 1.0, 2.0]}, [0] * 3, [0, 1, 1]),
+        (
+            "tip",
+            {"threshold": 1},
+            {"base_entropy": [0.4, 0.5, 0.0], "divergence": [0.5, 0.5, math.inf]},
+            [0] * 3,
+            [0, 1, 1],
+        ),
+        ("amid", {}, {"log_prob": [HALF]}, [0], [1]),
     ],
 )
 def test_trust_and_scale_worked_out_by_hand(
@@ -389,6 +477,16 @@ SIGNALS: dict[str, st.SearchStrategy[float]] = {
     "sequence_log_ratio": st.floats(-1000, 1000),
     "divergence": st.floats(0, 100) | st.just(math.inf),
     "mask": st.floats(0, 1),
+    "concentration": st.floats(1e-6, 1),
+    "rank": st.floats(1, 1e6),
+    "expected_rank": st.floats(1, 1e6),
+    "base_mass": st.floats(0, 1),
+    "base_entropy": st.floats(0, 12),
+}
+# of the methods that take a parameter from the data
+SETTLED: dict[str, dict[str, Any]] = {
+    **{name: {"tau": 2.0} for name in ("flow", "talr")},
+    **{name: {"threshold": 0.0} for name in ("token-cleaning", "se-kd", "tip")},
 }
 
 
@@ -440,8 +538,7 @@ def test_a_rule_keeps_the_precision_of_what_it_reads(name: str) -> None:
     for dtype in (np.float32, np.float64):
         values = {key: np.array([0.25, 0.5], dtype) for key in SIGNALS}
         values |= {key: -array for key, array in values.items() if key.endswith("log_prob")}
-        given_parameters = {"flow": {"tau": 2.0}, "token-cleaning": {"threshold": 0.0}}
-        choice = choose(name, "live", given_parameters.get(name))
+        choice = choose(name, "live", SETTLED.get(name))
         for library in (lambda array: array, torch.from_numpy):
             read = Signals(**{key: library(array) for key, array in values.items()})
             for got in (*choice.trust_and_scale(read), *choice.trust_and_weight(read)):
@@ -454,10 +551,9 @@ def test_a_weight_is_the_scale_times_the_trust_and_stands_beside_a_whole_trust()
         for key in SIGNALS
     }
     signals = Signals(**values)
-    statistic = {"flow": {"tau": 2.0}, "token-cleaning": {"threshold": 0.0}}
     seen = set()
     for choice in choices():
-        choice = choose(choice.method.name, choice.form, statistic.get(choice.method.name))
+        choice = choose(choice.method.name, choice.form, SETTLED.get(choice.method.name))
         trust, scale = choice.trust_and_scale(signals)
         got_trust, got_weight = choice.trust_and_weight(signals)
         seen.add(choice.is_weight)

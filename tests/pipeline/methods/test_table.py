@@ -46,6 +46,15 @@ SOURCES: dict[str, str | None] = {
     "contrast": "2510.07962",
     "idft": "2602.12222",
     "trsft": None,
+    "prift-prob": "2606.09396",
+    "prift-mass": "2606.09396",
+    "infosft": "2605.14967",
+    "deft": "2602.11424",
+    "talr": "2509.20758",
+    "ranktuner": "2602.01745",
+    "se-kd": "2602.01395",
+    "tip": "2604.14084",
+    "amid": "2510.15982",
 }
 
 _FAR = 1e6
@@ -75,10 +84,22 @@ PARAMETERS: dict[tuple[str, str], tuple[float | None, float, float, bool]] = {
     ("contrast", "beta"): (0.4, 0, _FAR, False),
     ("idft", "beta"): (1, 0, _FAR, True),
     ("trsft", "tau"): (0.1, 0, 1, True),
+    ("prift-mass", "tau"): (0.5, 0, 1, True),
+    ("infosft", "P"): (0.93, 0.501, 0.999999, False),
+    ("talr", "tau"): (None, 0, _FAR, True),
+    ("talr", "floor"): (0.01, 0, 1, False),
+    ("ranktuner", "cap"): (10, 0, _FAR, True),
+    ("se-kd", "keep"): (0.2, 0, 1, False),
+    ("se-kd", "threshold"): (None, -_FAR, _FAR, False),
+    ("tip", "keep"): (0.2, 0, 1, False),
+    ("tip", "threshold"): (None, -_FAR, _FAR, False),
+    ("amid", "eta"): (0.5, 0, 1, False),
+    ("amid", "alpha"): (0, -1, 5, False),
 }
 
 IS_SFT = "with the base as reference the ratio is 1 everywhere: that is sft"
 NO_RESIDUAL = "a weight alone would drop its residual, and with it what it is for"
+IS_WEIGHT = "its residual is the observed token: that is frozen-weight"
 NOT_FIXED = "its gradient is not that of a cross-entropy to a fixed target: take kd"
 REFUSED: dict[tuple[str, str], str] = {
     ("iw-sft", TARGET): IS_SFT,
@@ -99,6 +120,11 @@ REFUSED: dict[tuple[str, str], str] = {
     ("target-sft", WEIGHT): NO_RESIDUAL,
     ("gift", WEIGHT): NO_RESIDUAL,
     ("contrast", WEIGHT): NO_RESIDUAL,
+    ("se-kd", WEIGHT): NO_RESIDUAL,
+    ("tip", WEIGHT): NO_RESIDUAL,
+    ("amid", WEIGHT): NO_RESIDUAL,
+    ("infosft", TARGET): IS_WEIGHT,
+    ("ranktuner", TARGET): IS_WEIGHT,
     **{(name, form): NOT_FIXED for name in DIVERGENCES for form in (TARGET, WEIGHT)},
 }
 
@@ -160,20 +186,32 @@ def test_nothing_is_stored_but_for_what_methods_md_says() -> None:
     needs_nothing = {("sft", form) for form in (LIVE, TARGET)}
     needs_nothing |= {("label-smoothing", form) for form in (LIVE, TARGET)}
     needs_nothing |= {
-        (name, LIVE) for name in ("dft", "beyond-log", "profit", "eaft", "gem", "idft", "trsft")
+        (name, LIVE)
+        for name in ("dft", "beyond-log", "profit", "eaft", "gem", "idft", "trsft", "deft", "talr")
     }
+    needs_nothing |= {(name, LIVE) for name in ("infosft", "ranktuner")}
     one_float = {
         (name, LIVE) for name in ("iw-sft", "psft", "flow", "stm", "token-cleaning", "cft")
     }
+    one_float |= {(name, LIVE) for name in ("prift-prob", "prift-mass")}
     one_float |= {pair for pair in FACTS if pair[1] == WEIGHT}
     for pair in FACTS:
         is_sparse = choose(*pair).stored not in ("observed", "base-observed", "uniform")
         assert is_sparse == (pair not in needs_nothing | one_float), pair
 
 
-@pytest.mark.parametrize("name", ["flow", "token-cleaning"])
+STATISTICS = {
+    "flow": "tau",
+    "token-cleaning": "threshold",
+    "talr": "tau",
+    "se-kd": "threshold",
+    "tip": "threshold",
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
 def test_a_statistic_is_sought_where_its_parameter_is_not_given(name: str) -> None:
-    parameter = {"flow": "tau", "token-cleaning": "threshold"}[name]
+    parameter = STATISTICS[name]
     for form in METHODS[name].forms:
         open_choice = choose(name, form)
         statistic = open_choice.unresolved
@@ -200,7 +238,7 @@ def test_a_statistic_of_no_use_is_refused() -> None:
 def test_no_other_method_has_a_statistic() -> None:
     found = {choice.method.name for choice in choices() if choice.unresolved is not None}
 
-    assert found == {"flow", "token-cleaning"}
+    assert found == set(STATISTICS)
 
 
 def test_a_median_is_the_mean_of_the_middle_two() -> None:
@@ -253,11 +291,13 @@ def test_the_table_in_words() -> None:
     assert rows["sft"]["parameters"] == "-"
     assert rows["dft"]["forms"] == "frozen-target, frozen-weight, live"
     assert {name: row["residual"] for name, row in rows.items()} == {
-        **dict.fromkeys(("sft", "iw-sft", "psft", "gem"), "-"),
-        **dict.fromkeys(("dft", "beyond-log", "profit", "eaft", "cft"), "p"),
+        **dict.fromkeys(("sft", "iw-sft", "psft", "gem", "infosft", "ranktuner"), "-"),
+        **dict.fromkeys(("dft", "beyond-log", "profit", "eaft", "cft", "deft", "talr"), "p"),
+        **dict.fromkeys(("prift-prob", "prift-mass"), "p"),
         **dict.fromkeys(("flow", "stm", "token-cleaning", "idft", "trsft"), "p"),
         **dict.fromkeys(("sft+kl", "asft", "gift"), "b"),
-        **dict.fromkeys(("kd", "kd-hybrid", *DIVERGENCES), "q"),
+        **dict.fromkeys(("kd", "kd-hybrid", *DIVERGENCES, "se-kd", "tip"), "q"),
+        "amid": "~ ((1-eta) p^a + eta q^a)^(1/a), a = (1-alpha)/2",
         "label-smoothing": "1/V",
         "target-sft": "~ p^(1-eta) q^eta",
         "contrast": "~ q/b where q >= alpha max q",
@@ -269,6 +309,10 @@ def test_the_table_in_words() -> None:
         "asft",
         "psft",
         "contrast",
+        "infosft",
+        "ranktuner",
+        "se-kd",
+        "tip",
     ]
 
 
@@ -282,7 +326,7 @@ def test_the_table_in_words() -> None:
         ("iw-sft", "b_y"),
         ("sft+kl", "b"),
         ("kd", "q + --teacher"),
-        ("target-sft", "frozen-target: b^(1-eta) q^eta + --teacher; live: q + --teacher"),
+        ("target-sft", "frozen-target: the mixture of b and q + --teacher; live: q + --teacher"),
         ("jsd", "q + --teacher"),
         ("stm", "frozen-weight: a weight; frozen-target: b; live: a weight"),
         ("contrast", "q/b + --teacher"),
@@ -300,7 +344,7 @@ def test_every_form_is_there_or_refused_with_a_reason() -> None:
 
     assert set(FACTS) | set(REFUSED) == {(name, form) for name in SOURCES for form in forms}
     assert not set(FACTS) & set(REFUSED)
-    assert len(FACTS) == 53
+    assert len(FACTS) == 75
 
 
 @pytest.mark.parametrize(("pair", "reason"), REFUSED.items())

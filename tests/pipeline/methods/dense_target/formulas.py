@@ -1,6 +1,7 @@
 """Dense targets as methods.md has them, position by position in plain float64."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from qpipe.tests.support import divergences
@@ -10,6 +11,8 @@ from qpipe.tests.support.methods import (
     FORMULAS,
     Parameters,
     Token,
+    base_entropy,
+    importance,
     log_p_y,
     normalised,
     one_hot,
@@ -61,7 +64,7 @@ def tokens_of(case: Case, form: str) -> list[list[Token]]:
     own, base, teacher = map(at_observed, (followed, case.base, case.teacher))
     losses = [-base[place] for place in places]
     excesses = [teacher[place] - base[place] for place in places]
-    return [
+    tokens = [
         [
             Token(
                 followed=followed[i, t].tolist(),
@@ -76,6 +79,12 @@ def tokens_of(case: Case, form: str) -> list[list[Token]]:
             for t, y in enumerate(row)
         ]
         for i, row in enumerate(observed)
+    ]
+    entropies = [base_entropy(token) for row in tokens for token in row]
+    importances = [importance(token) for row in tokens for token in row]
+    return [
+        [replace(token, entropies=entropies, importances=importances) for token in row]
+        for row in tokens
     ]
 
 

@@ -1,5 +1,6 @@
 """The losses of the papers, as autograd differentiates them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -157,6 +158,64 @@ def skew_reverse_loss(at: Losses) -> Tensor:
     return at.divergence_to((alpha * at.log_probs.exp() + (1 - alpha) * at.teacher.exp()).log())
 
 
+def prift_mass_loss(at: Losses) -> Tensor:
+    """The base's probabilities in ascending order, added up to the observed one's."""
+    probs, ids = torch.sort(at.base.exp(), -1)
+    place = (ids == at.observed[..., None]).to(torch.int64).argmax(-1, keepdim=True)
+    up_to = probs.cumsum(-1).gather(-1, place)[..., 0]
+    return (up_to >= at.given["tau"]) * at.nll
+
+
+def infosft_loss(at: Losses) -> Tensor:
+    prob = at.prob.detach()
+    at_end = torch.logit(torch.tensor(at.given["P"], dtype=prob.dtype))
+    return prob * torch.relu(1 - torch.logit(prob) / at_end) * at.nll
+
+
+def deft_loss(at: Losses) -> Tensor:
+    """(1 − p_y^α)/α at a constant α = e^(−Rényi entropy of order 2)."""
+    power = torch.softmax(at.logits.detach(), -1).square().sum(-1)
+    return (1 - at.prob**power) / power
+
+
+def talr_loss(at: Losses) -> Tensor:
+    losses = -at.at_observed(at.base)
+    tau = at.given.get("tau", torch.quantile(losses.flatten(), 0.5).item())
+    return (-at.nll.detach() / tau).exp().clamp(min=at.given["floor"]) * at.nll
+
+
+def ranktuner_loss(at: Losses) -> Tensor:
+    order = torch.argsort(at.logits.detach(), -1, descending=True)
+    ranks = torch.arange(1, order.shape[-1] + 1).double()
+    own = ((order == at.observed[..., None]) * ranks).sum(-1)
+    expected = (torch.softmax(at.logits.detach(), -1).gather(-1, order) * ranks).sum(-1)
+    return (own / expected).clamp(max=at.given["cap"]) * at.nll
+
+
+def selected_loss(at: Losses, values: Tensor) -> Tensor:
+    """kd at the positions of the highest values."""
+    chosen = values >= at.given.get("threshold", math.inf)
+    if "threshold" not in at.given:
+        best = values.flatten().topk(math.ceil(values.numel() * at.given["keep"])).indices
+        chosen.view(-1)[best] = True
+    return chosen * at.divergence_from(at.teacher)
+
+
+def amid_loss(at: Losses) -> Tensor:
+    """KL of the student from the mixture, which has no gradient."""
+    eta, power = at.given["eta"], (1 - at.given["alpha"]) / 2
+    p, q = at.log_probs.exp().detach(), at.teacher.exp()
+    if power == 0 or eta in (0, 1):
+        mixed = p ** (1 - eta) * q**eta
+    else:
+        mixed = ((1 - eta) * p**power + eta * q**power) ** (1 / power)
+    return at.cross_entropy_to(mixed / mixed.sum(-1, keepdim=True))
+
+
+def uncertainty(at: Losses) -> Tensor:
+    return torch.distributions.Categorical(logits=at.base).entropy()
+
+
 LOSSES: dict[str, Callable[[Losses], Tensor]] = {
     "sft": lambda at: at.nll,
     "dft": lambda at: at.prob.detach() * at.nll,
@@ -192,4 +251,15 @@ LOSSES: dict[str, Callable[[Losses], Tensor]] = {
     "contrast": contrast_loss,
     "idft": idft_loss,
     "trsft": lambda at: (at.prob.detach() / at.given["tau"]).clamp(max=1.0) * at.nll,
+    "prift-prob": lambda at: at.base_prob * at.nll,
+    "prift-mass": prift_mass_loss,
+    "infosft": infosft_loss,
+    "deft": deft_loss,
+    "talr": talr_loss,
+    "ranktuner": ranktuner_loss,
+    "se-kd": lambda at: selected_loss(at, uncertainty(at)),
+    "tip": lambda at: selected_loss(
+        at, uncertainty(at) + (at.teacher.exp() * (at.teacher - at.base)).sum(-1)
+    ),
+    "amid": amid_loss,
 }

@@ -28,7 +28,7 @@ def test_every_method_in_every_form_is_in_these_tests() -> None:
     tested = {(choice.method.name, choice.form) for choice in choices()}
 
     assert set(FACTS) == tested
-    assert len(tested) == 53
+    assert len(tested) == 75
     assert {*FORMULAS, "gem"} == set(DEFAULTS) == set(LOSSES) == {name for name, _ in tested}
 
 
@@ -64,9 +64,13 @@ def test_the_cases_reach_both_sides_of_every_switch() -> None:
             for token in example
         ]
 
-    for name in ("profit", "stm", "token-cleaning"):
+    for name in ("profit", "stm", "token-cleaning", "prift-mass"):
         assert {0.0, 1.0} == set(seen(name, 0)), name
-    assert set(seen("contrast", 2)) == {0.0, 1.0}
+    for name in ("contrast", "se-kd", "tip"):
+        assert set(seen(name, 2)) == {0.0, 1.0}, name
+    assert min(seen("talr", 0)) == 0.01
+    assert min(seen("infosft", 2)) == 0.0
+    assert max(seen("ranktuner", 2)) == 10.0
     assert min(seen("psft", 2)) == 0.0 < 1.0 < max(seen("psft", 2))
     assert max(seen("trsft", 0)) == 1.0 > min(seen("trsft", 0))
     clamped = [iw_sft(replace(t, log_ratio=3.0), DEFAULTS["iw-sft"])[2] for t in any_tokens(1)]
