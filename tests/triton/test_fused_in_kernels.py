@@ -58,7 +58,9 @@ def test_value_and_gradients_are_those_of_the_plain_path(
     rounded = to_dtype(targets, torch.float32)
     mine = run(lambda h, head: fused_loss(h, head, rounded, objective), hidden, head, torch.float32)
 
-    assert calls == ([] if choice.residual == "gem" else [4, 4, 4, 4, 4, 3])
+    of_whole = choice.method.name in ("deft", "ranktuner") and choice.form == "live"
+    in_torch = choice.residual == "gem" or of_whole
+    assert calls == ([] if in_torch else [4, 4, 4, 4, 4, 3])
     torch.testing.assert_close(mine[0].sum.double(), truth[0].sum, rtol=3e-6, atol=3e-6)
     for own, exact in zip(mine[1], truth[1], strict=True):
         assert float((own.double() - exact).abs().max() / exact.abs().max()) < 2e-5

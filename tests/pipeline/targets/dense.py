@@ -24,6 +24,8 @@ from qpipe.tests.support.methods import (
     FACTS,
     FORMULAS,
     Token,
+    base_entropy,
+    importance,
     one_hot,
 )
 
@@ -178,21 +180,29 @@ def wanted_target(choice: Choice, token: Token, statistic: float) -> tuple[list[
 
 
 STATISTICS: dict[str, Callable[[float], dict[str, float]]] = {
-    "flow": lambda value: {"tau": value},
-    "token-cleaning": lambda value: {"threshold": value},
+    **dict.fromkeys(("flow", "talr"), lambda value: {"tau": value}),
+    **dict.fromkeys(("token-cleaning", "se-kd", "tip"), lambda value: {"threshold": value}),
 }
 
 
 def settled(choice: Choice, tokens: Sequence[Token]) -> tuple[Choice, float]:
-    """The choice with its statistic: the median loss of the base for flow, the least excess loss of
-    the top 60 % for cleaning; a last bit lower where it is an indicator's threshold."""
+    """The choice with its statistic, a last bit lower where it is an indicator's threshold.
+
+    The median loss of the base for flow and talr; the least excess loss of the top 60 % for
+    cleaning; the least entropy, or importance, of the top 20 % for kd at chosen positions.
+    """
     if choice.unresolved is None:
         return choice, math.nan
-    if choice.method.name == "flow":
-        statistic = float(np.median(tokens[0].losses))
-    else:
-        excesses = sorted(tokens[0].excesses, reverse=True)
-        statistic = excesses[int(0.6 * len(excesses)) - 1]
+    match choice.method.name:
+        case "flow" | "talr":
+            statistic = float(np.median(tokens[0].losses))
+        case "token-cleaning":
+            excesses = sorted(tokens[0].excesses, reverse=True)
+            statistic = excesses[int(0.6 * len(excesses)) - 1]
+        case name:
+            value = {"se-kd": base_entropy, "tip": importance}[name]
+            values = sorted(map(value, tokens), reverse=True)
+            statistic = values[math.ceil(0.2 * len(values)) - 1]
     statistic -= 1e-9
     return choice.resolved(statistic), statistic
 

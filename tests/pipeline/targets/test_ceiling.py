@@ -150,7 +150,13 @@ def sums_of(evidence: Evidence, choice: Choice, truncation: Truncation = WHOLE) 
 
 
 FLOW_TAU, CLEANING_THRESHOLD = 2.0, 0.1
-STATISTICS = {"flow": {"tau": FLOW_TAU}, "token-cleaning": {"threshold": CLEANING_THRESHOLD}}
+STATISTICS = {
+    "flow": {"tau": FLOW_TAU},
+    "token-cleaning": {"threshold": CLEANING_THRESHOLD},
+    "talr": {"tau": FLOW_TAU},
+    "se-kd": {"threshold": 1.0},
+    "tip": {"threshold": 1.0},
+}
 
 
 def target_at_start(choice: Choice, at: Position) -> tuple[float, list[float]]:
@@ -278,9 +284,9 @@ def test_at_a_temperature_it_is_compared_with_the_base_as_it_was_scored(
     assert reproducible_share(sums, len(tempered)) == wanted_share(choice, tempered)
 
 
-OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast", *DIVERGENCES)
+OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast", *DIVERGENCES, "se-kd", "tip", "amid")
 # idft's weight reads the entropy over the whole vocabulary
-LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in (*OF_A_TEACHER, "idft")]
+LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in (*OF_A_TEACHER, "idft", "deft")]
 
 
 @pytest.mark.parametrize("choice", LIKE_THE_BASE, ids=name_of)

@@ -38,7 +38,10 @@ from .made import weighted
 VOCAB = 24
 TOP_K = 20
 UNKNOWN = ["gem", "idft"]  # no distribution, and the entropy over a whole vocabulary
-OF_TEACHER = ["kd", "kd-hybrid", "target-sft", *DIVERGENCES, "token-cleaning", "contrast"]
+OF_TEACHER = [
+    *("kd", "kd-hybrid", "target-sft", *DIVERGENCES, "token-cleaning", "contrast"),
+    *("se-kd", "tip", "amid"),
+]
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -293,6 +296,7 @@ def test_a_median_of_0_leaves_flow_out(tmp_path: Path) -> None:
     assert "sft+kl" in compared
     assert "flow" not in compared
     assert ["flow"] in comparison.left_out.values()
+    assert ["talr"] in comparison.left_out.values()
 
 
 # How it goes about it

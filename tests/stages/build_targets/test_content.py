@@ -103,6 +103,47 @@ ANSWERS: dict[str, tuple[Choice, Callable[[Known], Worked]]] = {
             ),
         ),
     ),
+    "prift-mass": (
+        choose("prift-mass", given={"tau": 0.3}),
+        lambda k: (1, k.base[k.base <= k.base_y].sum() >= 0.3, k.one_hot),
+    ),
+    "infosft": (
+        choose("infosft", given={"P": 0.9}),
+        lambda k: (
+            1,
+            k.base_y * max(0, 1 - math.log(k.base_y / (1 - k.base_y)) / math.log(9)),
+            k.one_hot,
+        ),
+    ),
+    "deft": (choose("deft"), lambda k: (k.base_y ** (k.base**2).sum(), 1, k.base)),
+    "talr": (
+        choose("talr", given={"tau": 0.5, "floor": 0.05}),
+        lambda k: (max(k.base_y**2, 0.05), 1, k.base),
+    ),
+    "ranktuner": (
+        choose("ranktuner", given={"cap": 2}),
+        lambda k: (
+            1,
+            min(2, (k.base >= k.base_y).sum() / (np.sort(k.base)[::-1] @ np.arange(1, VOCAB + 1))),
+            k.one_hot,
+        ),
+    ),
+    "se-kd": (
+        choose("se-kd", given={"threshold": 2.2}),
+        lambda k: (0, -(k.base @ np.log(k.base)) >= 2.2, k.teacher),
+    ),
+    "tip": (
+        choose("tip", given={"threshold": 2.8}),
+        lambda k: (
+            0,
+            k.teacher @ np.log(k.teacher / k.base) - k.base @ np.log(k.base) >= 2.8,
+            k.teacher,
+        ),
+    ),
+    "amid": (
+        choose("amid", given={"eta": 0.3}),
+        lambda k: (0, 1, proportional((0.7 * k.base**0.5 + 0.3 * k.teacher**0.5) ** 2)),
+    ),
     # a mask is γ, and no factor besides
     "cft": (choose("cft"), lambda k: (1, k.weight, k.one_hot)),
     "cft frozen-target": (choose("cft", "frozen-target"), lambda k: (k.weight, 1, k.base)),
@@ -148,7 +189,7 @@ def test_targets_are_those_worked_out_over_the_whole_vocabulary(
     assert len(seen) == sum(range(7))
     assert len(set(seen)) > 1
     # no threshold has all tokens on one side
-    indicators = {"profit", "stm", "token-cleaning", "contrast"}
+    indicators = {"profit", "stm", "token-cleaning", "contrast", "prift-mass", "se-kd", "tip"}
     if choice.method.name in indicators:
         full = [w for (_, w), k in zip(seen, flat_weights(whole), strict=True) if k > 0]
         assert 0 < sum(weight > 0 for weight in full) < len(full)

@@ -45,8 +45,8 @@ def test_the_manifest_says_what_the_targets_are_and_where_from(
     found = settings.pop("parameters")
     given = {p.name: p.default for p in choice.method.parameters if p.default is not None}
     assert {name: found.pop(name) for name in given} == given
-    statistics = {"flow": ["tau"], "token-cleaning": ["threshold"]}
-    assert list(found) == statistics.get(choice.method.name, [])
+    statistic = choice.method.statistic
+    assert list(found) == ([statistic.parameter] if statistic else [])
     stored = FACTS[choice.method.name, choice.form].stored
     is_cut = stored in ("base", "teacher", "mixture", "contrast")
     assert settings.pop("support_order") == sha256_of_json(manifest.frequent_ids)

@@ -307,7 +307,7 @@ def test_compare_methods_prints_its_comparison(scores: Path) -> None:
     assert "3 supervised tokens of 2 demonstrations." in ran.out
     assert (
         "Left out, needs a teacher: kd, kd-hybrid, target-sft, reverse-kl, mixed-kl, jsd, skew-kl, "
-        "skew-reverse-kl, token-cleaning, contrast." in ran.lines
+        "skew-reverse-kl, token-cleaning, contrast, se-kd, tip, amid." in ran.lines
     )
     assert ran.warnings == []
 

@@ -32,8 +32,25 @@ _MORE: dict[str, list[dict[str, Any]]] = {
     "flow": [{"tau": 1.7}],
     "token-cleaning": [{"keep": 0.6, "threshold": 0.3}],
     "idft": [{"beta": 0.3}],
+    "prift-mass": [{"tau": 0.1}],
+    "infosft": [{"P": 0.7}],
+    "talr": [{"tau": 1.7, "floor": 0.1}],
+    "ranktuner": [{"cap": 1.5}],
+    "se-kd": [{"keep": 0.2, "threshold": 2.0}],
+    "tip": [{"keep": 0.2, "threshold": 3.0}],
+    "amid": [
+        {"eta": 0.3, "alpha": -1.0},
+        {"eta": 0.8, "alpha": 3.0},
+        {"eta": 0.5, "alpha": 1.0},
+    ],
 }
-_OF_DATA = ("flow", "token-cleaning")  # their default is a statistic of the data set
+_OF_DATA = (
+    "flow",
+    "token-cleaning",
+    "talr",
+    "se-kd",
+    "tip",
+)  # their default is a statistic of the data set
 PARAMETERS = {
     name: [*([] if name in _OF_DATA else [DEFAULTS[name]]), *_MORE.get(name, [])] for name in NAMES
 }

@@ -23,6 +23,8 @@ from .folders import (
     random_models,
 )
 
+MIXTURES = (("target-sft", "live"), ("amid", "live"))
+
 
 @over(CASES)
 def test_loss_and_gradient_are_the_dense_ones(
@@ -67,6 +69,12 @@ def test_the_random_models_reach_both_sides_of_every_threshold() -> None:
         power > math.log(0.1),
         rule_of("contrast", models, {"alpha": 0.2, "beta": 0.4}).scale > 0,
         rule_of("token-cleaning", models, {"threshold": 0.3}).trust > 0,
+        rule_of("prift-mass", models, {"tau": 0.1}).trust > 0,
+        rule_of("infosft", models, {"P": 0.7}).scale > 0,
+        rule_of("talr", models, {"tau": 1.7, "floor": 0.1}).trust > 0.1,
+        rule_of("ranktuner", models, {"cap": 1.5}).scale < 1.5,
+        rule_of("se-kd", models, {"threshold": 2.0}).scale > 0,
+        rule_of("tip", models, {"threshold": 3.0}).scale > 0,
     ):
         assert 0 < sides.sum() < len(sides)
 
@@ -115,9 +123,9 @@ def test_sft_can_be_trained_on_any_folder(name: str) -> None:
     assert loss.error_bounds is None
 
 
-def test_the_error_is_bounded_for_live_target_sft_and_the_divergences_alone() -> None:
+def test_the_error_is_bounded_for_live_mixtures_and_the_divergences_alone() -> None:
     logits, models = random_models(count=5)
     for case in CASES:
         loss = objective_for(*case)(logits, folder_targets(*case, models))
-        is_bounded = case[:2] == ("target-sft", "live") or case[0] in DIVERGENCES
+        is_bounded = case[:2] in MIXTURES or case[0] in DIVERGENCES
         assert (loss.error_bounds is not None) == is_bounded

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.tests.support import divergences
-from qpipe.tests.support.methods import DEFAULTS, DIVERGENCES
+from qpipe.tests.support.methods import DEFAULTS, DIVERGENCES, FORMULAS, Token
 from qpipe.trainer.data.batch import SparseTargets
 from torch import Tensor
 
@@ -99,6 +99,41 @@ def test_live_target_sft_on_a_support(seed: int, spread: float, eta: float) -> N
     torch.testing.assert_close(loss.error_bounds, bound, rtol=1e-9, atol=1e-12)
     if eta == 0:
         torch.testing.assert_close(gradient, dense, rtol=1e-9, atol=1e-12)  # dft
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.floats(0.1, 4),
+    eta=st.floats(0, 1),
+    alpha=st.sampled_from([-1.0, 0.0, 1.0, 3.0]) | st.floats(-1, 0.9),
+)
+@settings(max_examples=30, deadline=None)
+def test_live_amid_is_exact_over_the_outcomes_and_within_its_bound(
+    seed: int, spread: float, eta: float, alpha: float
+) -> None:
+    """100 positions at a time; the outcomes are the ids of the support, and all others as one."""
+    parameters = {"eta": eta, "alpha": alpha}
+    case = truncate(seed, 100, spread, "q", least=1e-30)
+    objective = objective_for("amid", "live", parameters)
+    loss, gradient = loss_and_gradient(objective, case.logits, case.targets)
+    bounds, expected = [], torch.zeros_like(gradient)
+    for n, inside in enumerate(case.in_support):
+        p, q = case.models.p[n], case.models.q[n]
+        outcomes = [[*probs[inside].tolist(), float(probs[~inside].sum())] for probs in (p, q)]
+        logs = [[math.log(x) if x else -math.inf for x in probs] for probs in outcomes]
+        token = Token(followed=logs[0], base=logs[0], teacher=logs[1], observed=0, mask=1.0)
+        _, mixed, _ = FORMULAS["amid"](token, parameters)
+        tail = 0.0 if inside.all() else mixed[-1]
+        expected[n, inside] = p[inside] - torch.tensor(mixed[:-1], dtype=torch.float64)
+        if tail or not inside.all():
+            shape = p[~inside] / max(outcomes[0][-1], 1e-300)
+            expected[n, ~inside] = p[~inside] - tail * shape
+        bounds.append(2 * tail)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    bound = torch.tensor(bounds, dtype=torch.float64)
+    torch.testing.assert_close(loss.error_bounds, bound, rtol=1e-8, atol=1e-12)
+    _, dense = dense_loss("amid", "live", parameters, case.models)
+    assert ((gradient - dense).abs().sum(1) <= bound + 1e-12).all()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
