@@ -34,7 +34,8 @@ def needs(method: Method) -> str:
 def _needs(choice: Choice) -> str:
     words: list[str] = []
     if choice.stored in _STORED_WORDS:
-        words.append(_STORED_WORDS[choice.stored])
+        is_power = choice.stored == "mixture" and "alpha" in choice.parameters
+        words.append("the mixture of b and q" if is_power else _STORED_WORDS[choice.stored])
     if not choice.reads_student and choice.is_weight and choice.method.reads:
         words.append("a weight")
     if choice.needs_mask:
@@ -64,7 +65,7 @@ _STORED_WORDS: Mapping[Stored, str] = {
     "base-observed": "b_y",
     "base": "b",
     "teacher": "q",
-    "mixture": "the mixture of b and q",
+    "mixture": "b^(1-eta) q^eta",
     "contrast": "q/b",
 }
 

@@ -13,7 +13,10 @@ from qpipe.trainer.loss.objective import Loss, Objective
 from torch import Tensor
 
 SIZE, VOCAB_SIZE, WIDTH, SUPPORT = 23, 50, 8, 6
-CHOICES = [*choices(), choose("gem", "live", {"h": "logsigmoid"})]
+CHOICES = [
+    *(each.resolved(2.0) if each.unresolved else each for each in choices()),
+    choose("gem", "live", {"h": "logsigmoid"}),
+]
 IDS = [f"{each.method.name}-{each.form}-{i}" for i, each in enumerate(CHOICES)]
 HEADS = {
     "plain": {},

@@ -68,7 +68,7 @@ def truncated_mixture(
     return whole, tail_mass
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     seed=seeds,
     vocab=st.integers(2, 40),

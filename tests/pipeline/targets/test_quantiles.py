@@ -33,7 +33,7 @@ def all_of(statistics: OrderStatistics) -> list[float]:
     return [statistics.at(place) for place in range(statistics.count)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values=numbers, cut_at=cuts)
 def test_few_different_numbers_come_back_sorted_and_exact(
     values: list[float], cut_at: list[int]
@@ -45,7 +45,7 @@ def test_few_different_numbers_come_back_sorted_and_exact(
     assert statistics.relative_error == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     values=st.lists(st.sampled_from([-2.5, -0.1, 0.0, 0.1, 3.0]), min_size=1, max_size=200),
     cut_at=cuts,
@@ -57,7 +57,7 @@ def test_many_numbers_of_few_values_are_exact(values: list[float], cut_at: list[
     assert statistics.relative_error == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(values=near_numbers, cut_at=cuts, seed=st.integers(0, 2**32 - 1))
 def test_many_different_numbers_are_right_within_the_relative_error_whatever_their_order(
     values: list[float], cut_at: list[int], seed: int
