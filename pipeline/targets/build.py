@@ -35,6 +35,7 @@ from .distributions import (
 )
 from .pooling import Pooling, pooled
 from .temperature import tempered
+from .translation import mapped_sums
 
 Floats = NDArray[np.float64]
 SMALLEST_PROB = float(np.finfo(np.float32).smallest_normal)  # of stored probabilities
@@ -149,6 +150,16 @@ class Evidence:
         if self.teacher_model.temperature == 1 and self.pooling is None:
             return _observed_log_prob(self.teacher_scores)
         return _at_observed(self.teacher, self.observed_ids)
+
+    def mapped_sums(self) -> dict[str, float]:
+        """The sums of what was mapped of teachers with another tokenizer."""
+        theirs = (self.teacher_scores, *(scores for scores, _ in self.more_teachers))
+        sums: dict[str, float] = {}
+        for number, scores in enumerate(theirs, 1):
+            if scores is not None:
+                name = "teacher" if number == 1 else f"teacher-{number}"
+                sums |= mapped_sums(name, scores)
+        return sums
 
     def signals(self, reads: frozenset[str]) -> Signals:
         """The signals that a rule reads, with the base as the followed model."""

@@ -20,6 +20,7 @@ from ...pipeline.targets.ceiling import (
     has_ceiling,
     reproducible_share,
 )
+from ...pipeline.targets.translation import Mapped, mapped_shares
 from .inputs import Inputs, open_inputs
 from .settings import Mean, check_temperatures, pooling_of
 from .stage import with_statistics
@@ -38,6 +39,7 @@ class Comparison:
     left_out: dict[str, list[str]]  # by the reason
     positions: int
     examples: int
+    mapped: list[Mapped] = field(default_factory=list)  # of teachers with another tokenizer
 
 
 def compare_methods(
@@ -48,15 +50,18 @@ def compare_methods(
     all_forms: bool = False,
     teacher_weights: str | None = None,
     teacher_mean: Mean = "arithmetic",
+    tokenizer: Sequence[str] = (),
 ) -> Comparison:
     """Build the targets of every method with its defaults, and keep only their ceilings."""
     check_temperatures(temperature, teacher_temperature, teacher)
     pooling = pooling_of(len(teacher), teacher_weights, teacher_mean, teacher_temperature)
-    inputs = open_inputs(scores, teacher, temperature, teacher_temperature, pooling)
+    inputs = open_inputs(scores, teacher, temperature, teacher_temperature, pooling, tokenizer)
     left_out = LeftOut()
     usable = with_statistics(inputs, _usable(inputs, all_forms, left_out), left_out.add)
     sums: dict[int, Counter[str]] = {place: Counter() for place in range(len(usable))}
+    mapped: Counter[str] = Counter()
     for evidence in inputs.all_evidence("compare-methods"):
+        mapped.update(evidence.mapped_sums())
         for place in list(sums):
             choice = usable[place]
             try:
@@ -70,7 +75,8 @@ def compare_methods(
         (usable[place], ceilings(total)[0], reproducible_share(total, totals["rows"]))
         for place, total in sums.items()
     ]
-    return Comparison(rows, left_out.methods, totals["positions"], totals["rows"])
+    shares = mapped_shares(mapped, totals["positions"])
+    return Comparison(rows, left_out.methods, totals["positions"], totals["rows"], shares)
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:

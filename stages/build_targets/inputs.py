@@ -19,6 +19,8 @@ from ...pipeline.progress import progress_bar
 from ...pipeline.targets.build import Evidence, ScoreModel
 from ...pipeline.targets.distributions import known_supports, padded, truncated
 from ...pipeline.targets.pooling import Pooling
+from ..looking.vocabulary import Vocabulary
+from .other_tokenizer import OtherTokenizer, vocabularies
 from .teacher import Teacher
 
 PIECE_POSITIONS = 2048  # with fewer, Python takes more of the time than numpy
@@ -31,11 +33,11 @@ class Inputs:
 
     scores: SealedFolder
     base_model: ScoreModel
-    teachers: tuple[tuple[Teacher, ScoreModel], ...] = ()
+    teachers: tuple[tuple[Teacher | OtherTokenizer, ScoreModel], ...] = ()
     pooling: Pooling | None = None  # of several teachers
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | OtherTokenizer | None:
         """The first teacher."""
         return self.teachers[0][0] if self.teachers else None
 
@@ -46,16 +48,24 @@ class Inputs:
         folders = (teacher.folder for teacher, _ in self.teachers)
         return {"scores": self.scores, **dict(zip(names, folders, strict=False))}
 
+    @property
+    def other_tokenizers(self) -> dict[str, str]:
+        """The tokenizer hashes of the teachers that have another tokenizer than the base."""
+        hashes = {name: each.settings["tokenizer_hash"] for name, each in self.folders.items()}
+        own = hashes.pop("scores")
+        return {name: each for name, each in hashes.items() if each != own}
+
     def evidence(self, index: int) -> Iterator[list[Evidence]]:
         """The evidence at the positions of a shard: small pieces of each of its batches."""
         if not self.teachers:
             for batch in self.scores.batches(index):
-                yield [Evidence(piece, self.base_model) for piece in _pieces(self.scores, batch)]
+                pieces = cut(self.scores.schema, batch, PIECE_POSITIONS)
+                yield [Evidence(piece, self.base_model) for piece in pieces]
             return
         for pairs in zip(*(teacher.batches(index) for teacher, _ in self.teachers), strict=True):
-            ours = _pieces(self.scores, pairs[0][0])
+            ours = cut(self.scores.schema, pairs[0][0], PIECE_POSITIONS)
             theirs = [
-                _pieces(teacher.folder, own)
+                cut(teacher.schema, own, PIECE_POSITIONS)
                 for (teacher, _), (_, own) in zip(self.teachers, pairs, strict=True)
             ]
             yield [self._evidence(*pieces) for pieces in zip(ours, *theirs, strict=True)]
@@ -80,7 +90,7 @@ class Inputs:
         They are counted in a sample spread evenly over the teacher's folder, or the base's without
         one, which is the same in every run.
         """
-        folder = self.scores if self.teacher is None else self.teacher.folder
+        folder = self.teacher.folder if isinstance(self.teacher, Teacher) else self.scores
         entries = folder.manifest.shards
         # shards of a subset may be empty
         filled = [shard for shard in folder.shards if entries[shard].rows]
@@ -91,12 +101,18 @@ class Inputs:
         stored = [
             _stored_ids(piece, top_p, max_support)
             for shard in shards
-            for batch in islice(folder.batches(shard, verify=False), each)
+            for batch in islice(self._sampled(folder, shard), each)
             for piece in cut(folder.schema, batch, most)[:1]
         ]
         ids_NS = np.concatenate(stored)
         share = len(ids_NS) / folder.manifest.totals["positions"]
         return rank_order(np.where(ids_NS < self.base_model.vocab_size, ids_NS, -1), share)
+
+    def _sampled(self, folder: SealedFolder, shard: int) -> Iterator[FlatBatch]:
+        """The batches of a shard from which ids are counted."""
+        if isinstance(self.teacher, OtherTokenizer):
+            return (own for _, own in self.teacher.batches(shard))
+        return folder.batches(shard, verify=False)
 
     def lacking(self, choice: Choice) -> tuple[str, str] | None:
         """What a method needs and the folders lack, and the way to it; None if nothing."""
@@ -105,6 +121,10 @@ class Inputs:
             return "a teacher", (
                 "score the demonstrations under another model of the same tokenizer with `qpipe "
                 f"score --model … --at {folder} --out teacher`, then give --teacher teacher"
+            )
+        if choice.stored == "contrast" and self.other_tokenizers:
+            return "a teacher with the base's tokenizer, to know its most probable tokens", (
+                "take another method, or a teacher of that tokenizer"
             )
         sums = self.scores.manifest.totals["sums"]
         if choice.needs_mask and not sums.get("weighted") and "masked" not in sums:
@@ -126,6 +146,7 @@ def open_inputs(
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     pooling: Pooling | None = None,
+    tokenizers: Sequence[str] = (),
 ) -> Inputs:
     """Open the folders. Raises UserError if they do not fit together."""
     base = open_sealed(scores, "score")
@@ -133,16 +154,29 @@ def open_inputs(
     if base.manifest.totals["positions"] == 0:
         raise UserError(f"{scores}: has no supervised token: score other demonstrations")
     others = [open_sealed(teacher, "score") for teacher in teachers]
-    joined = ((Teacher(base, each), _score_model(each, teacher_temperature)) for each in others)
+    found = vocabularies(base, others, tokenizers)
+    if found and (temperature, teacher_temperature) != (1, 1):
+        raise UserError(
+            f"--temperature {temperature:g} and --teacher-temperature {teacher_temperature:g} need "
+            "a teacher with the base's tokenizer: leave them out"
+        )
+    joined = (
+        (_joined(base, each, found), _score_model(each, teacher_temperature)) for each in others
+    )
     return Inputs(base, base_model, tuple(joined), pooling)
+
+
+def _joined(
+    base: SealedFolder, folder: SealedFolder, known: dict[str, Vocabulary]
+) -> Teacher | OtherTokenizer:
+    ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
+    if ours == theirs:
+        return Teacher(base, folder)
+    return OtherTokenizer(base, folder, known[ours], known[theirs])
 
 
 def _score_model(scores: SealedFolder, temperature: float) -> ScoreModel:
     return ScoreModel(scores.settings["top_k"], scores.settings["vocab_size"], temperature)
-
-
-def _pieces(folder: SealedFolder, batch: FlatBatch) -> list[FlatBatch]:
-    return cut(folder.schema, batch, PIECE_POSITIONS)
 
 
 def _stored_ids(batch: FlatBatch, top_p: float, max_support: int) -> NDArray[np.int32]:

@@ -35,6 +35,12 @@ class BuildSettings:
         "teachers are averaged.",
         metavar="DIR...",
     )
+    tokenizer: tuple[str, ...] = option(
+        (),
+        "Models of the base and of a teacher with another tokenizer, folders or names on the hub: "
+        "its tokens are mapped by their text.",
+        metavar="MODEL...",
+    )
     teacher_weights: str | None = option(
         None,
         "Weights of several teachers in their mean, in order, as in 2,1.  [default: equal]",

@@ -49,6 +49,7 @@ def _open_inputs(settings: BuildSettings) -> Inputs:
         settings.temperature,
         settings.teacher_temperature,
         settings.pooling,
+        settings.tokenizer,
     )
 
 
@@ -174,6 +175,8 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
             "teacher_weights": list(inputs.pooling.weights),
             "teacher_mean": inputs.pooling.mean,
         }
+    if inputs.other_tokenizers:
+        described["teacher_tokenizers"] = inputs.other_tokenizers
     schema = schema_of(
         "build-targets", vocab_size, packing_of("build-targets", described, frequent)
     )
@@ -208,6 +211,7 @@ def _build(
         "trust": float(targets.trust.sum()),
         "tail_mass": float(targets.residual.tail_mass.sum()),
         **bounds(evidence),
+        **evidence.mapped_sums(),
         **ceiling_sums(evidence, choice, targets.residual),
     }
     return flat_targets(evidence, targets), sums

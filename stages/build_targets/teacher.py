@@ -21,20 +21,15 @@ from ...pipeline.format.records import Example
 class Teacher:
     """A second model's scores of the base's examples.
 
-    Raises UserError for another tokenizer, and where the folder lacks examples of the base.
+    Raises UserError where the folder lacks examples of the base.
     """
 
     def __init__(self, base: SealedFolder, folder: SealedFolder) -> None:
         self.base = base
         self.folder = folder
+        self.schema = folder.schema
         self.has_context = "context" in folder.settings
         self._join = Join(base, folder)
-        ours, theirs = (each.settings["tokenizer_hash"] for each in (base, folder))
-        if ours != theirs:
-            raise UserError(
-                f"{folder.path}: made with tokenizer {theirs[:12]}…, {base.path} with "
-                f"{ours[:12]}…: a teacher must have the base's tokenizer"
-            )
         self.is_in_step = all(map(self._join.is_in_step, base.shards))
         if not self.is_in_step:
             self._refuse_missing()

@@ -7,6 +7,7 @@ import click
 
 from ...pipeline.methods.table import METHODS
 from ...pipeline.targets.ceiling import Ceiling, ceiling_advice, reproducible_share
+from ...pipeline.targets.translation import Mapped, mapped_shares
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -33,9 +34,45 @@ def print_ceiling(
     print_table([head, *cells])
     share = reproducible_share(totals["sums"], totals["rows"])
     click.echo(f"Demonstrations that greedy decoding of Q writes: {share:.1%}")
+    _print_mapped(mapped_shares(totals["sums"], totals["positions"]))
     advice = ceiling_advice(rows[0], share)
     if advice:
         click.echo(f"Warning: {advice}", err=True)
+
+
+def mapped_rows(teachers: list[Mapped]) -> list[tuple[str, str]]:
+    """Rows of a table for what was mapped of teachers with another tokenizer."""
+    return [
+        (
+            f"{each.name} mapped",
+            f"{each.positions:.1%} of the tokens, {each.mass:.1%} of their mass",
+        )
+        for each in teachers
+    ] + [
+        ("", f"{number:,} demonstrations {why}")
+        for each in teachers
+        for number, why in (
+            (each.other_text, "have another supervised text in its folder"),
+            (each.missing, "are not in its folder"),
+        )
+        if number
+    ]
+
+
+def _print_mapped(teachers: list[Mapped]) -> None:
+    """Print what the ceiling takes from the base, as a teacher has another tokenizer."""
+    for each in teachers:
+        click.echo(
+            f"The {each.name} has another tokenizer: {1 - each.positions:.1%} of the tokens have "
+            f"the base in its place; at the others {1 - each.mass:.1%} of its mass is in the tail."
+        )
+        if each.is_little:
+            click.echo(
+                f"Warning: of the {each.name} only {each.positions:.0%} of the tokens and "
+                f"{each.mass:.0%} of their mass could be mapped: take a teacher whose tokenizer "
+                "and chat template are nearer to the base's",
+                err=True,
+            )
 
 
 def _cells(row: Ceiling) -> list[str]:
@@ -60,5 +97,6 @@ def print_comparison(comparison: "Comparison") -> None:
         "below 1e-10 counts as 1e-10."
     )
     click.echo(f"Advice: {advice(comparison.rows)}.")
+    _print_mapped(comparison.mapped)
     for reason, names in comparison.left_out.items():
         click.echo(f"Left out, {reason}: {', '.join(names)}.")

@@ -8,8 +8,9 @@ from ...pipeline.folders.shard_run import REJECTS, StageResult, folder_in
 from ...pipeline.folders.tasks import TaskResult
 from ...pipeline.progress import log_event
 from ...pipeline.targets.ceiling import ceilings
+from ...pipeline.targets.translation import mapped_shares
 from ..folders.lineage import described
-from .ceiling_summary import print_ceiling
+from .ceiling_summary import mapped_rows, print_ceiling
 from .tables import already, print_table
 
 
@@ -63,6 +64,7 @@ def print_targets(folder: Path, result: StageResult) -> None:
             ("mean support", f"{totals['entries'] / totals['positions']:.1f} entries"),
             *([("kept mass", f"{result.manifest.kept_mass:.4f}")] if has_tail else []),
             *_bounds(totals),
+            *mapped_rows(mapped_shares(totals["sums"], totals["positions"])),
             *_size_and_speed(result),
         ]
     )

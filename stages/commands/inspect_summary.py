@@ -18,8 +18,9 @@ from ...pipeline.errors import escaped
 from ..looking.examples import Look
 from ..looking.inspect import Inspection, alternatives_of
 from ..looking.measures import MEASURES, Scale
-from ..looking.overview import Overview, folder_json
+from ..looking.overview import Overview, folder_json, mapped_of
 from ..looking.token_text import TokenText, one_line_of
+from .ceiling_summary import mapped_rows
 from .tables import print_table
 
 # backgrounds of the 256-colour palette, from none over amber to rust; legible without telling hues
@@ -160,6 +161,7 @@ def _print_summary(found: Inspection) -> None:
     if about["supervised_tokens"]:
         rows.append(("kept mass", f"{about['kept_mass']:.4f}"))
         rows.append(("bytes a token", f"{about['bytes_per_token']:.1f}"))
+    rows += mapped_rows(mapped_of(found.folder.manifest))
     print_table(rows)
     if found.overview.positions:
         click.echo()

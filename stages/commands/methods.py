@@ -16,6 +16,7 @@ from .options import FOLDER, Command, config_option, options_of
         "teacher",
         "teacher_weights",
         "teacher_mean",
+        "tokenizer",
         "temperature",
         "teacher_temperature",
     ),

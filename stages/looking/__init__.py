@@ -1,6 +1,6 @@
 """Computes what `qpipe inspect` and `qpipe report` show: examples, measures and text.
 
 `examples` selects and joins examples, `measures` computes one number per supervised position,
-`overview` summarises a folder, `token_text` displays tokens, and `inspect` is the command's work.
-Begin with `examples`.
+`overview` summarises a folder, `vocabulary` reads the bytes of tokens, `token_text` displays them,
+and `inspect` is the command's work. Begin with `examples`.
 """

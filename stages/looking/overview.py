@@ -4,13 +4,15 @@ Sums are over all supervised tokens, a batch at a time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.sealed import SealedFolder
+from ...pipeline.targets.translation import Mapped, mapped_shares
 from .examples import Look
 from .measures import MEASURES, Floats
 
@@ -124,4 +126,10 @@ def folder_json(folder: SealedFolder) -> dict[str, Any]:
         "mean_support": totals["entries"] / max(totals["positions"], 1),
         "kept_mass": manifest.kept_mass if has_tail else None,
         "bytes_per_token": manifest.bytes_per_token if has_tail else None,
+        "mapped": [asdict(each) for each in mapped_of(manifest)],
     }
+
+
+def mapped_of(manifest: Manifest) -> list[Mapped]:
+    """What was mapped of the teachers of a target folder that have another tokenizer."""
+    return mapped_shares(manifest.totals["sums"], manifest.totals["positions"])

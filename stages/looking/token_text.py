@@ -4,15 +4,14 @@ A token may hold only a part of a character. In a sequence, the token in which a
 shows it, and the tokens that continue it show nothing; alone, such a token shows its bytes.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from ...pipeline.errors import UserError, escaped, one_line
+from ...pipeline.errors import UserError, escaped
 from ...pipeline.folders.manifest import Manifest
 from ...pipeline.folders.provenance import tokenizer_hash
+from .vocabulary import load_tokenizer, vocabulary_of
 
 
 class TokenText:
@@ -80,7 +79,7 @@ def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
         known = f" (the folder of {name})" if name else ""
         return IDS_ONLY, f"Tokens are shown as ids: --model DIR{known} shows their text."
     try:
-        tokenizer = _load(model or name, local=model is None)
+        tokenizer = load_tokenizer(model or name, local=model is None)
         found, wanted = tokenizer_hash(tokenizer), manifest.settings["tokenizer_hash"]
         if found != wanted:
             raise UserError(
@@ -96,41 +95,7 @@ def token_text(manifest: Manifest, model: str | None) -> tuple[TokenText, str]:
 
 def of_tokenizer(tokenizer: Any) -> TokenText:
     """The text of a fast tokenizer's tokens."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    is_byte_level = '"ByteLevel"' in json.dumps(rules.get("decoder"))
-    special = tokenizer.added_tokens_decoder.items()
-    # other added tokens, such as runs of spaces (Gemma), are decoded as any token
-    added = {number: str(token) for number, token in special if token.special or is_byte_level}
-    size = len(tokenizer)
-
-    def bytes_of(token_id: int) -> bytes | None:
-        if token_id in added:
-            return added[token_id].encode()
-        token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < size else None
-        if token is None:
-            return None
-        return _from_byte_level(token) if is_byte_level else _from_sentencepiece(token)
-
-    return TokenText(bytes_of)
-
-
-def _load(model: str, local: bool) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if Path(model).is_absolute() and not Path(model).is_dir():
-        raise UserError(f"--model {model}: no such folder: give the model that was scored")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, trust_remote_code=False, local_files_only=local
-        )
-    except Exception as error:  # libraries raise many kinds for damaged files
-        raise UserError(f"--model {model}: has no usable tokenizer: {one_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"--model {model}: has no fast tokenizer: save one in it (tokenizer.json), or leave "
-            "--model out to see ids"
-        )
-    return tokenizer
+    return TokenText(vocabulary_of(tokenizer).__getitem__)
 
 
 def _is_cut(content: bytes) -> bool:
@@ -150,23 +115,3 @@ def _shown(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not part of a character
         return f"⟨{code - 0xDC00:02X}⟩"
     return escaped(character)
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    """The byte for each letter of byte-level tokenizers (Radford et al., 2019)."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in own]
-    letters = {chr(byte): byte for byte in own}
-    return letters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-def _from_byte_level(token: str) -> bytes:
-    letters = _byte_of_letter()
-    return b"".join(bytes([letters[each]]) if each in letters else each.encode() for each in token)
-
-
-def _from_sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()

@@ -99,7 +99,8 @@ def _check_tokenizer(folder: SealedFolder, model: ModelFiles) -> None:
     if theirs != ours:
         raise UserError(
             f"{folder.path}: made with tokenizer hash {theirs}, model {model.name} has {ours}: "
-            "give a model with the same tokenizer"
+            "give a model with the same tokenizer, or score the demonstrations without --at and "
+            "build targets with --tokenizer"
         )
 
 

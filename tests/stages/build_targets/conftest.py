@@ -1,8 +1,11 @@
 """Score folders of seven demonstrations."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from qpipe.tests.support.tokenizers import save_mistral
+from transformers import AutoTokenizer
 
 from .made import (
     VOCAB,
@@ -39,3 +42,15 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Made]:
     """The same demonstrations in shards of several sizes."""
     root = tmp_path_factory.mktemp("sharded")
     return {size: made_in(root / str(size), size) for size in (1, 3, 100)}
+
+
+@pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with Mistral's tokenizer. Not to be changed."""
+    return save_mistral(tmp_path_factory.mktemp("tokenizers") / "mistral")
+
+
+@pytest.fixture(scope="session")
+def mistral(mistral_folder: Path) -> Any:
+    """That tokenizer."""
+    return AutoTokenizer.from_pretrained(mistral_folder)
