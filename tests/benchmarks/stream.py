@@ -10,12 +10,18 @@ folder. Medians of the runs, all layouts in turns; no model and no prefetching t
 Then how long a consumer waits that takes steps of 8,192 tokens from the trainer's prefetching
 thread at a given rate: it sleeps where a model would compute on a device. The lowest rate is above
 8 times what SmolLM2-135M takes on two cores, some 150 supervised positions/s in train_step.py.
+
+Last the same consumer streams from an S3 server on loopback that delays each request by 50 ms. The
+folder there has as many record batches in shards of one each, so every window of the order needs
+16 shards that were not fetched before.
 """
 
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -32,7 +38,9 @@ from qpipe.pipeline.folders.shards import BATCH_ROWS, ShardContent
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.packing import Packing
 from qpipe.pipeline.format.schema import TARGETS_VERSION, schema_of
+from qpipe.pipeline.storage.remote import open_path
 from qpipe.pipeline.threads import Prefetch
+from qpipe.tests.support.s3 import BUCKET, Bucket, lead_to, s3_server
 from qpipe.trainer.data.batch import Batch, packed_batch, padded_batch
 from qpipe.trainer.data.steps import micro_batches, read_steps, steps_of_tokens
 from qpipe.trainer.data.stream import TargetStream, open_streams
@@ -45,12 +53,29 @@ STEP_TOKENS, BATCH_TOKENS = 65536, 8192
 RUNS = 7
 RATES = (2_000, 50_000, 250_000, 500_000)  # positions/s of the consumers that wait
 STEPS = 16  # that each of them takes
+REMOTE_RATE, DELAY = 250_000, 0.05  # positions/s, seconds a request
 
 
 def main(folder: Path) -> None:
     """Make the folder, then measure."""
-    make_targets(folder / "targets")
-    one_core()
+    make_targets(folder / "targets", SHARD_BATCHES)
+    make_targets(folder / "small-shards", 1)
+    with in_bucket(folder / "small-shards") as remote:
+        one_core()
+        measure_local(folder)
+        small, there = (
+            open_streams(open_sealed(each), 0.0)[0] for each in (folder / "small-shards", remote)
+        )
+        for name, stream in (("a local disk", small), (f"S3, {DELAY * 1000:.0f} ms", there)):
+            first, later = waiting(stream, REMOTE_RATE, steps=10_000)
+            print(
+                f"from {name}, a consumer of {REMOTE_RATE:,} positions/s waits {later:6.2%} of "
+                f"the time of an epoch, and {first:.3f} s for its first step"
+            )
+
+
+def measure_local(folder: Path) -> None:
+    """Print how fast a local folder streams, and how long consumers wait."""
     start = perf_counter()
     targets = open_sealed(folder / "targets")
     positions = targets.manifest.totals["positions"]
@@ -86,6 +111,19 @@ def main(folder: Path) -> None:
         )
 
 
+@contextmanager
+def in_bucket(folder: Path) -> Iterator[Path]:
+    """A copy of a folder at an S3 server with slow answers, and an empty cache."""
+    with s3_server(delay=DELAY) as address, tempfile.TemporaryDirectory() as cache:
+        os.environ["QPIPE_CACHE"] = cache
+        lead_to(address)
+        bucket = Bucket(address)
+        with ThreadPoolExecutor(16) as pool:
+            for path in folder.iterdir():
+                pool.submit(bucket.put, f"{folder.name}/{path.name}", path.read_bytes())
+        yield open_path(f"s3://{BUCKET}/{folder.name}")
+
+
 def one_core() -> None:
     """Keep the process, and the threads of its libraries, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -115,11 +153,11 @@ def measure(way: Callable[[], Iterator[Batch]]) -> tuple[float, float]:
     return positions / (perf_counter() - start), first
 
 
-def waiting(stream: TargetStream, rate: float) -> tuple[float, float]:
+def waiting(stream: TargetStream, rate: float, steps: int = STEPS) -> tuple[float, float]:
     """Seconds until the first step is there, and the share of the time afterwards that the later
     ones are waited for."""
-    steps = islice(batches(stream, 0, True, tokens=BATCH_TOKENS), STEPS)
-    with Prefetch(steps, STEPS_AHEAD) as ready:
+    made = islice(batches(stream, 0, True, tokens=BATCH_TOKENS), steps)
+    with Prefetch(made, STEPS_AHEAD) as ready:
         first = next(ready)
         begin, before = perf_counter(), ready.waited
         sleep(first.tokens / rate)
@@ -128,8 +166,8 @@ def waiting(stream: TargetStream, rate: float) -> tuple[float, float]:
         return before, (ready.waited - before) / (perf_counter() - begin)
 
 
-def make_targets(folder: Path) -> None:
-    """A sealed folder of made-up targets."""
+def make_targets(folder: Path, shard_batches: int) -> None:
+    """A sealed folder of made-up targets, with so many record batches a shard."""
     schema = schema_of("build-targets", VOCAB_SIZE, Packing("uint8", VOCAB_SIZE, MAX_SUPPORT + 1))
     settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "mean_support": MEAN_SUPPORT}
     settings |= {"precision": "uint8", "max_support": MAX_SUPPORT}
@@ -144,10 +182,11 @@ def make_targets(folder: Path) -> None:
     run = ShardRun(job)
 
     def shard(index: int) -> ShardContent:
-        first = index * SHARD_BATCHES
-        return ShardContent([made_up(number) for number in range(first, first + SHARD_BATCHES)])
+        first = index * shard_batches
+        return ShardContent([made_up(number) for number in range(first, first + shard_batches)])
 
-    run.make((index, lambda index=index: shard(index)) for index in range(SHARDS))
+    count = SHARDS * SHARD_BATCHES // shard_batches
+    run.make((index, lambda index=index: shard(index)) for index in range(count))
     run.seal()
 
 

@@ -1,12 +1,14 @@
 """A server on loopback that speaks S3, for folders behind URLs.
 
-`python tests/support/s3.py IP` prints its address and serves until its standard input ends.
+`python tests/support/s3.py IP [SECONDS]` prints its address and serves until its standard input
+ends; each request takes so many seconds longer.
 """
 
 import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,25 +17,31 @@ BUCKET = "bucket"
 
 
 @contextmanager
-def s3_server(ip: str = "127.0.0.1") -> Iterator[str]:
-    """The address of a server that lives as long as the block.
+def s3_server(ip: str = "127.0.0.1", delay: float = 0.0) -> Iterator[str]:
+    """The address of a server that lives as long as the block; each request is delayed, seconds.
 
     In a process of its own: it loads a web framework whose objects fail when they are looked at,
     and vLLM, where it starts, looks at every object of every module.
     """
-    words, pipe = [sys.executable, __file__, ip], subprocess.PIPE
+    words, pipe = [sys.executable, __file__, ip, f"{delay}"], subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.communicate()  # ends its input, and so the server
 
 
-def serve(ip: str) -> None:
+def serve(ip: str, delay: float = 0.0) -> None:
     """Serve until the standard input ends."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server import threaded_moto_server as moto
+
+    class Delayed(moto.DomainDispatcherApplication):
+        def __call__(self, *words: Any) -> Any:
+            time.sleep(delay)
+            return super().__call__(*words)
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address=ip, port=0, verbose=False)
+    moto.DomainDispatcherApplication = Delayed
+    server = moto.ThreadedMotoServer(ip_address=ip, port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     print(f"http://{host}:{port}", flush=True)
@@ -85,4 +93,4 @@ class Bucket:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], *map(float, sys.argv[2:]))

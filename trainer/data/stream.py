@@ -31,8 +31,11 @@ from ...pipeline.folders.row_index import RowOutline
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.format.batches import split
 from ...pipeline.format.records import Ints, TargetExample
+from ...pipeline.storage.remote import is_remote
+from ...pipeline.threads import in_order
 
 WINDOW_BLOCKS = 16  # about a thousand rows to shuffle among
+FETCHES = WINDOW_BLOCKS  # of remote shards at a time: each block of a window may need another one
 
 Rows = NDArray[np.int64]  # indices into the rows of a stream
 
@@ -85,10 +88,13 @@ class TargetStream:
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
         """The samples of these numbers, which must ascend, so that no window is read twice.
 
-        Up to a window of the numbers is consumed ahead. Raises UserError where a shard is missing
-        or damaged.
+        Up to a window of the numbers is consumed ahead, and two more of a remote folder, whose
+        shards are then fetched. Raises UserError where a shard is missing or damaged.
         """
-        for rows in self._windows(seed, numbers):
+        windows = self._windows(seed, numbers)
+        if self.verify and is_remote(self.folder.path):
+            windows = in_order(self._fetched, windows, workers=1)
+        for rows in windows:
             yield from self.at(rows)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
@@ -105,6 +111,16 @@ class TargetStream:
         by_row = np.argsort(rows)
         examples = list(self._read_ascending(rows[by_row]))
         return (examples[index] for index in np.argsort(by_row))
+
+    def _fetched(self, rows: Rows) -> Rows:
+        """The same rows, once their shards are fetched and verified."""
+        shards = np.unique(self.outline.shards[self._blocks_of(rows)])
+        for _ in in_order(self.folder.check_once, shards.tolist(), workers=FETCHES):
+            pass
+        return rows
+
+    def _blocks_of(self, rows: Rows) -> Rows:
+        return np.searchsorted(self.outline.starts, rows, side="right") - 1
 
     def _windows(self, seed: int, numbers: Iterable[int]) -> Iterator[Rows]:
         """The rows of the samples, a window at a time."""
@@ -124,8 +140,7 @@ class TargetStream:
     def _read_ascending(self, rows: Rows) -> Iterator[TargetExample]:
         """The examples at ascending rows, a block at a time, each shard opened once."""
         outline, schema = self.outline, self.folder.schema
-        block_of_row = np.searchsorted(outline.starts, rows, side="right") - 1
-        blocks, firsts = np.unique(block_of_row, return_index=True)
+        blocks, firsts = np.unique(self._blocks_of(rows), return_index=True)
         # not strict: no rows at all still split into one part
         parts = zip(blocks, np.split(rows, firsts[1:]), strict=False)
         for shard, of_shard in groupby(parts, lambda part: int(outline.shards[part[0]])):
