@@ -7,7 +7,8 @@ The file is parquet with `input_ids`, ids and log-probabilities as lists of list
   r are those of token r + 1; in files of older versions, in which `target_mask` equals the mask of
   the labels, those of token r.
 - "distillkit": one column of lists of ids, one of lists of log-probabilities, under any names.
-  The entries of row r are those of token r + 1. The compressed form is refused.
+  The entries of row r are those of token r + 1. The packed form (`distillkit`) is read with its
+  settings.
 """
 
 from collections import deque
@@ -35,11 +36,14 @@ from ...pipeline.storage.files import sha256_of_file
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.demonstration import UnusableError
 from ..score.stage import refuse_nothing_scored, score_sums
+from .distillkit import Codec, read_codec
+from .distillkit import described as described_codec
 from .settings import Format, ImportSettings, Mass
 from .topk_rows import IGNORED, ImportRules, Ints, TopK, TopKRow, scored, without_padding
 
 SHARD_ROWS = 512
 READ_ROWS = 16  # at once: a row may have a hundred thousand entries
+_PACKED = ("bytepacked_indices", "compressed_logprobs")
 _OPTIONAL = ("id", "labels", "attention_mask", "target_mask")
 MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model"}
 
@@ -56,7 +60,7 @@ class ImportStage:
     gpus = 0
 
     def __init__(self, settings: ImportSettings) -> None:
-        self.table = _Table(settings.file, settings.format)
+        self.table = _Table(settings.file, settings.format, settings.codec)
         model = find_model(settings.model, settings.revision)
         self.rules = ImportRules(
             top_k=settings.top_k or self.table.first_width(),
@@ -64,7 +68,7 @@ class ImportStage:
             vocab_size=model.vocab_size,
             max_length=model.max_length,
         )
-        self.job = _job(settings, model, self.rules)
+        self.job = _job(settings, model, self.rules, self.table.codec)
         self._rows = self.table.rows()
         self._next = 0  # index of the shard that `_rows` continues with
 
@@ -86,11 +90,14 @@ class ImportStage:
         examples, content = [], ShardContent()
         for line, values in islice(self._rows, SHARD_ROWS):
             try:
-                example, left_out = scored(self.table.parse(line, values), self.rules)
+                row = self.table.parse(line, values)
+                example, left_out = scored(row, self.rules)
             except UnusableError as error:
                 content.rejects.append(Reject(self.table.path.name, line, reason(error)))
                 continue
             content.add_sums(left_out=left_out)
+            if self.table.codec is not None:
+                content.add_sums(scaled=row.scaled)
             examples.append(example)
         return examples, content
 
@@ -108,7 +115,9 @@ class ImportStage:
         refuse_nothing_scored(shards)
 
 
-def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules) -> Job:
+def _job(
+    settings: ImportSettings, model: ModelFiles, rules: ImportRules, codec: Codec | None
+) -> Job:
     schema = schema_of("score", model.vocab_size)
     described = {
         "imported": settings.format,
@@ -118,6 +127,7 @@ def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules) -> Job
         "tokenizer_hash": model.tokenizer_hash,
         "max_length": model.max_length,
         "shard_size": SHARD_ROWS,
+        **described_codec(codec),
     }
     identity = Identity(
         stage="score",
@@ -136,7 +146,7 @@ def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules) -> Job
 class _Table:
     """A parquet file in one of the formats."""
 
-    def __init__(self, path: Path, format: Format) -> None:
+    def __init__(self, path: Path, format: Format, settings: Path | None = None) -> None:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -147,13 +157,19 @@ class _Table:
             raise UserError(f"{path}: not a parquet file: {one_line(error)}") from error
         self.format = format
         self.count = self.file.metadata.num_rows
+        self.is_packed = _PACKED[1] in self.file.schema_arrow.names
         self.ids, self.log_probs = self._columns()
         self._check_kinds()
         if self.count == 0:
             raise UserError(f"{path}: empty, it has no rows")
+        if settings is not None and not self.is_packed:
+            raise UserError(f"--codec {settings}: {path} is not packed: leave it out")
+        self.codec = read_codec(path, settings) if self.is_packed else None
 
     def first_width(self) -> int:
         """The number of entries of the first position that has any."""
+        if self.codec is not None:
+            return self.codec.k
         for batch in self._batches([self.log_probs]):
             for each in batch.column(0):
                 try:
@@ -185,10 +201,7 @@ class _Table:
             raise UnusableError(reason(error)) from error
 
     def _parsed(self, line: int, values: dict[str, Any]) -> TopKRow:
-        ids = _nested(values[self.ids], np.int64)
-        log_probs = _nested(values[self.log_probs], np.float64)
-        if not np.array_equal(ids[0], log_probs[0]):
-            raise UnusableError(f"{self.ids} and {self.log_probs} disagree in length")
+        entries, scaled = self._entries(values[self.ids], values[self.log_probs])
         tokens = _flat(values["input_ids"], "input_ids")
         labels = _flat(values["labels"], "labels") if "labels" in values else None
         if "attention_mask" in values:
@@ -200,7 +213,19 @@ class _Table:
             shift = _shift(_nested(values["target_mask"], np.int64), labels)
         given = values["id"].as_py() if "id" in values else None
         name = f"{self.path.name}:{line}" if given is None else str(given)
-        return TopKRow(name, tokens, labels, shift, TopK(*ids, log_probs[1]))
+        return TopKRow(name, tokens, labels, shift, entries, scaled)
+
+    def _entries(self, ids: Any, log_probs: Any) -> tuple[TopK, int]:
+        """The entries of a row of the file, and how many of its positions were scaled."""
+        kinds = (np.int64, np.float64) if self.codec is None else (np.uint8, np.uint8)
+        pairs = _nested(ids, kinds[0]), _nested(log_probs, kinds[1])
+        if len(pairs[0][0]) != len(pairs[1][0]):
+            raise UnusableError(f"{self.ids} and {self.log_probs} disagree in length")
+        if self.codec is not None:
+            return self.codec.entries(*pairs)
+        if not np.array_equal(pairs[0][0], pairs[1][0]):
+            raise UnusableError(f"{self.ids} and {self.log_probs} disagree in length")
+        return TopK(*pairs[0], pairs[1][1]), 0
 
     def _columns(self) -> tuple[str, str]:
         """The names of the columns of ids and of log-probabilities."""
@@ -218,10 +243,12 @@ class _Table:
         }
         ids = [name for name, kind in nested.items() if pa.types.is_integer(kind)]
         logs = [name for name, kind in nested.items() if pa.types.is_floating(kind)]
-        if "compressed_logprobs" in schema.names or "packed_indices" in schema.names:
+        if self.is_packed and {"input_ids", _PACKED[0]} <= {*schema.names}:
+            return _PACKED
+        if "packed_indices" in schema.names:
             raise UserError(
-                f"{self.path}: its log-probabilities are compressed with settings that are not in "
-                "the file: write ids and log-probabilities as lists of lists instead"
+                f"{self.path}: packed by an old DistillKit, of which nothing is read: write ids "
+                "and log-probabilities as lists of lists instead"
             )
         if "input_ids" not in schema.names or len(ids) != 1 or len(logs) != 1:
             raise UserError(
@@ -235,7 +262,8 @@ class _Table:
         """Raise UserError for columns of other types than lists of numbers."""
         wanted = dict.fromkeys(("input_ids", "labels", "attention_mask"), "lists of whole numbers")
         wanted |= dict.fromkeys(("target_mask", self.ids), "lists of lists of whole numbers")
-        wanted[self.log_probs] = "lists of lists of numbers"
+        numbers = "whole numbers" if self.is_packed else "numbers"
+        wanted[self.log_probs] = f"lists of lists of {numbers}"
         schema = self.file.schema_arrow
         for column in schema:
             kind = _kind(column.type)

@@ -23,6 +23,12 @@ class ImportSettings:
         "Meaning of the probabilities at a position: the model's own, where the rest is tail mass, "
         "or normalized to 1 over the top k.  [default: top-k for axolotl, model for distillkit]",
     )
+    codec: Path | None = option(
+        None,
+        "DistillKit's settings of packed log-probabilities.  [default: compression_config.yaml "
+        "beside the file]",
+        metavar="FILE",
+    )
     top_k: int | None = option(
         None,
         "Number of entries of a position that are certain to be its most probable ones.  [default: "

@@ -56,6 +56,7 @@ class TopKRow:
     labels: Ints | None  # [T]; None: every token is supervised
     shift: int  # the entries of row r are those of the token at r + shift
     entries: TopK
+    scaled: int = 0  # positions whose probabilities added up to more than 1
 
 
 @dataclass(frozen=True, slots=True)

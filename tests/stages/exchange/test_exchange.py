@@ -370,7 +370,7 @@ def test_a_mask_that_is_neither_is_rejected(
                 path,
                 [{"input_ids": [1], "compressed_logprobs": [[1]], "bytepacked_indices": [[1]]}],
             ),
-            "its log-probabilities are compressed",
+            "its log-probabilities are packed",
         ),
         (lambda path: pq.write_table(pa.Table.from_pylist([a_row()])[:0], path), "empty"),
     ],
