@@ -26,7 +26,7 @@ from .reference import (
 )
 from .zoo import VOCAB_SIZE, in_folder, tiny_model
 
-_LOG_PROB, _GRADIENT, _LOSS = 2e-5, 2e-5, 1e-5  # float32; gradients as shares of the largest
+_LOG_PROB, _GRADIENT, _LOSS = 5e-5, 2e-5, 1e-5  # float32; gradients as shares of the largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ def examine(model_type: str, folder: Path) -> Findings:
     own = tiny_model(model_type)
     base, examples = in_folder(own, folder / "base"), make_examples(VOCAB_SIZE)
     name = type(own).__name__
-    if _looks_ahead(own, examples):
-        with pytest.raises(UserError, match="is not a causal language model") as caught:
+    if _is_not_causal(own, examples):
+        with pytest.raises(UserError, match=r"not a causal|other logits") as caught:
             load_student(base, gradient_checkpointing=False)
         return Findings(name, refused=str(caught.value))
     student = load_student(base, gradient_checkpointing=False).eval()
@@ -65,14 +65,14 @@ def examine(model_type: str, folder: Path) -> Findings:
 
 
 @torch.no_grad()
-def _looks_ahead(model: Any, examples: Examples) -> bool:
-    """Whether the last tokens of the longest example change earlier logits."""
+def _is_not_causal(model: Any, examples: Examples) -> bool:
+    """Whether the last tokens of the longest example, or their number, change earlier logits."""
     tokens = torch.from_numpy(max((each.input_ids for each in examples), key=len)).long()[None]
     kept = tokens.shape[1] // 2
-    other = tokens.clone()
-    other[:, kept:] = 3 + (other[:, kept:] + 7) % (VOCAB_SIZE - 3)
-    one, two = (model(input_ids=each, use_cache=False).logits for each in (tokens, other))
-    return not torch.allclose(one[:, :kept], two[:, :kept], rtol=1e-4, atol=1e-4)
+    one, two = (
+        model(input_ids=each, use_cache=False).logits for each in (tokens, tokens[:, :kept])
+    )
+    return not torch.allclose(one[:, :kept], two, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

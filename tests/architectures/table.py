@@ -54,7 +54,7 @@ def table(found: list[Findings]) -> str:
         marks = " | ".join("yes" if each else "no" for each in key)
         lines.append(f"| {marks} | {', '.join(sorted(set(groups[key]), key=str.lower))} |")
     refused = sorted({_short(each.architecture) for each in found if each.refused})
-    lines.append(f"| refused | | | | {', '.join(refused)} (they look ahead) |")
+    lines.append(f"| refused | | | | {', '.join(refused)} (not causal) |")
     return "\n".join(lines) + "\n"
 
 

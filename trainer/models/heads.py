@@ -2,12 +2,13 @@
 
 A head is a linear layer whose logits may be scaled and softly capped. The form is not taken from
 the model's name: a few tokens go through the model and through each candidate, and the candidate
-that gives the model's own logits is taken. Several do where logits are small, as those of a new
-model; then it is the one that the configuration describes most fully. If none does, the plain loss
-runs.
+that gives the model's own logits is taken. The small logits of a new model do not show a cap, so
+the input of the head is tried as it is and multiplied to reach the cap. If several candidates fit,
+it is the one that the configuration describes most fully; if none does, the plain loss runs.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..loss.head import Head, chunks
 
 _PROBE_TOKENS = 4
+_TIMES_CAP = 16
 # names of scales in configurations
 _SCALES = (
     "logit_scale",
@@ -101,20 +103,37 @@ def recognise(model: Any) -> HeadForm | None:
     was_training = model.training
     model.eval()
     try:
+        forms, dtype = [*_candidates(causal.config.get_text_config())], layer.weight.dtype
         input_ids = torch.arange(_PROBE_TOKENS, device=layer.weight.device)[None]
-        own = causal(input_ids=input_ids, use_cache=False).logits
         hidden = hidden_states(model, input_ids=input_ids)
-        errors = {
-            form: _relative_error(form.head(model).logits(hidden), own.float())
-            for form in _candidates(causal.config.get_text_config())
-        }
+        errors = dict.fromkeys(forms, 0.0)
+        for factor in (1.0, _factor(layer(hidden), max(form.softcap or 0 for form in forms))):
+            own = _multiplied(causal, layer, input_ids, factor)
+            for form in forms:
+                logits = form.head(model).logits(hidden * factor)
+                errors[form] = max(errors[form], _relative_error(logits, own.float()))
     except Exception:  # a different architecture: its code may raise anything
         return None
     finally:
         model.train(was_training)
-    rounding = max(1e-4, 4 * torch.finfo(own.dtype).eps)  # of logits in the model's own type
+    rounding = max(1e-4, 4 * torch.finfo(dtype).eps)  # of logits in the model's own type
     limit = min(rounding, 2 * min(errors.values()) + 1e-6)
     return next((form for form, error in errors.items() if error <= limit), None)
+
+
+def _factor(scores: Tensor, softcap: float) -> float:
+    """A power of 2, which rounds nothing, that makes the largest score some times the cap."""
+    largest = float(scores.abs().max().clamp(min=1e-30))
+    return 2.0 ** math.ceil(math.log2(_TIMES_CAP * softcap / largest)) if softcap else 1.0
+
+
+def _multiplied(causal: Any, layer: torch.nn.Linear, input_ids: Tensor, factor: float) -> Tensor:
+    """The model's own logits where the input of its head is multiplied."""
+    hook = layer.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+    try:
+        return causal(input_ids=input_ids, use_cache=False).logits
+    finally:
+        hook.remove()
 
 
 def _relative_error(logits: Tensor, own: Tensor) -> float:

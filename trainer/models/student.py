@@ -59,6 +59,12 @@ class Student(torch.nn.Module):
         """The logits that predict each supervised token of a batch, [N, V]."""
         return logits_of(self.model, batch.inputs, batch.rows, batch.columns)
 
+    @torch.no_grad()
+    def keeps_head_form(self) -> bool:
+        """Whether the form of the head that the loss used is still that of the model's logits."""
+        with torch.compiler.set_stance("force_eager"):  # not compiled for a few tokens
+            return self.head_form is None or recognise(self.model) == self.head_form
+
     @property
     def has_adapter(self) -> bool:
         """Whether it trains an adapter that is not merged yet."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from ...pipeline.errors import UserError
 from ...pipeline.folders.manifest import Identity
 from ...pipeline.folders.provenance import package_versions
 from ...pipeline.folders.shard_run import open_folder
@@ -28,7 +29,7 @@ from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
 from ..models.summary import summary
 from ..settings import TrainSettings
-from ..step.distributed import precision_of, start_accelerator
+from ..step.distributed import precision_of, reshard, start_accelerator
 from ..step.step import NOT_FINITE, Stepper
 from .checkpoint import Checkpoints, latest_checkpoint
 from .evaluator import Evaluator
@@ -86,6 +87,7 @@ def train(settings: TrainSettings) -> TrainResult:
         accelerator.wait_for_everyone()
         with notes_termination() as has_come:
             result = run.train(has_come)
+            _check_head(base, student)
             save = save_adapter if settings.keep_adapter else save_model
             save(student, base, settings.out, is_main)
             if is_main:
@@ -119,6 +121,18 @@ def _say_what_is_used(
             f"part of the model that transformers loads, and will not be saved: "
             f"{student.lost_tensors[0]} among them",
             file=sys.stderr,
+        )
+
+
+def _check_head(base: ModelFiles, student: Student) -> None:
+    """Raises UserError where the loss was not that of the model's own logits."""
+    fits = student.keeps_head_form()
+    reshard(student)
+    if not fits:
+        raise UserError(
+            f"model {base.name}: its logits after training are not those of the output head that "
+            f"the fused loss used ({student.head_form}), and it is not saved: train it by "
+            "qpipe.trainer.integrations, which take the model's own logits"
         )
 
 

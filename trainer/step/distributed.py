@@ -93,7 +93,8 @@ def shard(student: Student, accelerator: Accelerator) -> None:
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(student, "measure")
+    for name in ("measure", "keeps_head_form"):
+        register_fsdp_forward_method(student, name)
 
 
 def is_sharded(student: Student) -> bool:

@@ -257,13 +257,22 @@ def test_heads_are_recognised_by_what_they_compute(make: Callable[[], Any], form
 def test_heads_of_small_logits_and_in_bfloat16_are_those_of_the_configuration(
     make: Callable[[], Any], form: HeadForm, dtype: torch.dtype
 ) -> None:
-    """The logits of a new model are too small for a cap to change them."""
+    """The logits of a new model are too small for a cap to change them: they are multiplied."""
     torch.manual_seed(0)
     model = make().to(dtype)
     assert recognise(model) == form
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
     assert recognise(model) == form
+
+
+def test_a_cap_that_the_model_does_not_apply_is_not_taken_where_logits_are_small() -> None:
+    torch.manual_seed(0)
+    model = _cohere(logit_scale=0.125)
+    model.config.final_logit_softcapping = 30.0
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    assert recognise(model) == HeadForm(scale=0.125)
 
 
 def test_a_head_that_does_something_else_is_not_recognised() -> None:

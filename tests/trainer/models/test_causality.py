@@ -16,6 +16,8 @@ from transformers import (
     BertLMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
 )
 
 SHAPE: dict[str, Any] = {
@@ -60,6 +62,16 @@ def test_causal_models_pass_in_any_precision(make: Callable[[], Any], dtype: tor
     model = make().to(dtype).train()
     check_causal("mine", model)
     assert model.training
+
+
+def test_a_model_whose_logits_depend_on_the_length_of_the_batch_is_refused() -> None:
+    config = ProphetNetConfig(
+        vocab_size=200, hidden_size=32, decoder_ffn_dim=48, num_decoder_layers=2, init_std=0.2
+    )
+    torch.manual_seed(1)
+    model: Any = ProphetNetForCausalLM(config)
+    with pytest.raises(UserError, match="ForCausalLM has other logits in a longer or padded"):
+        check_causal("mine", model)
 
 
 def test_a_model_that_needs_more_than_token_ids_is_refused() -> None:

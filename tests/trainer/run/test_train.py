@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.models.files import find_model
+from qpipe.trainer.models.heads import HeadForm
 from qpipe.trainer.models.student import Student, load_student
 from qpipe.trainer.run.train import train
 from qpipe.trainer.settings import TrainSettings
@@ -92,6 +94,20 @@ def test_reloaded_logits_are_identical(
     reloaded = Student(AutoModelForCausalLM.from_pretrained(settings.out))
     with torch.no_grad():
         assert torch.equal(reloaded.eval().logits(batch), kept[0].eval().logits(batch))
+
+
+def test_a_model_whose_head_was_not_that_of_the_loss_is_not_saved(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_with_a_cap(*arguments: Any) -> Student:
+        student = load_student(*arguments)
+        student.head_form = HeadForm(softcap=30.0)
+        return student
+
+    monkeypatch.setattr("qpipe.trainer.run.train.load_student", load_with_a_cap)
+    with pytest.raises(UserError, match="are not those of the output head that the fused loss use"):
+        train(settings)
+    assert not (settings.out / "config.json").exists()
 
 
 def test_same_seed_same_model(settings: TrainSettings, make_model: Make, tmp_path: Path) -> None:
