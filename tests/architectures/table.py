@@ -49,7 +49,7 @@ def table(found: list[Findings]) -> str:
         if each.refused is None:
             key = each.packed, each.fused, True, each.architecture in in_vllm
             groups[key].append(_short(each.architecture))
-    lines = ["| packed | fused loss | LoRA | scored by vLLM | architectures |", "| --- " * 5 + "|"]
+    lines = ["| packed | fused loss | LoRA | in vLLM | architectures |", "| --- " * 5 + "|"]
     for key in sorted(groups, reverse=True):
         marks = " | ".join("yes" if each else "no" for each in key)
         lines.append(f"| {marks} | {', '.join(sorted(set(groups[key]), key=str.lower))} |")
