@@ -9,29 +9,80 @@ take the weights.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import msgspec
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from ...pipeline.errors import UserError
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.storage.files import sha256_of_file
+from ...pipeline.storage.json_files import read_json, refuse_misfits, sha256_of_json
+from .files import MERGE
 
 _IN_KERNELS = {"x_proj", "dt_proj", "out_proj"}  # of a mixer of Mamba
 # layers of a mixture with fused experts that peft would take for its experts
 _RENAMED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _TRIED_TOKENS = 8
+_STORED = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
     """The rank of adapters, their alpha, and the last words of the names of their layers.
 
-    Alpha is twice the rank by default; without names all layers get an adapter.
+    Alpha is twice the rank by default; without names all layers get an adapter. `stored` is the
+    adapter to begin with, if it is not a new one.
     """
 
     rank: int
     alpha: float | None = None
     targets: tuple[str, ...] = ()
+    stored: Path | None = None
+
+
+class _Stored(msgspec.Struct):
+    """What is read of the file `adapter_config.json` of peft."""
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str
+    r: int
+    lora_alpha: float
+    revision: str | None = None
+    modules_to_save: None = None  # whole layers beside the adapters
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter in a folder and the model that it belongs to."""
+
+    folder: Path
+    base: str
+    revision: str | None
+    rank: int
+    alpha: float
+
+    def hash(self) -> str:
+        """The hash of its weights and configuration."""
+        return sha256_of_json({name: sha256_of_file(self.folder / name) for name in _STORED})
+
+
+def stored_adapter(model: str) -> StoredAdapter | None:
+    """The adapter in a folder; None if it is something else.
+
+    Raises UserError for an adapter that cannot be trained further.
+    """
+    folder = Path(model)
+    path = folder / _STORED[0]
+    if not model or not path.is_file() or (folder / "config.json").exists():
+        return None
+    with refuse_misfits(path, "LoRA adapter alone", MERGE):
+        found = msgspec.convert(read_json(path), _Stored)
+    if not (folder / _STORED[1]).is_file():
+        raise UserError(f"model {model}: an adapter without {_STORED[1]}: fetch it again")
+    given = found.base_model_name_or_path, found.revision, found.r, found.lora_alpha
+    return StoredAdapter(folder, *given)
 
 
 def with_adapters(model: Any, adapters: Adapters) -> Any:
@@ -40,6 +91,8 @@ def with_adapters(model: Any, adapters: Adapters) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora-rank needs peft: pip install 'qpipe[lora]'") from error
+    if adapters.stored is not None:
+        return _continued(model, adapters.stored)
     targets = adapters.targets
     layers, experts = _layers(model), _experts(model)
     _refuse_unknown(targets, {*map(_last, layers), *map(_last, experts)})
@@ -62,6 +115,25 @@ def with_adapters(model: Any, adapters: Adapters) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _continued(model: Any, folder: Path) -> Any:
+    """A model with a stored adapter. Raises UserError where the adapter does not fit it."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        with safe_open(folder / _STORED[1], "pt") as file:
+            others = {*file.keys()} ^ {*get_peft_model_state_dict(adapted)}
+        if others:  # peft would leave them as they are
+            raise ValueError(f"{min(others)} is in one of them alone")
+    except Exception as error:  # damaged, or of another model: each library has its own errors
+        raise UserError(
+            f"model {folder}: the adapter does not fit its base: {one_line(error)}: give the "
+            "adapter of this base"
+        ) from error
+    return adapted
 
 
 def _layers(model: Any) -> list[str]:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+MERGE = (  # the way out for adapters
+    "merge it into its base first: "
+    "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
@@ -62,10 +67,7 @@ def find_model(
 
     folder, name = _locate(model, revision, weights, local)
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"model {model}: is an adapter, not a model: merge it into its base first: "
-            "AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
-        )
+        raise UserError(f"model {model}: is an adapter, not a model: {MERGE}")
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: no config.json in it: give a Hugging Face model folder")
     try:

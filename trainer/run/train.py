@@ -21,10 +21,10 @@ from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
 from ..loss.objective import common_objective
-from ..models.adapters import Adapters
+from ..models.adapters import Adapters, StoredAdapter, stored_adapter
 from ..models.attention.packing import can_pack
 from ..models.compiling import compile_layers
-from ..models.files import ModelFiles, find_model
+from ..models.files import MERGE, ModelFiles, find_model
 from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
 from ..models.summary import summary
@@ -47,7 +47,8 @@ def train(settings: TrainSettings) -> TrainResult:
     or the loss is not finite.
     """
     targets = open_folders(settings.folders, settings.mixture_weights)
-    base = find_model(settings.model, settings.revision)
+    stored = stored_adapter(settings.model)
+    adapters, base = _adapters(settings, stored), _find_base(settings, stored)
     check_fit(targets, base)
     objective = common_objective(targets.folders, settings.method)
     accelerator = start_accelerator(
@@ -57,7 +58,8 @@ def train(settings: TrainSettings) -> TrainResult:
     identity = run_identity(
         settings,
         {name: folder.manifest.fingerprint for name, folder in targets.named.items()}
-        | {"model": base.weights_hash()},
+        | {"model": base.weights_hash()}
+        | ({"adapter": stored.hash()} if stored else {}),
         method=objective.choice.method.name,
         mixture_weights=list(shares_of(targets.weights)) or None,  # 6,2 is 3,1
         precision=precision_of(accelerator),
@@ -73,7 +75,7 @@ def train(settings: TrainSettings) -> TrainResult:
         with accelerator.main_process_first():
             _make_ready(settings.out, identity, is_main)
         set_seed(settings.seed)  # new adapters are the same everywhere
-        student = load_student(base, settings.gradient_checkpointing, _adapters(settings))
+        student = load_student(base, settings.gradient_checkpointing, adapters)
         set_seed(settings.seed, device_specific=True)  # dropout is not
         collate = Collator(settings.pack and can_pack(student.model), objective.tokens_alone)
         if is_main:
@@ -96,10 +98,28 @@ def train(settings: TrainSettings) -> TrainResult:
     return result
 
 
-def _adapters(settings: TrainSettings) -> Adapters | None:
-    if settings.lora_rank is None:
-        return None
-    return Adapters(settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+def _find_base(settings: TrainSettings, stored: StoredAdapter | None) -> ModelFiles:
+    """The model, or that of the adapter which is trained further."""
+    if stored is None:
+        return find_model(settings.model, settings.revision)
+    try:
+        return find_model(stored.base, stored.revision)
+    except UserError as error:
+        raise UserError(f"model {settings.model}: the base of this adapter: {error}") from error
+
+
+def _adapters(settings: TrainSettings, stored: StoredAdapter | None) -> Adapters | None:
+    """The adapters to train. Raises UserError for options that a stored one contradicts."""
+    rank, alpha, targets = settings.lora_rank, settings.lora_alpha, settings.lora_targets
+    if stored is None:
+        return None if rank is None else Adapters(rank, alpha, targets)
+    if rank != stored.rank or alpha not in (None, stored.alpha) or targets:
+        raise UserError(
+            f"model {settings.model}: is an adapter of rank {stored.rank} and alpha "
+            f"{stored.alpha:g}: give --lora-rank {stored.rank} alone to train it further; to train "
+            f"something else, {MERGE}"
+        )
+    return Adapters(stored.rank, alpha, targets, stored.folder)
 
 
 def _make_ready(out: Path, identity: Identity, is_main: bool) -> None:
