@@ -73,7 +73,8 @@ class TrainSettings:
     )
     model: str = field(
         metadata=about(
-            "Model to train, usually the scored one: a local folder or a name on the Hub.",
+            "Model to train, usually the scored one: a local folder or a name on the Hub. With"
+            " --lora-rank also the folder of an adapter, which is trained further.",
             in_identity=False,
         )
     )
