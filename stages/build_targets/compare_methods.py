@@ -22,7 +22,7 @@ from ...pipeline.targets.ceiling import (
 )
 from ...pipeline.targets.translation import Mapped, mapped_shares
 from .inputs import Inputs, open_inputs
-from .settings import Mean, check_temperatures, pooling_of
+from .settings import Mean, by_column_of, check_temperatures, pooling_of
 from .stage import with_statistics
 
 WHOLE = Truncation(top_p=1.0, max_support=2**31)
@@ -51,11 +51,18 @@ def compare_methods(
     teacher_weights: str | None = None,
     teacher_mean: Mean = "arithmetic",
     tokenizer: Sequence[str] = (),
+    teacher_column: str | None = None,
+    teacher_values: str | None = None,
+    demonstrations: tuple[str, ...] = (),
 ) -> Comparison:
     """Build the targets of every method with its defaults, and keep only their ceilings."""
     check_temperatures(temperature, teacher_temperature, teacher)
-    pooling = pooling_of(len(teacher), teacher_weights, teacher_mean, teacher_temperature)
-    inputs = open_inputs(scores, teacher, temperature, teacher_temperature, pooling, tokenizer)
+    by_column = by_column_of(len(teacher), teacher_column, teacher_values, demonstrations)
+    averaged = 0 if by_column else len(teacher)
+    pooling = pooling_of(averaged, teacher_weights, teacher_mean, teacher_temperature)
+    inputs = open_inputs(
+        scores, teacher, temperature, teacher_temperature, pooling, tokenizer, by_column
+    )
     left_out = LeftOut()
     usable = with_statistics(inputs, _usable(inputs, all_forms, left_out), left_out.add)
     sums: dict[int, Counter[str]] = {place: Counter() for place in range(len(usable))}

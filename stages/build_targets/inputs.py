@@ -22,6 +22,7 @@ from ...pipeline.targets.pooling import Pooling
 from ..looking.vocabulary import Vocabulary
 from .other_tokenizer import OtherTokenizer, vocabularies
 from .teacher import Teacher
+from .teacher_by_column import ByColumn, TeacherByColumn
 
 PIECE_POSITIONS = 2048  # with fewer, Python takes more of the time than numpy
 SAMPLED_BATCHES, SAMPLED_POSITIONS, SAMPLED_ENTRIES = 64, 2**14, 64
@@ -33,19 +34,19 @@ class Inputs:
 
     scores: SealedFolder
     base_model: ScoreModel
-    teachers: tuple[tuple[Teacher | OtherTokenizer, ScoreModel], ...] = ()
+    teachers: tuple[tuple[Teacher | OtherTokenizer | TeacherByColumn, ScoreModel], ...] = ()
     pooling: Pooling | None = None  # of several teachers
 
     @property
-    def teacher(self) -> Teacher | OtherTokenizer | None:
+    def teacher(self) -> Teacher | OtherTokenizer | TeacherByColumn | None:
         """The first teacher."""
         return self.teachers[0][0] if self.teachers else None
 
     @property
     def folders(self) -> dict[str, SealedFolder]:
         """The folders by name."""
-        names = ("teacher", *(f"teacher-{n}" for n in range(2, len(self.teachers) + 1)))
-        folders = (teacher.folder for teacher, _ in self.teachers)
+        folders = [folder for teacher, _ in self.teachers for folder in teacher.folders]
+        names = ("teacher", *(f"teacher-{n}" for n in range(2, len(folders) + 1)))
         return {"scores": self.scores, **dict(zip(names, folders, strict=False))}
 
     @property
@@ -147,6 +148,7 @@ def open_inputs(
     teacher_temperature: float = 1.0,
     pooling: Pooling | None = None,
     tokenizers: Sequence[str] = (),
+    by_column: ByColumn | None = None,
 ) -> Inputs:
     """Open the folders. Raises UserError if they do not fit together."""
     base = open_sealed(scores, "score")
@@ -154,6 +156,15 @@ def open_inputs(
     if base.manifest.totals["positions"] == 0:
         raise UserError(f"{scores}: has no supervised token: score other demonstrations")
     others = [open_sealed(teacher, "score") for teacher in teachers]
+    if by_column is not None:
+        if tokenizers:
+            raise UserError(
+                f"--tokenizer {tokenizers[0]} does not go with --teacher-column: give teachers "
+                "with the base's tokenizer"
+            )
+        teacher = TeacherByColumn(base, others, by_column)
+        model = _score_model(teacher.folder, teacher_temperature)
+        return Inputs(base, base_model, ((teacher, model),))
     found = vocabularies(base, others, tokenizers)
     if found and (temperature, teacher_temperature) != (1, 1):
         raise UserError(

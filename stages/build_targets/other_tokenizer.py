@@ -41,6 +41,7 @@ class OtherTokenizer:
     ) -> None:
         self.base = base
         self.folder = folder
+        self.folders = (folder,)
         self.schema = translated_schema(base.settings["vocab_size"])
         self._vocabularies = ours, theirs
         self._written = written_of(ours), written_of(theirs)

@@ -12,6 +12,7 @@ from ...pipeline.options import Range, about, check, option
 if TYPE_CHECKING:
     from ...pipeline.methods.definition import Choice
     from ...pipeline.targets.pooling import Pooling
+    from .teacher_by_column import ByColumn
 
 Mean = Literal["arithmetic", "geometric"]
 
@@ -32,7 +33,7 @@ class BuildSettings:
     teacher: tuple[Path, ...] = option(
         (),
         "Scores of the same examples under a teacher model, made by `qpipe score --at`. Several "
-        "teachers are averaged.",
+        "teachers are averaged, or chosen by --teacher-column.",
         metavar="DIR...",
     )
     tokenizer: tuple[str, ...] = option(
@@ -48,6 +49,19 @@ class BuildSettings:
     )
     teacher_mean: Mean = option(
         "arithmetic", "Mean of several teachers: of their probabilities, or of the logs of these."
+    )
+    teacher_column: str | None = option(
+        None,
+        "Field of the demonstrations that names the teacher of each row, by its value.",
+        metavar="FIELD",
+    )
+    teacher_values: str | None = option(
+        None,
+        "Values of --teacher-column, one for each teacher in order, as in code,math.",
+        metavar="V,V,...",
+    )
+    demonstrations: tuple[str, ...] = option(
+        (), "Demonstrations of the scores, which have the --teacher-column.", metavar="FILE..."
     )
     in_store: bool = False
     temperature: float = option(1.0, "Temperature applied to the base distribution.")
@@ -71,7 +85,7 @@ class BuildSettings:
     def __post_init__(self) -> None:
         check(self)
         check_temperatures(self.temperature, self.teacher_temperature, self.teacher)
-        _ = self.pooling
+        _ = self.pooling, self.by_column
         if self.teacher and not self.choice.needs_teacher:
             raise UserError(
                 f"--teacher {self.teacher[0]}: {self.choice.method.name} does not use a teacher: "
@@ -79,11 +93,46 @@ class BuildSettings:
             )
 
     @property
+    def by_column(self) -> "ByColumn | None":
+        """The choice of a teacher by a column; None without one."""
+        return by_column_of(
+            len(self.teacher), self.teacher_column, self.teacher_values, self.demonstrations
+        )
+
+    @property
     def pooling(self) -> "Pooling | None":
         """The mean of several teachers; None of one or none."""
+        averaged = 0 if self.teacher_column is not None else len(self.teacher)
         return pooling_of(
-            len(self.teacher), self.teacher_weights, self.teacher_mean, self.teacher_temperature
+            averaged, self.teacher_weights, self.teacher_mean, self.teacher_temperature
         )
+
+
+def by_column_of(
+    teachers: int, column: str | None, values: str | None, demonstrations: tuple[str, ...]
+) -> "ByColumn | None":
+    """The choice of a teacher by a column; None without one.
+
+    Raises UserError for an option that lacks the others, and for values that are not as many
+    different ones as teachers.
+    """
+    if column is None or values is None or not demonstrations:
+        if column is None and values is None and not demonstrations:
+            return None
+        raise UserError(
+            "--teacher-column, --teacher-values and --demonstrations go together: give all, or none"
+        )
+    if teachers < 2:
+        raise UserError("--teacher-column goes with several teachers: give another --teacher")
+    names = tuple(values.split(","))
+    if len(names) != teachers or len(set(names)) != teachers:
+        raise UserError(
+            f"--teacher-values {values}: give {teachers} different values of {column}, one for "
+            "each --teacher in order, as in code,math"
+        )
+    from .teacher_by_column import ByColumn  # here, as it loads numpy
+
+    return ByColumn(column, names, demonstrations)
 
 
 def pooling_of(

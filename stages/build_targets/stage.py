@@ -26,6 +26,7 @@ from ..execution.run import run_stage
 from ..execution.settings import Execution
 from .inputs import Inputs, open_inputs
 from .settings import BuildSettings
+from .teacher_by_column import TeacherByColumn
 
 
 def build_targets(
@@ -50,6 +51,7 @@ def _open_inputs(settings: BuildSettings) -> Inputs:
         settings.teacher_temperature,
         settings.pooling,
         settings.tokenizer,
+        settings.by_column,
     )
 
 
@@ -177,6 +179,8 @@ def _job(settings: BuildSettings, inputs: Inputs) -> Job:
         }
     if inputs.other_tokenizers:
         described["teacher_tokenizers"] = inputs.other_tokenizers
+    if isinstance(inputs.teacher, TeacherByColumn):
+        described |= inputs.teacher.described
     schema = schema_of(
         "build-targets", vocab_size, packing_of("build-targets", described, frequent)
     )

@@ -27,6 +27,7 @@ class Teacher:
     def __init__(self, base: SealedFolder, folder: SealedFolder) -> None:
         self.base = base
         self.folder = folder
+        self.folders = (folder,)
         self.schema = folder.schema
         self.has_context = "context" in folder.settings
         self._join = Join(base, folder)

@@ -76,7 +76,7 @@ def parse_row(
         read = _with_system(row, read)
         messages = checked(read.messages)
         demonstration = Demonstration(
-            id=_row_id(row) or f"{source.name}:{line}",
+            id=row_id(row) or f"{source.name}:{line}",
             weights=take_weights(messages),
             messages=messages,
             tools=read.tools or _tools(row),
@@ -101,7 +101,8 @@ def _recognise(row: Row) -> str:
 # --- what stands beside the messages
 
 
-def _row_id(row: Row) -> str | None:
+def row_id(row: Row) -> str | None:
+    """The id of a row, or None; UnusableError for what is not an id."""
     value = row.get("id")
     if value is None:
         return None
