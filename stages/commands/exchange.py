@@ -22,7 +22,8 @@ def import_(**options: Any) -> None:
 
     \b
     axolotl     input_ids, labels, target_token_ids, target_logprobs, target_mask
-    distillkit  input_ids, and two columns of lists of lists: ids and log-probabilities
+    distillkit  input_ids, and two columns of lists of lists: ids and log-probabilities, or these
+                packed (compressed_logprobs, bytepacked_indices)
 
     \b
     qpipe import logprobs.parquet --format distillkit --model Qwen/Qwen3-8B --out scores/
