@@ -92,7 +92,7 @@ def pack(
     assert ((ids >= 0) & (ids < packing.vocab_size)).all(), "ids outside the vocabulary"
     has_table = packing.vocab_size <= _LARGEST_TABLE
     ranks = _rank_table(packing)[ids] if has_table else ranks_of(ids, packing)
-    order = np.argsort(np.repeat(np.arange(len(counts)) * packing.vocab_size, counts) + ranks)
+    order = _by_rank(ranks, counts, packing.vocab_size)
     ranks = ranks[order]
     steps = _steps(ranks, counts)
     rest = {
@@ -106,6 +106,23 @@ def pack(
         "support_log_probs": _stored(arrays["support_probs"][order], packing),
         "tail_log_probs": _stored(arrays["tail_mass"], packing),
     }
+
+
+def _by_rank(
+    ranks: NDArray[np.integer], counts: NDArray[np.integer], vocab_size: int
+) -> NDArray[np.int64]:
+    """The order of entries by rank at each position: `argsort` in half the time.
+
+    What is sorted holds the position, the rank and, in its lowest bits, the place at the position.
+    """
+    starts = np.cumsum(counts, dtype=np.int64) - counts
+    places = 1 << int(counts.max(initial=0)).bit_length()
+    first = np.arange(len(counts)) * (vocab_size * places)
+    keys = np.repeat(first - starts, counts) + np.arange(len(ranks))
+    keys += ranks.astype(np.int64) * places
+    keys.sort()
+    keys &= places - 1
+    return keys + np.repeat(starts, counts)
 
 
 # makes the error for the value at a place of a level

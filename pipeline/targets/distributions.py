@@ -5,6 +5,7 @@ once, when they are stored.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ LOG_OF_ZERO = -1e4  # replaces log 0 = −inf in scores: its exp is 0, and 0 tim
 SMALLEST_TAIL = float(np.finfo(np.float32).smallest_normal)  # replaces a tail mass of 0 in logs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Supports:
     """`counts[n]` entries at position n, most probable first; an added observed token comes last.
 
@@ -32,10 +33,12 @@ class Supports:
     log_probs: Floats  # [K]
     tail_mass: Floats  # [N]
 
-    @property
+    @cached_property
     def probs(self) -> Floats:
-        """The probabilities of the entries, [K]."""
-        return np.exp(self.log_probs)
+        """The probabilities of the entries, [K]; kept, and not to be changed."""
+        probs = np.exp(self.log_probs)
+        probs.flags.writeable = False
+        return probs
 
     @property
     def position_of(self) -> Ints:
@@ -291,6 +294,6 @@ def _descending(log_probs_NS: Floats) -> Ints:
 
 def _tail_without(supports: Supports, kept: Ints) -> Floats:
     """The tail mass of a distribution that keeps only some entries."""
-    probs = supports.probs
+    probs = supports.probs.copy()
     probs[kept] = 0
     return supports.tail_mass + segment_sums(probs, supports.counts)
