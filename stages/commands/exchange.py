@@ -36,14 +36,14 @@ def import_(**options: Any) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("scores", type=FOLDER)
-@click.option("--format", required=True, type=click.Choice(["axolotl"]), help="Format of the file.")
 @options_of(ExportSettings, out={"type": FILE})
 @config_option
-def export(format: str, **options: Any) -> None:
+def export(**options: Any) -> None:
     """Export a score folder to a file for another tool.
 
     axolotl reads the file as a tokenized dataset for knowledge distillation. It divides by the
-    mass of the top k itself unless `kd_normalize_topk` is off.
+    mass of the top k itself unless `kd_normalize_topk` is off. The columns of veomni are the
+    inputs of the top-k distillation loss of VeOmni and verl.
 
     \b
     qpipe export scores/ --format axolotl --out logprobs.parquet

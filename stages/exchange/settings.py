@@ -8,6 +8,7 @@ from ...pipeline.options import Range, about, check, option
 
 Format = Literal["axolotl", "distillkit"]
 Mass = Literal["model", "top-k"]
+ExportFormat = Literal["axolotl", "veomni"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,4 @@ class ExportSettings:
     mass: Mass = option(
         "top-k", "Normalize the probabilities of a position to 1, or keep the model's own."
     )
+    format: ExportFormat = option("axolotl", "Format of the file.")

@@ -314,6 +314,39 @@ def test_the_file_is_as_axolotl_documents_it(exported: Path, scores: Path) -> No
                 assert following == row["input_ids"][token + 1]
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_file_for_veomni_gives_its_loss_the_teachers_top_k(
+    scores: Path, tiny_model: Path, tmp_path: Path, wide: bool
+) -> None:
+    """Row t belongs to label t; the loss takes Σ exp(log p)·(log p − log q) over K entries there,
+    from the logits of token t − 1 (VeOmni 0.1.12, chunk_topk_distill). `wide` positions hold more
+    entries than the top k."""
+    if wide:
+        given = score_settings(
+            model=str(tiny_model), at=scores, out=tmp_path / "at", engine="transformers", top_k=12
+        )
+        score_at(given)
+    folder, k = (tmp_path / "at", 12) if wide else (scores, 100)
+    export_scores(ExportSettings(folder, tmp_path / "file.parquet", "model", "veomni"))
+    table = pq.read_table(tmp_path / "file.parquet")
+    assert table.schema.names[1:4] == ["input_ids", "attention_mask", "labels"]
+    assert table.schema.names[4:] == ["teacher_topk_ids", "teacher_topk_log_probs"]
+    for row, example in zip(table.to_pylist(), read_scores(folder), strict=True):
+        ids, logs = (np.array(row[name]) for name in table.schema.names[4:])
+        labels = np.array(row["labels"])
+        assert ids.shape == logs.shape == (len(example.input_ids), k)
+        assert np.flatnonzero(labels != -100).tolist() == example.positions.tolist()
+        assert labels[example.positions].tolist() == example.observed_ids.tolist()
+        ends = np.cumsum(example.counts)
+        for place, (count, end) in enumerate(zip(example.counts, ends, strict=True)):
+            assert count == k or wide
+            top = slice(end - count, end - count + k)
+            at = example.positions[place]
+            assert ids[at].tolist() == example.topk_ids[top].tolist()
+            np.testing.assert_array_equal(logs[at], example.topk_log_probs[top])
+        assert not np.exp(logs[labels == -100]).any()
+
+
 def test_a_file_scaled_over_the_top_k_has_no_tail(
     scores: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
