@@ -85,6 +85,16 @@ class TrainSettings:
         "[default: the method of the folder]",
         metavar="sft",
     )
+    param_end: tuple[str, ...] = field(
+        default=(),
+        kw_only=True,
+        metadata=about(
+            "Parameters of a live method at the last step, for example eta=1: they change "
+            "linearly from those of the folder.",
+            metavar="NAME=VALUE...",
+            in_identity=False,  # part of it where it is given
+        ),
+    )
     epochs: float = option(1.0, "Number of passes over the targets.", range=_POSITIVE)
     max_steps: int | None = option(None, "Maximum number of optimizer steps.", range=_COUNT)
     learning_rate: float = option(1e-5, "Peak learning rate.", range=_POSITIVE)

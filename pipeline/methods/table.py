@@ -39,6 +39,11 @@ _SPELLINGS = {
 }
 
 
+def spelled(parameter: str) -> str:
+    """The name of a parameter as the table has it, from another spelling such as a Greek letter."""
+    return _SPELLINGS.get(parameter, parameter)
+
+
 def choose(name: str, form: str | None = None, given: Mapping[str, Any] | None = None) -> Choice:
     """Choose a method, its form and its parameters.
 
@@ -52,7 +57,7 @@ def choose(name: str, form: str | None = None, given: Mapping[str, Any] | None =
     defaults = {p.name: p.default for p in method.parameters if p.default is not None}
     settled: dict[str, float | str] = {}
     for key, value in (given or {}).items():
-        parameter = known.get(_SPELLINGS.get(key, key))
+        parameter = known.get(spelled(key))
         if parameter is None:
             names = ", ".join(known) or "none"
             raise UserError(f"{name} has no parameter {key!r}: its parameters: {names}")

@@ -16,6 +16,7 @@ from ...pipeline.storage.json_files import refuse_misfits, write_json
 from ...pipeline.threads import Prefetch
 from ..data.batch import Batch
 from ..data.steps import RunSize, StepLoader
+from ..loss.course import Course
 from ..models.saving import saved_dtype
 from ..settings import TrainSettings
 from ..step.ahead import on_device
@@ -59,6 +60,7 @@ class Run:
     loader: StepLoader
     evaluator: Evaluator
     checkpoints: Checkpoints
+    course: Course
 
     def train(self, must_end: Callable[[], bool] = lambda: False) -> TrainResult:
         """Take the steps that are left, then round the weights to the precision they are saved in.
@@ -66,6 +68,7 @@ class Run:
         Once `must_end` returns true on any process, saves a checkpoint and raises Terminated.
         """
         progress = self.checkpoints.load()
+        self._follow(progress.step)
         with self._log(progress.step) as log, self._bar(progress.step) as bar:
             if progress.step == 0:
                 progress = replace(progress, before=self.evaluator.evaluate(0, log))
@@ -87,7 +90,12 @@ class Run:
             after = self.evaluator.evaluate(self.size.steps, log)
         return TrainResult(*self.size, progress.tokens, progress.seconds, progress.before, after)
 
+    def _follow(self, step: int) -> None:
+        """Take the objective of a step, counted from 1; before the first, it is the first's."""
+        self.stepper.objective = self.course.at(max(step - 1, 0) / max(self.size.steps - 1, 1))
+
     def _step(self, number: int, batches: list[Batch]) -> StepResult:
+        self._follow(number)
         try:
             return self.stepper.step(number, batches, self._learning_rate(number))
         except NotFiniteError as error:

@@ -20,6 +20,7 @@ from ..data.batch import Collator
 from ..data.shares import shares_of
 from ..data.steps import Cadence, HeldOut, Samples, StepLoader
 from ..data.stream import TargetStream
+from ..loss.course import Course, course_of
 from ..loss.objective import common_objective
 from ..models.adapters import Adapters, StoredAdapter, stored_adapter
 from ..models.attention.packing import can_pack
@@ -51,6 +52,7 @@ def train(settings: TrainSettings) -> TrainResult:
     adapters, base = _adapters(settings, stored), _find_base(settings, stored)
     check_fit(targets, base)
     objective = common_objective(targets.folders, settings.method)
+    course = course_of(objective, settings.param_end)
     accelerator = start_accelerator(
         settings.precision, waits_long=settings.eval_command is not None
     )
@@ -64,6 +66,7 @@ def train(settings: TrainSettings) -> TrainResult:
         mixture_weights=list(shares_of(targets.weights)) or None,  # 6,2 is 3,1
         precision=precision_of(accelerator),
         **({"tokens_alone": True} if objective.tokens_alone else {}),
+        **({"param_end": dict(course.ends)} if course.ends else {}),
         **({"lora_alpha": settings.lora_alpha} if settings.lora_alpha else {}),
         **({"lora_targets": sorted(settings.lora_targets)} if settings.lora_targets else {}),
     )
@@ -83,7 +86,7 @@ def train(settings: TrainSettings) -> TrainResult:
         if settings.compile:
             compile_layers(student.model)
         stepper = Stepper(accelerator, student, settings, objective)
-        run = _run(settings, identity, base, stepper, samples, eval_streams, collate)
+        run = _run(settings, identity, base, stepper, samples, eval_streams, collate, course)
         if settings.resume == "never" and is_main:
             remove_checkpoints(settings.out)
         accelerator.wait_for_everyone()
@@ -164,6 +167,7 @@ def _run(
     samples: Samples,
     eval_streams: Sequence[TargetStream],
     collate: Collator,
+    course: Course,
 ) -> Run:
     """Create the run from its parts."""
     accelerator, out = stepper.accelerator, settings.out
@@ -177,7 +181,7 @@ def _run(
     )
     evaluator = Evaluator(stepper, base, held_out, out, settings.eval_command, evaluation)
     checkpoints = Checkpoints(out, identity, stepper, settings.keep_checkpoints, saving)
-    return Run(settings, size, stepper, loader, evaluator, checkpoints)
+    return Run(settings, size, stepper, loader, evaluator, checkpoints, course)
 
 
 def _record(
