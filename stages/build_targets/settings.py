@@ -52,7 +52,7 @@ class BuildSettings:
     )
     teacher_column: str | None = option(
         None,
-        "Field of the demonstrations that names the teacher of each row, by its value.",
+        "Field of the demonstrations whose value names the teacher of each row.",
         metavar="FIELD",
     )
     teacher_values: str | None = option(
@@ -61,7 +61,7 @@ class BuildSettings:
         metavar="V,V,...",
     )
     demonstrations: tuple[str, ...] = option(
-        (), "Demonstrations of the scores, which have the --teacher-column.", metavar="FILE..."
+        (), "The scored demonstrations, to read --teacher-column from.", metavar="FILE..."
     )
     in_store: bool = False
     temperature: float = option(1.0, "Temperature applied to the base distribution.")

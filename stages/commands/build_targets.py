@@ -23,7 +23,8 @@ from .options import (
 @click.option(
     "--method",
     default=None,
-    help="Target method; `qpipe methods` lists them.  [default: sft+kl, or kd with --teacher]",
+    help="Target method; `qpipe methods` lists them, and `qpipe compare-methods` shows what each "
+    "can teach.  [default: sft+kl, or kd with --teacher]",
 )
 @click.option(
     "--form",
