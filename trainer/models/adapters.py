@@ -3,10 +3,12 @@
 They are every linear layer but the head, and the experts of a mixture, which transformers stores
 as one three-dimensional parameter. A layer whose weights the model uses without calling it cannot
 carry an adapter: that is tried on a few tokens, and known of the mixers of Mamba, whose kernels
-take the weights.
+take the weights. Neither can layers that share their weights (Zamba 2): each would have an adapter
+of its own, and merging would add all of them to the one weight.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +141,13 @@ def _continued(model: Any, folder: Path) -> Any:
 def _layers(model: Any) -> list[str]:
     """The names of the linear layers that can carry an adapter."""
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    uses = Counter(layer.weight for _, layer in _linear(model))
     linear = [
         name
         for name, layer in _linear(model)
         if layer is not head
         and layer.weight.requires_grad
+        and uses[layer.weight] == 1
         and not (_last(name) in _IN_KERNELS and hasattr(modules[name.rpartition(".")[0]], "D"))
     ]
     called = _called(model)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from ...pipeline.errors import UserError
 from ...pipeline.progress import progress_bar
 from ...pipeline.signals import Terminated
 from ...pipeline.storage.json_files import refuse_misfits, write_json
@@ -69,6 +70,7 @@ class Run:
         """
         progress = self.checkpoints.load()
         self._follow(progress.step)
+        has_loss = progress.step > 0
         with self._log(progress.step) as log, self._bar(progress.step) as bar:
             if progress.step == 0:
                 progress = replace(progress, before=self.evaluator.evaluate(0, log))
@@ -82,10 +84,16 @@ class Run:
                     start = perf_counter()
                     result = self._step(progress.step + 1, batches)
                     seconds = perf_counter() - start
+                    has_loss = has_loss or result.loss != 0
                     progress = progress.after(step.stop, result.tokens, seconds)
                     self._report(progress.step, result, seconds, ready.waited, log, bar)
                     self.evaluator.evaluate_if_due(progress.step, log)
                     self.checkpoints.save_if_due(progress)
+            if not has_loss:
+                raise UserError(
+                    "nothing was trained: the loss of every step was 0, as every token of the "
+                    "targets has the weight 0: score demonstrations with other weights"
+                )
             self._round_weights()
             after = self.evaluator.evaluate(self.size.steps, log)
         return TrainResult(*self.size, progress.tokens, progress.seconds, progress.before, after)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from qpipe.pipeline.errors import UserError
-from qpipe.trainer.models.adapters import Adapters
+from qpipe.trainer.models.adapters import Adapters, with_adapters
 from qpipe.trainer.models.files import find_model
 from qpipe.trainer.models.student import load_student
 from qpipe.trainer.run.train import train
@@ -32,6 +32,18 @@ def test_targets_are_the_last_words_of_names(settings: TrainSettings, model: Pat
         for layer in range(2)
         for name in ("self_attn.q_proj", "mlp.up_proj")
     }
+
+
+def test_layers_that_share_a_weight_get_no_adapter(model: Path) -> None:
+    """Merging would add the adapters of both to the one weight."""
+    from transformers import AutoModelForCausalLM
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(model)
+    first, second = (layer.self_attn for layer in whole.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    names = {name for name, _ in with_adapters(whole, Adapters(2)).named_parameters()}
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name}
+    assert adapted == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_unknown_targets_are_refused(model: Path) -> None:

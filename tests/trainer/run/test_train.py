@@ -223,6 +223,20 @@ def test_weights_of_tokens_count_in_a_folder_made_for_sft(
     assert read_log(tmp_path / "other", "step")[0]["loss"] == losses["all", None]
 
 
+def test_targets_of_weight_0_alone_are_not_trained(
+    settings: TrainSettings, make_targets: Make, make_examples: Examples
+) -> None:
+    """As qpipe 0.1 stored them; a single token of another weight is trained."""
+    nothing = [replace(each, weights=0 * each.weights) for each in make_examples(9)]
+    given = replace(settings, targets=make_targets(nothing, "nothing"), batch_size=4)
+    with pytest.raises(UserError, match=r"nothing was trained: .* every token .* has the weight 0"):
+        train(given)
+    assert not (settings.out / "config.json").exists()
+    nothing[-1].weights[-1] = 1
+    one = replace(given, targets=make_targets(nothing, "one"), out=settings.out.with_name("learns"))
+    assert train(one).steps == 3
+
+
 def test_record_of_a_run(settings: TrainSettings) -> None:
     result = train(settings)
     record = json.loads((settings.out / "qpipe.json").read_text())
