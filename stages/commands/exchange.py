@@ -24,6 +24,7 @@ def import_(**options: Any) -> None:
     axolotl     input_ids, labels, target_token_ids, target_logprobs, target_mask
     distillkit  input_ids, and two columns of lists of lists: ids and log-probabilities, or these
                 packed (compressed_logprobs, bytepacked_indices)
+    megatron    input_ids; the log-probabilities are in tars (--logits)
 
     \b
     qpipe import logprobs.parquet --format distillkit --model Qwen/Qwen3-8B --out scores/

@@ -9,6 +9,7 @@ The file is parquet with `input_ids`, ids and log-probabilities as lists of list
 - "distillkit": one column of lists of ids, one of lists of log-probabilities, under any names.
   The entries of row r are those of token r + 1. The packed form (`distillkit`) is read with its
   settings.
+- "megatron": `input_ids` alone; the entries are in tars (`megatron`), row r those of token r + 1.
 """
 
 from collections import deque
@@ -36,8 +37,9 @@ from ...pipeline.storage.files import sha256_of_file
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.demonstration import UnusableError
 from ..score.stage import refuse_nothing_scored, score_sums
-from .distillkit import Codec, read_codec
 from .distillkit import described as described_codec
+from .distillkit import read_codec
+from .megatron import Tars
 from .settings import Format, ImportSettings, Mass
 from .topk_rows import IGNORED, ImportRules, Ints, TopK, TopKRow, scored, without_padding
 
@@ -45,7 +47,7 @@ SHARD_ROWS = 512
 READ_ROWS = 16  # at once: a row may have a hundred thousand entries
 _PACKED = ("bytepacked_indices", "compressed_logprobs")
 _OPTIONAL = ("id", "labels", "attention_mask", "target_mask")
-MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model"}
+MASS_OF: dict[Format, Mass] = {"axolotl": "top-k", "distillkit": "model", "megatron": "model"}
 
 
 def import_scores(settings: ImportSettings) -> StageResult:
@@ -61,6 +63,7 @@ class ImportStage:
 
     def __init__(self, settings: ImportSettings) -> None:
         self.table = _Table(settings.file, settings.format, settings.codec)
+        self.table.tars = _tars(settings)
         model = find_model(settings.model, settings.revision)
         self.rules = ImportRules(
             top_k=settings.top_k or self.table.first_width(),
@@ -68,7 +71,7 @@ class ImportStage:
             vocab_size=model.vocab_size,
             max_length=model.max_length,
         )
-        self.job = _job(settings, model, self.rules, self.table.codec)
+        self.job = _job(settings, model, self.rules, self.table)
         self._rows = self.table.rows()
         self._next = 0  # index of the shard that `_rows` continues with
 
@@ -115,9 +118,7 @@ class ImportStage:
         refuse_nothing_scored(shards)
 
 
-def _job(
-    settings: ImportSettings, model: ModelFiles, rules: ImportRules, codec: Codec | None
-) -> Job:
+def _job(settings: ImportSettings, model: ModelFiles, rules: ImportRules, table: "_Table") -> Job:
     schema = schema_of("score", model.vocab_size)
     described = {
         "imported": settings.format,
@@ -127,12 +128,15 @@ def _job(
         "tokenizer_hash": model.tokenizer_hash,
         "max_length": model.max_length,
         "shard_size": SHARD_ROWS,
-        **described_codec(codec),
+        **described_codec(table.codec),
     }
     identity = Identity(
         stage="score",
         settings=described,
-        inputs={settings.file.name: sha256_of_file(local_version(settings.file))},
+        inputs={
+            settings.file.name: sha256_of_file(local_version(settings.file)),
+            **({} if table.tars is None else table.tars.hashes()),
+        },
         schema=identity_schema(schema),
     )
     provenance = {
@@ -143,8 +147,17 @@ def _job(
     return Job(settings.out, schema, identity, {}, provenance)
 
 
+def _tars(settings: ImportSettings) -> Tars | None:
+    """Megatron-LM's tars, if the format has them."""
+    if (settings.format == "megatron") != (settings.logits is not None):
+        raise UserError("--logits DIR goes with --format megatron: give both, or neither")
+    return None if settings.logits is None else Tars(settings.logits)
+
+
 class _Table:
     """A parquet file in one of the formats."""
+
+    tars: Tars | None = None
 
     def __init__(self, path: Path, format: Format, settings: Path | None = None) -> None:
         self.path = path
@@ -168,6 +181,8 @@ class _Table:
 
     def first_width(self) -> int:
         """The number of entries of the first position that has any."""
+        if self.tars is not None:
+            return self.tars.certain
         if self.codec is not None:
             return self.codec.k
         for batch in self._batches([self.log_probs]):
@@ -201,7 +216,10 @@ class _Table:
             raise UnusableError(reason(error)) from error
 
     def _parsed(self, line: int, values: dict[str, Any]) -> TopKRow:
-        entries, scaled = self._entries(values[self.ids], values[self.log_probs])
+        if self.tars is not None:
+            entries, scaled = self.tars.entries(line - 1), 0
+        else:
+            entries, scaled = self._entries(values[self.ids], values[self.log_probs])
         tokens = _flat(values["input_ids"], "input_ids")
         labels = _flat(values["labels"], "labels") if "labels" in values else None
         if "attention_mask" in values:
@@ -236,6 +254,10 @@ class _Table:
             if missing:
                 raise UserError(f"{self.path}: no column {missing[0]}: not a file of axolotl")
             return "target_token_ids", "target_logprobs"
+        if self.format == "megatron":
+            if "input_ids" not in schema.names:
+                raise UserError(f"{self.path}: no column input_ids: give the samples' tokens")
+            return "", ""
         nested = {
             column.name: column.type.value_type.value_type
             for column in schema

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ...pipeline.options import Range, about, check, option
 
-Format = Literal["axolotl", "distillkit"]
+Format = Literal["axolotl", "distillkit", "megatron"]
 Mass = Literal["model", "top-k"]
 ExportFormat = Literal["axolotl", "veomni"]
 
@@ -22,13 +22,16 @@ class ImportSettings:
     mass: Mass | None = option(
         None,
         "Meaning of the probabilities at a position: the model's own, where the rest is tail mass, "
-        "or normalized to 1 over the top k.  [default: top-k for axolotl, model for distillkit]",
+        "or normalized to 1 over the top k.  [default: top-k for axolotl, model for the others]",
     )
     codec: Path | None = option(
         None,
         "DistillKit's settings of packed log-probabilities.  [default: compression_config.yaml "
         "beside the file]",
         metavar="FILE",
+    )
+    logits: Path | None = option(
+        None, "Folder of Megatron-LM's tars; the file holds the tokens of their samples, in order."
     )
     top_k: int | None = option(
         None,

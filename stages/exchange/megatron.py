@@ -1,0 +1,155 @@
+"""The log-probabilities that Megatron-LM's teacher runs save, read from their tar files.
+
+A tar `dp{D}__{I}.tar` holds `_meta.json` and, for each iteration of data-parallel rank D, a member
+`{iteration}.pt.zst`: `values` [sequence, samples, K] of the teacher's log-probabilities, and their
+ids as `indices_low` (16 bits) and `bit_17`. Row r of a sequence is about the token after it. Beyond
+the nucleus of a token, if the run had one, values are -1e3 or below. Samples are dealt out to the
+ranks in micro-batches. The tars do not hold the tokens.
+
+Read as of format version 2 at commit 10cc4f5 of Megatron-LM.
+"""
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from ...pipeline.errors import UserError, one_line
+from ...pipeline.storage.files import sha256_of_file
+from ..demonstrations.demonstration import UnusableError
+from .topk_rows import TopK
+
+META = "_meta.json"
+ABSENT = -900.0  # values below are not of the nucleus
+_TAR = re.compile(r"^(?:cp0_)?dp(\d+)__(\d+)\.tar$")
+_MEMBER = re.compile(r"^(\d+)\.pt\.zst$")
+_Positive = Annotated[int, Meta(ge=1)]
+
+
+class Saver(msgspec.Struct, frozen=True):
+    """How a teacher run dealt out its samples, from `_meta.json`."""
+
+    k: _Positive
+    format_version: int
+    mbs_save: _Positive
+    dp_size_save: _Positive
+    gbs_save: _Positive
+    p: float | None = None
+    min_k: _Positive = 1
+
+    def place(self, sample: int) -> tuple[int, int, int]:
+        """The iteration, the rank and the column of a sample, all from 0."""
+        iteration, within = divmod(sample, self.gbs_save)
+        batch, rest = divmod(within, self.mbs_save)
+        column = batch // self.dp_size_save * self.mbs_save + rest
+        return iteration, batch % self.dp_size_save, column
+
+
+class _Member(NamedTuple):
+    path: Path
+    offset: int
+    size: int
+
+
+_Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+@dataclass
+class Tars:
+    """The tars of a folder. Raises UserError where they cannot be read."""
+
+    folder: Path
+    saver: Saver = field(init=False)
+    _members: dict[tuple[int, int], _Member] = field(default_factory=dict)
+    _read: dict[tuple[int, int], _Arrays] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.paths = sorted(each for each in self.folder.glob("*.tar") if _TAR.match(each.name))
+        if not self.paths:
+            raise UserError(f"{self.folder}: holds no tar of Megatron-LM's logits (dp0__….tar)")
+        savers = set(map(self._opened, self.paths))
+        if len(savers) > 1:
+            raise UserError(f"{self.folder}: its tars are of several runs: give those of one")
+        (self.saver,) = savers
+        if self.saver.format_version != 2:
+            raise UserError(
+                f"{self.folder}: its tars are of format version {self.saver.format_version}, only "
+                "version 2 is read"
+            )
+
+    @property
+    def certain(self) -> int:
+        """The number of entries that every position has."""
+        return self.saver.k if self.saver.p is None else self.saver.min_k
+
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each tar."""
+        return {path.name: sha256_of_file(path) for path in self.paths}
+
+    def entries(self, sample: int) -> TopK:
+        """The entries of a sample, counted from 0. Raises UnusableError where there are none."""
+        iteration, rank, column = self.saver.place(sample)
+        values, ids = self._iteration(iteration, rank)
+        if column >= values.shape[1]:
+            raise UnusableError(f"iteration {iteration} of rank {rank} has no sample {column}")
+        is_entry = values[:, column] > ABSENT
+        return TopK(is_entry.sum(1), ids[:, column][is_entry], values[:, column][is_entry])
+
+    def _iteration(self, iteration: int, rank: int) -> _Arrays:
+        if (iteration, rank) not in self._read:
+            member = self._members.get((iteration, rank))
+            if member is None:
+                raise UnusableError(f"no tar holds iteration {iteration} of rank {rank}")
+            self._read = {key: each for key, each in self._read.items() if key[0] == iteration}
+            self._read[iteration, rank] = _decoded(member)
+        return self._read[iteration, rank]
+
+    def _opened(self, path: Path) -> Saver:
+        """The settings of a tar, whose members are noted."""
+        try:
+            with tarfile.open(path, "r:") as tar:
+                return self._noted(path, tar)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a tar of Megatron-LM: {one_line(error)}") from error
+
+    def _noted(self, path: Path, tar: tarfile.TarFile) -> Saver:
+        found, name = None, _TAR.match(path.name)
+        assert name is not None
+        for info in tar:
+            if info.name == META and (content := tar.extractfile(info)) is not None:
+                found = msgspec.convert(json.loads(content.read())["saver"], Saver)
+            elif match := _MEMBER.match(info.name):
+                key = int(match[1]), int(name[1])
+                self._members[key] = _Member(path, info.offset_data, info.size)
+        if found is None:
+            raise ValueError(f"it has no {META}")
+        return found
+
+
+def _decoded(member: _Member) -> _Arrays:
+    """The values and ids of a member, [sequence, samples, K] each."""
+    import torch
+
+    with member.path.open("rb") as file:
+        file.seek(member.offset)
+        packed = file.read(member.size)
+    try:
+        plain = pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read()
+        tensors: dict[str, Any] = torch.load(io.BytesIO(plain), weights_only=True)
+        values = tensors["values"].double().numpy()
+        low = tensors["indices_low"].to(torch.int64).numpy()
+        ids = low | tensors["bit_17"].numpy().astype(np.int64) << 16
+    except Exception as error:  # damaged files raise errors of several libraries
+        raise UserError(f"{member.path}: damaged: {one_line(error)}") from error
+    if values.ndim != 3 or values.shape != ids.shape:
+        raise UserError(f"{member.path}: damaged: its values and ids differ in shape")
+    return values, ids
