@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import UserError, one_line
 from ..format.arrow_limits import refuse_bombs
 from ..format.batches import FlatBatch
-from ..storage.cache import local_copy
+from ..storage.cache import opened_copy
 from ..storage.files import HashingFile, atomic_file, sha256_of_file
 from .manifest import Manifest
 
@@ -149,26 +149,31 @@ def read_index(folder: Path, manifest: Manifest) -> Iterator[RowOutline]:
     path, way_out = folder / INDEX, f"restore it, or make {folder} again"
     if not path.is_file():
         raise UserError(f"{path}: missing, the manifest names it: {way_out}")
-    local = local_copy(path, manifest.index)
-    if sha256_of_file(local) != manifest.index:
-        raise UserError(f"{path}: damaged, its hash is not the manifest's: {way_out}")
+    with opened_copy(path, manifest.index) as local:
+        if sha256_of_file(local) != manifest.index:
+            raise UserError(f"{path}: damaged, its hash is not the manifest's: {way_out}")
+        try:
+            yield from _counted(_outlines(local), manifest)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged: {one_line(error)}: {way_out}") from error
+
+
+def _counted(outlines: Iterator[RowOutline], manifest: Manifest) -> Iterator[RowOutline]:
+    """The outlines; raises ArrowInvalid if their counts are not those of the shards."""
     wanted = [(entry.rows, entry.tokens, entry.positions) for entry in manifest.shards]
     left = np.array(wanted, np.int64).reshape(-1, 3)
     last = -1
-    try:
-        for outline in _outlines(local):
-            blocks = np.append(last, outline.blocks)
-            last = blocks[-1]
-            if (np.diff(blocks) < 0).any() or last >> 32 >= len(left):
-                raise pa.ArrowInvalid("its rows are not in order")
-            for column, values in enumerate((None, outline.tokens, outline.positions)):
-                sums = np.bincount(outline.shards, values, len(left))
-                left[:, column] -= sums.astype(np.int64)
-            yield outline
-        if left.any():
-            raise pa.ArrowInvalid("its counts are not the manifest's")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged: {one_line(error)}: {way_out}") from error
+    for outline in outlines:
+        blocks = np.append(last, outline.blocks)
+        last = blocks[-1]
+        if (np.diff(blocks) < 0).any() or last >> 32 >= len(left):
+            raise pa.ArrowInvalid("its rows are not in order")
+        for column, values in enumerate((None, outline.tokens, outline.positions)):
+            sums = np.bincount(outline.shards, values, len(left))
+            left[:, column] -= sums.astype(np.int64)
+        yield outline
+    if left.any():
+        raise pa.ArrowInvalid("its counts are not the manifest's")
 
 
 def _outlines(local: Path) -> Iterator[RowOutline]:

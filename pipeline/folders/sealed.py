@@ -17,7 +17,7 @@ from ..format.arrow_limits import refuse_bombs
 from ..format.batches import FlatBatch, split
 from ..format.records import ScoredExample, TargetExample
 from ..format.schema import Column, Schema, packing_of, schema_of
-from ..storage.cache import local_copy
+from ..storage.cache import opened_copy
 from ..storage.files import refuse_irregular, sha256_of_file
 from ..storage.remote import is_remote, open_path
 from .manifest import Manifest, read_manifest
@@ -160,12 +160,14 @@ class SealedFolder:
                 f"{path}: missing, the manifest names it: restore it, or remove {self.path} and "
                 "make it again"
             )
-        if verify and sha256_of_file(local_copy(path, sha256)) != sha256:
-            raise UserError(
-                f"{path}: damaged, its hash is not the manifest's: make {self.path} again"
-            )
-        if verify:
-            self.checked.add(shard)
+        if not verify:
+            return
+        with opened_copy(path, sha256) as local:
+            if sha256_of_file(local) != sha256:
+                raise UserError(
+                    f"{path}: damaged, its hash is not the manifest's: make {self.path} again"
+                )
+        self.checked.add(shard)
 
     @contextmanager
     def _opened(
@@ -173,19 +175,19 @@ class SealedFolder:
     ) -> Iterator[pa.RecordBatchFileReader]:
         """Open a shard; columns and sizes are checked before anything is decompressed."""
         path = self.shard_path(shard)
-        local = local_copy(path, self.manifest.shards[shard].sha256)
         arrow = self.schema.arrow
         wanted = arrow if columns is None else pa.schema(map(arrow.field, columns))
         # buffers are small, and there is a reader for each core: threads would not save time
         options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
         try:
-            refuse_irregular(local)
-            with pa.OSFile(str(local)) as file:
-                refuse_bombs(file)
-                with pa.ipc.open_file(file, options=options) as reader:
-                    if reader.schema != wanted:
-                        raise UserError(f"{path}: its columns are not those of this format")
-                    yield reader
+            with opened_copy(path, self.manifest.shards[shard].sha256) as local:
+                refuse_irregular(local)
+                with pa.OSFile(str(local)) as file:
+                    refuse_bombs(file)
+                    with pa.ipc.open_file(file, options=options) as reader:
+                        if reader.schema != wanted:
+                            raise UserError(f"{path}: its columns are not those of this format")
+                        yield reader
         except (pa.ArrowException, OSError) as error:
             what = "damaged" if path.exists() else "missing"
             raise UserError(f"{path}: {what}: {one_line(error)}") from error

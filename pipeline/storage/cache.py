@@ -42,6 +42,22 @@ def local_copy(path: Path, sha256: str) -> Path:
 
 
 @contextmanager
+def opened_copy(path: Path, sha256: str) -> Iterator[Path]:
+    """As `local_copy`; the path can be read until the block ends, also if the cache lets it go."""
+    if not is_remote(path):
+        yield path
+        return
+    while True:
+        with suppress(FileNotFoundError):  # another process has just removed the copy
+            descriptor = os.open(local_copy(path, sha256), os.O_RDONLY)
+            break
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
     """Yield a function like `local_copy` whose copies stay until the block ends.
 
@@ -55,11 +71,11 @@ def kept_copies(folder: Path) -> Iterator[Callable[[Path, str], Path]]:
         def keep(path: Path, sha256: str) -> Path:
             link = Path(kept) / sha256
             if not link.exists():  # equal shards share a copy
-                copy = local_copy(path, sha256)
-                try:
-                    os.link(copy, link)
-                except OSError:  # a file system without links, or another user's file
-                    shutil.copyfile(copy, link)
+                with opened_copy(path, sha256) as copy:
+                    try:
+                        os.link(copy, link)
+                    except OSError:  # a file system without links, or another user's file
+                        shutil.copyfile(copy, link)
             return link
 
         yield keep

@@ -52,19 +52,29 @@ def _link(temporary: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without links
         with open(path, "xb") as file:
-            file.write(temporary.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(temporary.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink()
+                raise
     temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, so that its file names survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be synced: {error.strerror}: see to the disk, then run the same "
+            "command again"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...pipeline.errors import UserError, one_line, reason, require_utf8
 from ...pipeline.folders.manifest import Identity, ShardEntry, identity_schema
@@ -36,6 +35,7 @@ from ...pipeline.storage.cache import local_version
 from ...pipeline.storage.files import sha256_of_file
 from ...trainer.models.files import ModelFiles, find_model
 from ..demonstrations.demonstration import UnusableError
+from ..demonstrations.readers.columnar import open_parquet, parquet_batches
 from ..score.stage import refuse_nothing_scored, score_sums
 from .distillkit import described as described_codec
 from .distillkit import read_codec
@@ -165,7 +165,8 @@ class _Table:
             raise UserError(f"{path}: no such file")
         require_utf8("file", path.name)
         try:
-            self.file = pq.ParquetFile(local_version(path))
+            self.local = local_version(path)
+            self.file = open_parquet(self.local, dictionaries=False)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: not a parquet file: {one_line(error)}") from error
         self.format = format
@@ -298,7 +299,8 @@ class _Table:
 
     def _batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         try:
-            yield from self.file.iter_batches(READ_ROWS, columns=names)
+            for group in range(self.file.num_row_groups):
+                yield from parquet_batches(self.local, self.file, group, READ_ROWS, names)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{self.path}: damaged: {one_line(error)}") from error
 

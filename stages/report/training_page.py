@@ -1,8 +1,10 @@
 """The data of the page of training runs: curves from log.jsonl, and differing settings."""
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ...pipeline.storage.json_files import is_number
 from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
 from .folder_page import json_text
 
+MOST_CURVES = 1000  # of a run
 MOST_POINTS = 1000  # of a curve; more points are averaged
 _OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")
 _EVALUATIONS = ("evaluation", "eval_command")
@@ -77,15 +80,21 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
         for field, value in own.items() if isinstance(own, dict) else ():
             if is_number(value) and _is_wanted(kind, field):
                 curves.setdefault((kind, field), []).append((step, value))
+        if len(curves) > MOST_CURVES:
+            raise UserError(
+                f"{folder / LOG}: holds more than {MOST_CURVES:,} kinds of values, more than a "
+                "page can show"
+            )
     settings = settings_in(folder)
     return TrainingRun(name, folder, settings, curves, tokens, (folder / RUN).exists())
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    events = [event for line in read_bytes(path).split(b"\n") if (event := parse_event(line))]
-    if not events:
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    events = filter(None, map(parse_event, io.BytesIO(read_bytes(path))))
+    first = next(events, None)
+    if first is None:
         raise UserError(f"{path}: nothing is logged yet: wait for the first step")
-    return events
+    return chain([first], events)
 
 
 def _is_wanted(event: str, field: str) -> bool:

@@ -29,6 +29,7 @@ from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 RUN = "qpipe.json"
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+_LONGEST_EVENT = 1 << 20  # bytes; parsed, small values take thirty times their text
 
 Log = Callable[..., None]  # takes the fields of an event
 
@@ -115,6 +116,8 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """An event of a log; None for a line without one, such as a truncated line."""
+    if len(line) > _LONGEST_EVENT:
+        return None
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):

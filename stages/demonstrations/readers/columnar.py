@@ -21,41 +21,57 @@ BATCH_ROWS = 256  # turned into Python objects at a time
 MOST_MEMORY = 1 << 30  # bytes that Arrow may hold of a batch of Parquet
 _USUAL_BATCH = 1 << 27  # bytes, if the rows of a group are of similar size
 _BUFFER_BYTES = 1 << 14  # of a column, after which its memory is looked at
+HEAD_ITEMS = 100_000  # columns, or row groups; each takes two kilobytes of memory
+HEAD_TEXT = 1 << 24  # bytes of a name, or of what other tools note in a file
 
 
 def parquet_reader(path: Path) -> Reader:
     """Read a Parquet file, some rows of a row group at a time."""
-    from pyarrow.parquet import read_metadata
+
+    def count() -> int:
+        with open_parquet(path) as file:
+            return file.metadata.num_rows
 
     return Reader(
         lambda start: _parquet_rows(path, start),
-        lambda: (sha256_of_file(path), read_metadata(path).num_rows),
+        lambda: (sha256_of_file(path), count()),
         finds_rows=True,
     )
 
 
 def _parquet_rows(path: Path, start: int) -> Lines:
-    from .parquet_pages import refuse_page_bombs
-
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         row = 0
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
             if row + facts.num_rows > start:
-                refuse_page_bombs(path, facts)
-                batches = file.iter_batches(_batch_size(facts), row_groups=[group])
+                batches = parquet_batches(path, file, group, _batch_size(facts))
                 yield from _batch_rows(batches, row, start)
             row += facts.num_rows
 
 
-def _open_parquet(path: Path) -> "ParquetFile":
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile, read_metadata
+def parquet_batches(
+    path: Path, file: "ParquetFile", group: int, rows: int, columns: list[str] | None = None
+) -> "Iterator[pa.RecordBatch]":
+    """The record batches of a row group, of so many rows. Raises ValueError for too large ones."""
+    from .parquet_pages import refuse_page_bombs
 
-    schema = read_metadata(path).schema
-    columns = (schema.column(index) for index in range(len(schema)))
+    refuse_page_bombs(path, file.metadata.row_group(group))
+    yield from file.iter_batches(rows, row_groups=[group], columns=columns)
+
+
+def open_parquet(path: Path, dictionaries: bool = True) -> "ParquetFile":
+    """Open a file whose head is of limited size; its texts are read as `dictionaries`."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    metadata = ParquetFile(
+        path, thrift_string_size_limit=HEAD_TEXT, thrift_container_size_limit=HEAD_ITEMS
+    ).metadata
+    columns = map(metadata.schema.column, range(metadata.num_columns if dictionaries else 0))
     return ParquetFile(
         pa.PythonFile(_Watched(path), "r"),
+        metadata=metadata,
         pre_buffer=False,
         buffer_size=_BUFFER_BYTES,
         read_dictionary=[each.path for each in columns if each.physical_type == "BYTE_ARRAY"],

@@ -4,10 +4,14 @@ As on NFS and in buckets: with different settings one of them makes the folder, 
 stops with a line.
 """
 
+import errno
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from qpipe.pipeline.errors import UserError
@@ -127,7 +131,44 @@ def test_a_file_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr("os.link", no_links)
         assert not create_bytes(path, b"second")
         assert create_bytes(tmp_path / "other", b"other")
+        with monkeypatch.context() as failing:
+            failing.setattr("os.fsync", fails_at(2))
+            with pytest.raises(UserError, match="third: cannot be written: Input/output error"):
+                create_bytes(tmp_path / "third", b"third")
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {
         "plan.json": b"first",
         "other": b"other",
     }
+
+
+def fails_at(number: int) -> Callable[[int], None]:
+    """A sync that fails when it is called for the nth time, and from then on."""
+    calls = count(1)
+
+    def sync(_: int) -> None:
+        if next(calls) >= number:
+            raise OSError(errno.EIO, "Input/output error")
+
+    return sync
+
+
+def test_a_sync_that_fails_is_one_line_and_the_next_run_goes_on(
+    folder: Path, undisturbed: Path, folder_bytes: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    failures = 0
+    for number in count(1):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", fails_at(number))
+            try:
+                Toy(folder).run()
+                break
+            except UserError as error:
+                said = str(error)
+        failures += 1
+        assert "Input/output error" in said
+        assert said.startswith(str(folder))
+        Toy(folder).run()
+        assert folder_bytes(folder) == folder_bytes(undisturbed)
+        rmtree(folder)
+    assert failures > 10

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.storage import cache
-from qpipe.pipeline.storage.cache import kept_copies, local_copy, local_version
+from qpipe.pipeline.storage.cache import kept_copies, local_copy, local_version, opened_copy
 from qpipe.pipeline.storage.remote import open_path
 from qpipe.tests.support.s3 import Bucket
 
@@ -151,6 +151,29 @@ from qpipe.pipeline.storage.cache import local_copy
 from qpipe.pipeline.storage.remote import open_path
 print(len(local_copy(open_path("s3://bucket/a"), sys.argv[1]).read_bytes()))
 """
+
+
+def test_an_opened_copy_is_read_after_the_cache_has_let_it_go(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is removed before it is opened."""
+    path, sha256 = put(s3, "a", b"content")
+    with opened_copy(path, sha256) as opened:
+        local_copy(path, sha256).unlink()
+        assert opened.read_bytes() == b"content"
+    removed = [True]
+
+    def copy_and_remove(path: Path, sha256: str) -> Path:
+        copy = local_copy(path, sha256)
+        if removed:
+            removed.pop()
+            copy.unlink()
+        return copy
+
+    monkeypatch.setattr(cache, "local_copy", copy_and_remove)
+    with opened_copy(path, sha256) as opened:
+        assert opened.read_bytes() == b"content"
+    assert not removed
 
 
 @pytest.mark.slow

@@ -147,6 +147,18 @@ def test_a_page_of_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         assert "and 9,999 values, above 67,108,864 or 9,998" in refused(path)
 
 
+def test_a_head_of_many_columns_or_long_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {f"{'c' * 50}{number}": [1] for number in range(20)}
+    path = in_parquet(tmp_path / "x.parquet", pa.RecordBatch.from_pydict(columns))
+    open_sources([str(path)])
+    for name in ("HEAD_ITEMS", "HEAD_TEXT"):
+        with monkeypatch.context() as patch:
+            patch.setattr(columnar, name, 15)
+            assert "Exceeded size limit" in refused(path)
+
+
 def test_an_encoding_that_repeats_beginnings_is_refused(tmp_path: Path) -> None:
     path = in_parquet(
         tmp_path / "x.parquet",

@@ -19,6 +19,7 @@ from qpipe.pipeline.methods import choose
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.cli import main
+from qpipe.stages.demonstrations.readers import parquet_pages
 from qpipe.stages.exchange import import_scores as module
 from qpipe.stages.exchange.export_scores import export_scores
 from qpipe.stages.exchange.import_scores import ImportStage, import_scores
@@ -428,6 +429,16 @@ def test_a_file_whose_name_no_manifest_can_hold_is_refused(
 def test_columns_of_axolotl_are_missed_by_name(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column target_token_ids"):
         imported(write(tmp_path / "rows.parquet", [a_row()]), tiny_model, "axolotl")
+
+
+def test_a_page_of_many_values_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in demonstrations: a small page may decode to any size."""
+    path = write(tmp_path / "rows.parquet", [a_row()] * 99)
+    monkeypatch.setattr(parquet_pages, "MOST_VALUES", 99 * 4)
+    with pytest.raises(UserError, match=r"rows.parquet: damaged: .* and 594 values, above"):
+        imported(path, tiny_model)
 
 
 def test_a_second_run_does_nothing_and_another_file_is_refused(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from msgspec import to_builtins
+from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import Identity
 from qpipe.stages.report.training_page import charts, read_runs, smoothed, thinned, training_head
 from qpipe.tests.support.commands import qpipe
@@ -58,6 +59,19 @@ def test_the_losses_stand_together_and_every_number_of_an_evaluation_is_drawn(
         (0, False, [(0, 2.0), (4, 1.0)]),
         (1, False, [(0, 2.0), (4, 1.0)]),
     ]
+
+
+def test_a_log_of_any_content_takes_little(tmp_path: Path) -> None:
+    """A line of millions of small values is no event; a page has room for some curves."""
+    folder = run_folder(tmp_path / "run", events())
+    log = (folder / "log.jsonl").read_bytes()
+    event = b'{"event": "step", "step": 1, "loss": 9.0, "x": ['
+    (folder / "log.jsonl").write_bytes(event + b"[]," * 400_000 + b"1]}\n" + log)
+    assert charts(read_runs([folder]))[0].curves[0][2] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    many = json.dumps({"event": "evaluation", "step": 1} | {str(each): 1 for each in range(999)})
+    (folder / "log.jsonl").write_bytes(log + many.encode())
+    with pytest.raises(UserError, match=r"log.jsonl: holds more than 1,000 kinds of values"):
+        read_runs([folder])
 
 
 def test_long_curves_are_averaged_and_keep_their_mean() -> None:
