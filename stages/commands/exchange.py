@@ -44,7 +44,8 @@ def export(**options: Any) -> None:
 
     axolotl reads the file as a tokenized dataset for knowledge distillation. It divides by the
     mass of the top k itself unless `kd_normalize_topk` is off. The columns of veomni are the
-    inputs of the top-k distillation loss of VeOmni and verl.
+    inputs of the top-k distillation loss of VeOmni and verl. megatron makes a folder of the tars
+    that Megatron-LM reads.
 
     \b
     qpipe export scores/ --format axolotl --out logprobs.parquet

@@ -1,7 +1,8 @@
 """`qpipe export`: writes a score folder as a file for another training tool.
 
-Both formats are parquet with `input_ids`, `attention_mask`, `labels` and the entries as lists of
-lists, which are padded where a token is not supervised:
+"megatron" makes a folder (`export_megatron`). The others are parquet with `input_ids`,
+`attention_mask`, `labels` and the entries as lists of lists, which are padded where a token is not
+supervised:
 
 - "axolotl": `target_token_ids`, `target_logprobs` and `target_mask`. Row r holds the entries of
   token r + 1; the last row is padding.
@@ -24,6 +25,7 @@ from ...pipeline.format.records import ScoredExample
 from ...pipeline.progress import progress_bar
 from ...pipeline.storage.files import atomic_file
 from ...pipeline.storage.remote import is_remote
+from .export_megatron import export_megatron
 from .settings import ExportFormat, ExportSettings, Mass
 from .topk_rows import IGNORED
 
@@ -77,6 +79,11 @@ def export_scores(settings: ExportSettings) -> Manifest:
             f"{settings.scores}: has token weights, which the format cannot store: score the "
             "demonstrations without weights"
         )
+    if settings.format == "megatron":
+        if settings.mass != "model":
+            raise UserError("--format megatron holds the model's own mass: give --mass model")
+        export_megatron(scores, settings.out, settings.sequence_length)
+        return scores.manifest
     layout = _LAYOUTS[settings.format]
     most = scores.settings["top_k"] if layout.is_fixed else None
     with atomic_file(settings.out) as file, pq.ParquetWriter(file, layout.schema) as writer:

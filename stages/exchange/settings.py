@@ -8,7 +8,7 @@ from ...pipeline.options import Range, about, check, option
 
 Format = Literal["axolotl", "distillkit", "megatron"]
 Mass = Literal["model", "top-k"]
-ExportFormat = Literal["axolotl", "veomni"]
+ExportFormat = Literal["axolotl", "megatron", "veomni"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +54,10 @@ class ExportSettings:
     mass: Mass = option(
         "top-k", "Normalize the probabilities of a position to 1, or keep the model's own."
     )
-    format: ExportFormat = option("axolotl", "Format of the file.")
+    format: ExportFormat = option("axolotl", "Format of the file; megatron makes a folder.")
+    sequence_length: int | None = option(
+        None, "Rows of a sample of megatron: the student's --seq-length.", range=Range(1)
+    )
+
+    def __post_init__(self) -> None:
+        check(self)

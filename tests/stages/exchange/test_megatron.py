@@ -14,12 +14,13 @@ import torch
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
+from qpipe.stages.exchange.export_scores import export_scores
 from qpipe.stages.exchange.import_scores import import_scores
-from qpipe.stages.exchange.settings import ImportSettings
+from qpipe.stages.exchange.settings import ExportSettings, ImportSettings
 from qpipe.stages.folders.verify import verify
 from torch import Tensor
 
-from ...conftest import make_tiny_model
+from ...conftest import make_scores, make_tiny_model
 
 VOCAB, SEQUENCE, K, SAMPLES = 70_000, 7, 5, 16  # ids of more than 16 bits
 
@@ -169,3 +170,74 @@ def test_what_is_refused(model: Path, tmp_path: Path) -> None:
     tar.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         imported(damaged, model)
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """With the top 100 of 320 ids, so that most tokens are among the entries."""
+    return make_scores(tmp_path_factory.mktemp("many"), tiny_model, top_k=100)
+
+
+@pytest.fixture(scope="module")
+def exported(scores: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "tars"
+    export_scores(ExportSettings(scores, out, "model", "megatron", 64))
+    return out
+
+
+def test_what_is_written_is_read_again(
+    exported: Path, scores: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    file = exported / "tokens.parquet"
+    import_scores(ImportSettings(file, "megatron", str(tiny_model), folder, logits=exported))
+    found = {tuple(each.input_ids): each for each in read_scores(folder)}
+    assert len(found) > 20
+    for example in read_scores(scores):
+        other = found.get(tuple(example.input_ids))
+        if other is None:  # no token of it is among the entries
+            continue
+        kept = np.isin(example.positions, other.positions)
+        entries = np.repeat(kept, example.counts)
+        assert other.topk_ids.tolist() == example.topk_ids[entries].tolist()
+        np.testing.assert_array_equal(other.topk_log_probs, example.topk_log_probs[entries])
+
+
+def test_the_fields_are_those_of_the_format(exported: Path, scores: Path) -> None:
+    """Format version 2 at commit 10cc4f5: a leading _meta.json, then a payload an iteration."""
+    assert sorted(each.name for each in exported.iterdir()) == ["dp0__0.tar", "tokens.parquet"]
+    with tarfile.open(exported / "dp0__0.tar") as tar:
+        assert tar.getnames() == ["_meta.json", "0.pt.zst"]
+        meta, payload = (tar.extractfile(name) for name in tar.getnames())
+        assert meta is not None
+        assert payload is not None
+        saver = json.loads(meta.read())["saver"]
+        plain = pa.CompressedInputStream(pa.BufferReader(payload.read()), "zstd").read()
+    wanted = {"format_version": 2, "mbs_save": 1, "dp_size_save": 1, "gbs_save": 64, "k": 100}
+    assert wanted.items() <= saver.items()
+    tensors = torch.load(io.BytesIO(plain), weights_only=True)
+    values, low, high = (tensors[name] for name in ("values", "indices_low", "bit_17"))
+    assert values.shape == low.shape == high.shape == (64, 64, 100)
+    assert (low.dtype, high.dtype) == (torch.uint16, torch.bool)
+    ids = high.long() << 16 | low.long()
+    for sample, example in enumerate(read_scores(scores)):
+        ends = np.cumsum(example.counts)
+        for place, end in zip(example.positions, ends, strict=True):
+            assert ids[place - 1, sample].tolist() == example.topk_ids[end - 100 : end].tolist()
+        assert int((values[:, sample, 0] > -900).sum()) == len(example.positions)
+    assert (values[:, 30:] == -1e3).all()
+
+
+def test_what_export_refuses(scores: Path, tmp_path: Path) -> None:
+    def refusal(*given: Any) -> str:
+        with pytest.raises(UserError) as refused:
+            export_scores(ExportSettings(scores, tmp_path / "out", *given))
+        assert list(tmp_path.iterdir()) == []
+        return str(refused.value)
+
+    assert "needs --sequence-length" in refusal("model", "megatron")
+    assert "give --mass model" in refusal("top-k", "megatron", 64)
+    assert "--sequence-length 5 takes 6" in refusal("model", "megatron", 5)
