@@ -25,7 +25,8 @@ def train_in_two_processes(*runs: Run) -> None:
         file.flush()
         done = subprocess.run(
             [sys.executable, *_LAUNCH, __file__, file.name],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # the folder of this file stays off the path: its modules have names of packages
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
             capture_output=True,
             text=True,
             timeout=300,
