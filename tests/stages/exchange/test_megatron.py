@@ -241,3 +241,29 @@ def test_what_export_refuses(scores: Path, tmp_path: Path) -> None:
     assert "needs --sequence-length" in refusal("model", "megatron")
     assert "give --mass model" in refusal("top-k", "megatron", 64)
     assert "--sequence-length 5 takes 6" in refusal("model", "megatron", 5)
+
+
+class Hostile:
+    """What pickle would run as it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_a_payload_runs_nothing(model: Path, tmp_path: Path) -> None:
+    file, root = cache(tmp_path / "cache", 2, 1, 16)
+    (path,) = root.glob("*.tar")
+    with tarfile.open(path) as tar:
+        meta = tar.extractfile("_meta.json")
+        assert meta is not None
+        kept = meta.read()
+    content = io.BytesIO()
+    torch.save({"values": Hostile(tmp_path / "ran")}, content)
+    packed = pa.Codec("zstd").compress(content.getvalue(), asbytes=True)
+    write_tar(path, {"_meta.json": kept, "0.pt.zst": packed})
+    with pytest.raises(UserError, match="damaged"):
+        imported((file, root), model)
+    assert not (tmp_path / "ran").exists()
