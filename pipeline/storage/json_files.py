@@ -74,7 +74,8 @@ def read_sealed(path: Path, kind: type[Kind], what: str, way_out: str) -> Kind:
         value = msgspec.convert(value, dict[str, Any])
         value.pop("seal", None)
         found = msgspec.convert(value, kind)
-    if sealed_bytes(value) != content:
+        resealed = sealed_bytes(value)  # a ValueError for NaN or half a character
+    if resealed != content:
         raise UserError(
             f"{path}: damaged or changed, its seal does not match its content: {way_out}"
         )

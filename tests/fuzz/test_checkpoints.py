@@ -1,5 +1,6 @@
 """Checkpoints, damaged or forged: loaded as written, or refused; no code of theirs runs."""
 
+import json
 import pickle
 import tempfile
 import warnings
@@ -74,12 +75,20 @@ def test_files_of_tensors(content: bytes) -> None:
         assert all(found[name].shape == value.shape for name, value in STATE.items())
 
 
+def written_record(record: dict[str, Any]) -> bytes:
+    """A record with its seal; without one where it holds what qpipe does not write."""
+    try:
+        return sealed_bytes(record)
+    except ValueError:  # NaN, or half a character
+        return json.dumps(record).encode()
+
+
 @fuzz(80, record=st.one_of(st.just(RECORD), spoilt(RECORD)), seals=st.booleans())
 def test_records_of_progress(record: Any, seals: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoints" / "step-00000002"
         path.mkdir(parents=True)
-        content = sealed_bytes(record if isinstance(record, dict) else {"": record})
+        content = written_record(record if isinstance(record, dict) else {"": record})
         if not seals:
             content = content.replace(b'"seal": "', b'"seal": "0')
         (path / "progress.json").write_bytes(content)

@@ -209,8 +209,10 @@ def test_a_sidecar_of_another_fingerprint_does_not_count(
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[]", b"{}", b"3", b"null", b'{"file": "shard-00000.arrow"}', b"\xff\xfe"]
-)
+    "data",
+    [b"", b"{", b"[]", b"{}", b"3", b"null", b'{"file": "shard-00000.arrow"}', b"\xff\xfe",
+     b'{"rows": NaN}', b'{"rows": 1e999}', b'{"file": "\xed\xa0\x80"}'],
+)  # fmt: skip
 def test_a_damaged_sidecar_is_refused_by_name(
     tmp_path: Path, content: ShardContent, data: bytes
 ) -> None:
