@@ -37,8 +37,10 @@ def course_of(objective: Objective, given: Sequence[str]) -> Course:
 
     Raises UserError for a method whose targets are fixed, and for parameters that it does not have.
     """
+    if not given:
+        return Course(objective, {})
     choice, words = objective.choice, " ".join(given)
-    if given and not choice.reads_student:
+    if not choice.reads_student:
         raise UserError(
             f"--param-end {words}: the targets of {choice.method.name} ({choice.form}) are fixed: "
             "build targets of a live form that reads the student, as target-sft --form live"
