@@ -18,7 +18,7 @@ from qpipe.stages.commands.tables import print_table
 
 PLANNED = int(os.environ.get("PLANNED", "200000"))
 SCORED = int(os.environ.get("SCORED", "20000"))
-_CHILD = """
+CHILD = """
 import runpy, sys
 sys.argv = ["qpipe", *sys.argv[1:]]
 try:
@@ -54,7 +54,7 @@ def peak(folder: Path, name: str, model: Path, count: int) -> float:
     else:
         words += ["--engine", "transformers", "--top-k", "8", "--out", str(folder / f"out-{count}")]
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, *words],
+        [sys.executable, "-c", CHILD, *words],
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -66,15 +66,22 @@ def main(model: Path, demonstrations: Path | None) -> None:
         work = Path(folder)
         chats = demonstrations or make_chats(work / "chats.jsonl", CHATS, shared=False)
         shared = make_chats(work / "shared.jsonl", CHATS, shared=True)
-        publish(
-            [
-                measure_vllm("score with vLLM", fast, files, chats, work / "own"),
-                measure_vllm(
-                    "score with vLLM, shared beginnings", fast, files, shared, work / "shared"
-                ),
-                measure_transformers(files, chats, work / "transformers"),
-            ]
+        with_vllm = partial(measure_vllm, scorer=fast, files=files)
+        measures = (
+            partial(with_vllm, "score with vLLM", chats=chats, folder=work / "own"),
+            partial(
+                with_vllm,
+                "score with vLLM, shared beginnings",
+                chats=shared,
+                folder=work / "shared",
+            ),
+            partial(measure_transformers, files, chats, work / "transformers"),
         )
+        figures = []
+        for measure in measures:
+            figures.append(measure())
+            print(figures[-1], flush=True)  # the next one takes minutes
+        publish(figures)
     print(f"front end: {front_end(TOP_K):.2f} µs a token at k = {TOP_K}")
     around_an_engine(files)
 
