@@ -17,10 +17,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from demo import DATA, run
-from make_arithmetic import demonstration
 from qpipe.stages.commands.tables import print_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from demo import DATA, run
+from make_arithmetic import demonstration
 
 SEEDS = (0, 1, 2)
 ROWS, PROBLEMS = 80, 50
