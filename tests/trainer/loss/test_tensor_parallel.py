@@ -1,5 +1,8 @@
 """The loss of two processes that share the vocabulary, against the loss of the whole of it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,6 @@ import torch
 import torch.distributed as dist
 from qpipe.trainer.loss import sparse_cross_entropy, vocabulary_parallel_cross_entropy
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 N, V, S = 40, 23, 6
 CUTS = [0, 9, V]  # the ids of the two processes
@@ -68,7 +70,15 @@ def of_one_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[Tensor, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("two")
-    start_processes(of_one_process, (str(folder),), nprocs=2, start_method="fork")
+    # not forked: other tests may have left threads and a process group in this process
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, f"{rank}", f"{folder}"],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [each.wait(120) for each in running] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -90,3 +100,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_the_whole(
     assert first == second
     torch.testing.assert_close(first.double(), loss.detach(), **close)
     torch.testing.assert_close(torch.cat([one, other], dim=1).double(), whole.grad, **close)
+
+
+if __name__ == "__main__":
+    of_one_process(int(sys.argv[1]), sys.argv[2])
