@@ -287,8 +287,8 @@ ROWS = (
     ),
     Method(
         "ranktuner",
-        scale=rules.relative_rank,
-        parameters=(Parameter("cap", 10.0, above=True),),
+        scale=rules.relative_scale,
+        parameters=(Parameter("power", 0.0),),
         forms=("frozen-weight", "live"),
         refused=_IS_WEIGHT,
         source="arXiv 2602.01745",

@@ -206,10 +206,11 @@ def information(signals: Signals, parameters: Parameters) -> Array:
     return xp.exp(log_prob) * xp.clip(1 - (log_prob - log_rest) / at_end, 0.0, None)
 
 
-@_rule("min(cap, R/E[R]), R = rank of y", "rank", "expected_rank")
-def relative_rank(signals: Signals, parameters: Parameters) -> Array:
+@_rule("p_y^power 2^(f(E[R])-f(R)), f(x) = 1/log2(1+x)", "log_prob", "rank", "expected_rank")
+def relative_scale(signals: Signals, parameters: Parameters) -> Array:
     xp = array_namespace(signals.rank)
-    return xp.clip(signals.rank / signals.expected_rank, None, parameters["cap"])
+    decay = 1 / xp.log2(1 + signals.expected_rank) - 1 / xp.log2(1 + signals.rank)
+    return xp.exp(_scaled(signals.log_prob, parameters["power"]) + math.log(2) * decay)
 
 
 @_rule("b_y", "base_log_prob")

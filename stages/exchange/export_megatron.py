@@ -23,7 +23,7 @@ from ...pipeline.errors import UserError
 from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.format.records import ScoredExample
 from ...pipeline.progress import progress_bar
-from .megatron import META
+from .megatron import FORMAT_VERSION, META
 from .topk_rows import IGNORED
 
 BATCH = 64  # samples of an iteration
@@ -46,8 +46,8 @@ def export_megatron(scores: SealedFolder, out: Path, length: int | None) -> None
             f"{scores.path}: has {vocab_size:,} ids, Megatron-LM's tars hold at most {MOST_IDS:,}"
         )
     width = scores.settings["top_k"]
-    saver = {"k": width, "p": None, "min_k": 1, "save_dtype": "fp32", "format_version": 2}
-    saver |= {"mbs_save": 1, "dp_size_save": 1, "gbs_save": BATCH}
+    saver = {"k": width, "p": None, "min_k": 1, "save_dtype": "fp32"}
+    saver |= {"format_version": FORMAT_VERSION, "mbs_save": 1, "dp_size_save": 1, "gbs_save": BATCH}
     meta = json.dumps({"hash": None, "identifiers": {}, "saver": saver}).encode()
     iterations = enumerate(_groups(_examples(scores, length), BATCH))
     with _new_folder(out) as folder, pq.ParquetWriter(folder / "tokens.parquet", _TOKENS) as tokens:
@@ -98,7 +98,7 @@ def _payload(examples: Sequence[ScoredExample], length: int, width: int) -> byte
         "indices_low": torch.from_numpy((ids & 0xFFFF).astype(np.uint16)),
         "bit_17": torch.from_numpy((ids >> 16).astype(bool)),
     }
-    torch.save({**tensors, "format_version": 2}, file)
+    torch.save({**tensors, "format_version": FORMAT_VERSION}, file)
     return pa.Codec("zstd").compress(file.getvalue(), asbytes=True)
 
 

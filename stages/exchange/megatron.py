@@ -10,9 +10,9 @@ Read as of format version 2 at commit 10cc4f5 of Megatron-LM.
 """
 
 import io
-import json
 import re
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,6 +29,7 @@ from ..demonstrations.demonstration import UnusableError
 from .topk_rows import TopK
 
 META = "_meta.json"
+FORMAT_VERSION = 2
 ABSENT = -900.0  # values below are not of the nucleus
 _TAR = re.compile(r"^(?:cp0_)?dp(\d+)__(\d+)\.tar$")
 _MEMBER = re.compile(r"^(\d+)\.pt\.zst$")
@@ -39,7 +40,6 @@ class Saver(msgspec.Struct, frozen=True):
     """How a teacher run dealt out its samples, from `_meta.json`."""
 
     k: _Positive
-    format_version: int
     mbs_save: _Positive
     dp_size_save: _Positive
     gbs_save: _Positive
@@ -52,6 +52,14 @@ class Saver(msgspec.Struct, frozen=True):
         batch, rest = divmod(within, self.mbs_save)
         column = batch // self.dp_size_save * self.mbs_save + rest
         return iteration, batch % self.dp_size_save, column
+
+
+class _Meta(msgspec.Struct):
+    saver: dict[str, Any]
+
+
+class _Layout(msgspec.Struct):
+    format_version: int
 
 
 class _Member(NamedTuple):
@@ -75,16 +83,12 @@ class Tars:
     def __post_init__(self) -> None:
         self.paths = sorted(each for each in self.folder.glob("*.tar") if _TAR.match(each.name))
         if not self.paths:
+            _refuse_later_layout(self.folder)
             raise UserError(f"{self.folder}: holds no tar of Megatron-LM's logits (dp0__….tar)")
         savers = set(map(self._opened, self.paths))
         if len(savers) > 1:
             raise UserError(f"{self.folder}: its tars are of several runs: give those of one")
         (self.saver,) = savers
-        if self.saver.format_version != 2:
-            raise UserError(
-                f"{self.folder}: its tars are of format version {self.saver.format_version}, only "
-                "version 2 is read"
-            )
 
     @property
     def certain(self) -> int:
@@ -126,13 +130,36 @@ class Tars:
         assert name is not None
         for info in tar:
             if info.name == META and (content := tar.extractfile(info)) is not None:
-                found = msgspec.convert(json.loads(content.read())["saver"], Saver)
+                found = _saver(path, content.read())
             elif match := _MEMBER.match(info.name):
                 key = int(match[1]), int(name[1])
                 self._members[key] = _Member(path, info.offset_data, info.size)
         if found is None:
             raise ValueError(f"it has no {META}")
         return found
+
+
+def _saver(path: Path, meta: bytes) -> Saver:
+    """The settings in `_meta.json`. Raises UserError for another format version."""
+    saver = msgspec.json.decode(meta, type=_Meta).saver
+    _check_version(path, saver.get("format_version", "1 or earlier"))
+    return msgspec.convert(saver, Saver)
+
+
+def _refuse_later_layout(folder: Path) -> None:
+    """Raise UserError if a JSON file beside the data states the version, as from 3 on."""
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError):
+            layout = msgspec.json.decode(path.read_bytes(), type=_Layout)
+            _check_version(path, layout.format_version)
+
+
+def _check_version(path: Path, version: int | str) -> None:
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: is of format version {version} of Megatron-LM's log-probabilities, only "
+            f"version {FORMAT_VERSION} is read: save them again with Megatron-LM at commit 10cc4f5"
+        )
 
 
 def _decoded(member: _Member) -> _Arrays:

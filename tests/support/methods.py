@@ -145,7 +145,7 @@ DEFAULTS: dict[str, Parameters] = {
     "infosft": {"P": 0.93},
     "deft": {},
     "talr": {"floor": 0.01},
-    "ranktuner": {"cap": 10},
+    "ranktuner": {"power": 0},
     "se-kd": {"keep": 0.2},
     "tip": {"keep": 0.2},
     "amid": {"eta": 0.5, "alpha": 0},
@@ -183,7 +183,7 @@ VARIANTS: dict[str, list[Parameters]] = {
     "prift-mass": [{"tau": 0.1}, {"tau": 0.9}, {"tau": 1}],
     "infosft": [{"P": 0.6}, {"P": 0.999}],
     "talr": [{"tau": 0.5}, {"tau": 3, "floor": 0}, {"tau": 2, "floor": 0.5}],
-    "ranktuner": [{"cap": 2}, {"cap": 1000}],
+    "ranktuner": [{"power": 1}, {"power": 0.3}],
     "se-kd": [{"keep": 0}, {"keep": 0.7}, {"keep": 1}, {"threshold": 1}],
     "tip": [{"keep": 0}, {"keep": 0.7}, {"keep": 1}, {"threshold": 2}],
     "amid": [
@@ -345,7 +345,8 @@ def ranktuner(token: Token, given: Parameters) -> Row:
     rank = sum(log_prob >= log_p_y(token) for log_prob in token.followed)
     ranked = enumerate(sorted(probabilities(token.followed), reverse=True), start=1)
     expected = math.fsum(place * p for place, p in ranked)
-    return 1.0, one_hot(token), min(given["cap"], rank / expected)
+    indicator = 2 ** (1 / math.log2(1 + rank) - 1 / math.log2(1 + expected))
+    return 1.0, one_hot(token), p_y(token) ** given["power"] / indicator
 
 
 def selected(value: float, of_all: Sequence[float], given: Parameters) -> float:

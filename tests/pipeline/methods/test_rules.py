@@ -402,10 +402,14 @@ HALF, FIFTH, TENTH = math.log(0.5), math.log(0.2), math.log(0.1)
         ("talr", {"tau": 2}, {"log_prob": [HALF, -20.0, NONE]}, [0.5**0.5, 0.01, 0.01], [1] * 3),
         (
             "ranktuner",
-            {"cap": 3},
-            {"rank": [1.0, 4.0, 9.0], "expected_rank": [2.0, 2.0, 2.0]},
-            [1] * 3,
-            [0.5, 2, 3],
+            {"power": 2},
+            {
+                "log_prob": [0.0, HALF, HALF, NONE],
+                "rank": [1.0, 3.0, 7.0, 7.0],
+                "expected_rank": [3.0, 1.0, 3.0, 7.0],
+            },
+            [1] * 4,
+            [0.5**0.5, 2**0.5 / 4, 2 ** (1 / 6) / 4, 0],
         ),
         ("se-kd", {"threshold": 1}, {"base_entropy": [0.9, 1.0, 2.0]}, [0] * 3, [0, 1, 1]),
         (

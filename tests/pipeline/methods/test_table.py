@@ -88,7 +88,7 @@ PARAMETERS: dict[tuple[str, str], tuple[float | None, float, float, bool]] = {
     ("infosft", "P"): (0.93, 0.501, 0.999999, False),
     ("talr", "tau"): (None, 0, _FAR, True),
     ("talr", "floor"): (0.01, 0, 1, False),
-    ("ranktuner", "cap"): (10, 0, _FAR, True),
+    ("ranktuner", "power"): (0, 0, _FAR, False),
     ("se-kd", "keep"): (0.2, 0, 1, False),
     ("se-kd", "threshold"): (None, -_FAR, _FAR, False),
     ("tip", "keep"): (0.2, 0, 1, False),

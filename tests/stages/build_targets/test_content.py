@@ -121,10 +121,12 @@ ANSWERS: dict[str, tuple[Choice, Callable[[Known], Worked]]] = {
         lambda k: (max(k.base_y**2, 0.05), 1, k.base),
     ),
     "ranktuner": (
-        choose("ranktuner", given={"cap": 2}),
+        choose("ranktuner", given={"power": 0.5}),
         lambda k: (
             1,
-            min(2, (k.base >= k.base_y).sum() / (np.sort(k.base)[::-1] @ np.arange(1, VOCAB + 1))),
+            k.base_y**0.5
+            * 2 ** (1 / math.log2(1 + np.sort(k.base)[::-1] @ np.arange(1, VOCAB + 1)))
+            / 2 ** (1 / math.log2(1 + (k.base >= k.base_y).sum())),
             k.one_hot,
         ),
     ),

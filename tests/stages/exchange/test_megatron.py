@@ -73,6 +73,7 @@ def cache(
         ids, logs = torch.where(outside, -1, ids), torch.where(outside, -1e4, logs)
     saver = {"k": K, "p": p, "min_k": 2, "save_dtype": "fp16", "format_version": 2}
     saver |= {"mbs_save": micro, "dp_size_save": ranks, "gbs_save": batch} | changes
+    saver = {name: value for name, value in saver.items() if name != "format_version" or value}
     meta = json.dumps({"hash": "0" * 32, "identifiers": {}, "saver": saver}).encode()
     root.mkdir()
     for rank in range(ranks):
@@ -158,7 +159,20 @@ def test_what_is_refused(model: Path, tmp_path: Path) -> None:
     first = cache(tmp_path / "first", 2, 2, 8)
     assert "give both, or neither" in refusal(first, logits=None)
     assert "holds no tar of Megatron-LM's logits" in refusal(first, logits=tmp_path)
-    assert "format version 1, only" in refusal(cache(tmp_path / "old", 2, 2, 8, format_version=1))
+    for version, at in ((1, "1"), (3, "3"), (None, "1 or earlier")):
+        other = cache(tmp_path / f"of {version}", 2, 2, 8, format_version=version)
+        assert f"dp0__1.tar: is of format version {at} of Megatron-LM's" in refusal(other)
+    later = cache(tmp_path / "later", 2, 2, 8)
+    for tar in later[1].glob("*.tar"):
+        tar.unlink()
+    (later[1] / "a.json").write_text("no JSON")
+    (later[1] / "cache.json").write_text('{"format_version": 3, "dp_size_save": 2}')
+    assert refusal(later).endswith(
+        "cache.json: is of format version 3 of Megatron-LM's log-probabilities, only version 2 is "
+        "read: save them again with Megatron-LM at commit 10cc4f5"
+    )
+    unknown = cache(tmp_path / "unknown", 2, 2, 8, mbs_save=0)
+    assert "dp0__1.tar: not a tar of Megatron-LM: Expected `int` >= 1" in refusal(unknown)
     write_tar(first[1] / "dp0__7.tar", {"0.pt.zst": b""})
     assert "it has no _meta.json" in refusal(first)
     (first[1] / "dp0__7.tar").write_bytes(b"not a tar")

@@ -189,7 +189,8 @@ def ranktuner_loss(at: Losses) -> Tensor:
     ranks = torch.arange(1, order.shape[-1] + 1).double()
     own = ((order == at.observed[..., None]) * ranks).sum(-1)
     expected = (torch.softmax(at.logits.detach(), -1).gather(-1, order) * ranks).sum(-1)
-    return (own / expected).clamp(max=at.given["cap"]) * at.nll
+    indicator = 2 ** (1 / (1 + own).log2() - 1 / (1 + expected).log2())
+    return at.prob.detach() ** at.given["power"] / indicator * at.nll
 
 
 def selected_loss(at: Losses, values: Tensor) -> Tensor:

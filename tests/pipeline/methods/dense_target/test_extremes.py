@@ -44,7 +44,7 @@ PARAMETER_RANGES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("infosft", "P"): st.floats(0.501, 0.9999),
     ("talr", "tau"): st.floats(1e-6, 1e6),
     ("talr", "floor"): st.floats(0, 1),
-    ("ranktuner", "cap"): st.floats(1e-3, 1e6),
+    ("ranktuner", "power"): st.floats(0, 1e6),
     ("se-kd", "keep"): st.floats(0, 1),
     ("se-kd", "threshold"): st.floats(-1e6, 1e6),
     ("tip", "keep"): st.floats(0, 1),

@@ -70,7 +70,7 @@ def test_the_cases_reach_both_sides_of_every_switch() -> None:
         assert set(seen(name, 2)) == {0.0, 1.0}, name
     assert min(seen("talr", 0)) == 0.01
     assert min(seen("infosft", 2)) == 0.0
-    assert max(seen("ranktuner", 2)) == 10.0
+    assert 0.5 <= min(seen("ranktuner", 2)) < 1 < max(seen("ranktuner", 2)) < 2
     assert min(seen("psft", 2)) == 0.0 < 1.0 < max(seen("psft", 2))
     assert max(seen("trsft", 0)) == 1.0 > min(seen("trsft", 0))
     clamped = [iw_sft(replace(t, log_ratio=3.0), DEFAULTS["iw-sft"])[2] for t in any_tokens(1)]

@@ -35,7 +35,7 @@ _MORE: dict[str, list[dict[str, Any]]] = {
     "prift-mass": [{"tau": 0.1}],
     "infosft": [{"P": 0.7}],
     "talr": [{"tau": 1.7, "floor": 0.1}],
-    "ranktuner": [{"cap": 1.5}],
+    "ranktuner": [{"power": 0.0}, {"power": 1.0}],
     "se-kd": [{"keep": 0.2, "threshold": 2.0}],
     "tip": [{"keep": 0.2, "threshold": 3.0}],
     "amid": [

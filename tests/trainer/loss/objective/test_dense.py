@@ -72,7 +72,7 @@ def test_the_random_models_reach_both_sides_of_every_threshold() -> None:
         rule_of("prift-mass", models, {"tau": 0.1}).trust > 0,
         rule_of("infosft", models, {"P": 0.7}).scale > 0,
         rule_of("talr", models, {"tau": 1.7, "floor": 0.1}).trust > 0.1,
-        rule_of("ranktuner", models, {"cap": 1.5}).scale < 1.5,
+        rule_of("ranktuner", models, {"power": 0.0}).scale < 1,
         rule_of("se-kd", models, {"threshold": 2.0}).scale > 0,
         rule_of("tip", models, {"threshold": 3.0}).scale > 0,
     ):
