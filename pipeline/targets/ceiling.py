@@ -30,6 +30,7 @@ from .distributions import (
     contrasted,
     observed_only,
     safe_log,
+    uniform_on,
 )
 
 BUCKETS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # of b(y)
@@ -177,6 +178,10 @@ def _divergence_from_base(
 
 def _base_and_residual(evidence: Evidence, choice: Choice, residual: Supports) -> SharedSupport:
     """The base and π̃ on their common ids."""
+    if choice.residual == "uniform":
+        return SharedSupport(
+            evidence.plain_base, uniform_on(evidence.plain_base, evidence.base_model.vocab_size)
+        )
     if evidence.base_model.temperature == 1 and choice.needs_teacher:
         match choice.residual:
             case "teacher":

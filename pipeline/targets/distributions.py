@@ -95,6 +95,12 @@ def observed_only(observed_ids: NDArray[np.int32], log_probs: Floats) -> Support
     return Supports(counts, observed_ids, log_probs, 0 - np.expm1(log_probs))  # never -0.0
 
 
+def uniform_on(supports: Supports, vocab_size: int) -> Supports:
+    """The uniform distribution, on the ids of other supports."""
+    log_probs = np.full(len(supports.ids), -np.log(vocab_size))
+    return replace(supports, log_probs=log_probs, tail_mass=1 - supports.counts / vocab_size)
+
+
 def truncated(
     supports: Supports, observed_ids: NDArray[np.int32], top_p: float, max_support: int
 ) -> Supports:

@@ -94,7 +94,8 @@ def print_comparison(comparison: "Comparison") -> None:
         f"\n{comparison.positions:,} supervised tokens of {comparison.examples:,} demonstrations. "
         "demos: how many greedy decoding of Q writes.\nA live form is shown as it starts, where "
         "the student is the base; a divergence as it ends, where the student is the teacher.\nQ(y) "
-        "below 1e-10 counts as 1e-10."
+        "below 1e-10 counts as 1e-10. The ids that are not stored count as one in the KL, which is "
+        "then too low."
     )
     click.echo(f"Advice: {advice(comparison.rows)}.")
     _print_mapped(comparison.mapped)

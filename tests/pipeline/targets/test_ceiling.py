@@ -177,24 +177,15 @@ def divergence(of: Sequence[float], to: Sequence[float]) -> float:
     return math.fsum(p * math.log(p / q) for p, q in zip(of, to, strict=True) if p)
 
 
-def two_outcomes(probs: Sequence[float], observed: int) -> list[float]:
-    return [probs[observed], 1 - probs[observed]]
-
-
 def wanted_at(choice: Choice, at: Position) -> dict[str, float]:
     trust, target = target_at_start(choice, at)
     own = target[at.observed]
     others = [prob for token, prob in enumerate(target) if token != at.observed]
-    base = at.scored_base
-    if choice.method.name == "label-smoothing":  # its other tokens are not stored one by one
-        divergent = divergence(two_outcomes(target, at.observed), two_outcomes(base, at.observed))
-    else:
-        divergent = divergence(target, base)
     return {
         "nll": -math.log(max(own, 1e-10)),
         "learnable": float(own > max(others)),
         "starved": float(trust < 0.05),
-        "divergence": divergent,
+        "divergence": divergence(target, at.scored_base),
     }
 
 
@@ -286,7 +277,8 @@ def test_at_a_temperature_it_is_compared_with_the_base_as_it_was_scored(
 
 OF_A_TEACHER = ("kd", "kd-hybrid", "target-sft", "contrast", *DIVERGENCES, "se-kd", "tip", "amid")
 # idft's weight reads the entropy over the whole vocabulary
-LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in (*OF_A_TEACHER, "idft", "deft")]
+ELSEWHERE = (*OF_A_TEACHER, "label-smoothing", "idft", "deft")
+LIKE_THE_BASE = [c for c in CHOICES if c.method.name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("choice", LIKE_THE_BASE, ids=name_of)
@@ -305,11 +297,11 @@ def test_where_the_rest_goes_to_the_base_truncation_changes_nothing(
 @given(
     seed=st.integers(0, 2**32 - 1),
     top_k=st.integers(1, 12),
-    name=st.sampled_from(["kd", "kd-hybrid"]),
+    name=st.sampled_from(["kd", "kd-hybrid", "label-smoothing"]),
     max_support=st.sampled_from([1, 3, 100]),
     temperature=st.sampled_from([1.0, 0.5]),
 )
-def test_where_it_goes_to_a_teacher_only_the_divergence_is_too_low(
+def test_where_it_goes_elsewhere_only_the_divergence_is_too_low(
     seed: int, top_k: int, name: str, max_support: int, temperature: float
 ) -> None:
     """Whatever the base's temperature: buckets and divergence are of the base as it was scored."""
@@ -386,6 +378,15 @@ def test_a_uniform_rest_leaves_each_other_token_its_part_only(share: float) -> N
 
     assert row.nll == pytest.approx(-math.log(1 - share + share / 3))
     assert row.learnable == 1
+
+
+def test_a_uniform_rest_is_compared_with_the_base_at_all_its_entries() -> None:
+    """So the advice of compare-methods does not prefer it for what is not looked at."""
+    probs = [0.5, 0.3, 0.15, 0.05]
+    evidence = evidence_of([[Position(probs, probs, observed=3)]], top_k=2)
+    row, *_ = ceilings(sums_of(evidence, choose("label-smoothing", given={"lam": 0.4})))
+    target = [0.1, 0.1, 0.1, 0.7]  # the one id that is not stored is a bucket of its own
+    assert row.divergence == pytest.approx(divergence(target, probs), rel=1e-12)
 
 
 def test_a_weight_is_starved_but_its_target_is_one_hot() -> None:
