@@ -178,7 +178,7 @@ class TrainSettings:
     )
     compile: bool = option(
         False,
-        "Compile the layers of the model with torch.compile: about a minute before the first step,"
+        "Compile the layers of the model with torch.compile: up to a minute at the first step,"
         " then faster steps on a GPU.",
         in_identity=False,
     )

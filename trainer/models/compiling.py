@@ -4,6 +4,8 @@ from typing import Any
 
 from .heads import causal_model
 
+NOT_COMPILED = "the layers are not compiled: --compile usually makes the steps of a GPU faster"
+
 
 def compile_layers(model: Any) -> None:
     """Compile the decoder layers of a model, each on its own, when they first run.

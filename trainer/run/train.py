@@ -24,7 +24,7 @@ from ..loss.course import Course, course_of
 from ..loss.objective import common_objective
 from ..models.adapters import Adapters, StoredAdapter, stored_adapter
 from ..models.attention.packing import can_pack
-from ..models.compiling import compile_layers
+from ..models.compiling import NOT_COMPILED, compile_layers
 from ..models.files import MERGE, ModelFiles, find_model
 from ..models.saving import save_adapter, save_model
 from ..models.student import Student, load_student
@@ -85,6 +85,8 @@ def train(settings: TrainSettings) -> TrainResult:
             _say_what_is_used(base, student, collate.packed, settings.pack)
         if settings.compile:
             compile_layers(student.model)
+        elif is_main and accelerator.device.type == "cuda":
+            print(NOT_COMPILED, file=sys.stderr)
         stepper = Stepper(accelerator, student, settings, objective)
         run = _run(settings, identity, base, stepper, samples, eval_streams, collate, course)
         if settings.resume == "never" and is_main:
