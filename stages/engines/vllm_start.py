@@ -37,7 +37,7 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
     try:
         from vllm import LLM
 
-        return LLM(
+        llm = LLM(
             model=str(model.folder),
             dtype=settings.dtype,
             hf_overrides={"head_dtype": "float32"} if settings.head_dtype == "float32" else {},
@@ -57,6 +57,8 @@ def start_engine(model: ModelFiles, settings: EngineSettings, memory: EngineMemo
             use_tqdm_on_load=sys.stderr.isatty(),
             seed=0,
         )
+        llm.collective_rpc("qpipe_fuse_layers")
+        return llm
     except Exception as error:
         # vLLM raises many kinds, from bad configurations to memory
         if is_memory(error):

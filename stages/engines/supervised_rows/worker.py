@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ....pipeline.progress import say_once
+from .cpu_layers import fuse_layers
 from .gather import Gathered, gathered_log_probs, triton_log_probs
 from .request import unpacked
 from .shards import shard_log_probs, whole_log_probs
@@ -47,6 +48,14 @@ class RowsExtension:
             return _install_v1(runner, top_k)
         except Exception as error:  # vLLM's internals may raise anything: its own path still works
             return f"{type(error).__name__}: {error}"
+
+    @torch.inference_mode()
+    def qpipe_fuse_layers(self) -> int:
+        """On a CPU, let norms and activations use their kernels; returns the number of layers."""
+        runner = self.model_runner
+        if runner.device.type != "cpu":
+            return 0
+        return fuse_layers(runner.model, runner.model_config.dtype)
 
 
 def knows_v1(runner_class: Any) -> bool:
