@@ -1,5 +1,6 @@
 """Layers of vLLM's CPU build as one kernel each, against float64, in a real engine's model."""
 
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,12 +58,10 @@ def test_an_activation_is_that_of_float64(layers: dict[str, list[Any]]) -> None:
         torch.testing.assert_close(layer(x), expected.float())
 
 
-def test_a_layer_that_computes_something_else_stays(
-    layers: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = layers["RMSNorm"][0]
-    monkeypatch.setattr(layer, "variance_size_override", 2)  # of the first two columns
-    monkeypatch.setattr(layer, "_forward_method", layer.forward_native)
+def test_a_layer_that_computes_something_else_stays(layers: dict[str, list[Any]]) -> None:
+    layer = copy(layers["RMSNorm"][0])
+    layer.variance_size_override = 2  # of the first two columns
+    layer._forward_method = layer.forward_native
     assert fuse_layers(torch.nn.Sequential(layer), torch.float32) == 0
     assert layer._forward_method == layer.forward_native
 
