@@ -8,11 +8,11 @@ to the token that ends the turn, both as they appear in the rendering of the who
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
+P = ParamSpec("P")
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a message
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _MOST_OF_TOKEN = 16  # characters; a token of text has four
 _SHORT = 2**16  # characters
+_BATCH = 2**19  # characters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,19 +105,50 @@ class Encoder:
 
     def encode(self, demonstration: Demonstration) -> Encoded | Reject:
         """The tokens of a demonstration, or a reject with the reason why it cannot be used."""
-        encoder = self._with_tools if demonstration.tools else self
+        return next(self.encode_all([demonstration]))
+
+    def encode_all(self, given: Iterable[Demonstration | Reject]) -> Iterator[Encoded | Reject]:
+        """Encode each demonstration, as `encode` does; rejects are passed on.
+
+        Several are tokenised at once. That releases the interpreter's lock once instead of once for
+        each, and the tokenizer uses all cores.
+        """
+        for batch in _batches(map(self._render, given)):
+            tokens = self._tokenise([each.text for each in batch if isinstance(each, _Rendered)])
+            for each in batch:
+                if isinstance(each, _Rendered):
+                    yield self._or_reject(each.demonstration, self._supervised, each, *next(tokens))
+                else:
+                    yield each
+
+    def _render(self, given: Demonstration | Reject) -> "_Rendered | Reject":
+        if isinstance(given, Reject):
+            return given
+        encoder = self._with_tools if given.tools else self
+        return self._or_reject(given, encoder._text_of, given)
+
+    def _or_reject(
+        self, demonstration: Demonstration, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T | Reject:
         try:
-            return encoder._encode(demonstration)
+            return call(*args, **kwargs)
         except UnusableError as error:
             return Reject(demonstration.source, demonstration.line, reason(error))
         except TooMuchError as error:
             return self._overruns.reject(demonstration, error)
 
-    def _encode(self, demonstration: Demonstration) -> Encoded:
+    def _text_of(self, demonstration: Demonstration) -> "_Rendered":
         layout = watched(lambda: self._lay_out(demonstration))
         if self.too_long == "reject":
             self._refuse_long(layout.text)
-        input_ids, offsets = self._tokenise(layout.text)
+        unread = self._unread(demonstration)
+        return _Rendered(demonstration, layout, layout.text, unread)
+
+    def _supervised(
+        self, rendered: "_Rendered", input_ids: NDArray[np.int32], offsets: Offsets
+    ) -> Encoded:
+        """The supervised tokens of a rendering: `input_ids` [T], and their characters [T, 2]."""
+        demonstration, layout = rendered.demonstration, rendered.layout
         cut = len(input_ids) > self.max_length
         if cut and self.too_long == "reject":
             raise UnusableError(f"{len(input_ids)} tokens, --max-length is {self.max_length}")
@@ -147,11 +180,16 @@ class Encoder:
             _has_end(layout.text, spans, demonstration.messages[turn])
             for turn, spans in places.items()
         )
-        return Encoded(example, cut, empty, self._unread(demonstration), never_ends, masked)
+        return Encoded(example, cut, empty, rendered.unread, never_ends, masked)
 
     def _unread(self, demonstration: Demonstration) -> frozenset[str]:
         given = {key for message in demonstration.messages for key in REASONING & message.keys()}
-        return frozenset(given - set(re.findall(r"\w+", self.template or "")))
+        return frozenset(given - self._names)
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """The words of the template."""
+        return set(re.findall(r"\w+", self.template or ""))
 
     def _lay_out(self, demonstration: Demonstration) -> TemplatedChat | JoinedChat:
         if self.template is None:
@@ -189,25 +227,28 @@ class Encoder:
         beginning = text[: max(_SHORT, _MOST_OF_TOKEN * self.max_length)]
         if len(beginning) == len(text):
             return
-        tokens = len(self._tokenise(beginning)[0])
+        tokens = len(next(self._tokenise([beginning]))[0])
         if tokens > self.max_length + _MOST_OF_TOKEN:  # its last word may be cut
             raise UnusableError(f"more than {tokens} tokens, --max-length is {self.max_length}")
 
-    def _tokenise(self, text: str) -> tuple[NDArray[np.int32], Offsets]:
-        """Token ids [T] and the character range of each, half-open [T, 2]."""
+    def _tokenise(self, texts: list[str]) -> Iterator[tuple[NDArray[np.int32], Offsets]]:
+        """Of each text the token ids [T] and the character range of each, half-open [T, 2]."""
+        if not texts:
+            return
         tokens = self.tokenizer(
-            text,
+            texts,
             add_special_tokens=self.template is None,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        input_ids = np.array(tokens["input_ids"], dtype=np.int32)
-        offsets = _with_spaces(np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2))
-        if self.template is None and self._ends_twice(input_ids):
-            return input_ids[:-1], offsets[:-1]
-        return input_ids, offsets
+        for ids, pairs in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            input_ids = np.array(ids, dtype=np.int32)
+            offsets = _with_spaces(np.array(pairs, dtype=np.int64).reshape(-1, 2))
+            if self.template is None and self._ends_twice(input_ids):
+                input_ids, offsets = input_ids[:-1], offsets[:-1]
+            yield input_ids, offsets
 
     def _ends_twice(self, input_ids: NDArray[np.int32]) -> bool:
         """Whether the tokenizer added an end-of-sequence token after ours."""
@@ -276,6 +317,29 @@ class _Renderer:
             raise
         except Exception as error:  # a template is a program and may raise anything
             raise UnusableError(f"the template fails on this row: {one_line(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A demonstration as text."""
+
+    demonstration: Demonstration
+    layout: TemplatedChat | JoinedChat
+    text: str
+    unread: frozenset[str]
+
+
+def _batches(given: Iterable[_Rendered | Reject]) -> Iterator[list[_Rendered | Reject]]:
+    """Batches of up to _BATCH characters, so that the memory for their tokens has a limit."""
+    batch: list[_Rendered | Reject] = []
+    characters = 0
+    for each in given:
+        batch.append(each)
+        characters += len(each.text) if isinstance(each, _Rendered) else 0
+        if characters > _BATCH:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def _has_end(text: str, spans: list[Span], message: Row) -> bool:

@@ -154,9 +154,11 @@ class Demonstrations:
     def read(self, index: int) -> ShardInput | None:
         size = self.options.shard_size
         shard = ShardInput()
-        for source, line, raw in self.rows.read(index * size, (index + 1) * size):
-            row = parse_row(source, line, raw, self.options.format, self.columns)
-            encoded = row if isinstance(row, Reject) else self.encoder.encode(row)
+        rows = (
+            parse_row(source, line, raw, self.options.format, self.columns)
+            for source, line, raw in self.rows.read(index * size, (index + 1) * size)
+        )
+        for encoded in self.encoder.encode_all(rows):
             if isinstance(encoded, Encoded):
                 shard.examples.append(encoded.example)
                 shard.content.add_sums(cut=encoded.cut)

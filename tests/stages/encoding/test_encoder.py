@@ -243,9 +243,9 @@ def test_a_text_of_megabytes_is_not_tokenised_as_a_whole(monkeypatch: pytest.Mon
     lengths: list[int] = []
     tokenise = PreTrainedTokenizerFast.__call__
 
-    def count(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
-        lengths.append(len(text))
-        return tokenise(self, text, **options)
+    def count(self: PreTrainedTokenizerFast, texts: list[str], **options: Any) -> Any:
+        lengths.extend(map(len, texts))
+        return tokenise(self, texts, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
     found = encoder(CHATML, max_length=4096).encode(chat("a?", "x" * 4_000_000))
@@ -255,6 +255,31 @@ def test_a_text_of_megabytes_is_not_tokenised_as_a_whole(monkeypatch: pytest.Mon
     # of what is not too long every token counts
     whole = encoder(CHATML, max_length=200_000).encode(chat("a?", "x" * 100_000))
     assert isinstance(whole, Encoded)
+
+
+@pytest.mark.parametrize("characters", [1, 2**19])
+def test_several_are_encoded_as_each_alone(
+    characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order, whatever the batches are; rejects stay where they are."""
+    monkeypatch.setattr("qpipe.stages.encoding.encoder._BATCH", characters)
+    made = encoder(CHATML, max_length=300, tools_template=CHATML.replace("user", "User"))
+    earlier = Reject("other", 7, "not JSON")
+    tools = replace(chat("a user?", "One."), tools=[{"type": "function"}])
+    given = [chat("a?", "One."), earlier, tools, chat("b?", "x" * 300), chat("c?", "Two.")]
+    found = list(made.encode_all(given))
+    assert [isinstance(each, Reject) for each in found] == [False, True, False, True, False]
+    assert found[1] is earlier
+    for one, all_together in zip(given, found, strict=True):
+        alone = earlier if isinstance(one, Reject) else made.encode(one)
+        if isinstance(alone, Reject):
+            assert all_together == alone
+        else:
+            assert isinstance(all_together, Encoded)
+            for name in ("input_ids", "positions", "token_weights"):
+                ours, theirs = (getattr(each.example, name) for each in (all_together, alone))
+                assert ours.tolist() == theirs.tolist()
+    assert list(made.encode_all([])) == []
 
 
 @pytest.mark.parametrize(
