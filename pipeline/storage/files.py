@@ -6,6 +6,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,11 +96,24 @@ def create_bytes(path: Path, content: bytes) -> bool:
 
 def read_bytes(path: Path) -> bytes:
     """Read a file that this package wrote. Raises UserError if it is larger than those."""
+    with _own_file(path):
+        return path.read_bytes()
+
+
+def read_lines(path: Path, longest: int) -> Iterator[bytes]:
+    """The lines of such a file, one in memory at a time; one above `longest` comes in pieces."""
+    with _own_file(path), path.open("rb") as file:
+        yield from iter(partial(file.readline, longest), b"")
+
+
+@contextmanager
+def _own_file(path: Path) -> Iterator[None]:
+    """Refuse a file that is larger than this package writes, or that cannot be read."""
     try:
         size = _size_of_regular(path)
         if size > MOST_BYTES:
             raise UserError(f"{path}: damaged, it has {size:,} bytes, more than qpipe writes")
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

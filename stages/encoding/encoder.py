@@ -40,7 +40,7 @@ REASONING = {"reasoning_content", "reasoning", "thinking"}  # fields of a messag
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _MOST_OF_TOKEN = 16  # characters; a token of text has four
 _SHORT = 2**16  # characters
-_BATCH = 2**19  # characters
+BATCH_CHARACTERS = 2**19
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -330,13 +330,13 @@ class _Rendered:
 
 
 def _batches(given: Iterable[_Rendered | Reject]) -> Iterator[list[_Rendered | Reject]]:
-    """Batches of up to _BATCH characters, so that the memory for their tokens has a limit."""
+    """Batches of up to BATCH_CHARACTERS, so that the memory for their tokens has a limit."""
     batch: list[_Rendered | Reject] = []
     characters = 0
     for each in given:
         batch.append(each)
         characters += len(each.text) if isinstance(each, _Rendered) else 0
-        if characters > _BATCH:
+        if characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     yield batch

@@ -10,8 +10,10 @@ Read as of format version 2 at commit 10cc4f5 of Megatron-LM.
 """
 
 import io
+import pickletools
 import re
 import tarfile
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,14 @@ from .topk_rows import TopK
 
 META = "_meta.json"
 FORMAT_VERSION = 2
+MOST_BYTES = 1 << 30  # of a payload; 64 samples of 8,192 tokens with 100 entries take 0.3 GB
+MOST_HELD = 1 << 32  # of all payloads in memory: those of the ranks of an iteration
+_MOST_META = 1 << 20
+# What the pickle of tensors names; torch itself allows more, such as bytearray(n).
+_NAMED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch(\.storage)? \w*Storage"
+    r"|torch u?int\d+"
+)
 ABSENT = -900.0  # values below are not of the nucleus
 _TAR = re.compile(r"^(?:cp0_)?dp(\d+)__(\d+)\.tar$")
 _MEMBER = re.compile(r"^(\d+)\.pt\.zst$")
@@ -68,7 +78,23 @@ class _Member(NamedTuple):
     size: int
 
 
-_Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
+class _Payload(NamedTuple):
+    """The tensors of a member, [sequence, samples, K] each."""
+
+    values: Any
+    low: Any  # the low 16 bits of the ids
+    high: Any
+
+    def column(self, place: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The values and ids of a sample, [sequence, K] each."""
+        values, low, high = (each[:, place] for each in self)
+        ids = low.to(_torch().int64) | high.to(_torch().int64) << 16
+        return values.double().numpy(), ids.numpy()
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(each.numel() * each.element_size() for each in self)
 
 
 @dataclass
@@ -78,7 +104,7 @@ class Tars:
     folder: Path
     saver: Saver = field(init=False)
     _members: dict[tuple[int, int], _Member] = field(default_factory=dict)
-    _read: dict[tuple[int, int], _Arrays] = field(default_factory=dict)
+    _read: dict[tuple[int, int], _Payload] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.paths = sorted(each for each in self.folder.glob("*.tar") if _TAR.match(each.name))
@@ -102,18 +128,21 @@ class Tars:
     def entries(self, sample: int) -> TopK:
         """The entries of a sample, counted from 0. Raises UnusableError where there are none."""
         iteration, rank, column = self.saver.place(sample)
-        values, ids = self._iteration(iteration, rank)
-        if column >= values.shape[1]:
+        payload = self._iteration(iteration, rank)
+        if column >= payload.values.shape[1]:
             raise UnusableError(f"iteration {iteration} of rank {rank} has no sample {column}")
-        is_entry = values[:, column] > ABSENT
-        return TopK(is_entry.sum(1), ids[:, column][is_entry], values[:, column][is_entry])
+        values, ids = payload.column(column)
+        is_entry = values > ABSENT
+        return TopK(is_entry.sum(1), ids[is_entry], values[is_entry])
 
-    def _iteration(self, iteration: int, rank: int) -> _Arrays:
+    def _iteration(self, iteration: int, rank: int) -> _Payload:
         if (iteration, rank) not in self._read:
             member = self._members.get((iteration, rank))
             if member is None:
                 raise UnusableError(f"no tar holds iteration {iteration} of rank {rank}")
             self._read = {key: each for key, each in self._read.items() if key[0] == iteration}
+            while sum(each.size for each in self._read.values()) > MOST_HELD:
+                del self._read[next(iter(self._read))]
             self._read[iteration, rank] = _decoded(member)
         return self._read[iteration, rank]
 
@@ -130,7 +159,7 @@ class Tars:
         assert name is not None
         for info in tar:
             if info.name == META and (content := tar.extractfile(info)) is not None:
-                found = _saver(path, content.read())
+                found = _saver(path, content.read(_MOST_META))
             elif match := _MEMBER.match(info.name):
                 key = int(match[1]), int(name[1])
                 self._members[key] = _Member(path, info.offset_data, info.size)
@@ -162,21 +191,49 @@ def _check_version(path: Path, version: int | str) -> None:
         )
 
 
-def _decoded(member: _Member) -> _Arrays:
-    """The values and ids of a member, [sequence, samples, K] each."""
-    import torch
-
-    with member.path.open("rb") as file:
-        file.seek(member.offset)
-        packed = file.read(member.size)
+def _decoded(member: _Member) -> _Payload:
     try:
-        plain = pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read()
-        tensors: dict[str, Any] = torch.load(io.BytesIO(plain), weights_only=True)
-        values = tensors["values"].double().numpy()
-        low = tensors["indices_low"].to(torch.int64).numpy()
-        ids = low | tensors["bit_17"].numpy().astype(np.int64) << 16
+        with member.path.open("rb") as file:
+            file.seek(member.offset)
+            packed = file.read(member.size)
+        return _loaded(packed)
     except Exception as error:  # damaged files raise errors of several libraries
         raise UserError(f"{member.path}: damaged: {one_line(error)}") from error
-    if values.ndim != 3 or values.shape != ids.shape:
-        raise UserError(f"{member.path}: damaged: its values and ids differ in shape")
-    return values, ids
+
+
+def _loaded(packed: bytes) -> _Payload:
+    """The tensors of a payload. Raises ValueError where they would take more than MOST_BYTES."""
+    plain = pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read(MOST_BYTES + 1)
+    _refuse_large(len(plain))
+    with zipfile.ZipFile(io.BytesIO(plain)) as archive:
+        _refuse_large(sum(info.file_size for info in archive.infolist()))
+        for info in archive.infolist():
+            if info.filename.endswith("data.pkl"):
+                _refuse_others(archive.read(info))
+    tensors: dict[str, Any] = _torch().load(io.BytesIO(plain), weights_only=True)
+    payload = _Payload(*(tensors[name] for name in ("values", "indices_low", "bit_17")))
+    if payload.values.ndim != 3 or len({each.shape for each in payload}) > 1:
+        raise ValueError("its values and ids differ in shape")
+    _refuse_large(payload.size)  # strides of 0 make one number many
+    return payload
+
+
+def _refuse_large(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"an iteration takes more than {MOST_BYTES:,} bytes")
+
+
+def _refuse_others(content: bytes) -> None:
+    """Raise ValueError for a pickle of anything but tensors in dicts."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name == "GLOBAL" and not _NAMED.fullmatch(str(argument)):
+            raise ValueError(f"it holds {argument}")
+        if operation.name in ("STACK_GLOBAL", "INST"):
+            raise ValueError("it holds more than tensors")
+
+
+def _torch() -> Any:
+    """Torch, imported when it is first used."""
+    import torch
+
+    return torch

@@ -1,6 +1,5 @@
 """The data of the page of training runs: curves from log.jsonl, and differing settings."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UserError, escaped
-from ...pipeline.storage.files import read_bytes
 from ...pipeline.storage.json_files import is_number
-from ...trainer.run.folder import LOG, RUN, parse_event, settings_in
+from ...trainer.run.folder import LOG, RUN, logged_events, settings_in
 from .folder_page import json_text
 
 MOST_CURVES = 1000  # of a run
+MOST_VALUES = 5_000_000  # of a run; each takes 120 bytes
 MOST_POINTS = 1000  # of a curve; more points are averaged
 _OF_STEPS = ("loss", "tokens_per_second", "grad_norm", "learning_rate", "error_bound")
 _EVALUATIONS = ("evaluation", "eval_command")
@@ -72,7 +71,7 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
     if not (folder / LOG).exists():
         raise UserError(f"{folder}: has no {LOG}: give a folder made by `qpipe train`")
     curves: dict[tuple[str, str], Points] = {}
-    tokens = 0
+    tokens = values = 0
     for event in _events(folder / LOG):
         kind, step = event["event"], event["step"]
         tokens += event["tokens"] if kind == "step" and is_number(event.get("tokens")) else 0
@@ -80,17 +79,18 @@ def _read_run(folder: Path, name: str) -> TrainingRun:
         for field, value in own.items() if isinstance(own, dict) else ():
             if is_number(value) and _is_wanted(kind, field):
                 curves.setdefault((kind, field), []).append((step, value))
-        if len(curves) > MOST_CURVES:
+                values += 1
+        if len(curves) > MOST_CURVES or values > MOST_VALUES:
+            most = f"{MOST_VALUES:,}" if values > MOST_VALUES else f"{MOST_CURVES:,} kinds of"
             raise UserError(
-                f"{folder / LOG}: holds more than {MOST_CURVES:,} kinds of values, more than a "
-                "page can show"
+                f"{folder / LOG}: holds more than {most} values, more than a page can show"
             )
     settings = settings_in(folder)
     return TrainingRun(name, folder, settings, curves, tokens, (folder / RUN).exists())
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
-    events = filter(None, map(parse_event, io.BytesIO(read_bytes(path))))
+    events = (event for _, event in logged_events(path))
     first = next(events, None)
     if first is None:
         raise UserError(f"{path}: nothing is logged yet: wait for the first step")

@@ -186,7 +186,7 @@ class Checkpoints:
                     "sha256": writer.sha256,
                 }
                 write_bytes(folder / _PROGRESS, sealed_bytes(record))
-        except (OSError, RuntimeError, UserError, CheckpointException) as failure:
+        except (OSError, RuntimeError, ValueError, UserError, CheckpointException) as failure:
             return failure  # a full disk comes as any of these
         return None
 

@@ -20,7 +20,7 @@ from ...pipeline.folders.manifest import PLAN, Identity, parse_identity, read_pl
 from ...pipeline.folders.shard_run import refuse_other, tidy
 from ...pipeline.format.records import Count
 from ...pipeline.options import described
-from ...pipeline.storage.files import TEMPORARY, read_bytes, sha256_of_file, write_bytes
+from ...pipeline.storage.files import TEMPORARY, read_lines, sha256_of_file, write_bytes
 from ...pipeline.storage.json_files import read_json, refuse_misfits, sha256_of_json, write_json
 from ...pipeline.threads import in_order
 from ..settings import TrainSettings
@@ -29,6 +29,7 @@ from .trackers import TRACKER_FOLDERS, open_trackers, scalars
 RUN = "qpipe.json"
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+_SHORTEST_EVENT = 20  # bytes; others are not parsed, however many there are
 _LONGEST_EVENT = 1 << 20  # bytes; parsed, small values take thirty times their text
 
 Log = Callable[..., None]  # takes the fields of an event
@@ -116,7 +117,7 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """An event of a log; None for a line without one, such as a truncated line."""
-    if len(line) > _LONGEST_EVENT:
+    if not _SHORTEST_EVENT <= len(line) <= _LONGEST_EVENT:
         return None
     try:
         event = json.loads(line)
@@ -124,6 +125,14 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     is_event = isinstance(event, dict) and type(event.get("step")) is int
     return event if is_event and isinstance(event.get("event"), str) else None
+
+
+def logged_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a log that hold an event, each with its event."""
+    for line in read_lines(path, _LONGEST_EVENT + 1):
+        event = parse_event(line)
+        if event is not None:
+            yield line, event
 
 
 def finish(folder: Path, record: dict[str, Any]) -> None:
@@ -194,6 +203,5 @@ def open_log(
 
 def _logged_until(path: Path, step: int) -> bytes:
     """The lines of a log up to a step."""
-    lines = read_bytes(path).split(b"\n") if path.exists() else []
-    events = ((line, parse_event(line)) for line in lines)
-    return b"".join(line + b"\n" for line, event in events if event and event["step"] <= step)
+    logged = logged_events(path) if path.exists() else ()
+    return b"".join(line.rstrip(b"\n") + b"\n" for line, event in logged if event["step"] <= step)

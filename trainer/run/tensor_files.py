@@ -30,6 +30,7 @@ from torch.futures import Future
 
 OWN = "process/"  # starts the names of tensors that belong to one process
 _AT = "@"
+MOST_HEADER = 1 << 25  # bytes, enough for 200,000 tensors; parsed, it takes twenty times that
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -156,6 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> str:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data
+    _refuse_long(len(text))
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
         hashing = _Hashing(file, pool)
         hashing.write(len(text).to_bytes(8, "little") + text)
@@ -189,8 +191,15 @@ def _part_name(index: MetadataIndex) -> str:
     return index.fqn + (_AT + ".".join(map(str, offsets)) if any(offsets) else "")
 
 
+def _refuse_long(header: int) -> None:
+    if header > MOST_HEADER:
+        raise ValueError(f"its header has {header:,} bytes, more than {MOST_HEADER:,}")
+
+
 def _add_parts(path: Path, metadata: Metadata) -> None:
     """Add the parts in a file; raises ValueError, KeyError or SafetensorError if it is damaged."""
+    with path.open("rb") as file:
+        _refuse_long(int.from_bytes(file.read(8), "little"))
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
             if name.startswith(OWN):

@@ -1,21 +1,16 @@
 """Readers of text: JSON, one value per line or one array, and CSV, also compressed."""
 
 import csv
-import gzip
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
+from .compressed import chunks_of
 from .json_array import array_values
 from .reader import LONGEST_LINE, Lines, Reader
 
 COMPRESSIONS = (".gz", ".zst")
-CHUNK_BYTES = 1 << 20
-_ZSTD_BYTES = 1 << 10  # decompressed at once, to at most 32 MiB
-_USUAL_WINDOW, _ANY_WINDOW = 1 << 27, 1 << 31  # bytes; zstd itself asks for --long above the first
-_LARGE_FILE = 1 << 24
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -71,43 +66,9 @@ def _text_lines(path: Path) -> Iterator[bytes]:
 def _content(path: Path) -> Iterator[bytes]:
     """The text in small chunks, decompressed if necessary, without a UTF-8 byte order mark."""
     with path.open("rb") as file:
-        match suffixes(path)[1]:
-            case ".gz":
-                chunks = _chunks(gzip.GzipFile(fileobj=file))
-            case ".zst":
-                chunks = _zstd_chunks(file, path.stat().st_size)
-            case _:
-                chunks = _chunks(file)
+        chunks = chunks_of(file, suffixes(path)[1], path.stat().st_size)
         for number, chunk in enumerate(chunks):
             yield chunk.removeprefix(b"\xef\xbb\xbf") if number == 0 else chunk
-
-
-def _chunks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _zstd_chunks(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """The content of all zstd frames, in small chunks whatever the frames expand to.
-
-    Files large enough to profit from it may use windows as long as the format allows, which take
-    that much memory.
-    """
-    from zstandard import ZstdDecompressor
-
-    window = _ANY_WINDOW if size > _LARGE_FILE else _USUAL_WINDOW
-    decompressor = ZstdDecompressor(max_window_size=window)
-    frame = None
-    while chunk := file.read(_ZSTD_BYTES):
-        while chunk:
-            frame = frame or decompressor.decompressobj()
-            content = frame.decompress(chunk)
-            for start in range(0, len(content), CHUNK_BYTES):
-                yield content[start : start + CHUNK_BYTES]
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the compressed file ends too early")
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

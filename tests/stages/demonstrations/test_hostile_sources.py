@@ -19,7 +19,7 @@ from qpipe.pipeline.errors import UserError, redacted
 from qpipe.pipeline.format.records import Reject
 from qpipe.pipeline.storage.remote import fetch
 from qpipe.stages.demonstrations.formats import parse_row
-from qpipe.stages.demonstrations.readers import text
+from qpipe.stages.demonstrations.readers import compressed, text
 from qpipe.stages.demonstrations.sources import RowReader, open_sources
 
 ROW = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
@@ -85,7 +85,7 @@ def test_lines_are_the_same_however_the_chunks_are_cut(
     content = b'\xef\xbb\xbf{"a": 1}\n\n' + b"".join(b'{"n": %d}\n' % n for n in range(99)) + b"{}"
     expected = None
     for size in (1 << 20, 7, 64):
-        monkeypatch.setattr(text, "CHUNK_BYTES", size)
+        monkeypatch.setattr(compressed, "CHUNK_BYTES", size)
         for name, pack in (("x", bytes), ("x.gz", gzip.compress), ("x.zst", zstandard.compress)):
             path = tmp_path / name.replace("x", "x.jsonl")
             path.write_bytes(pack(content))
@@ -142,6 +142,32 @@ def test_the_rows_of_a_shard_are_not_all_held(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * (1 << 24)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_many_frames_that_hold_nothing_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    """A frame takes time however little it holds; those of a row each are read."""
+    monkeypatch.setattr(compressed, "MANY_FRAMES", 500)
+    path = tmp_path / ("x.jsonl.gz" if pack is gzip.compress else "x.jsonl.zst")
+    path.write_bytes(pack(LINE) + pack(b"") * 499 + pack(LINE))
+    with pytest.raises(UserError, match="than 500 compressed frames with fewer than 64 bytes each"):
+        _ = open_sources([str(path)])[0].facts
+    path.write_bytes(pack(LINE) * 501)
+    assert open_sources([str(path)])[0].facts.rows == 501
+
+
+def test_zeros_may_follow_the_members_of_a_gzip_file(tmp_path: Path) -> None:
+    """As the gzip program reads them; anything else that follows is damage."""
+    member, path = gzip.compress(LINE), tmp_path / "x.jsonl.gz"
+    for padding in (b"\0" * 9, b"\0" * (1 << 15)):
+        path.write_bytes(member + padding + member + padding)
+        assert open_sources([str(path)])[0].facts.rows == 2
+    for damage in (member + b"more", member + member[:-1], member[:-8] + bytes(8)):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match="cannot be read"):
+            _ = open_sources([str(path)])[0].facts
 
 
 def test_a_long_window_is_for_large_files(tmp_path: Path) -> None:

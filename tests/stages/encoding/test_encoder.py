@@ -262,7 +262,7 @@ def test_several_are_encoded_as_each_alone(
     characters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In their order, whatever the batches are; rejects stay where they are."""
-    monkeypatch.setattr("qpipe.stages.encoding.encoder._BATCH", characters)
+    monkeypatch.setattr("qpipe.stages.encoding.encoder.BATCH_CHARACTERS", characters)
     made = encoder(CHATML, max_length=300, tools_template=CHATML.replace("user", "User"))
     earlier = Reject("other", 7, "not JSON")
     tools = replace(chat("a user?", "One."), tools=[{"type": "function"}])

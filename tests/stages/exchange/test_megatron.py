@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -267,17 +269,80 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def test_a_payload_runs_nothing(model: Path, tmp_path: Path) -> None:
-    file, root = cache(tmp_path / "cache", 2, 1, 16)
-    (path,) = root.glob("*.tar")
+def with_payload(root: Path, content: Any) -> tuple[Path, Path]:
+    """A cache of one tar with this payload, given as bytes or to be saved."""
+    file, folder = cache(root, 2, 1, 16)
+    (path,) = folder.glob("*.tar")
     with tarfile.open(path) as tar:
         meta = tar.extractfile("_meta.json")
         assert meta is not None
         kept = meta.read()
-    content = io.BytesIO()
-    torch.save({"values": Hostile(tmp_path / "ran")}, content)
-    packed = pa.Codec("zstd").compress(content.getvalue(), asbytes=True)
+    saved = io.BytesIO()
+    torch.save(content, saved)
+    plain = content if isinstance(content, bytes) else saved.getvalue()
+    packed = pa.Codec("zstd").compress(plain, asbytes=True)
     write_tar(path, {"_meta.json": kept, "0.pt.zst": packed})
-    with pytest.raises(UserError, match="damaged"):
-        imported((file, root), model)
+    return file, folder
+
+
+def test_a_payload_runs_nothing(model: Path, tmp_path: Path) -> None:
+    hostile = with_payload(tmp_path / "cache", {"values": Hostile(tmp_path / "ran")})
+    with pytest.raises(UserError, match="damaged: it holds "):
+        imported(hostile, model)
     assert not (tmp_path / "ran").exists()
+
+
+class Zeros:
+    """What torch loads as so many zeros, also where it loads only what it considers as safe."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> Any:
+        return bytearray, (self.size,)
+
+
+def deflated(content: Any) -> bytes:
+    """As torch saves, but with the files of the archive compressed."""
+    saved, packed = io.BytesIO(), io.BytesIO()
+    torch.save(content, saved)
+    with zipfile.ZipFile(saved) as plain, zipfile.ZipFile(packed, "w", 8) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    return packed.getvalue()
+
+
+def test_a_payload_takes_no_more_than_a_limit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it expands: as zstd, as an archive, by strides of 0, or by what the pickle calls."""
+    most = 1 << 20
+    monkeypatch.setattr("qpipe.stages.exchange.megatron.MOST_BYTES", most)
+    zeros = torch.zeros(most + 1, dtype=torch.uint8)
+    fields = ("values", "indices_low", "bit_17")
+    one = torch.zeros(1, 1, 1, dtype=torch.bool)
+    payloads = {
+        "zstd": bytes(most + 1),
+        "archive": deflated(dict.fromkeys(fields, zeros)),
+        "strides": dict.fromkeys(fields, one.expand(1 << 10, 1, 1 << 10)),
+        "calls": {"values": Zeros(1 << 40)},
+    }
+    for name, content in payloads.items():
+        reason = "it holds" if name == "calls" else f"an iteration takes more than {most:,} bytes"
+        with pytest.raises(UserError, match=f"damaged: {reason}"):
+            imported(with_payload(tmp_path / name, content), model)
+
+
+def test_iterations_of_ranks_are_held_up_to_a_limit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was let go is read again."""
+    cached = cache(tmp_path / "cache", 1, 4, 16)
+    whole = list(read_scores(imported(cached, model)))
+    tensors = SEQUENCE * 4 * K * (2 + 2 + 1)
+    monkeypatch.setattr("qpipe.stages.exchange.megatron.MOST_HELD", 2 * tensors)
+    shutil.rmtree(cached[1] / "scores")
+    found = list(read_scores(imported(cached, model)))
+    assert len(found) == len(whole) == SAMPLES
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours.topk_ids.tolist() == theirs.topk_ids.tolist()

@@ -4,7 +4,9 @@ import base64
 import builtins
 import json
 import re
+import tracemalloc
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,25 @@ def test_a_log_of_any_content_takes_little(tmp_path: Path) -> None:
     (folder / "log.jsonl").write_bytes(log + many.encode())
     with pytest.raises(UserError, match=r"log.jsonl: holds more than 1,000 kinds of values"):
         read_runs([folder])
+
+
+def test_a_long_log_is_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines without values take nothing, and there is a limit on the values."""
+    folder = run_folder(tmp_path / "run", events())
+    log = (folder / "log.jsonl").read_bytes()
+    (folder / "log.jsonl").write_bytes((b'"%s"\n' % (b"x" * (1 << 16))) * 256 + log)
+    tracemalloc.start()
+    (run,) = read_runs([folder])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert run.steps == 4
+    assert peak < 1 << 22
+    values = sum(map(len, run.curves.values()))
+    for most, is_refused in ((values, False), (values - 1, True)):
+        monkeypatch.setattr("qpipe.stages.report.training_page.MOST_VALUES", most)
+        refused = pytest.raises(UserError, match=f"log.jsonl: holds more than {most} values")
+        with refused if is_refused else nullcontext():
+            read_runs([folder])
 
 
 def test_long_curves_are_averaged_and_keep_their_mean() -> None:

@@ -174,3 +174,22 @@ def test_parts_of_several_files_are_put_together(tmp_path: Path) -> None:
     assert torch.equal(load_file(paths[1])["w@2.0"], whole[2:])  # what the library reads
     with pytest.raises(CheckpointException, match="Size mismatch"):
         load(state, storage_reader=TensorReader(paths[:1]))
+
+
+def test_a_header_of_any_number_of_tensors_is_refused_unread(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes two kilobytes of memory; what is written is what can be read."""
+    killed_at(settings, 3)
+    (checkpoint,) = checkpoints_in(settings.out)
+    (path,) = checkpoint.glob("*.safetensors")
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr("qpipe.trainer.run.tensor_files.MOST_HEADER", size - 1)
+    wanted = rf"step-00000002: damaged: its header has {size:,} bytes, more than {size - 1:,}: rem"
+    with pytest.raises(UserError, match=wanted):
+        train(settings)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="step-00000002: cannot be written: its header has"):
+        train(settings)
+    monkeypatch.setattr("qpipe.trainer.run.tensor_files.MOST_HEADER", size)
+    assert train(settings).steps == 9
