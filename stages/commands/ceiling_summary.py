@@ -77,7 +77,7 @@ def _print_mapped(teachers: list[Mapped]) -> None:
 
 def _cells(row: Ceiling) -> list[str]:
     shares = (f"{row.learnable:.1%}", f"{row.starved:.1%}")
-    return [f"{row.nll:.4f}", *shares, f"{row.divergence:.4f}"]
+    return [f"{row.nll:.4f}", *shares, f"{row.divergence:z.4f}"]
 
 
 def print_comparison(comparison: "Comparison") -> None:
