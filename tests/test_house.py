@@ -65,6 +65,7 @@ def test_readme_table_has_every_method_with_its_formulas() -> None:
         for row in table()
     ]
     assert [row for row in rows if row not in readme] == []
+    assert readme.count(f"{len(rows)} methods") == 2
 
 
 def test_every_link_between_pages_has_a_target() -> None:
