@@ -147,3 +147,10 @@ def contradicts_tail(
     least_N = np.where(is_inside_N, 0, least_N)
     most_N = np.where(is_inside_N, (vocab_size - top_k) * last_N, most_N)
     return (tail_N < least_N - MASS_TOLERANCE) | (tail_N > most_N + MASS_TOLERANCE)
+
+
+def shared_beginning(some: Ints, others: Ints) -> int:
+    """The number of tokens with which both begin."""
+    length = min(len(some), len(others))
+    differ = some[:length] != others[:length]
+    return int(differ.argmax()) if differ.any() else length

@@ -19,7 +19,7 @@ def make_scorer(model: ModelFiles, settings: EngineSettings) -> Scorer:
 
             return VllmScorer(model, settings)
         case "transformers":
-            from .transformers_engine import TransformersScorer
+            from .in_transformers.scorer import TransformersScorer
 
             return TransformersScorer(model, settings)
         case "server":

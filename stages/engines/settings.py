@@ -105,7 +105,7 @@ class EngineSettings:
     )
     max_length: int = 4096  # tokens of the longest example
     host: Host | None = None  # None is this machine
-    reads_prefixes: bool = True  # vLLM computes shared beginnings once
+    reads_prefixes: bool = True  # shared beginnings are computed once
     rows_alone: bool = True  # vLLM computes log-probabilities of supervised tokens alone
     server: ServerSettings = field(default_factory=ServerSettings)
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.errors import UserError, one_line
-from ...pipeline.format.records import Example, Ints, ScoredExample, WeightedExample
+from ...pipeline.format.records import Example, ScoredExample, WeightedExample
 from ...pipeline.progress import say
 from ...trainer.models.files import ModelFiles, check_weights
-from .base import GivenIds
+from .base import GivenIds, shared_beginning
 from .settings import EngineSettings
 from .vllm_arrays import keep_tensors
 from .vllm_memory import STEPS, plan_memory, smaller, window_tokens
@@ -221,10 +221,3 @@ def by_beginning(examples: Sequence[Example], block_size: int) -> dict[int, bool
         reads[place] = shared < int(examples[place].positions[0])
         before = ids
     return reads
-
-
-def shared_beginning(some: Ints, others: Ints) -> int:
-    """The number of tokens with which both begin."""
-    length = min(len(some), len(others))
-    differ = some[:length] != others[:length]
-    return int(differ.argmax()) if differ.any() else length

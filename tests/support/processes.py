@@ -34,7 +34,7 @@ _PRELOADED = (
     "qpipe.stages.commands.score",
     "qpipe.stages.commands.train",
     "qpipe.stages.score.from_demonstrations",
-    "qpipe.stages.engines.transformers_engine",
+    "qpipe.stages.engines.in_transformers.scorer",
     "qpipe.stages.build_targets.stage",
     "qpipe.stages.folders.share",
     "qpipe.trainer.run.train",

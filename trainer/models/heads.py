@@ -48,8 +48,8 @@ def causal_model(model: Any) -> Any:
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
-    """The input of the head, [B, T, D]."""
-    return decoder_of(model)(use_cache=False, **inputs).last_hidden_state
+    """The input of the head, [B, T, D]. Without `use_cache` among the inputs, nothing is cached."""
+    return decoder_of(model)(**{"use_cache": False} | inputs).last_hidden_state
 
 
 def decoder_of(model: Any) -> Any:
@@ -75,7 +75,7 @@ def logits_of(model: Any, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: 
 
 
 def logit_chunks(
-    model: Any, form: HeadForm | None, inputs: dict[str, Tensor], rows_N: Tensor, columns_N: Tensor
+    model: Any, form: HeadForm | None, inputs: dict[str, Any], rows_N: Tensor, columns_N: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """The logits at some positions of a batch, in chunks: the rows of each, and logits [n, V].
 

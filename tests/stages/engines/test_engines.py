@@ -15,9 +15,9 @@ from qpipe.pipeline.format.records import ScoredExample, WeightedExample
 from qpipe.pipeline.progress import say_once
 from qpipe.stages.engines.base import Scorer
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.in_transformers.batches import batches
 from qpipe.stages.engines.settings import ENGINES, EngineSettings
 from qpipe.stages.engines.supervised_rows.gather import gathered_log_probs
-from qpipe.stages.engines.transformers_engine import batches
 from qpipe.tests.support.examples import unweighted
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import find_model
@@ -177,7 +177,7 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     check_close(together, [dict(scorer.score([one], 8))[0] for one in EXAMPLES])
     backwards = dict(scorer.score(EXAMPLES[::-1], 8))
     check_close(together, [backwards[len(EXAMPLES) - 1 - place] for place in range(len(EXAMPLES))])
-    monkeypatch.setattr("qpipe.stages.engines.transformers_engine.BATCH_TOKENS", 320)
+    monkeypatch.setattr("qpipe.stages.engines.in_transformers.batches.BATCH_TOKENS", 320)
     check_close(together, run(scorer, 8))
     monkeypatch.setattr("qpipe.trainer.loss.head.CHUNK_VALUES", 7 * VOCAB)
     check_close(together, run(scorer, 8))

@@ -12,7 +12,7 @@ from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.folders.manifest import read_manifest
 from qpipe.stages.cli import cli
-from qpipe.stages.engines.transformers_engine import TransformersScorer
+from qpipe.stages.engines.in_transformers.scorer import TransformersScorer
 from qpipe.stages.folders.lineage import described
 from qpipe.stages.score.from_folder import score_at
 from qpipe.trainer.models.files import find_model

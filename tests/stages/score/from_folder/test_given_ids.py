@@ -10,8 +10,8 @@ from qpipe.pipeline.errors import UserError
 from qpipe.pipeline.format.records import ScoredExample
 from qpipe.stages.engines.base import GivenIds, Scorer, with_given
 from qpipe.stages.engines.base import scored as pack
+from qpipe.stages.engines.in_transformers.scorer import TransformersScorer
 from qpipe.stages.engines.settings import EngineSettings
-from qpipe.stages.engines.transformers_engine import TransformersScorer
 from qpipe.tests.support.examples import unweighted
 from qpipe.trainer.models.files import find_model
 

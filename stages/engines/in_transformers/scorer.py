@@ -1,29 +1,28 @@
-"""The transformers engine: padded batches of similar length, the head at supervised positions only.
+"""Runs a model of transformers on padded batches, and its head at the supervised positions only.
 
-The batches of a call depend on its examples alone. The last bits of float32 sums depend on the
-shape of a batch, so that the bytes of a shard depend neither on the number of processes nor on
-earlier runs, and the batch size is not an option.
+Examples with an equal beginning go on after it. The batches of a call depend on its examples alone.
+The last bits of float32 sums depend on the shape of a batch, so that the bytes of a shard depend
+neither on the number of processes nor on earlier runs, and the batch size is not an option.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...pipeline.errors import UserError
-from ...pipeline.format.records import ScoredExample, WeightedExample
-from ...pipeline.progress import say_once
-from ...trainer.models.files import ModelFiles, load_scoring_model
-from ...trainer.models.heads import logit_chunks, recognise
-from .base import GivenIds, scored, with_given
-from .settings import EngineSettings
-from .supervised_rows.gather import gathered_log_probs
-
-BATCH_TOKENS = 4096  # padded tokens of a forward pass, at most
-_ENOUGH_TOKENS = 1024  # enough for full throughput: a batch ends before much shorter examples
-_SHORTER = 0.875  # of the longest of the batch
+from ....pipeline.errors import UserError
+from ....pipeline.format.records import ScoredExample, WeightedExample
+from ....pipeline.progress import say_once
+from ....trainer.models.files import ModelFiles, load_scoring_model
+from ....trainer.models.heads import logit_chunks, recognise
+from ..base import GivenIds, scored, with_given
+from ..settings import EngineSettings
+from ..supervised_rows.gather import gathered_log_probs
+from .batches import Group, batches, groups
+from .beginnings import Beginning, beginning_of, keeps_beginnings
 
 
 class TransformersScorer:
@@ -34,13 +33,26 @@ class TransformersScorer:
         self.model = load_scoring_model(model, getattr(torch, settings.dtype))
         self.device = self.model.device
         self.head_form = recognise(self.model)
+        self.reads_beginnings = settings.reads_prefixes and keeps_beginnings(self.model)
 
     def score(
         self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
-        """Yield each example's index in `examples` and its scores, longest first."""
-        for places in batches([len(example.input_ids) for example in examples]):
-            yield from self._score_places(examples, at, places, top_k)
+        """Yield each example's index in `examples` and its scores, longest first in a group."""
+        reads = self.reads_beginnings and self.head_form is not None
+        for group in groups(examples) if reads else [Group(list(range(len(examples))))]:
+            beginning = self._beginning(examples, group)
+            lengths = [len(examples[place].input_ids) - group.shared for place in group.places]
+            for batch in batches(lengths, group.shared):
+                places = [group.places[index] for index in batch]
+                yield from self._score_places(examples, at, places, top_k, beginning)
+
+    @torch.inference_mode()
+    def _beginning(self, examples: Sequence[WeightedExample], group: Group) -> Beginning | None:
+        if not group.shared:
+            return None
+        shared = examples[group.places[0]].input_ids[: group.shared]
+        return beginning_of(self.model, self._tensor(shared))
 
     def _score_places(
         self,
@@ -48,11 +60,13 @@ class TransformersScorer:
         at: Sequence[GivenIds] | None,
         places: list[int],
         top_k: int,
+        beginning: Beginning | None,
     ) -> Iterator[tuple[int, ScoredExample]]:
         """The scores of one batch, or of its halves if memory is too small for the whole."""
         given = None if at is None else [at[place] for place in places]
         try:
-            scores = self.score_batch([examples[place] for place in places], given, top_k)
+            batch = [examples[place] for place in places]
+            scores = self.score_batch(batch, given, top_k, beginning)
         except torch.OutOfMemoryError as error:
             if len(places) == 1:
                 raise UserError(
@@ -70,21 +84,32 @@ class TransformersScorer:
         )
         torch.cuda.empty_cache()
         half = len(places) // 2
-        yield from self._score_places(examples, at, places[:half], top_k)
-        yield from self._score_places(examples, at, places[half:], top_k)
+        yield from self._score_places(examples, at, places[:half], top_k, beginning)
+        yield from self._score_places(examples, at, places[half:], top_k, beginning)
 
     @torch.inference_mode()
     def score_batch(
-        self, batch: Sequence[WeightedExample], given: Sequence[GivenIds] | None, top_k: int
+        self,
+        batch: Sequence[WeightedExample],
+        given: Sequence[GivenIds] | None,
+        top_k: int,
+        beginning: Beginning | None = None,
     ) -> list[ScoredExample]:
-        """Score the examples of a batch in one forward pass, in their order."""
+        """Score the examples of a batch in one forward pass, in their order.
+
+        All of them have the beginning.
+        """
+        shared = 0 if beginning is None else beginning.tokens
         counts = [len(example.positions) for example in batch]
         rows_N = np.repeat(np.arange(len(batch)), counts)
-        columns_N = np.concatenate([example.positions for example in batch]) - 1
+        columns_N = np.concatenate([example.positions for example in batch]) - 1 - shared
         observed_N = np.concatenate([example.observed_ids for example in batch])
         given_Nw = _padded(given, sum(counts))
         results: list[tuple[Tensor, ...]] = []
-        places = self._inputs(batch), self._tensor(rows_N), self._tensor(columns_N)
+        inputs = self._inputs(batch, shared)
+        if beginning is not None:
+            inputs |= beginning.inputs(len(batch))
+        places = inputs, self._tensor(rows_N), self._tensor(columns_N)
         for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
             asked = self._tensor(observed_N[rows]), self._tensor(given_Nw[rows])
             results.append(gathered_log_probs(logits_nV, *asked, top_k))
@@ -99,34 +124,19 @@ class TransformersScorer:
             scores.append(result)
         return scores
 
-    def _inputs(self, batch: Sequence[WeightedExample]) -> dict[str, Tensor]:
-        """A right-padded batch."""
+    def _inputs(self, batch: Sequence[WeightedExample], shared: int) -> dict[str, Any]:
+        """A right-padded batch, without the tokens of the beginning but with their mask."""
         longest = max(len(example.input_ids) for example in batch)
         input_ids_BT = np.zeros((len(batch), longest), np.int64)
         mask_BT = np.zeros((len(batch), longest), np.int64)
         for row, example in enumerate(batch):
             input_ids_BT[row, : len(example.input_ids)] = example.input_ids
             mask_BT[row, : len(example.input_ids)] = 1
+        input_ids_BT = input_ids_BT[:, shared:]
         return {"input_ids": self._tensor(input_ids_BT), "attention_mask": self._tensor(mask_BT)}
 
     def _tensor(self, values: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device)
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of examples of these lengths, batch by batch, longest first."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if batch:
-            longest, padded = lengths[batch[0]], lengths[batch[0]] * len(batch)
-            is_full = padded + longest > BATCH_TOKENS
-            is_enough = padded >= _ENOUGH_TOKENS and lengths[place] < _SHORTER * longest
-            if is_full or is_enough:
-                yield batch
-                batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _padded(given: Sequence[GivenIds] | None, positions: int) -> NDArray[np.int64]:
