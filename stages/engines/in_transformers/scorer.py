@@ -6,6 +6,7 @@ neither on the number of processes nor on earlier runs, and the batch size is no
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,21 @@ class TransformersScorer:
         self.model = load_scoring_model(model, getattr(torch, settings.dtype))
         self.device = self.model.device
         self.head_form = recognise(self.model)
-        self.reads_beginnings = settings.reads_prefixes and keeps_beginnings(self.model)
+        self.may_share = settings.reads_prefixes
+
+    @cached_property
+    def reads_beginnings(self) -> bool:
+        """Whether examples go on after a beginning that they share."""
+        able = self.may_share and self.head_form is not None
+        return able and keeps_beginnings(self.model)
 
     def score(
         self, examples: Sequence[WeightedExample], top_k: int, at: Sequence[GivenIds] | None = None
     ) -> Iterator[tuple[int, ScoredExample]]:
         """Yield each example's index in `examples` and its scores, longest first in a group."""
-        reads = self.reads_beginnings and self.head_form is not None
-        for group in groups(examples) if reads else [Group(list(range(len(examples))))]:
+        for group in (
+            groups(examples) if self.reads_beginnings else [Group(list(range(len(examples))))]
+        ):
             beginning = self._beginning(examples, group)
             lengths = [len(examples[place].input_ids) - group.shared for place in group.places]
             for batch in batches(lengths, group.shared):

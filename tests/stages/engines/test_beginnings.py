@@ -54,6 +54,7 @@ def scorer(tiny_model: Path) -> Any:
 def computed(scorer: Any) -> Iterator[list[int]]:
     """The tokens of each forward pass, padding included."""
     counts: list[int] = []
+    assert scorer.reads_beginnings  # the trial is made
     layer = scorer.model.get_input_embeddings()
     hook = layer.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
     yield counts
