@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def _zstd(level: int) -> pa.ipc.IpcWriteOptions:
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=level))
 
 
-# for scores, level 9 would save one per cent more and take twelve times as long
-COMPRESSED = {ScoredExample: _zstd(3), TargetExample: _zstd(9)}
+# level 9 would save one to three per cent more and take five to twelve times as long
+COMPRESSED = _zstd(3)
 _COMPRESSED_CODES = _zstd(1)  # of packed scores, which higher levels do not make smaller
 # the field of the manifest that counts each level
 COUNTED = {"row": "rows", "token": "tokens", "position": "positions", "entry": "entries"}
@@ -75,9 +76,7 @@ def sidecar_path(folder: Path, index: int) -> Path:
 
 def compression(schema: Schema) -> pa.ipc.IpcWriteOptions:
     """The compression of the shards of a schema."""
-    if isinstance(schema.packing, ScorePacking):
-        return _COMPRESSED_CODES
-    return COMPRESSED[schema.record]
+    return _COMPRESSED_CODES if isinstance(schema.packing, ScorePacking) else COMPRESSED
 
 
 def commit_shard(
@@ -89,8 +88,8 @@ def commit_shard(
         hashing = HashingFile(file)
         sink = pa.PythonFile(hashing, "w")
         with pa.ipc.new_file(sink, schema.arrow, options=compression(schema)) as writer:
-            for batch in content.batches:
-                writer.write_batch(encode(schema, batch))
+            for encoded in in_order(partial(encode, schema), content.batches):
+                writer.write_batch(encoded)
     entry = ShardEntry(
         file=path.name,
         fingerprint=fingerprint,

@@ -23,12 +23,12 @@ def rank_order(ids_NS: NDArray[np.int32], share: float) -> tuple[int, ...]:
     `ids_NS` holds the supports of a sample of positions, padded with −1; `share` is the sample's
     share of the folder's positions.
     """
-    ids, places, times = np.unique(ids_NS, return_inverse=True, return_counts=True)
-    worth = (ids >= 0) & (times >= _WORTH * share)
+    times = np.bincount(ids_NS.ravel() + 1)[1:]  # of each id; the padding is dropped
+    worth = (times > 0) & (times >= _WORTH * share)
     listed = np.argsort(np.where(worth, -times, 1), kind="stable")[: min(worth.sum(), MOST_LISTED)]
-    place_of = np.full(len(ids), -1)
+    place_of = np.full(len(times) + 1, -1)  # the last is that of the padding
     place_of[listed] = np.arange(len(listed))
-    places_NS = place_of[places].reshape(ids_NS.shape)
+    places_NS = place_of[ids_NS]
     order, start, size = [], 0, _FIRST_BLOCK
     while start < len(listed):
         block = listed[start : start + size]
@@ -36,7 +36,7 @@ def rank_order(ids_NS: NDArray[np.int32], share: float) -> tuple[int, ...]:
         places_K = places_NS[positions_K, columns_K] - start
         order.append(block[_chain(_together(positions_K, places_K, len(block)), times[block])])
         start, size = start + size, 2 * size
-    return tuple(ids[np.concatenate(order)].tolist()) if order else ()
+    return tuple(np.concatenate(order).tolist()) if order else ()
 
 
 def _together(
@@ -59,10 +59,10 @@ def _chain(together_II: NDArray[np.int64], times_I: NDArray[np.integer]) -> NDAr
     """Order the ids of a block as a chain, from the most frequent id, which is at 0."""
     alike_II = together_II / (times_I[:, None] + times_I - together_II)  # Jaccard's index
     order = np.zeros(len(times_I), np.int64)
-    is_left = np.ones(len(times_I), bool)
     recent_I = np.zeros(len(times_I))
     for place in range(1, len(order)):
-        is_left[order[place - 1]] = False
-        recent_I = recent_I * _FADING + alike_II[order[place - 1]]
-        order[place] = np.argmax(np.where(is_left, recent_I, -1.0))
+        recent_I[order[place - 1]] = -np.inf  # and stays so: it is in the chain
+        recent_I *= _FADING
+        recent_I += alike_II[order[place - 1]]
+        order[place] = np.argmax(recent_I)
     return order

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from .probability_codes import FINE_LEVELS, FINE_ZERO, codes_of, fine_codes_of, probs_of
-from .ragged import segment_sums
+from .ragged import padded, segment_sums, unpadded
 
 Precision = Literal["uint8", "float16", "float32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -91,9 +91,9 @@ def pack(
     counts, ids = arrays["counts"], arrays["support_ids"]
     assert ((ids >= 0) & (ids < packing.vocab_size)).all(), "ids outside the vocabulary"
     has_table = packing.vocab_size <= _LARGEST_TABLE
-    ranks = _rank_table(packing)[ids] if has_table else ranks_of(ids, packing)
-    order = _by_rank(ranks, counts, packing.vocab_size)
-    ranks = ranks[order]
+    ranks = np.take(_rank_table(packing), ids) if has_table else ranks_of(ids, packing)
+    probs = _stored(arrays["support_probs"], packing)
+    ranks, probs = _by_rank(ranks, probs, counts, packing.vocab_size)
     steps = _steps(ranks, counts)
     rest = {
         name: values
@@ -103,26 +103,30 @@ def pack(
     return rest | {
         "rank_steps_low": steps.astype(np.uint8),  # the lowest 8 bits
         "rank_steps_high": steps >> 8,
-        "support_log_probs": _stored(arrays["support_probs"][order], packing),
+        "support_log_probs": probs,
         "tail_log_probs": _stored(arrays["tail_mass"], packing),
     }
 
 
 def _by_rank(
-    ranks: NDArray[np.integer], counts: NDArray[np.integer], vocab_size: int
-) -> NDArray[np.int64]:
-    """The order of entries by rank at each position: `argsort` in half the time.
+    ranks: NDArray[np.integer], values: NDArray[Any], counts: NDArray[np.integer], vocab_size: int
+) -> tuple[NDArray[np.integer], NDArray[Any]]:
+    """Ranks and the values of their entries, sorted by rank at each position.
 
-    What is sorted holds the position, the rank and, in its lowest bits, the place at the position.
+    What is sorted holds the rank, and in its lowest bits the value: both are then in order.
     """
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    places = 1 << int(counts.max(initial=0)).bit_length()
-    first = np.arange(len(counts)) * (vocab_size * places)
-    keys = np.repeat(first - starts, counts) + np.arange(len(ranks))
-    keys += ranks.astype(np.int64) * places
-    keys.sort()
-    keys &= places - 1
-    return keys + np.repeat(starts, counts)
+    bits = 8 * values.itemsize
+    narrow = (vocab_size - 1).bit_length() + bits < 32  # the largest key fills up
+    key = np.uint32 if narrow else np.uint64
+    keys = ranks.astype(key)
+    keys <<= key(bits)
+    keys |= values.view(f"u{values.itemsize}")
+    keys_NS = padded(counts, keys, np.iinfo(key).max)
+    keys_NS.sort(axis=1)
+    keys = unpadded(counts, keys_NS)
+    return (keys >> key(bits)).astype(np.int32), keys.astype(f"u{values.itemsize}").view(
+        values.dtype
+    )
 
 
 # makes the error for the value at a place of a level

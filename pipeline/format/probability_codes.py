@@ -48,8 +48,8 @@ _CODES = np.searchsorted(-_LEAST, -_LARGEST, side="left").astype(np.uint8)
 
 def codes_of(probs: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The codes of probabilities."""
-    codes = _CODES[probs.view(np.int32) >> _SHIFT]
-    return codes + (probs < _LEAST[codes])
+    codes = np.take(_CODES, probs.view(np.int32) >> _SHIFT)  # `take` is faster than an index
+    return codes + (probs < np.take(_LEAST, codes))
 
 
 def probs_of(codes: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..format.batches import FlatBatch
-from ..format.ragged import segment_sums
+from ..format.ragged import padded, segment_sums
 from ..methods import rules
 from ..methods.definition import Choice
 from ..methods.rules import Signals
@@ -29,7 +29,6 @@ from .distributions import (
     mixture,
     most_probable_first,
     observed_only,
-    padded,
     truncated,
     within,
 )
@@ -178,7 +177,14 @@ class Evidence:
             "divergence": lambda: common_divergence(self.common),
             "mask": self._mask,
         }
-        return Signals(**{name: compute[name]() for name in reads | {"log_prob"}})
+        wanted = reads | {"log_prob"}
+        for name in wanted - self._known_signals.keys():
+            self._known_signals[name] = compute[name]()
+        return Signals(**{name: self._known_signals[name] for name in wanted})
+
+    @cached_property
+    def _known_signals(self) -> dict[str, Floats]:
+        return {}
 
     def _entropy(self) -> Floats:
         """A lower bound: the tail counts as one outcome."""
@@ -257,7 +263,7 @@ def flat_targets(evidence: Evidence, targets: Targets) -> FlatBatch:
         "positions": scores["positions"],
         "trust": targets.trust.astype(np.float32),
         "counts": residual.counts.astype(np.int32),
-        "support_ids": residual.ids.astype(np.int32),
+        "support_ids": residual.ids.astype(np.int32, copy=False),
         "support_probs": residual.probs.astype(np.float32),
         "tail_mass": residual.tail_mass.astype(np.float32),
         "weights": targets.weights.astype(np.float32),

@@ -143,11 +143,12 @@ def _observed_target(
     evidence: Evidence, choice: Choice, trust: Floats, residual: Supports
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """log Q(y), and whether y is the only mode of Q, [N] each."""
-    is_observed = residual.ids == evidence.observed_ids[residual.position_of]
-    probs = residual.probs
-    observed = segment_sums(np.where(is_observed, probs, 0.0), residual.counts)
+    place = residual.places_of(evidence.observed_ids)
+    observed = np.zeros(len(trust))
+    observed[residual.positions_of(place)] = residual.probs[place]
+    others = residual.probs.copy()
+    others[place] = 0.0
     starts = np.cumsum(residual.counts) - residual.counts
-    others = np.where(is_observed, 0.0, probs)
     highest = np.maximum.reduceat(others, starts) if len(starts) else np.zeros(0)
     if choice.residual == "uniform":
         highest = residual.tail_mass / (evidence.base_model.vocab_size - 1)

@@ -4,15 +4,15 @@ N positions, K entries of all positions end to end. All values are float64; targ
 once, when they are stored.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..format.batches import FlatBatch
-from ..format.ragged import segment_sums
+from ..format.ragged import padded, segment_sums, unpadded
 from ..methods import rules
 
 Floats = NDArray[np.float64]
@@ -32,6 +32,12 @@ class Supports:
     ids: NDArray[np.int32]  # [K]
     log_probs: Floats  # [K]
     tail_mass: Floats  # [N]
+    known_probs: InitVar[Floats | None] = None  # the exponentials of `log_probs`, if at hand
+
+    def __post_init__(self, known_probs: Floats | None) -> None:
+        if known_probs is not None:
+            known_probs.flags.writeable = False
+            self.__dict__["probs"] = known_probs
 
     @cached_property
     def probs(self) -> Floats:
@@ -44,6 +50,14 @@ class Supports:
     def position_of(self) -> Ints:
         """The position of each entry, [K]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def places_of(self, ids_N: NDArray[np.int32]) -> Ints:
+        """The places of the entries with the id that is given for their position, ascending."""
+        return np.flatnonzero(self.ids == np.repeat(ids_N, self.counts))
+
+    def positions_of(self, places: Ints) -> Ints:
+        """The positions of some entries."""
+        return np.searchsorted(np.cumsum(self.counts), places, side="right")
 
     @property
     def ranks(self) -> Ints:
@@ -59,18 +73,18 @@ class Supports:
 
 def known_supports(scores: FlatBatch) -> Supports:
     """The distributions of a batch of scores: their entries and the observed token."""
-    counts = scores["counts"].astype(np.int64)
-    ids = scores["topk_ids"]
-    log_probs = np.maximum(scores["topk_log_probs"].astype(np.float64), LOG_OF_ZERO)
-    observed = scores.observed_ids
-    outside = segment_sums((ids == np.repeat(observed, counts)).astype(np.int64), counts) == 0
-    observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
+    counts, observed = scores["counts"].astype(np.int64), scores.observed_ids
+    log_probs = np.maximum(scores["topk_log_probs"], LOG_OF_ZERO, dtype=np.float64)
     tail_mass = scores["tail_mass"].astype(np.float64)
+    top = Supports(counts, scores["topk_ids"], log_probs, tail_mass)
+    outside = np.ones(len(counts), bool)
+    outside[top.positions_of(top.places_of(observed))] = False
+    observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
     tail_mass[outside] = np.maximum(tail_mass[outside] - np.exp(observed_log_probs), 0)
     ends = np.cumsum(counts)[outside]
     return Supports(
         counts + outside,
-        np.insert(ids, ends, observed[outside]),
+        np.insert(top.ids, ends, observed[outside]),
         np.insert(log_probs, ends, observed_log_probs),
         tail_mass,
     )
@@ -109,23 +123,31 @@ def truncated(
     The other entries move to the tail; support and tail are then scaled to add up to 1.
     """
     probs, counts = supports.probs, supports.counts
-    is_observed = supports.ids == np.repeat(observed_ids, counts)
-    is_first = (_mass_before(counts, probs) < top_p) | (top_p == 1)
-    keep = is_first & (supports.ranks < max_support) & (probs > 0) | is_observed
-    kept = Supports(
-        segment_sums(keep.astype(np.int64), counts),
-        supports.ids[keep],
-        supports.log_probs[keep],
-        supports.tail_mass + segment_sums(np.where(keep, 0.0, probs), counts),
+    keep = _in_prefix(counts, probs, top_p, max_support)
+    keep[supports.places_of(observed_ids)] = True
+    kept = np.flatnonzero(keep)
+    return normalised(
+        Supports(
+            segment_sums(keep.astype(np.int64), counts),
+            supports.ids[kept],
+            supports.log_probs[kept],
+            supports.tail_mass + segment_sums(probs * ~keep, counts),
+            probs[kept],
+        )
     )
-    return normalised(kept)
 
 
 def normalised(supports: Supports) -> Supports:
     """Scale entries and tail to add up to 1."""
-    total = segment_sums(supports.probs, supports.counts) + supports.tail_mass
-    log_probs = supports.log_probs - np.repeat(np.log(total), supports.counts)
-    return replace(supports, log_probs=log_probs, tail_mass=supports.tail_mass / total)
+    counts, probs = supports.counts, supports.probs
+    total = segment_sums(probs, counts) + supports.tail_mass
+    return Supports(
+        counts,
+        supports.ids,
+        supports.log_probs - np.repeat(np.log(total), counts),
+        supports.tail_mass / total,
+        probs / np.repeat(total, counts),
+    )
 
 
 class SharedSupport(NamedTuple):
@@ -142,8 +164,8 @@ def common_supports(one: Supports, other: Supports) -> SharedSupport:
     is_kept[place] = 1
     counts, ids = segment_sums(is_kept, one.counts), one.ids[place]
     return SharedSupport(
-        Supports(counts, ids, one.log_probs[place], _tail_without(one, place)),
-        Supports(counts, ids, other.log_probs[other_place], _tail_without(other, other_place)),
+        _part(one, counts, ids, place),
+        _part(other, counts, ids, other_place),
     )
 
 
@@ -223,37 +245,23 @@ def _of_observed(supports: Supports, observed: NDArray[np.int32]) -> Floats:
     return np.repeat(supports.log_probs[is_observed], supports.counts)
 
 
-def padded(counts: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
-    """Ragged values [K] as [N, S], filled up with `fill`."""
-    filled = np.full((len(counts), counts.max(initial=1)), fill, values.dtype)
-    filled[_is_entry(counts)] = values
-    return filled
-
-
-def unpadded(counts: Ints, values_NS: NDArray[Any]) -> NDArray[Any]:
-    """The ragged values [K] of [N, S]."""
-    return values_NS[_is_entry(counts)]
-
-
 def safe_log(values: Floats, of_zero: float = -np.inf) -> Floats:
     """log of values ≥ 0, without a warning for 0."""
     positive = values > 0
     return np.where(positive, np.log(np.where(positive, values, 1.0)), of_zero)
 
 
-def _is_entry(counts: Ints) -> NDArray[np.bool_]:
-    return np.arange(counts.max(initial=1)) < counts[:, None]
+def _in_prefix(counts: Ints, probs: Floats, top_p: float, most: int) -> NDArray[np.bool_]:
+    """Whether an entry is in the smallest prefix of mass `top_p`, and in the first `most`, [K].
 
-
-def _mass_before(counts: Ints, probs: Floats) -> Floats:
-    """The mass of the entries before each entry of its position, [K].
-
-    Added up row by row, so that the sums do not depend on the other rows of the batch.
+    Masses are added up row by row, so that they do not depend on the other rows of the batch.
     """
     probs_NS = padded(counts, probs, 0.0)
-    before_NS = np.zeros_like(probs_NS)
-    np.cumsum(probs_NS[:, :-1], axis=1, out=before_NS[:, 1:])
-    return unpadded(counts, before_NS)
+    is_in_NS = probs_NS > 0
+    is_in_NS[:, most:] = False
+    if top_p < 1:
+        is_in_NS[:, 1:] &= np.cumsum(probs_NS[:, :-1], axis=1) < top_p
+    return unpadded(counts, is_in_NS)
 
 
 def _matches(one: Supports, other: Supports) -> tuple[Ints, Ints]:
@@ -296,6 +304,12 @@ def _descending(log_probs_NS: Floats) -> Ints:
     keys_NS |= np.arange(log_probs_NS.shape[1])
     keys_NS.sort(axis=1)
     return keys_NS & ((1 << column_bits) - 1)
+
+
+def _part(whole: Supports, counts: Ints, ids: NDArray[np.int32], kept: Ints) -> Supports:
+    """The entries at some places, with these counts and ids; the rest is in the tail."""
+    tail_mass = _tail_without(whole, kept)
+    return Supports(counts, ids, whole.log_probs[kept], tail_mass, whole.probs[kept])
 
 
 def _tail_without(supports: Supports, kept: Ints) -> Floats:

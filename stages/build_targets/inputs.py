@@ -13,11 +13,12 @@ from ...pipeline.folders.sealed import SealedFolder, open_sealed
 from ...pipeline.folders.shards import BATCH_ROWS
 from ...pipeline.format.batches import FlatBatch, cut
 from ...pipeline.format.id_order import rank_order
+from ...pipeline.format.ragged import padded
 from ...pipeline.methods.definition import Choice
 from ...pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ...pipeline.progress import progress_bar
 from ...pipeline.targets.build import Evidence, ScoreModel
-from ...pipeline.targets.distributions import known_supports, padded, truncated
+from ...pipeline.targets.distributions import known_supports, truncated
 from ...pipeline.targets.pooling import Pooling
 from ..looking.vocabulary import Vocabulary
 from .other_tokenizer import OtherTokenizer, vocabularies

@@ -61,7 +61,7 @@ def main(folder: Path | None) -> None:
 
 def _to_bytes(schema: Schema, batch: FlatBatch) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema.arrow, options=COMPRESSED[schema.record]) as writer:
+    with pa.ipc.new_file(sink, schema.arrow, options=COMPRESSED) as writer:
         writer.write_batch(encode(schema, batch))
     return sink.getvalue()
 

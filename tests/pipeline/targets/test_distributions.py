@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qpipe.pipeline.format.ragged import padded, unpadded
 from qpipe.pipeline.targets.distributions import (
     Supports,
     common_divergence,
@@ -16,10 +17,8 @@ from qpipe.pipeline.targets.distributions import (
     most_probable_first,
     normalised,
     observed_only,
-    padded,
     safe_log,
     truncated,
-    unpadded,
     within,
 )
 
