@@ -1,13 +1,16 @@
 """Two commands started on the same output folder by mistake: one works, the other says so."""
 
+import os
 import random
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from qpipe.tests.faults.work import Work
+from qpipe.tests.support.s3 import BUCKET, Bucket
 from qpipe.tests.support.tiers import slow
 
 BUSY = "another qpipe works in it: wait for it, or give another --out"
@@ -59,3 +62,36 @@ def test_the_same_task_twice(works: Mapping[str, Work], name: str, tmp_path: Pat
         again = work.start(out)  # a task may have left what another was making just then
         assert again.wait() == 0, again.said
         work.judge(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["score", "build-targets"])
+def test_a_writer_in_a_bucket_that_stands_still_for_longer_than_its_lease(
+    works: Mapping[str, Work], s3: Bucket, name: str, tmp_path: Path
+) -> None:
+    """Another makes the folder; the first, when it goes on, adds nothing and changes nothing."""
+    environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+    work = replace(works[name], environment=environment | {"NO_PROXY": "127.0.0.1"})
+    out = f"s3://{BUCKET}/{name}"
+    first = work.start(out)
+    while first.is_running and len(s3.names(name)) < 3:
+        time.sleep(0.01)
+    first.signal(signal.SIGSTOP)
+    busy = work.start(out)
+    assert busy.wait() == 2, busy.said
+    assert "another qpipe works in it: wait for it (the lease of" in busy.error
+    second = work.strike(out, "clock forward", 0)  # to it the lease has expired
+    assert second.wait() == 0, second.said
+    before = s3.folder(name)
+    first.signal(signal.SIGCONT)
+    assert first.wait() in (0, 2), first.said
+    assert first.wait() == 0 or first.error
+    work.count("other faults", 2)
+    after = s3.folder(name)
+    assert {key: after.get(key) for key in before} == before
+    assert not [key for key in after if key not in before]
+    copy = tmp_path / name
+    copy.mkdir()
+    for key, content in after.items():
+        (copy / key).write_bytes(content)
+    work.judge(copy)
