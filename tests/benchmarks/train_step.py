@@ -1,12 +1,13 @@
 """What a step costs beside plain SFT in transformers' Trainer and beside on-line distillation.
 
-    python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS [EXAMPLES]]
+    python tests/benchmarks/train_step.py MODEL TARGETS [ROUNDS [EXAMPLES [FAMILY ...]]]
 
 The same model in float32, the same demonstrations, the same optimizer (torch's fused AdamW, which
 is Trainer's default); the contenders, each in a process of its own, take turns, a few steps each,
 and the medians of their steps are compared. Trainer, TRL's SFTTrainer and the distillation pad;
 qpipe packs, as it does by default, or pads where that is said. TARGETS is a folder with a base
-residual, such as `make demo` leaves in demo/targets.
+residual, such as `make demo` leaves in demo/targets. EXAMPLES is the size of a step; FAMILY picks
+contenders, for example Trainer "qpipe, packed".
 """
 
 import sys
@@ -48,8 +49,8 @@ Steps = Callable[[], list[float]]  # takes a turn; the seconds of each step
 _READY: dict[str, Steps] = {}  # the contenders that this process has loaded
 
 
-def main(model: str, targets: Path, rounds: int, size: int) -> None:
-    """Time the steps."""
+def main(model: str, targets: Path, rounds: int, size: int, families: list[str]) -> None:
+    """Time the steps of some families, or of all."""
     padded, packed = both_forms(targets, size)
     lengths = [int(batch.attention_mask.sum()) for batch in padded]
     print(
@@ -59,7 +60,8 @@ def main(model: str, targets: Path, rounds: int, size: int) -> None:
         f"{per_step(batch.tokens for batch in padded)} supervised"
     )
     with ExitStack() as stack:
-        seconds = time_steps(contenders(stack, model, targets, size), rounds)
+        ways = contenders(stack, families or list(FAMILIES), model, targets, size)
+        seconds = time_steps(ways, rounds)
     show_steps(seconds, per_step(lengths))
 
 
@@ -76,13 +78,15 @@ def per_step(counts: Iterable[int]) -> int:
     return round(sum(counts) / STEPS)
 
 
-def contenders(stack: ExitStack, model: str, targets: Path, size: int) -> dict[str, Steps]:
+def contenders(
+    stack: ExitStack, families: list[str], model: str, targets: Path, size: int
+) -> dict[str, Steps]:
     """Those that take turns, by name.
 
     Each family has a process of its own, as what one does with its memory would help the others.
     """
     found: dict[str, Steps] = {}
-    for family in FAMILIES:
+    for family in families:
         worker = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
         names = worker.submit(make_ready, family, model, targets, size).result()
         found |= {name: partial(_in_turn, worker, name) for name in names}
@@ -117,26 +121,23 @@ def time_steps(ways: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
 
 def show_steps(seconds: dict[str, list[float]], tokens: int) -> None:
     """Print the steps' medians, and publish ours beside those of others."""
-    sft, online = (median(seconds[name]) for name in (TRAINER, ONLINE))
+    rivals = [name for name in (TRAINER, ONLINE, TRL) if name in seconds]
     rows = [
         (
             name,
             f"{median(times):.3f} s",
             f"{min(times):.3f} to {max(times):.3f}",
-            f"{median(times) / sft:.2f}",
-            f"{online / median(times):.2f}",
+            *(f"{median(times) / median(seconds[rival]):.2f}" for rival in rivals),
         )
         for name, times in seconds.items()
     ]
-    heads = ("step", "median", "spread", "of Trainer's", "times as fast as on-line")
-    print_table([heads, *rows])
+    print_table([("step", "median", "spread", *(f"of {rival}" for rival in rivals)), *rows])
     publish(
         [
-            faster(
-                f"a step: {ours}", seconds[f"qpipe {ours}"], rival, seconds[rival], tokens, "tokens"
-            )
+            faster(f"a step: {ours}", seconds[own], rival, seconds[rival], tokens, "tokens")
             for ours in ("sft", "sft+kl", "target-sft, live")
-            for rival in (TRAINER, ONLINE, TRL)
+            if (own := f"qpipe {ours}") in seconds
+            for rival in rivals
         ]
     )
 
@@ -293,4 +294,4 @@ FAMILIES: dict[str, Callable[..., dict[str, Steps]]] = {
 
 if __name__ == "__main__":
     words = dict(enumerate(sys.argv))
-    main(words[1], Path(words[2]), int(words.get(3, 3)), int(words.get(4, 8)))
+    main(words[1], Path(words[2]), int(words.get(3, 3)), int(words.get(4, 8)), sys.argv[5:])
