@@ -116,7 +116,10 @@ def test_without_a_template_every_token_is_where_its_character_is(row: dict[str,
         own = tokens_of(message["content"])
         if message["role"] == "assistant":
             own += [] if message["content"].endswith("<|im_end|>") else tokens_of("<|im_end|>")
-            supervised += range(at, at + len(own)) if message["content"].strip() else ()
+            weight = message.get("weight")
+            # a weight below the least float32 is stored as 0, which supervises nothing
+            counts = message["content"].strip() and (weight is None or np.float32(weight) > 0)
+            supervised += range(at, at + len(own)) if counts else ()
         at += len(own)
     supervised = [place for place in supervised if place > 0]
     assert found.example.positions.tolist() == supervised
