@@ -112,11 +112,12 @@ def test_without_a_template_every_token_is_where_its_character_is(row: dict[str,
     if isinstance(found, Reject):
         return
     supervised, weights, at = [], [], 0
-    for message in parse_row(SOURCE, 1, row, "auto").messages:  # pyright: ignore
+    messages = parse_row(SOURCE, 1, row, "auto").messages  # pyright: ignore
+    for message, stated in zip(messages, row["messages"], strict=True):
         own = tokens_of(message["content"])
         if message["role"] == "assistant":
             own += [] if message["content"].endswith("<|im_end|>") else tokens_of("<|im_end|>")
-            weight = message.get("weight")
+            weight = stated.get("weight")
             # a weight below the least float32 is stored as 0, which supervises nothing
             counts = message["content"].strip() and (weight is None or np.float32(weight) > 0)
             supervised += range(at, at + len(own)) if counts else ()
