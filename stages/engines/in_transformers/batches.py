@@ -12,6 +12,7 @@ _ENOUGH_TOKENS = 1024  # enough for full throughput: a batch ends before much sh
 _SHORTER = 0.875  # of the longest of the batch
 LEAST_SHARED = 64  # tokens of a beginning
 GROUP_COST = 128  # tokens that a group must save: its batches are smaller, and one more is run
+MOST_TOGETHER = 512  # examples of a group; the search takes so many steps for each example
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def _best_starts(usable: list[int], common: list[int]) -> list[tuple[int, int]]:
     saved, starts = [0], [(0, 0)]
     for end in range(1, len(usable) + 1):
         best, at, shared = saved[end - 1], (end - 1, 0), usable[end - 1]
-        for start in range(end - 2, -1, -1):
+        for start in range(end - 2, max(end - MOST_TOGETHER, 0) - 1, -1):
             shared = min(shared, common[start], usable[start])
             if shared < LEAST_SHARED:
                 break

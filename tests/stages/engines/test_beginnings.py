@@ -149,6 +149,12 @@ def of_config(name: str, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_the_search_for_groups_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_batches, "MOST_TOGETHER", 3)
+    found = groups([chat(seed, DOCUMENTS[0], 40, 130) for seed in range(8)])
+    assert [len(group.places) for group in found if group.shared] == [3, 3]  # two save nothing
+
+
 @pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3Config", "GemmaConfig", "OlmoConfig"])
 def test_models_with_full_attention_go_on_after_a_beginning(name: str) -> None:
     assert keeps_beginnings(of_config(name, **SMALL))
