@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,15 +58,16 @@ def split(schema: Schema, batch: FlatBatch) -> Iterator[Any]:
         yield schema.record(id=example_id, **lists)
 
 
-def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> list[FlatBatch]:
+def cut(schema: Schema, batch: FlatBatch, most_positions: int) -> Iterator[FlatBatch]:
     """Cut a batch into pieces of whole rows: at most `most_positions` each, but at least a row."""
     ends = np.cumsum(batch.lengths["position"])
-    stops = [0]
-    while stops[-1] < len(ends):
-        before = ends[stops[-1] - 1] if stops[-1] else 0
+    start = 0
+    while start < len(ends):
+        before = ends[start - 1] if start else 0
         stop = int(np.searchsorted(ends, before + most_positions, side="right"))
-        stops.append(max(stop, stops[-1] + 1))
-    return [_rows_between(schema, batch, slice(*each)) for each in pairwise(stops)]
+        rows = slice(start, max(stop, start + 1))
+        yield _rows_between(schema, batch, rows)
+        start = rows.stop
 
 
 def join(batches: Sequence[FlatBatch]) -> FlatBatch:

@@ -24,7 +24,6 @@ from .distributions import (
     concentration,
     contrasted,
     expected_rank,
-    known_supports,
     mass_up_to,
     mixture,
     most_probable_first,
@@ -32,6 +31,7 @@ from .distributions import (
     truncated,
     within,
 )
+from .known import TopK, known_supports, top_k_of
 from .pooling import Pooling, pooled
 from .temperature import tempered
 from .translation import mapped_sums
@@ -84,9 +84,14 @@ class Evidence:
         return _observed_log_prob(self.scores)
 
     @cached_property
+    def top_k(self) -> TopK:
+        """The base's entries at temperature 1."""
+        return top_k_of(self.scores)
+
+    @property
     def plain_base(self) -> Supports:
         """The base at temperature 1."""
-        return known_supports(self.scores)
+        return self.top_k.with_observed
 
     @cached_property
     def base_and_bound(self) -> tuple[Supports, Floats]:
@@ -243,6 +248,8 @@ def stored_residual(evidence: Evidence, choice: Choice, truncation: Truncation) 
         case "uniform":
             log_prob = -np.log(evidence.base_model.vocab_size)
             return observed_only(observed, np.full(len(observed), log_prob))
+        case "base" if evidence.base_model.temperature == 1:
+            return evidence.top_k.truncated(truncation.top_p, truncation.max_support)
         case "base":
             whole = evidence.base
         case "teacher":

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format.batches import FlatBatch
 from ..format.ragged import padded, segment_sums, unpadded
 from ..methods import rules
 
@@ -53,6 +52,9 @@ class Supports:
 
     def places_of(self, ids_N: NDArray[np.int32]) -> Ints:
         """The places of the entries with the id that is given for their position, ascending."""
+        width = len(self.ids) // max(len(self.counts), 1)
+        if (self.counts == width).all():  # without an array of the repeated ids
+            return np.flatnonzero(self.ids.reshape(len(self.counts), width) == ids_N[:, None])
         return np.flatnonzero(self.ids == np.repeat(ids_N, self.counts))
 
     def positions_of(self, places: Ints) -> Ints:
@@ -69,25 +71,6 @@ class Supports:
     def log_tail(self) -> Floats:
         """log of the tail mass, −inf for 0, [N]."""
         return safe_log(self.tail_mass)
-
-
-def known_supports(scores: FlatBatch) -> Supports:
-    """The distributions of a batch of scores: their entries and the observed token."""
-    counts, observed = scores["counts"].astype(np.int64), scores.observed_ids
-    log_probs = np.maximum(scores["topk_log_probs"], LOG_OF_ZERO, dtype=np.float64)
-    tail_mass = scores["tail_mass"].astype(np.float64)
-    top = Supports(counts, scores["topk_ids"], log_probs, tail_mass)
-    outside = np.ones(len(counts), bool)
-    outside[top.positions_of(top.places_of(observed))] = False
-    observed_log_probs = scores["observed_log_probs"][outside].astype(np.float64)
-    tail_mass[outside] = np.maximum(tail_mass[outside] - np.exp(observed_log_probs), 0)
-    ends = np.cumsum(counts)[outside]
-    return Supports(
-        counts + outside,
-        np.insert(top.ids, ends, observed[outside]),
-        np.insert(log_probs, ends, observed_log_probs),
-        tail_mass,
-    )
 
 
 def within(supports: Supports, vocab_size: int) -> Supports:
@@ -122,18 +105,24 @@ def truncated(
 
     The other entries move to the tail; support and tail are then scaled to add up to 1.
     """
+    return normalised(prefix(supports, supports.places_of(observed_ids), top_p, max_support))
+
+
+def prefix(supports: Supports, places: Ints, top_p: float, max_support: int) -> Supports:
+    """Keep the smallest prefix of mass `top_p`, at most `max_support` ids, and some more entries.
+
+    `places` are theirs. The other entries move to the tail.
+    """
     probs, counts = supports.probs, supports.counts
     keep = _in_prefix(counts, probs, top_p, max_support)
-    keep[supports.places_of(observed_ids)] = True
+    keep[places] = True
     kept = np.flatnonzero(keep)
-    return normalised(
-        Supports(
-            segment_sums(keep.astype(np.int64), counts),
-            supports.ids[kept],
-            supports.log_probs[kept],
-            supports.tail_mass + segment_sums(probs * ~keep, counts),
-            probs[kept],
-        )
+    return Supports(
+        segment_sums(keep.astype(np.int64), counts),
+        supports.ids[kept],
+        supports.log_probs[kept],
+        supports.tail_mass + segment_sums(probs * ~keep, counts),
+        probs[kept],
     )
 
 

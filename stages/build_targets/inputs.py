@@ -18,8 +18,9 @@ from ...pipeline.methods.definition import Choice
 from ...pipeline.methods.rules import TOP_ENTROPY_SIZE
 from ...pipeline.progress import progress_bar
 from ...pipeline.targets.build import Evidence, ScoreModel
-from ...pipeline.targets.distributions import known_supports, truncated
+from ...pipeline.targets.known import top_k_of
 from ...pipeline.targets.pooling import Pooling
+from ...pipeline.threads import in_order
 from ..looking.vocabulary import Vocabulary
 from .other_tokenizer import OtherTokenizer, vocabularies
 from .teacher import Teacher
@@ -100,13 +101,15 @@ class Inputs:
         each = SAMPLED_BATCHES // len(shards) or 1
         batches = sum(min(each, -(-entries[shard].rows // BATCH_ROWS)) for shard in shards)
         most = SAMPLED_POSITIONS // max(1, batches)
-        stored = [
-            _stored_ids(piece, top_p, max_support)
-            for shard in shards
-            for batch in islice(self._sampled(folder, shard), each)
-            for piece in cut(folder.schema, batch, most)[:1]
-        ]
-        ids_NS = np.concatenate(stored)
+
+        def stored_ids(shard: int) -> list[NDArray[np.int32]]:
+            return [
+                _stored_ids(piece, top_p, max_support)
+                for batch in islice(self._sampled(folder, shard), each)
+                for piece in islice(cut(folder.schema, batch, most), 1)
+            ]
+
+        ids_NS = np.concatenate([*chain.from_iterable(in_order(stored_ids, shards))])
         share = len(ids_NS) / folder.manifest.totals["positions"]
         return rank_order(np.where(ids_NS < self.base_model.vocab_size, ids_NS, -1), share)
 
@@ -193,7 +196,7 @@ def _score_model(scores: SealedFolder, temperature: float) -> ScoreModel:
 
 def _stored_ids(batch: FlatBatch, top_p: float, max_support: int) -> NDArray[np.int32]:
     """The ids kept at each position, at most SAMPLED_ENTRIES, padded with −1."""
-    kept = truncated(known_supports(batch), batch.observed_ids, top_p, max_support)
+    kept = top_k_of(batch).truncated(top_p, max_support)
     ids_NS = padded(kept.counts, kept.ids, -1)[:, :SAMPLED_ENTRIES]
     lacking = SAMPLED_ENTRIES - ids_NS.shape[1]
     return np.pad(ids_NS, ((0, 0), (0, lacking)), constant_values=-1)

@@ -20,7 +20,8 @@ from ...pipeline.format.arrow import segment_sums
 from ...pipeline.format.batches import FlatBatch, flatten, split
 from ...pipeline.format.records import Example
 from ...pipeline.format.schema import STAGES
-from ...pipeline.targets.distributions import Supports, known_supports
+from ...pipeline.targets.distributions import Supports
+from ...pipeline.targets.known import known_supports
 from . import measures
 from .measures import Floats
 

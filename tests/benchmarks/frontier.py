@@ -30,7 +30,8 @@ from qpipe.pipeline.format.packing import Packing, Precision
 from qpipe.pipeline.format.ragged import segment_sums
 from qpipe.pipeline.format.schema import schema_of
 from qpipe.pipeline.methods import choose
-from qpipe.pipeline.targets.distributions import Supports, known_supports, truncated
+from qpipe.pipeline.targets.distributions import Supports, truncated
+from qpipe.pipeline.targets.known import known_supports
 from qpipe.stages.build_targets.settings import BuildSettings
 from qpipe.stages.build_targets.stage import build_targets
 from qpipe.stages.commands.tables import print_table

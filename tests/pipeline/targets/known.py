@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.targets.distributions import (
+    LOG_OF_ZERO,
     Supports,
     safe_log,
 )
@@ -106,7 +107,7 @@ def supports_of(rows: Sequence[Row]) -> Supports:
     return Supports(
         np.array([len(row.entries) for row in rows], np.int64),
         np.array([token for row in rows for token in row.entries], np.int32),
-        safe_log(probs),
+        safe_log(probs, LOG_OF_ZERO),  # as scores do
         np.array([row.tail for row in rows], np.float64),
     )
 

@@ -12,7 +12,6 @@ from qpipe.pipeline.targets.distributions import (
     common_divergence,
     common_supports,
     contrasted,
-    known_supports,
     mixture,
     most_probable_first,
     normalised,
@@ -21,6 +20,7 @@ from qpipe.pipeline.targets.distributions import (
     truncated,
     within,
 )
+from qpipe.pipeline.targets.known import known_supports, top_k_of
 
 from .known import (
     Known,
@@ -177,6 +177,24 @@ def test_truncation_is_that_of_a_plain_reference(
     assert_rows(cut, wanted)
     for row in rows_of(cut):
         assert math.fsum([*row.entries.values(), row.tail]) == pytest.approx(1, abs=1e-14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, size=vocab_sizes, share=shares, top_p=top_ps, max_support=max_supports)
+def test_truncated_scores_are_the_truncation_of_all_that_they_state(
+    seed: int, size: int, share: float, top_p: float, max_support: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    top_k = max(1, round(share * size))
+    scores = scores_of([random_known(rng, size, 3.0, top_k, 0) for _ in range(rng.integers(6))])
+    wanted = truncated(known_supports(scores), scores.observed_ids, top_p, max_support)
+    made = top_k_of(scores).truncated(top_p, max_support)
+
+    assert made.counts.tolist() == wanted.counts.tolist()
+    assert made.ids.tolist() == wanted.ids.tolist()
+    np.testing.assert_allclose(made.log_probs, wanted.log_probs, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(made.probs, wanted.probs, rtol=1e-14)
+    np.testing.assert_allclose(made.tail_mass, wanted.tail_mass, rtol=1e-13)
 
 
 @pytest.mark.parametrize(

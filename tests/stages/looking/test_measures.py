@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from qpipe.pipeline.format.batches import flatten
 from qpipe.pipeline.format.schema import schema_of
-from qpipe.pipeline.targets.distributions import known_supports
+from qpipe.pipeline.targets.known import known_supports
 from qpipe.stages.looking import measures
 from qpipe.stages.looking.measures import MEASURES
 from qpipe.tests.support.examples import scored, targeted
