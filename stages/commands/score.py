@@ -56,7 +56,7 @@ _BINDS = {
 )
 @click.option(
     "--gpu-memory",
-    type=Number(min=0, min_open=True),
+    type=Number(min=0, max=10**6, min_open=True),
     default=None,
     metavar="GIB",
     help="Memory of a GPU. Estimates what vLLM would use of it (with --plan).",
@@ -184,7 +184,7 @@ def print_plan(plan: "ScorePlan") -> None:
             ("scores", f"about {_size(plan.folder_bytes)}"),
             (
                 "model",
-                f"{plan.model} in {plan.dtype}: {_size(memory.weights)} of weights on each GPU, "
+                f"{plan.model} in {plan.dtype}: {_weights(memory.weights)} on each GPU, "
                 f"{_size(memory.kv_cache)} of KV cache for what is in flight",
             ),
             *_memory_rows(memory),
@@ -202,6 +202,10 @@ def print_plan(plan: "ScorePlan") -> None:
             f"each GPU, more than vLLM's share of {engine.utilization:.1%}: {way_out}",
             err=True,
         )
+
+
+def _weights(size: int | None) -> str:
+    return "weights of unknown size" if size is None else f"{_size(size)} of weights"
 
 
 def _workload_rows(work: "Workload") -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def choose_dtype(option: str, config: Any, host: Host | None = None) -> Dtype:
     None is this machine.
     """
     if option == "auto":
-        own = str(config.get_text_config().dtype).removeprefix("torch.")
+        own = str(config.get_text_config().dtype or config.dtype).removeprefix("torch.")
         option = own if (host or this_host()).has_gpu else "float32"
     return option if option in DTYPES else "float32"
 

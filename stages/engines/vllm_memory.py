@@ -14,8 +14,9 @@ from math import floor
 from pathlib import Path
 from typing import Any, Literal
 
+from ...pipeline.errors import UserError
 from ...trainer.models.files import ModelFiles
-from ...trainer.models.size import VALUE_BYTES, kv_cache_bytes, weight_bytes
+from ...trainer.models.size import VALUE_BYTES, attention_heads, kv_cache_bytes, weight_bytes
 from .settings import EngineSettings
 from .supervised_rows.steps import CHUNK_ROWS
 
@@ -64,18 +65,52 @@ def plan_memory(
 
     runner = "CPU" if gpu_memory is None and not torch.cuda.is_available() else runner_of(model)
     row = row_bytes(model, settings, runner)
-    weights = weight_bytes(model, settings.dtype) // settings.gpus
+    weights = weights_on_each(model, settings)
+    if weights is None:
+        raise UserError(
+            f"model {model.name}: its configuration does not tell the number of its weights: "
+            "give a folder that has them"
+        )
     if runner == "CPU":
         kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_KV_CACHE) * 2**30
         return fit_cpu(_available_memory(), weights, kv_cache, row)
     total, free = (gpu_memory, gpu_memory) if gpu_memory else _gpu_memory()
-    of_token = kv_cache_bytes(model, settings.dtype) // settings.gpus
+    of_token = kv_cache_on_each(model, settings)
 
     def needed(step: int, kv_tokens: int) -> int:
         return weights + activation_bytes(model, settings, step) + of_token * kv_tokens
 
     most = settings.gpu_memory_utilization or MOST_UTILIZATION
     return fit_gpu(runner, total, free, most, needed, row, settings.max_length + 1)
+
+
+def weights_on_each(model: ModelFiles, settings: EngineSettings) -> int | None:
+    """Bytes of the weights on each GPU; None if their number is not known.
+
+    Raises UserError for a parallel size that vLLM refuses.
+    """
+    config = model.config.get_text_config()
+    heads, layers = attention_heads(config), config.num_hidden_layers
+    parts = settings.tensor_parallel_size
+    if heads % parts:
+        able = ", ".join(f"{n}" for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(
+            f"--tensor-parallel-size {parts} does not divide the {heads} attention heads of model "
+            f"{model.name}: give one of {able}"
+        )
+    if settings.pipeline_parallel_size > layers:
+        raise UserError(
+            f"--pipeline-parallel-size {settings.pipeline_parallel_size} is above the {layers} "
+            f"layers of model {model.name}: give {layers} or less"
+        )
+    total = weight_bytes(model, settings.dtype)
+    return None if total is None else total // settings.gpus
+
+
+def kv_cache_on_each(model: ModelFiles, settings: EngineSettings) -> int:
+    """Bytes of the keys and values of a token on each GPU."""
+    of_model = kv_cache_bytes(model, settings.dtype, settings.tensor_parallel_size)
+    return of_model // settings.pipeline_parallel_size
 
 
 def runner_of(model: ModelFiles) -> Runner:
@@ -87,6 +122,7 @@ def runner_of(model: ModelFiles) -> Runner:
         return "V2"
     config = model.config.get_text_config()
     has_others = any("attention" not in kind or "linear" in kind for kind in _layer_kinds(config))
+    has_others |= not attention_heads(config)
     return "V2" if minor >= 29 or not (has_others or _experts_met(config)) else "V1"
 
 
@@ -127,6 +163,7 @@ def activation_bytes(model: ModelFiles, settings: EngineSettings, step: int) -> 
     hidden, met = config.hidden_size, _experts_met(config)
     inner = getattr(config, "moe_intermediate_size", None) if met else None
     inner = inner or getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
     layer = 3 * inner // settings.tensor_parallel_size + (hidden if met else 0)
     of_token = VALUE_BYTES[settings.dtype] * ((met or 1) * layer + 6 * hidden)
     sampled = min(MAX_SEQUENCES, step) * model.vocab_size * 3 * 4

@@ -15,13 +15,20 @@ from ...pipeline.format.packing import SCORE_PRECISION
 from ...pipeline.format.records import Reject
 from ...pipeline.progress import progress_bar
 from ...trainer.models.files import ModelFiles, find_model
-from ...trainer.models.size import count_weights, forward_flop, kv_cache_bytes, weight_bytes
+from ...trainer.models.size import count_weights, forward_flop
 from ..demonstrations.columns import parse_columns
 from ..demonstrations.formats import check_readable
 from ..demonstrations.sources import open_sources
-from ..engines.choose import choose_dtype, choose_head, this_host
+from ..engines.choose import choose_dtype, choose_head, say_float32, this_host
 from ..engines.settings import EngineSettings, Host, ServerSettings
-from ..engines.vllm_memory import STEPS, EngineMemory, plan_memory, window_tokens
+from ..engines.vllm_memory import (
+    STEPS,
+    EngineMemory,
+    kv_cache_on_each,
+    plan_memory,
+    weights_on_each,
+    window_tokens,
+)
 from .from_demonstrations import Demonstrations
 from .settings import ScoreSettings
 from .stage import check_top_k
@@ -76,7 +83,7 @@ class Workload:
 class Memory:
     """Memory on each GPU; all sizes in bytes."""
 
-    weights: int
+    weights: int | None  # None if their number is not known
     kv_cache: int  # of the tokens in the engine at a time
     gpu: int | None = None  # memory of a GPU
     engine: EngineMemory | None = None  # how vLLM would be configured for it
@@ -140,6 +147,7 @@ def plan(
     workload = _workload(demonstrations)
     host = this_host() if gpu_memory is None else Host(True, True, has_float32_head=True)
     dtype = choose_dtype(settings.engine.dtype, model.config, host)
+    say_float32(dtype, host.has_gpu)
     engine = replace(
         settings.engine,
         engine="vllm",
@@ -216,8 +224,8 @@ def _workload(demonstrations: Demonstrations) -> Workload:
 
 
 def _memory(model: ModelFiles, settings: EngineSettings, gpu_memory: float | None) -> Memory:
-    weights = weight_bytes(model, settings.dtype) // settings.gpus
-    of_token = kv_cache_bytes(model, settings.dtype) // settings.gpus
+    weights = weights_on_each(model, settings)
+    of_token = kv_cache_on_each(model, settings)
     if gpu_memory is None:
         return Memory(weights, of_token * window_tokens(STEPS[0]))
     gpu = int(gpu_memory * 2**30)

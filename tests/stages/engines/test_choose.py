@@ -37,6 +37,10 @@ def test_auto_is_what_the_machine_of_the_engine_has() -> None:
     assert [choose_dtype("auto", own, host) for host in (GPU, HEAD)] == ["bfloat16", "float32"]
     assert choose_dtype("float16", own, HEAD) == "float16"
     assert choose_dtype("auto", config("float8_e4m3fn"), GPU) == "float32"
+    of_images = SimpleNamespace(
+        dtype="bfloat16", get_text_config=lambda: SimpleNamespace(dtype=None)
+    )
+    assert choose_dtype("auto", of_images, GPU) == "bfloat16"  # as Gemma 3 and Qwen2.5-VL say it
 
 
 def test_the_head_is_float32_where_vllm_can() -> None:

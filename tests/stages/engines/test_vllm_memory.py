@@ -18,6 +18,7 @@ from qpipe.stages.engines.vllm_memory import (
     activation_bytes,
     fit_cpu,
     fit_gpu,
+    kv_cache_on_each,
     plan_memory,
     row_bytes,
     runner_of,
@@ -25,8 +26,8 @@ from qpipe.stages.engines.vllm_memory import (
 )
 from qpipe.tests.support.tiers import slow
 from qpipe.trainer.models.files import ModelFiles, find_model
-from qpipe.trainer.models.size import kv_cache_bytes, weight_bytes
-from transformers import Qwen3Config
+from qpipe.trainer.models.size import count_weights, kv_cache_bytes, weight_bytes
+from transformers import MambaConfig, Mistral3Config, Qwen3Config, T5Config
 
 GIB = 2**30
 
@@ -187,10 +188,13 @@ def test_a_share_that_is_too_small_is_named_and_costs_no_tokens() -> None:
         (large(151_936), 1, 69.6, 74.8),
         (large(128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80), 2, 71.7,
          74.4),
+        (large(262_208, hidden_size=5376, intermediate_size=21504, num_hidden_layers=62,
+               tie_word_embeddings=True, num_attention_heads=32, num_key_value_heads=16), 1, 64.7,
+         75.6),
     ],
 )  # fmt: skip
 def test_the_table_of_the_docs(model: ModelFiles, gpus: int, needed: float, peak: float) -> None:
-    """Models of Qwen3's and Llama's dimensions on a GPU of 80 GiB."""
+    """Models of Qwen3's, Llama's and Gemma's dimensions on a GPU of 80 GiB."""
     settings = asked(tensor_parallel_size=gpus, head_dtype="float32")
     plan = plan_memory(model, settings, 80 * GIB)
     assert (plan.scheduled_tokens, plan.utilization, plan.binds) == (8192, 0.92, "step")
@@ -229,6 +233,7 @@ def test_a_cpu_takes_what_is_free() -> None:
         ("0.28.0", {"num_experts_per_tok": 8}, "V1"),
         ("0.29.0", {"num_experts_per_tok": 8}, "V2"),
         (None, {"num_experts_per_tok": 8}, "V2"),
+        ("0.25.1", {"num_attention_heads": 0}, "V1"),
     ],
 )
 def test_the_runner_is_vllms_choice(
@@ -240,7 +245,7 @@ def test_the_runner_is_vllms_choice(
         return installed
 
     monkeypatch.setattr(vllm_memory, "version", version)
-    config = SimpleNamespace(**options)
+    config = SimpleNamespace(**({"num_attention_heads": 16} | options))
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
     assert runner_of(model) == runner
 
@@ -271,15 +276,14 @@ def test_memory_planned_for_a_gpu_that_is_not_here(tiny_model: Path) -> None:
     assert plan.added == 1024 * (320 * 4 + 64 * 28)
 
 
-def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache(
-    tiny_model: Path,
-) -> None:
-    files = find_model(str(tiny_model))
-    of_model = weight_bytes(files, "bfloat16") + kv_cache_bytes(files, "bfloat16") * 3 * 8192
+def test_gpus_that_share_the_layers_or_their_parts_share_weights_and_cache() -> None:
+    files = large()
+    stored = weight_bytes(files, "bfloat16") or 0
+    cached = kv_cache_bytes(files, "bfloat16") * 3 * 8192
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         settings = asked(tensor_parallel_size=tp, pipeline_parallel_size=pp)
-        needed = plan_memory(files, settings, gpu_memory=24 * GIB).needed
-        assert needed - activation_bytes(files, settings, 8192) == of_model // (tp * pp)
+        needed = plan_memory(files, settings, gpu_memory=80 * GIB).needed
+        assert needed - activation_bytes(files, settings, 8192) == (stored + cached) // (tp * pp)
 
 
 def test_activations_are_those_of_the_widest_layer() -> None:
@@ -310,3 +314,81 @@ def test_weights_that_a_folder_holds_twice_count_once(tiny_model: Path, tmp_path
         UserError, match=r"model twice: model.safetensors.index.json is damaged: fetch"
     ):
         weight_bytes(find_model(str(folder)), "float32")
+
+
+def test_the_keys_and_values_on_each_gpu() -> None:
+    """Of 64 layers with 8 heads of 128, in two bytes; a GPU keeps one head at least."""
+    sizes = [kv_cache_on_each(large(), asked(tensor_parallel_size=n)) for n in (1, 2, 8, 16)]
+    assert sizes == [64 * 2 * heads * 128 * 2 for heads in (8, 4, 1, 1)]
+    assert kv_cache_on_each(large(), asked(pipeline_parallel_size=4)) == 16 * 2 * 8 * 128 * 2
+    latent = large(kv_lora_rank=512, qk_rope_head_dim=64)  # as DeepSeek's
+    for n in (1, 8):
+        assert kv_cache_on_each(latent, asked(tensor_parallel_size=n)) == 64 * (512 + 64) * 2
+
+
+def made(config: Any) -> ModelFiles:
+    """A model whose weights are elsewhere."""
+    return ModelFiles("made", None, Path("/nowhere"), config, cast(Any, None))
+
+
+def test_a_model_without_attention_keeps_no_keys() -> None:
+    files = made(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=320))
+    assert kv_cache_bytes(files, "float32") == 0
+    assert plan_memory(files, asked(), 24 * GIB).fits
+
+
+def test_layers_of_several_widths_count_as_the_widest() -> None:
+    files = made(SimpleNamespace(get_text_config=lambda: config))
+    config = SimpleNamespace(hidden_size=64, intermediate_size=[128, 256], vocab_size=320)
+    base = 256 * 320 * 12 + GIB // 2
+    assert activation_bytes(files, asked(), 1000) == 1000 * 2 * (3 * 256 + 6 * 64) + base
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({"quant_method": "awq", "bits": 4}, 4.25),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8.25),
+        ({"quant_method": "mxfp4"}, 4.25),
+        ({"quant_method": "fp8"}, 8.25),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 8.25),
+        ({"quant_method": "new"}, 16),  # not known: not less than is there
+    ],
+)
+def test_quantised_weights_that_are_elsewhere(quantization: Any, bits: float) -> None:
+    """The embedding and the head stay in bfloat16."""
+    options = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    files = large(320, **options, tie_word_embeddings=False, quantization_config=quantization)
+    counts = count_weights(files)
+    assert counts is not None
+    assert counts.embeddings == 2 * 320 * 64
+    expected = counts.embeddings * 2 + (counts.stored - counts.embeddings) * bits / 8
+    assert weight_bytes(files, "bfloat16") == int(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 6}, "6 does not divide the 64 attention heads of model large"),
+        ({"pipeline_parallel_size": 65}, "65 is above the 64 layers of model large: give 64 or"),
+    ],
+)
+def test_parallel_sizes_that_vllm_refuses(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_memory(large(), asked(**options), 80 * GIB)
+
+
+def test_a_number_of_weights_that_is_not_known_is_not_taken_for_none() -> None:
+    with pytest.raises(UserError, match="model made: its configuration does not tell the number"):
+        plan_memory(made(T5Config(vocab_size=320)), asked(), 80 * GIB)
+
+
+def test_weights_of_models_that_also_read_images_are_counted() -> None:
+    text = {"model_type": "mistral", "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1,
+            "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 32}  # fmt: skip
+    seen = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1,
+            "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}  # fmt: skip
+    counts = count_weights(made(Mistral3Config(text_config=text, vision_config=seen)))
+    assert counts is not None
+    assert counts.stored > 2 * 320 * 64 + 4 * 64 * 64 + 3 * 64 * 128

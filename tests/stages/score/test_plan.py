@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from qpipe.pipeline.errors import UserError
+from qpipe.pipeline.progress import say_once
 from qpipe.stages.cli import cli
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.stages.score.plan import Throughput, Workload, costs, folder_bytes, plan
@@ -160,9 +161,18 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [log]
 
 
+def test_float32_on_a_gpu_is_said(
+    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_once.cache_clear()
+    plan(settings(tiny_model, chats, tmp_path, dtype="float32"), gpu_memory=16)
+    assert "dtype float32 on a GPU is many times slower" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--plan", "--demonstrations", "x", "--gpu-memory", "1e300"], "not in the range 0<x<="),
         (["--plan", "--at", "x"], "--plan requires --demonstrations FILE"),
         (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "requires --plan"),
         (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed requires --plan"),
