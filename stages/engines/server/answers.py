@@ -10,7 +10,7 @@ from ....pipeline.format.schema import schema_of
 from ..base import contradicts_tail, scored
 from .api import Prompt
 
-_NONE = -9999.0  # vLLM's log-probability of a token that a sampling option excludes
+NONE = -9999.0  # vLLM's log-probability of a token that a sampling option excludes
 
 
 def scores_in(
@@ -51,8 +51,8 @@ def scores_in(
     masses_N = np.exp(log_probs_Nk.astype(np.float64)).sum(axis=1)
     if N and masses_N.max() > 1 + MASS_TOLERANCE:
         raise unnormalised(float(masses_N.max()))
-    if (observed_N <= _NONE).any() or (log_probs_Nk <= _NONE).any():
-        raise _impossible(example, f"{_NONE:g} is not a log-probability, but stands for none")
+    if (observed_N <= NONE).any() or (log_probs_Nk <= NONE).any():
+        raise _impossible(example, f"{NONE:g} is not a log-probability, but stands for none")
     if (~is_inside_N & (observed_N > log_probs_Nk[:, -1])).any():
         raise _impossible(example, "a token outside of the top k is more probable than one of them")
     if contradicts_tail(observed_N, ranks_N, log_probs_Nk, vocab_size).any():

@@ -61,6 +61,10 @@ class Tokens(msgspec.Struct):
 class RefusedError(Exception):
     """Raised when the server rejects a request as invalid."""
 
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"status {status} {words}")
+        self.way_out = "set VLLM_API_KEY to its API key" if status in (401, 403) else ""
+
 
 class Api:
     """Requests to a server, retried while it is busy, failing or unreachable."""
@@ -74,9 +78,9 @@ class Api:
         try:
             return (await self.ask("/v1/models", Models)).data
         except RefusedError as error:
+            way_out = error.way_out or "give the address of a vLLM server, as in http://host:8000"
             raise UserError(
-                f"server {self.server.url}: does not list its models: {one_line(error)}: give the "
-                "address of a vLLM server, as in http://host:8000"
+                f"server {self.server.url}: does not list its models: {one_line(error)}: {way_out}"
             ) from error
 
     async def ask(
@@ -103,7 +107,7 @@ class Api:
             if status == 429 or status >= 500:
                 trouble = f"status {status} {_text(content)}"
             elif status != 200:
-                raise RefusedError(f"status {status} {_text(content)}")
+                raise RefusedError(status, _text(content))
             else:
                 try:
                     return msgspec.json.decode(content, type=kind)
@@ -139,11 +143,13 @@ class Api:
 def new_client(server: ServerSettings) -> httpx.AsyncClient:
     """A client of the server, with the key in VLLM_API_KEY if that is set.
 
-    Raises UserError for a key that is not ASCII.
+    Raises UserError for a key that no header can hold.
     """
     key = os.environ.get("VLLM_API_KEY", "")
-    if not key.isascii():
-        raise UserError("VLLM_API_KEY: not ASCII: give a key of ASCII characters")
+    if not key.isascii() or not key.isprintable():
+        raise UserError(
+            "VLLM_API_KEY: not ASCII, or it holds a line break: give a key of ASCII characters"
+        )
     try:
         client = httpx.AsyncClient(
             base_url=server.address,

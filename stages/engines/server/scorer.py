@@ -18,7 +18,7 @@ from ....pipeline.format.row_checks import MASS_TOLERANCE
 from ....trainer.models.files import ModelFiles
 from ..base import GivenIds
 from ..settings import EngineSettings, ServerSettings
-from .answers import scores_in, unnormalised
+from .answers import NONE, scores_in, unnormalised
 from .api import START_TRIES, Api, Completion, Model, Prompt, RefusedError, Scored, Tokens, names_of
 
 _PROBE = "Bonjour, 1 + 1 = 2!\nЖ"
@@ -91,10 +91,10 @@ class ServerScorer:
     async def _probe(self) -> Floats:
         """The log-probabilities of a short text."""
         ids = self.model.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-        prompt = await self._prompt(ids, 1, self.server.tries)
+        prompt = await self._scored(ids, 1)
         rows = zip(ids[1:], prompt[1:], strict=True)
         found = [row[token].logprob for token, row in rows if row and token in row]
-        if len(found) < len(ids) - 1:
+        if len(found) < len(ids) - 1 or not all(NONE < each < MASS_TOLERANCE for each in found):
             raise UserError(
                 f"server {self.server.url}: its answer lacks log-probabilities of the prompt's "
                 "tokens: a vLLM server is needed here"
@@ -102,11 +102,15 @@ class ServerScorer:
         return np.array(found, np.float32)
 
     async def _score(self, example: WeightedExample, top_k: int) -> ScoredExample:
+        prompt = await self._scored(example.input_ids.tolist(), top_k)
+        return scores_in(example, prompt, top_k, self.model.vocab_size)
+
+    async def _scored(self, token_ids: list[int], count: int) -> Prompt:
+        """As `_prompt`, and UserError for a request that the server refuses."""
         try:
-            prompt = await self._prompt(example.input_ids.tolist(), top_k, self.server.tries)
+            return await self._prompt(token_ids, count, self.server.tries)
         except RefusedError as error:
             raise self._refused(error) from error
-        return scores_in(example, prompt, top_k, self.model.vocab_size)
 
     async def _prompt(self, token_ids: list[int], count: int, tries: int) -> Prompt:
         """The log-probabilities of a prompt, `count` at each token; -1 is all."""
@@ -131,7 +135,7 @@ class ServerScorer:
 
     def _refused(self, error: RefusedError) -> UserError:
         words = one_line(error)
-        way_out = "check that it serves this model"
+        way_out = error.way_out or "check that it serves this model"
         if "logprobs" in words:
             way_out = "start it with `vllm serve --max-logprobs -1`, or give a smaller --top-k"
         return UserError(

@@ -70,6 +70,7 @@ class Fake:
     at_a_time: int = 0
     most_at_a_time: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    key: str = ""  # without it nothing is answered
     lock: Any = field(default_factory=threading.Lock)
 
     @torch.inference_mode()
@@ -114,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
     fake: Fake
 
     def do_GET(self) -> None:
+        if self.fake.key not in self.headers.get("Authorization", ""):
+            return self.answer(401, {"error": "Unauthorized"})
         self.answer(200, {"data": self.fake.models})
 
     def do_POST(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 from qpipe.pipeline import read_scores
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.engines.choose import make_scorer
+from qpipe.stages.engines.server.scorer import ServerScorer
 from qpipe.tests.support.commands import qpipe
 from qpipe.tests.support.examples import unweighted
 
@@ -178,16 +179,29 @@ def test_another_model_after_a_while_is_noticed_before_its_scores_are_stored(
         np.testing.assert_array_equal(one.observed_log_probs, other.observed_log_probs)
 
 
-def test_a_server_that_leaves_tokens_out_of_a_short_text_is_refused(fake: Fake) -> None:
-    """By which its model would be known again."""
+@pytest.mark.parametrize("value", [None, -1e300, -9999.0, 0.5])
+def test_a_short_text_without_log_probabilities_is_refused(fake: Fake, value: float | None) -> None:
+    """By which its model would be known again: a difference from -inf is none."""
     right = fake.completion
 
-    def without_entries(body: dict[str, Any]) -> tuple[int, Any]:
+    def spoilt(body: dict[str, Any]) -> tuple[int, Any]:
         status, answer = right(body)
-        if len(body["prompt"]) > 2:
-            answer["choices"][0]["prompt_logprobs"][1:] = [None] * (len(body["prompt"]) - 1)
+        rows = answer["choices"][0]["prompt_logprobs"]
+        for place in range(1, len(rows) if len(rows) > 2 else 0):
+            entries = {token: entry | {"logprob": value} for token, entry in rows[place].items()}
+            rows[place] = None if value is None else entries
         return status, answer
 
-    fake.completion = without_entries  # pyright: ignore[reportAttributeAccessIssue]
+    fake.completion = spoilt  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match="lacks log-probabilities of the prompt's tokens"):
         make_scorer(fake.files, settings_for(fake))
+
+
+def test_a_model_that_is_gone_when_a_shard_is_stored_is_one_clear_line(fake: Fake) -> None:
+    scorer = make_scorer(fake.files, settings_for(fake))
+    assert isinstance(scorer, ServerScorer)
+    fake.faults = [404]
+    with pytest.raises(
+        UserError, match=r"refuses a request: status 404 .*finished shards are kept"
+    ):
+        scorer.check_same()

@@ -113,10 +113,24 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         served_model(ServerSettings(url))
 
 
-def test_a_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", "schlüssel")
-    with pytest.raises(UserError, match="VLLM_API_KEY: not ASCII"):
+@pytest.mark.parametrize("key", ["schlüssel", "secret\n"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(UserError, match="VLLM_API_KEY: not ASCII, or it holds") as raised:
         served_model(ServerSettings("http://127.0.0.1:9"))
+    assert key.strip() not in str(raised.value)
+
+
+def test_a_server_that_wants_a_key_is_told_apart(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.key = "secret"
+    with pytest.raises(UserError, match=r"status 401 .*: set VLLM_API_KEY to its API key"):
+        served_model(ServerSettings(fake.url))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert served_model(ServerSettings(fake.url)) == NAME
 
 
 def test_the_address_may_end_as_openai_clients_want_it() -> None:
