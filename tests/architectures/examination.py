@@ -77,13 +77,14 @@ def _is_not_causal(model: Any, examples: Examples) -> bool:
 
 @torch.no_grad()
 def _check_scores(own: Any, student: Student, examples: Examples) -> None:
-    """Log-probabilities as in scoring, padded, against each example by itself."""
+    """Log-probabilities, padded, as in scoring and with a mask, against each example by itself."""
     batch = padded_batch(examples)
-    places = batch.inputs, batch.rows, batch.columns
-    parts = [logits for _, logits in logit_chunks(student.model, student.head_form, *places)]
     alone = torch.cat([logits_alone(own, each) for each in examples])
-    error = (torch.cat(parts).log_softmax(-1) - alone.double().log_softmax(-1)).abs().max()
-    assert error < _LOG_PROB
+    for inputs in ({"input_ids": batch.inputs["input_ids"]}, batch.inputs):
+        places = inputs, batch.rows, batch.columns
+        parts = [logits for _, logits in logit_chunks(student.model, student.head_form, *places)]
+        error = (torch.cat(parts).log_softmax(-1) - alone.double().log_softmax(-1)).abs().max()
+        assert error < _LOG_PROB
 
 
 def _check_saved(own: Any, student: Student, base: ModelFiles, folder: Path) -> None:

@@ -183,6 +183,25 @@ def test_transformers_scores_do_not_depend_on_the_batch(
     check_close(together, run(scorer, 8))
 
 
+def test_padded_batches_of_transformers_are_attended_without_a_mask(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask, attention computes what is then left out, and on a GPU has no fast kernel."""
+    scorer: Any = make_scorer(
+        find_model(str(tiny_model)), EngineSettings("transformers", "float32", max_length=256)
+    )
+    assert scorer.reads_beginnings  # the trial, which has a mask, is made
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append((len(query), options["attn_mask"], options["is_causal"]))
+        return attention(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    list(scorer.score([EXAMPLES[2], example(6, 140, [139])], 8))
+    assert {*seen} == {(2, None, True)}
+
+
 def test_transformers_without_a_known_head_gives_the_same(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
