@@ -13,6 +13,7 @@ _END: Any = object()
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_Given = TypeVar("_Given")
 
 
 def in_order(
@@ -27,6 +28,26 @@ def in_order(
     save time if the work releases the interpreter, as numpy does. With one worker, an item is
     processed while the caller uses the one before, or makes the one after.
     """
+    return _begun(function, items, workers, held, Future.result)
+
+
+def in_progress(
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    workers: int | None = None,
+    held: int | None = None,
+) -> Iterator[Future[_Result]]:
+    """Yield what `in_order` yields, as futures: does not wait until a result is there."""
+    return _begun(function, items, workers, held, lambda future: future)
+
+
+def _begun(
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    workers: int | None,
+    held: int | None,
+    give: Callable[[Future[_Result]], _Given],
+) -> Iterator[_Given]:
     workers = workers or len(os.sched_getaffinity(0))
     held = held or 2 * workers
     waiting: deque[Future[_Result]] = deque()
@@ -35,9 +56,9 @@ def in_order(
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) == held:
-                    yield waiting.popleft().result()
+                    yield give(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield give(waiting.popleft())
         except GeneratorExit:  # the caller stops; after an error, begun items are finished
             pool.shutdown(cancel_futures=True)
             raise

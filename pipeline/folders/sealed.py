@@ -155,19 +155,27 @@ class SealedFolder:
     def check(self, shard: int, *, verify: bool = True) -> None:
         """Raise UserError if a shard is missing, or its hash is not the manifest's."""
         path, sha256 = self.shard_path(shard), self.manifest.shards[shard].sha256
+        if not verify:
+            self._refuse_missing(path)
+            return
+        try:
+            with opened_copy(path, sha256) as local:
+                found = sha256_of_file(local)
+        except (OSError, UserError):
+            self._refuse_missing(path)  # not before: a bucket takes a request for it
+            raise
+        if found != sha256:
+            raise UserError(
+                f"{path}: damaged, its hash is not the manifest's: make {self.path} again"
+            )
+        self.checked.add(shard)
+
+    def _refuse_missing(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(
                 f"{path}: missing, the manifest names it: restore it, or remove {self.path} and "
                 "make it again"
             )
-        if not verify:
-            return
-        with opened_copy(path, sha256) as local:
-            if sha256_of_file(local) != sha256:
-                raise UserError(
-                    f"{path}: damaged, its hash is not the manifest's: make {self.path} again"
-                )
-        self.checked.add(shard)
 
     @contextmanager
     def _opened(

@@ -23,6 +23,8 @@ _ABANDONED = 86400.0  # seconds after which a download is no longer in progress
 
 _checked: dict[Path, tuple[int, ...]] = {}  # copies that this process has hashed
 _held: list[int] = []  # descriptors of copies that this process keeps in the cache
+# bytes that this process may fetch into a cache of a limit before it lists the cache again
+_room: dict[tuple[Path, float], float] = {}
 
 
 def local_copy(path: Path, sha256: str) -> Path:
@@ -173,7 +175,11 @@ def _fetch(path: Path, place: Path, name: Callable[[str], str], sha256: str | No
         copy = place / name(found)
         os.replace(fetched, copy)
     _touch(copy)
-    _shrink(place.parent, copy, limit)
+    key = place.parent, limit
+    _room[key] = _room.get(key, 0.0) - copy.stat().st_size
+    if _room[key] < 0:
+        # other processes fetch too
+        _room[key] = (limit - _shrink(place.parent, copy, limit)) / 8
     return copy
 
 
@@ -187,8 +193,11 @@ def _limit() -> float:
     raise UserError(f"{SIZE}={words}: give the size of the cache in GB, as in 50")
 
 
-def _shrink(cache: Path, latest: Path, limit: float) -> None:
-    """Remove the copies used longest ago until the rest fit into the limit; keep the latest."""
+def _shrink(cache: Path, latest: Path, limit: float) -> float:
+    """Remove the copies used longest ago until the rest fit into the limit; keep the latest.
+
+    Returns the bytes that are left.
+    """
     found: list[tuple[os.stat_result, Path]] = []
     for path in cache.glob("*/*"):
         with suppress(FileNotFoundError):  # another process also shrinks the cache
@@ -207,6 +216,7 @@ def _shrink(cache: Path, latest: Path, limit: float) -> None:
             break
         if path != latest and _remove(path):
             size -= stat.st_size
+    return size
 
 
 def _remove(copy: Path) -> bool:

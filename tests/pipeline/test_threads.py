@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
-from qpipe.pipeline.threads import in_order
+from qpipe.pipeline.threads import in_order, in_progress
 
 WORKERS = 3
 
@@ -119,3 +119,14 @@ def test_no_thread_is_left_behind() -> None:
     results.close()
 
     assert set(threading.enumerate()) == before
+
+
+def test_futures_come_before_their_results() -> None:
+    may_end = threading.Event()
+    futures = in_progress(lambda _: may_end.wait(20), range(4), workers=1, held=2)
+    first, second = next(futures), next(futures)
+    assert not first.done()
+    may_end.set()
+    assert first.result()
+    assert second.result()
+    assert len(list(futures)) == 2

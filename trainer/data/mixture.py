@@ -37,7 +37,7 @@ class Mixture:
         return sum(map(len, self.streams))
 
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
-        """The samples of these numbers, which must ascend; each stream has a window in memory."""
+        """The samples of these numbers, which must ascend; two windows of each stream are kept."""
         return self._merged(TargetStream.samples, seed, numbers)
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:

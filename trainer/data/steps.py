@@ -190,7 +190,8 @@ def read_steps(
 ) -> Iterator[list[list[TargetExample]]]:
     """The examples of each step's micro-batches.
 
-    A rank's share of a step is in memory at once. Plans are consumed up to a window ahead.
+    A rank's share of a step is in memory at once. Plans are consumed up to two windows ahead,
+    or four of a remote folder.
     """
     plans, ahead = tee(plans)
     examples = source.samples(seed, chain.from_iterable(sorted(chain(*plan)) for plan in ahead))

@@ -5,8 +5,9 @@ sample s belongs to epoch s // n. Sample s depends on the seed, its epoch and th
 the state of a stream is one number, and any process may read any sample.
 
 The order of an epoch: the blocks (record batches of all shards) are permuted and cut into windows
-of `WINDOW_BLOCKS`, then the rows of each window are permuted. One window is in memory at a time,
-and reading starts at the window of the first sample that is asked for.
+of `WINDOW_BLOCKS`, then the rows of each window are permuted. Two windows are in memory: one is
+decoded while the one before is used. Reading starts at the window of the first sample that is asked
+for.
 
 Opening a folder reads its index: the tokens of each row, and the hashes of the ids, which choose
 the held-out rows. Eight bytes a row stay in memory. The hash of a shard is compared when the first
@@ -32,7 +33,7 @@ from ...pipeline.folders.sealed import SealedFolder
 from ...pipeline.format.batches import split
 from ...pipeline.format.records import Ints, TargetExample
 from ...pipeline.storage.remote import is_remote
-from ...pipeline.threads import in_order
+from ...pipeline.threads import in_order, in_progress
 
 WINDOW_BLOCKS = 16  # about a thousand rows to shuffle among
 FETCHES = WINDOW_BLOCKS  # of remote shards at a time: each block of a window may need another one
@@ -88,14 +89,17 @@ class TargetStream:
     def samples(self, seed: int, numbers: Iterable[int]) -> Iterator[TargetExample]:
         """The samples of these numbers, which must ascend, so that no window is read twice.
 
-        Up to a window of the numbers is consumed ahead, and two more of a remote folder, whose
+        Up to two windows of the numbers are consumed ahead, and two more of a remote folder, whose
         shards are then fetched. Raises UserError where a shard is missing or damaged.
         """
         windows = self._windows(seed, numbers)
         if self.verify and is_remote(self.folder.path):
-            windows = in_order(self._fetched, windows, workers=1)
-        for rows in windows:
-            yield from self.at(rows)
+            fetched = in_progress(self._fetched, windows, workers=1)
+            decoded = in_order(lambda rows: self.at(rows.result()), fetched, workers=1)
+        else:
+            decoded = in_order(self.at, windows, workers=1)
+        for examples in decoded:
+            yield from examples
 
     def lengths(self, seed: int, numbers: Iterable[int]) -> Iterator[int]:
         """The numbers of tokens of the samples of these numbers; reads no shard."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,27 @@ def test_the_longest_unused_goes_first(s3: Bucket, monkeypatch: pytest.MonkeyPat
     age(copies[0], 300)
     local_copy(*put(s3, "3", bytes([3]) * 1500))
     assert [copy.exists() for copy in copies] == [True, False, False]
+
+
+def test_the_cache_is_listed_again_before_it_can_be_full(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at first, then after an eighth of what was free: 100 kB, 87.5 kB, 76.6 kB …"""
+    monkeypatch.setenv("QPIPE_CACHE_GB", "8e-4")  # 800 kB
+    monkeypatch.setattr(cache, "FRESH", 0.0)
+    listed: list[int] = []
+    glob = Path.glob
+
+    def noting(folder: Path, pattern: str) -> Iterator[Path]:
+        listed.append(sum(each.stat().st_size for each in folder.rglob("*") if each.is_file()))
+        return glob(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", noting)
+    for number in range(40):
+        copy = local_copy(*put(s3, f"{number}", bytes([number]) * 40_000))
+        assert sum(each.stat().st_size for each in copy.parent.iterdir()) <= 800_000
+    assert listed[:4] == [40_000, 160_000, 280_000, 360_000]
+    assert len(listed) > 20  # each time, once it is full
 
 
 def test_the_latest_stays_however_large(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
