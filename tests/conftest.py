@@ -1,9 +1,10 @@
 """Fixtures that several suites share: a tiny model with a real tokenizer, made once a session."""
 
+import gc
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,17 @@ SHARE_AN_ENGINE = (
     "tests/stages/engines/test_vllm.py",
     "tests/stages/score/from_folder/test_given_ids.py",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What importing all tests makes lives to the end: the garbage collector leaves it out."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

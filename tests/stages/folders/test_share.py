@@ -249,6 +249,7 @@ def test_refused_credentials_are_one_line(
 def test_a_closed_port_is_one_line_and_soon(
     s3: Bucket, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # as a rule five, seconds apart
     point_to("http://127.0.0.1:9", monkeypatch)
     said = qpipe("share", made, "s3://bucket/copy", fails=True)
     assert said.startswith("Error: s3://bucket/copy: cannot be used: Could not connect")
