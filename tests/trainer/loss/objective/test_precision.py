@@ -20,30 +20,26 @@ from .folders import (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @over(CASES)
 def test_narrow_logits_come_close_to_float64(
-    name: str, form: str, parameters: dict[str, Any], dtype: torch.dtype
+    name: str, form: str, parameters: dict[str, Any]
 ) -> None:
     """Only the logits are narrow: what is done with them is done in float32."""
     logits, models = random_models(seed=5)
-    narrow = logits.to(dtype)
     targets = folder_targets(name, form, parameters, models)
     objective = objective_for(name, form, parameters)
-    loss, gradient = loss_and_gradient(objective, narrow, to_dtype(targets, torch.float32))
-    exact, exact_gradient = loss_and_gradient(objective, narrow.double(), targets)
-    assert loss.sum.dtype == torch.float32
-    assert gradient.dtype == dtype
-    assert loss.sum.item() == pytest.approx(exact.sum.item(), rel=1e-5)
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=tolerance, atol=1e-5)
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-4)):
+        narrow = logits.to(dtype)
+        loss, gradient = loss_and_gradient(objective, narrow, to_dtype(targets, torch.float32))
+        exact, exact_gradient = loss_and_gradient(objective, narrow.double(), targets)
+        assert loss.sum.dtype == torch.float32
+        assert gradient.dtype == dtype
+        assert loss.sum.item() == pytest.approx(exact.sum.item(), rel=1e-5)
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=tolerance, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @over(CASES)
-def test_extreme_logits_give_no_nan(
-    name: str, form: str, parameters: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_extreme_logits_give_no_nan(name: str, form: str, parameters: dict[str, Any]) -> None:
     """Probabilities that are 0 or 1 to rounding: of the observed token, and of the others."""
     _, models = random_models(count=6, seed=6)
     logits = torch.zeros(6, V).double()
@@ -57,10 +53,11 @@ def test_extreme_logits_give_no_nan(
     logits[5] -= 1e4
     targets = folder_targets(name, form, parameters, models)
     objective = objective_for(name, form, parameters)
-    narrow = to_dtype(targets, torch.promote_types(dtype, torch.float32))
-    loss, gradient = loss_and_gradient(objective, logits.to(dtype), narrow)
-    assert loss.sum.isfinite()
-    assert gradient.isfinite().all()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        narrow = to_dtype(targets, torch.promote_types(dtype, torch.float32))
+        loss, gradient = loss_and_gradient(objective, logits.to(dtype), narrow)
+        assert loss.sum.isfinite(), dtype
+        assert gradient.isfinite().all(), dtype
 
 
 _MASKED = [case for case in CASES if case[0] != "label-smoothing"]  # which is infinite there
