@@ -21,7 +21,8 @@ from ....trainer.models.files import ModelFiles, load_scoring_model
 from ....trainer.models.heads import logit_chunks, recognise
 from ..base import GivenIds, scored, with_given
 from ..settings import EngineSettings
-from ..supervised_rows.gather import gathered_log_probs
+from ..supervised_rows.shards import whole_log_probs
+from ..supervised_rows.summary import summarised_in_torch
 from .batches import Group, batches, groups
 from .beginnings import Beginning, beginning_of, keeps_beginnings
 
@@ -120,7 +121,8 @@ class TransformersScorer:
         places = inputs, self._tensor(rows_N), self._tensor(columns_N)
         for rows, logits_nV in logit_chunks(self.model, self.head_form, *places):
             asked = self._tensor(observed_N[rows]), self._tensor(given_Nw[rows])
-            results.append(gathered_log_probs(logits_nV, *asked, top_k))
+            # without kernels, which need a compiler, and closer to float64 than torch's log-softmax
+            results.append(whole_log_probs(logits_nV, *asked, top_k, summarised_in_torch))
         arrays = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
         ends = np.cumsum(counts)[:-1]
         by_example = zip(*(np.split(array, ends) for array in (*arrays, given_Nw)), strict=True)

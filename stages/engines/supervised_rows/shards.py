@@ -16,6 +16,7 @@ from .gather import Gathered
 from .summary import Summary, summarise
 
 AllGather = Callable[[Tensor], Tensor]  # [n, c] of this process -> [n, P, c]
+Summarise = Callable[[Tensor, Tensor, int], Summary]
 
 
 def shard_log_probs(
@@ -48,7 +49,11 @@ def shard_log_probs(
 
 
 def whole_log_probs(
-    logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
+    logits_nV: Tensor,
+    observed_n: Tensor,
+    given_nw: Tensor,
+    top_k: int,
+    summarise: Summarise = summarise,
 ) -> Gathered:
     """The same in one process."""
     asked_nc = torch.cat((observed_n[:, None], given_nw.clamp_min(0)), dim=1)

@@ -202,6 +202,32 @@ def test_padded_batches_of_transformers_are_attended_without_a_mask(
     assert {*seen} == {(2, None, True)}
 
 
+def test_log_probs_of_transformers_are_those_of_float64_over_a_large_vocabulary(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's log-softmax in float32 is wrong by more than 5e-6 nats here."""
+    scorer: Any = make_scorer(
+        find_model(str(tiny_model)), EngineSettings("transformers", "float32", max_length=256)
+    )
+    one = EXAMPLES[4]
+    logits_NV = 3 * torch.randn(
+        len(one.positions), 49152, generator=torch.Generator().manual_seed(0)
+    )
+    chunks = [(slice(0, 40), logits_NV[:40]), (slice(40, None), logits_NV[40:])]
+    monkeypatch.setattr(
+        "qpipe.stages.engines.in_transformers.scorer.logit_chunks", lambda *_: chunks
+    )
+    monkeypatch.setattr(scorer, "vocab_size", 49152)
+    (found,) = scorer.score_batch([one], None, 8)
+    log_probs_NV = logits_NV.double().log_softmax(dim=1)
+    observed_N1 = log_probs_NV.gather(1, torch.from_numpy(one.observed_ids).long()[:, None])
+    np.testing.assert_allclose(found.observed_log_probs, observed_N1[:, 0], rtol=0, atol=4e-6)
+    top = log_probs_NV.topk(8, dim=1)
+    np.testing.assert_allclose(found.topk_log_probs, top.values.flatten(), rtol=0, atol=4e-6)
+    np.testing.assert_array_equal(found.topk_ids, top.indices.flatten())
+    np.testing.assert_array_equal(found.observed_ranks, (log_probs_NV >= observed_N1).sum(dim=1))
+
+
 def test_transformers_without_a_known_head_gives_the_same(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
