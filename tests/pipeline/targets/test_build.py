@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from itertools import product
 
 import numpy as np
 import pytest
@@ -128,22 +129,19 @@ def test_on_truncated_supports_it_is_the_definition_on_the_support_and_in_its_ta
         assert tail == pytest.approx(outside, abs=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-@pytest.mark.parametrize("teacher_temperature", [1.0, 2.0])
 @each_settled
-def test_models_are_read_at_their_temperatures(
-    choice: Choice, temperature: float, teacher_temperature: float
-) -> None:
+def test_models_are_read_at_their_temperatures(choice: Choice) -> None:
     demonstrations = [random_dense(seed) for seed in range(4)]
-    positions = tokens_of(demonstrations, temperature, teacher_temperature)
-    choice, statistic = settled(choice, positions)
-    evidence = evidence_of(demonstrations, VOCAB_SIZE, temperature, teacher_temperature)
-    targets = targets_of(evidence, choice, WHOLE)
+    for temperatures in product([0.5, 3.0], [1.0, 2.0]):  # the base's, the teacher's
+        positions = tokens_of(demonstrations, *temperatures)
+        of_case, statistic = settled(choice, positions)
+        evidence = evidence_of(demonstrations, VOCAB_SIZE, *temperatures)
+        targets = targets_of(evidence, of_case, WHOLE)
 
-    wanted = [wanted_target(choice, at, statistic) for at in positions]
-    found, _ = rebuilt(targets, positions)
-    np.testing.assert_allclose(found, [target for target, _ in wanted], rtol=1e-9, atol=1e-10)
-    np.testing.assert_allclose(targets.weights, [weight for _, weight in wanted], rtol=1e-9)
+        wanted = [wanted_target(of_case, at, statistic) for at in positions]
+        found, _ = rebuilt(targets, positions)
+        np.testing.assert_allclose(found, [target for target, _ in wanted], rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(targets.weights, [weight for _, weight in wanted], rtol=1e-9)
 
 
 @pytest.mark.parametrize(
