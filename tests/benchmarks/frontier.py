@@ -62,7 +62,7 @@ def main(scores: Path) -> None:
     folder = open_sealed(scores, "score")
     manifest = folder.manifest
     batches = [batch for shard in folder.shards for batch in folder.batches(shard)]
-    batches = [cut(folder.schema, batch, SAMPLE)[0] for batch in batches[:2]]
+    batches = [next(cut(folder.schema, batch, SAMPLE)) for batch in batches[:2]]
     whole = [whole_of(batch, manifest.settings["vocab_size"]) for batch in batches]
     positions = manifest.totals["positions"]
     heads = (
@@ -115,19 +115,19 @@ def _measured(
     manifest = folder.manifest
     size = sum(path.stat().st_size for path in out.iterdir())
     whole_batches = [batch for shard in folder.shards for batch in folder.batches(shard)]
-    read = [cut(folder.schema, b, SAMPLE)[0] for b in whole_batches[: len(batches)]]
+    read = [next(cut(folder.schema, b, SAMPLE)) for b in whole_batches[: len(batches)]]
     seen = sum(len(batch["positions"]) for batch in read)
-    divergence, errors = 0.0, []
+    divergence, found = 0.0, []
     for scores, batch, known in zip(batches, read, whole, strict=True):
         kept = truncated(known_supports(scores), scores.observed_ids, top_p, most)
         divergence += _divergence(kept, batch)
-        errors.append(errors(batch["counts"], batch["support_ids"], batch["support_probs"], known))
+        found.append(errors(batch["counts"], batch["support_ids"], batch["support_probs"], known))
     return (
         f"{manifest.totals['entries'] / positions:.1f}",
         f"{size / positions:.1f}",
         f"{1 - manifest.totals['sums']['tail_mass'] / positions:.4f}",
         f"{divergence / seen:.1e}",
-        *mean_and_worst(errors),
+        *mean_and_worst(found),
     )
 
 
@@ -172,7 +172,7 @@ def _sampled(
     rng = np.random.default_rng(0)
     vocab_size = whole[0].base.shape[1] - 1
     schema = schema_of("build-targets", vocab_size, Packing("uint8", vocab_size, 255))
-    content, errors = ShardContent(), []
+    content, found = ShardContent(), []
     for scores, known in zip(batches, whole, strict=True):
         base = known.base[:, :-1].astype(np.float64)
         times = rng.multinomial(draws, base / base.sum(1, keepdims=True))
@@ -187,7 +187,7 @@ def _sampled(
         }
         entries = segment_sums(counts.astype(np.int64), scores.lengths["position"])
         content.batches.append(FlatBatch(scores.ids, arrays, scores.lengths | {"entry": entries}))
-        errors.append(errors(counts, arrays["support_ids"], probs, known))
+        found.append(errors(counts, arrays["support_ids"], probs, known))
     out.mkdir()
     entry = commit_shard(out, 0, schema, "", content)
     size, positions = entry.bytes, entry.positions
@@ -196,7 +196,7 @@ def _sampled(
         f"{size / positions:.1f}",
         "-",
         "-",
-        *mean_and_worst(errors),
+        *mean_and_worst(found),
     )
 
 

@@ -63,7 +63,7 @@ def main(scores: Path) -> None:
     """Print the table."""
     source = open_sealed(scores, "score")
     examples: list[ScoredExample] = list(source.records())
-    batch = cut(source.schema, flatten(source.schema, examples), SAMPLE)[0]
+    batch = next(cut(source.schema, flatten(source.schema, examples), SAMPLE))
     whole = whole_of(batch, source.settings["vocab_size"])
     rows = [
         ("k", "--top-p", "precision", "entries", "bytes a token", "KL", "gradient", "worst 1 %")
@@ -148,7 +148,7 @@ def of_targets(folder: Path, whole: Whole, positions: int) -> tuple[str, str]:
     build_targets(BuildSettings(folder, out, choose("sft+kl", "frozen-target")))
     targets = open_sealed(out)
     batch: FlatBatch = flatten(targets.schema, list(chain(targets.records())))
-    batch = cut(targets.schema, batch, SAMPLE)[0]
+    batch = next(cut(targets.schema, batch, SAMPLE))
     assert len(batch["positions"]) == positions
     found = errors(batch["counts"], batch["support_ids"], batch["support_probs"], whole)
     return mean_and_worst([found])

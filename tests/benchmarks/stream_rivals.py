@@ -24,7 +24,13 @@ import pyarrow.parquet as pq
 from qpipe.pipeline.folders.sealed import open_sealed
 from qpipe.pipeline.format.records import TargetExample
 from qpipe.tests.benchmarks.figures import Figure, faster, publish, take_turns
-from qpipe.tests.benchmarks.stream import BATCH_TOKENS, batches, make_targets, one_core
+from qpipe.tests.benchmarks.stream import (
+    BATCH_TOKENS,
+    SHARD_BATCHES,
+    batches,
+    make_targets,
+    one_core,
+)
 from qpipe.trainer.data.batch import padded_batch
 from qpipe.trainer.data.dataset import TargetDataset
 from qpipe.trainer.data.stream import TargetStream, open_streams
@@ -37,7 +43,7 @@ _FILE_ROWS = 512  # of a parquet file: as a shard has
 
 def main(folder: Path) -> None:
     """Make the rows, then measure."""
-    make_targets(folder / "targets")
+    make_targets(folder / "targets", SHARD_BATCHES)
     targets = open_sealed(folder / "targets")
     positions = targets.manifest.totals["positions"]
     stream, _ = open_streams(targets, 0.0)
