@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -23,7 +22,6 @@ from qpipe.pipeline.folders.row_index import INDEX, RowOutline, id_hash, read_in
 from qpipe.pipeline.folders.sealed import SealedFolder, open_sealed
 from qpipe.pipeline.format.batches import FlatBatch
 from qpipe.pipeline.format.records import TargetExample
-from qpipe.pipeline.storage.remote import open_path
 from qpipe.trainer.data.stream import (
     WINDOW_BLOCKS,
     Outline,
@@ -35,7 +33,6 @@ from qpipe.trainer.data.stream import (
 )
 
 from ...support.runs import Examples, Make
-from ...support.s3 import Bucket
 
 ROWS_OF_A_SHARD = 5  # of the folders made here
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=3 * WINDOW_BLOCKS)
@@ -432,32 +429,3 @@ def test_a_damaged_or_missing_index_is_refused(folder: Path) -> None:
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match=r"index\.arrow: missing, the manifest names it"):
         open_folder(folder)
-
-
-def test_the_shards_of_a_remote_window_are_fetched_together(
-    large: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sixteen at once, where one after another would wait for each; the order is that of a disk."""
-    for path in large.iterdir():
-        s3.put(f"targets/{path.name}", path.read_bytes())
-    of_disk = epoch_ids(open_folder(large)[0], 2)
-    together = threading.Barrier(WINDOW_BLOCKS, timeout=30)
-    check = SealedFolder.check
-
-    def meeting(self: SealedFolder, shard: int) -> None:
-        if len(self.checked) < WINDOW_BLOCKS:
-            together.wait()
-        check(self, shard)
-
-    monkeypatch.setattr(SealedFolder, "check", meeting)
-    stream, _ = open_streams(open_sealed(open_path("s3://bucket/targets")), 0.0)
-    assert epoch_ids(stream, 2) == of_disk
-
-
-def test_a_remote_shard_that_is_damaged_ends_the_stream(large: Path, s3: Bucket) -> None:
-    for path in large.iterdir():
-        s3.put(f"targets/{path.name}", path.read_bytes())
-    s3.put("targets/shard-00030.arrow", b"another shard")
-    stream, _ = open_streams(open_sealed(open_path("s3://bucket/targets")), 0.0)
-    with pytest.raises(UserError, match=r"shard-00030\.arrow: damaged, its hash is not"):
-        epoch_ids(stream)
