@@ -140,14 +140,14 @@ def row_bytes(model: ModelFiles, settings: EngineSettings, runner: Runner) -> in
 
     A value of the vocabulary takes its logit; in V2 a copy of that where the vocabulary is padded,
     and two temporaries under a soft cap; in V1, and where the vocabulary is divided among GPUs, a
-    float32 copy, with what counts the rank: a row that is selected and compared, or, on a CPU, the
-    comparison and its sum in 64-bit integers.
+    float32 copy, and what compares it. On a CPU only the rows of a block have copies
+    (`supervised_rows.blocks`).
     """
     logit, parts = VALUE_BYTES[settings.logits_dtype], settings.tensor_parallel_size
     config = model.config.get_text_config()
     capped = 2 * logit if getattr(config, "final_logit_softcapping", None) else 0
     if runner == "CPU":
-        value = logit + 4 + 9
+        value = logit + capped
     elif runner == "V1" or parts > 1:
         value = logit + max(4 + 5, capped)
     else:

@@ -3,10 +3,13 @@
 n rows, V the vocabulary, k the size of the top k, w given ids of a row, padded with -1.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .blocks import by_blocks, counts_at_least
 
 
 class Gathered(NamedTuple):
@@ -22,16 +25,20 @@ class Gathered(NamedTuple):
 def gathered_log_probs(
     logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
 ) -> Gathered:
-    """Log-softmax in float32, and what is gathered from it."""
+    """Log-softmax in float32, and what is gathered from it, block by block."""
+    of_block = partial(_gathered_block, top_k=top_k)
+    return Gathered(*by_blocks(of_block, logits_nV, observed_n, given_nw))
+
+
+def _gathered_block(
+    logits_nV: Tensor, observed_n: Tensor, given_nw: Tensor, top_k: int
+) -> Gathered:
     log_probs_nV = logits_nV.log_softmax(dim=1, dtype=torch.float32)
     top = log_probs_nV.topk(top_k, dim=1)
     observed_n1 = log_probs_nV.gather(1, observed_n[:, None])
-    # tokens above the last of the top k are in the top k; only the others need the whole row
-    ranks_n = (top.values >= observed_n1).sum(dim=1)
-    others = (observed_n1[:, 0] <= top.values[:, -1]).nonzero()[:, 0]
-    ranks_n[others] = (log_probs_nV[others] >= observed_n1[others]).sum(dim=1)
-    given_nw = log_probs_nV.gather(1, given_nw.clamp_min(0))
-    return Gathered(observed_n1[:, 0], ranks_n, top.indices, top.values, given_nw)
+    at_nw = log_probs_nV.gather(1, given_nw.clamp_min(0))
+    ranks_n = counts_at_least(log_probs_nV, observed_n1, out=log_probs_nV)
+    return Gathered(observed_n1[:, 0], ranks_n, top.indices, top.values, at_nw)
 
 
 def triton_log_probs(

@@ -3,10 +3,13 @@
 n rows, W logits of a row, which may be a part of the vocabulary, k the size of the top k.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .blocks import by_blocks, counts_at_least
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -42,14 +45,16 @@ def has_kernels(logits_nW: Tensor, top_k: int) -> bool:
 
 
 def summarised_in_torch(logits_nW: Tensor, at_least_n: Tensor, top_k: int) -> Summary:
-    """The same with a float32 copy of the logits."""
+    """The same, block by block, with a float32 copy of the logits of a block."""
+    of_block = partial(_summarised_block, top_k=top_k)
+    return Summary(*by_blocks(of_block, logits_nW, at_least_n))
+
+
+def _summarised_block(logits_nW: Tensor, at_least_n: Tensor, top_k: int) -> Summary:
     logits_nW = logits_nW.float()
     top = logits_nW.topk(top_k, dim=1)
     highest_n1 = logits_nW.amax(dim=1, keepdim=True)
-    return Summary(
-        highest_n=highest_n1[:, 0],
-        sums_n=(logits_nW - highest_n1).exp().sum(dim=1),
-        counts_n=(logits_nW >= at_least_n[:, None]).sum(dim=1),
-        logits_nk=top.values,
-        ids_nk=top.indices,
-    )
+    shifted_nW = logits_nW - highest_n1
+    sums_n = shifted_nW.exp_().sum(dim=1)
+    counts_n = counts_at_least(logits_nW, at_least_n[:, None], out=shifted_nW)
+    return Summary(highest_n1[:, 0], sums_n, counts_n, top.values, top.indices)

@@ -60,8 +60,8 @@ def test_rows_of_each_runner() -> None:
         ("V2", "float32"): 8,
         ("V1", "bfloat16"): 11,  # logits, log-probabilities, rows copied and compared
         ("V1", "float32"): 13,
-        ("CPU", "bfloat16"): 15,  # logits, log-probabilities, compared and summed
-        ("CPU", "float32"): 17,
+        ("CPU", "bfloat16"): 2,  # logits
+        ("CPU", "float32"): 4,
     }
 
 
@@ -89,32 +89,34 @@ _SAMPLER = """
 import sys, torch
 from qpipe.stages.engines.supervised_rows.gather import gathered_log_probs
 torch.set_num_threads(1)
-rows, size, dtype = 512, 40_000, getattr(torch, sys.argv[1])
-def peak():
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
-def resident():
-    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
+rows, size, dtype = int(sys.argv[2]), 40_000, getattr(torch, sys.argv[1])
+def status(name):
+    return int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024
 def work(rows):
     hidden = torch.randn(rows, 8, dtype=dtype)
     logits = hidden @ torch.randn(8, size, dtype=dtype)
     none = torch.empty((rows, 0), dtype=torch.int64)
     return gathered_log_probs(logits, torch.zeros(rows).long(), none, 64)
 work(2)
-before = resident()
+before = status("VmRSS:")
 open("/proc/self/clear_refs", "w").write("5")
 work(rows)
-print((peak() - before) / (rows * size))
+print(status("VmHWM:") - before)
 """
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
 def test_rows_take_on_a_cpu_what_is_planned(dtype: str) -> None:
-    """In a process whose peak is looked at."""
+    """In a process whose peak is looked at; a copy of all rows in float32 would take 312 MiB."""
+    rows, of_blocks = 2048, 120 * 2**20  # what blocks take, and what the allocator keeps of them
     done = subprocess.run(
-        [sys.executable, "-c", _SAMPLER, dtype], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _SAMPLER, dtype, f"{rows}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    planned = row_bytes(large(40_000), asked(dtype), "CPU") / 40_000
-    assert float(done.stdout) == pytest.approx(planned, rel=0.1)
+    planned = rows * row_bytes(large(40_000), asked(dtype), "CPU")
+    assert 0.9 * planned < int(done.stdout) < planned + of_blocks
 
 
 ROW = 1_520_000  # bytes; 1,024 of them take 1.45 GiB
