@@ -87,10 +87,10 @@ def logit_chunks(
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         yield slice(0, len(rows_N)), logits_NV.to(wide)
         return
-    head = form.head(model)
+    head, layer = form.head(model), causal_model(model).get_output_embeddings()
     hidden_ND = hidden_states(model, **inputs)[rows_N, columns_N]
     for rows in chunks(len(hidden_ND), len(head.weight), hidden_ND.device):
-        yield rows, head.logits(hidden_ND[rows])
+        yield rows, head.from_scores(layer(hidden_ND[rows]))
 
 
 @torch.no_grad()

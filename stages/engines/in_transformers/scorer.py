@@ -25,6 +25,7 @@ from ..supervised_rows.shards import whole_log_probs
 from ..supervised_rows.summary import summarised_in_torch
 from .batches import Group, batches, groups
 from .beginnings import Beginning, beginning_of, keeps_beginnings
+from .linear_layers import use_onednn
 
 
 class TransformersScorer:
@@ -34,6 +35,7 @@ class TransformersScorer:
         self.vocab_size = model.vocab_size
         self.model = load_scoring_model(model, getattr(torch, settings.dtype))
         self.device = self.model.device
+        use_onednn(self.model)
         self.head_form = recognise(self.model)
         self.may_share = settings.reads_prefixes
 
