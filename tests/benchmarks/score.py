@@ -3,12 +3,13 @@
     python tests/benchmarks/score.py MODEL [DEMONSTRATIONS]
 
 MODEL is a folder; DEMONSTRATIONS are chats of several turns, 40 % of whose tokens are supervised,
-made of data/arithmetic.jsonl where none are given. k is 64, numbers are bfloat16 on a GPU and else
-float32. Five figures, each of runs that take turns, medians of them:
+made of data/arithmetic.jsonl where none are given. k is 64, and numbers are float32, on a CPU
+(`make gpu` measures a GPU). Seven figures, each of runs that take turns, medians of them:
 
 - the stage with vLLM, reading, tokenising and writing included, against a bare `LLM.generate` with
-  `flat_logprobs=True, detokenize=False` on the same engine;
-- the same where besides 60 % of each chat is a beginning that all share;
+  `flat_logprobs=True, detokenize=False`, on an engine of its own with vLLM's defaults, which
+  compiles the model, and on qpipe's engine, whose layers use other kernels;
+- the same two where besides 60 % of each chat is a beginning that all share;
 - the stage with transformers against a plain script: padded batches of 8 in the order given,
   log-softmax and top k over all positions;
 - what the front end costs a token, on arrays, without a model;
@@ -53,7 +54,7 @@ TOP_K, MAX_LENGTH = 64, 1024
 CHATS = int(os.environ.get("CHATS", "48"))
 RUNS = int(os.environ.get("RUNS", "3"))
 PLAIN_BATCH = 8
-DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+DTYPE = "float32"
 SECONDS_A_TOKEN = 40e-6  # as of a model of some billions of parameters on a large GPU
 
 
@@ -62,11 +63,12 @@ def main(model: Path, demonstrations: Path | None) -> None:
     quiet_libraries()
     files = find_model(str(model))
     fast: Any = make_scorer(files, EngineSettings("vllm", DTYPE, TOP_K, max_length=MAX_LENGTH))
+    engines = {"bare LLM.generate": bare_engine(files), "the same, qpipe's engine": fast.llm}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         chats = demonstrations or make_chats(work / "chats.jsonl", CHATS, shared=False)
         shared = make_chats(work / "shared.jsonl", CHATS, shared=True)
-        with_vllm = partial(measure_vllm, scorer=fast, files=files)
+        with_vllm = partial(measure_vllm, scorer=fast, engines=engines, files=files)
         measures = (
             partial(with_vllm, "score with vLLM", chats=chats, folder=work / "own"),
             partial(
@@ -77,30 +79,28 @@ def main(model: Path, demonstrations: Path | None) -> None:
             ),
             partial(measure_transformers, files, chats, work / "transformers"),
         )
-        figures = []
-        for measure in measures:
-            figures.append(measure())
-            print(figures[-1], flush=True)  # the next one takes minutes
-        publish(figures)
+        publish([figure for measure in measures for figure in measure()])
     print(f"front end: {front_end(TOP_K):.2f} µs a token at k = {TOP_K}")
     around_an_engine(files)
 
 
-def measure_vllm(what: str, scorer: Any, files: ModelFiles, chats: Path, folder: Path) -> Figure:
-    """The stage against bare prompt log-probabilities on the same engine."""
+def measure_vllm(
+    what: str, scorer: Any, engines: dict[str, Any], files: ModelFiles, chats: Path, folder: Path
+) -> list[Figure]:
+    """The stage against bare prompt log-probabilities on some engines."""
     run_stage("vllm", scorer, files, chats, folder / "warm")
     examples = list(read_scores(folder / "warm"))
     tokens = said(what, examples)
     outs = (folder / f"out-{run}" for run in count())
-    ours, theirs = in_turns(
+    ours, *others = in_turns(
         lambda: run_stage("vllm", scorer, files, chats, next(outs)),
-        lambda: timed(lambda: generate(scorer.llm, examples)),
+        *(partial(timed, partial(generate, llm, examples)) for llm in engines.values()),
     )
-    beside = "bare LLM.generate, flat_logprobs"
-    return faster(what, ours, beside, theirs, tokens, "tokens")
+    pairs = zip(engines, others, strict=True)
+    return [faster(what, ours, beside, theirs, tokens, "tokens") for beside, theirs in pairs]
 
 
-def measure_transformers(files: ModelFiles, chats: Path, folder: Path) -> Figure:
+def measure_transformers(files: ModelFiles, chats: Path, folder: Path) -> list[Figure]:
     """The stage against a plain script."""
     scorer: Any = make_scorer(files, EngineSettings("transformers", DTYPE, max_length=MAX_LENGTH))
     model = load_model(files, getattr(torch, DTYPE)).eval()
@@ -113,7 +113,7 @@ def measure_transformers(files: ModelFiles, chats: Path, folder: Path) -> Figure
         lambda: run_stage("transformers", scorer, files, chats, next(outs)),
         lambda: timed(lambda: plain_script(model, examples)),
     )
-    return faster(what, ours, "padded batches, top k everywhere", theirs, tokens, "tokens")
+    return [faster(what, ours, "padded batches, top k everywhere", theirs, tokens, "tokens")]
 
 
 def in_turns(*ways: Callable[[], float]) -> list[list[float]]:
@@ -123,6 +123,7 @@ def in_turns(*ways: Callable[[], float]) -> list[list[float]]:
         order = list(zip(seconds, ways, strict=True))
         for kept, way in order if run % 2 else reversed(order):
             kept.append(way())
+        print(*(f"{kept[-1]:.2f}" for kept in seconds), "seconds", flush=True)
     return [kept[1:] for kept in seconds]
 
 
@@ -156,6 +157,13 @@ def run_stage(
         return score(settings).seconds
     finally:
         score_stage.make_scorer = made
+
+
+def bare_engine(files: ModelFiles) -> Any:
+    """vLLM as one starts it for this."""
+    from vllm import LLM
+
+    return LLM(str(files.folder), dtype=DTYPE, max_model_len=MAX_LENGTH + 1, max_logprobs=TOP_K)
 
 
 def generate(llm: Any, examples: list[Any]) -> None:
