@@ -22,7 +22,7 @@ def use_onednn(model: nn.Module) -> int:
     if not layers or not _works():
         return 0
     for layer in layers:
-        layer.forward = partial(_forward, layer)
+        layer.forward = partial(_product, weight=layer.weight, bias=layer.bias)
     return len(layers)
 
 
@@ -30,13 +30,9 @@ def _is_plain(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
-    return _product(input, layer.weight, layer.bias)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b by the operator that compiled models use; torch has no public function for it."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
 @torch.inference_mode()
