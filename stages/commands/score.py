@@ -205,7 +205,7 @@ def print_plan(plan: "ScorePlan") -> None:
 
 
 def _weights(size: int | None) -> str:
-    return "weights of unknown size" if size is None else f"{_size(size)} of weights"
+    return "weights of unknown size" if size is None else f"up to {_size(size)} of weights"
 
 
 def _workload_rows(work: "Workload") -> list[tuple[str, str]]:

@@ -322,7 +322,9 @@ def test_the_keys_and_values_on_each_gpu() -> None:
     """Of 64 layers with 8 heads of 128, in two bytes; a GPU keeps one head at least."""
     sizes = [kv_cache_on_each(large(), asked(tensor_parallel_size=n)) for n in (1, 2, 8, 16)]
     assert sizes == [64 * 2 * heads * 128 * 2 for heads in (8, 4, 1, 1)]
-    assert kv_cache_on_each(large(), asked(pipeline_parallel_size=4)) == 16 * 2 * 8 * 128 * 2
+    of_layer = 2 * 8 * 128 * 2
+    assert kv_cache_on_each(large(), asked(pipeline_parallel_size=4)) == 16 * of_layer
+    assert kv_cache_on_each(large(), asked(pipeline_parallel_size=5)) == 13 * of_layer  # the most
     latent = large(kv_lora_rank=512, qk_rope_head_dim=64)  # as DeepSeek's
     for n in (1, 8):
         assert kv_cache_on_each(latent, asked(tensor_parallel_size=n)) == 64 * (512 + 64) * 2
