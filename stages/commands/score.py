@@ -56,14 +56,14 @@ _BINDS = {
 )
 @click.option(
     "--gpu-memory",
-    type=Number(min=0, max=10**6, min_open=True),
+    type=Number(min=1, max=10**6),
     default=None,
     metavar="GIB",
     help="Memory of a GPU. Estimates what vLLM would use of it (with --plan).",
 )
 @click.option(
     "--gpu-tflops",
-    type=Number(min=0, min_open=True),
+    type=Number(min=0.001, max=10**9),
     default=None,
     metavar="N",
     help="Peak TFLOP/s of a GPU, of which 40 % are assumed to be reached (with --plan).  "
@@ -71,7 +71,7 @@ _BINDS = {
 )
 @click.option(
     "--gpu-speed",
-    type=Number(min=0, min_open=True),
+    type=Number(min=0.001, max=10**9),
     default=None,
     metavar="N",
     help="Measured number of supervised tokens per second on a GPU; replaces --gpu-tflops "
@@ -266,7 +266,7 @@ def _cost_rows(costs: "Costs | None") -> list[tuple[str, str]]:
         f"{costs.flop:.2g} FLOP at {UTILIZATION:.0%} of {throughput.tflops:g} TFLOP/s, which is "
         "an assumption: give a measured speed with --gpu-speed"
         if throughput.speed is None
-        else f"at the given {throughput.speed:,.0f} supervised tokens/s of a GPU"
+        else f"at the given {throughput.speed:,.12g} supervised tokens/s of a GPU"
     )
     return [
         ("scoring", f"{_hours(costs.score_hours)}: {basis}"),

@@ -58,7 +58,10 @@ def test_a_folder_behind_such_an_option_is_missed_with_the_reason() -> None:
     ("words", "message"),
     [
         (("score", *SCORE, "--plan", "--gpu-memory", "nan"), "nan is not a finite number"),
-        (("score", *SCORE, "--plan", "--gpu-speed", "inf"), "inf is not a finite number"),
+        (("score", *SCORE, "--plan", "--gpu-speed", "inf"), "inf is not in the range 0.001<"),
+        (("score", *SCORE, "--plan", "--gpu-speed", "1e-310"), "1e-310 is not in the range 0.001<"),
+        (("score", *SCORE, "--plan", "--gpu-tflops", "1e300"), "not in the range 0.001<=x<="),
+        (("score", *SCORE, "--plan", "--gpu-memory", "0.001"), "0.001 is not in the range 1<=x<="),
         (("verify", "t", "--seed", "-1"), "-1 is not in the range"),
         (("list", "root", "--stage", "targets"), "'targets' is not one of 'score'"),
     ],

@@ -161,6 +161,13 @@ def test_the_command_prints_and_logs_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [log]
 
 
+def test_a_given_speed_is_printed_as_given(tiny_model: Path, chats: Path) -> None:
+    words = ["score", "--plan", "--model", str(tiny_model), "--demonstrations", str(chats)]
+    for speed, shown in (("0.25", "0.25"), ("53700", "53,700"), ("1e9", "1,000,000,000")):
+        done = CliRunner().invoke(cli, [*words, "--gpu-speed", speed])
+        assert f"at the given {shown} supervised tokens/s of a GPU" in done.output
+
+
 def test_float32_on_a_gpu_is_said(
     tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +179,7 @@ def test_float32_on_a_gpu_is_said(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "--demonstrations", "x", "--gpu-memory", "1e300"], "not in the range 0<x<="),
+        (["--plan", "--demonstrations", "x", "--gpu-memory", "1e300"], "not in the range 1<=x<="),
         (["--plan", "--at", "x"], "--plan requires --demonstrations FILE"),
         (["--demonstrations", "x.jsonl", "--out", "o", "--gpu-memory", "8"], "requires --plan"),
         (["--demonstrations", "x.jsonl", "--gpu-speed", "8"], "--gpu-speed requires --plan"),
