@@ -75,6 +75,7 @@ def find_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged files raise errors of many libraries
         raise UserError(f"model {model}: cannot be read: {one_line(error)}") from error
+    _refuse_sizes(model, config.get_text_config())
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"model {model}: its tokenizer is a {type(tokenizer).__name__}, which does not "
@@ -82,6 +83,14 @@ def find_model(
         )
     _refuse_empty(model, folder, tokenizer)
     return ModelFiles(name, revision, folder, config, tokenizer)
+
+
+def _refuse_sizes(model: str, config: Any) -> None:
+    """Raises UserError for dimensions that no model has, which transformers does not refuse."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"model {model}: config.json has {name} {size}: fetch the model again")
 
 
 def _refuse_empty(model: str, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
