@@ -19,6 +19,7 @@ from ...trainer.models.files import ModelFiles
 from ...trainer.models.size import VALUE_BYTES, attention_heads, kv_cache_bytes, weight_bytes
 from .settings import EngineSettings
 from .supervised_rows.steps import CHUNK_ROWS
+from .vllm_groups import layers_of_groups, most_weights
 
 STEPS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)  # tokens of a step, the first that fits
 USUAL_STEP = 2048  # enough for full speed on a CPU, and nearly on a GPU
@@ -29,12 +30,6 @@ MOST_UTILIZATION = 0.92  # vLLM's own default
 MAX_SEQUENCES = 256  # in a step; vLLM's trial run samples as many tokens
 _RESERVE = 2**30  # fragmentation, other processes
 _RUNTIME = 2**29  # CUDA and communication, inside vLLM's share
-# Types of models whose embedding vLLM keeps on the first group of a pipeline alone and the head on
-# the last, a tied matrix on both. Those of other types, such as Gemma's and most mixtures of
-# experts, may be on every group, as the files in vllm/model_executor/models tell.
-DIVIDES_ENDS = frozenset(
-    {"deepseek_v3", "glm4_moe", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3"}
-)
 
 Runner = Literal["V1", "V2", "CPU"]
 Binding = Literal["step", "share", "memory"]
@@ -111,26 +106,7 @@ def weights_on_each(model: ModelFiles, settings: EngineSettings) -> int | None:
             f"layers of model {model.name}: give {layers} or less"
         )
     total = weight_bytes(model, settings.dtype)
-    return None if total is None else _most_weights(model, settings, total) // parts
-
-
-def _most_weights(model: ModelFiles, settings: EngineSettings, total: int) -> int:
-    """Bytes of the weights on the group of GPUs that has the most, of `total` in a pipeline.
-
-    Layers count alike; the final norm counts with them.
-    """
-    config = model.config.get_text_config()
-    layers = config.num_hidden_layers
-    groups = layers_of_groups(layers, settings.pipeline_parallel_size)
-    if len(groups) == 1:
-        return total
-    matrix = model.vocab_size * config.hidden_size * VALUE_BYTES[settings.dtype]
-    both = matrix if getattr(config, "tie_word_embeddings", False) else 2 * matrix
-    inside, at_ends = (0, matrix) if config.model_type in DIVIDES_ENDS else (both, both)
-    beside = [at_ends, *[inside] * (len(groups) - 2), at_ends]
-    return max(
-        (total - both) * own // layers + ends for own, ends in zip(groups, beside, strict=True)
-    )
+    return None if total is None else most_weights(model, settings, total) // parts
 
 
 def kv_cache_on_each(model: ModelFiles, settings: EngineSettings) -> int:
@@ -138,26 +114,6 @@ def kv_cache_on_each(model: ModelFiles, settings: EngineSettings) -> int:
     layers = model.config.get_text_config().num_hidden_layers
     of_model = kv_cache_bytes(model, settings.dtype, settings.tensor_parallel_size)
     return of_model // layers * max(layers_of_groups(layers, settings.pipeline_parallel_size))
-
-
-def layers_of_groups(layers: int, groups: int) -> list[int]:
-    """The number of layers on each group of a pipeline.
-
-    As `get_pp_indices` in vllm/distributed/utils.py divides them: what remains goes to groups
-    before the last, the latest first, and the user's VLLM_PP_LAYER_PARTITION comes before that.
-    """
-    given = os.environ.get("VLLM_PP_LAYER_PARTITION")
-    if given is None:
-        even, rest = divmod(layers, groups)
-        return [even + (groups - 1 - rest <= group < groups - 1) for group in range(groups)]
-    words = given.split(",")
-    numbers = [int(word) for word in words if word.strip().isdecimal()]
-    if not len(words) == len(numbers) == groups or sum(numbers) != layers:
-        raise UserError(
-            f"VLLM_PP_LAYER_PARTITION {given}: does not divide {layers} layers among "
-            f"--pipeline-parallel-size {groups}: correct it, or unset it"
-        )
-    return numbers
 
 
 def runner_of(model: ModelFiles) -> Runner:

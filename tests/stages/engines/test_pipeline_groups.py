@@ -8,7 +8,8 @@ import pytest
 import torch
 from qpipe.pipeline.errors import UserError
 from qpipe.stages.engines.settings import EngineSettings
-from qpipe.stages.engines.vllm_memory import DIVIDES_ENDS, layers_of_groups, weights_on_each
+from qpipe.stages.engines.vllm_groups import DIVIDES_ENDS, layers_of_groups
+from qpipe.stages.engines.vllm_memory import weights_on_each
 from qpipe.trainer.models.files import ModelFiles
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3MoeConfig
 
