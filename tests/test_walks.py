@@ -15,7 +15,7 @@ def test_settings_pass_through_few_files() -> None:
     score, train = walked()
     assert 0 < score["given"] <= 18
     assert 0 < train["given"] <= 20
-    assert score["made"] <= 40
+    assert score["made"] <= 41
     assert train["made"] <= 48
 
 
