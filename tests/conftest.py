@@ -27,6 +27,7 @@ CHATML = (
 SHARE_AN_ENGINE = (
     "tests/stages/engines/test_engines.py",
     "tests/stages/engines/test_vllm.py",
+    "tests/stages/engines/test_vllm_rows.py",
     "tests/stages/score/from_folder/test_given_ids.py",
 )
 

@@ -168,7 +168,10 @@ def _dense_scorer(files: ModelFiles) -> Callable[[ScoredExample], NDArray[np.flo
         input_ids = torch.from_numpy(example.input_ids.astype(np.int64))[None].to(model.device)
         logits_TV = model(input_ids=input_ids, use_cache=False).logits[0]
         rows_N = torch.from_numpy(example.positions.astype(np.int64) - 1).to(model.device)
-        return logits_TV[rows_N].float().log_softmax(dim=1).cpu().numpy()
+        logits_NV = logits_TV[rows_N].float()
+        # torch's log-softmax rounds its sum over a large vocabulary to one side, on a CPU
+        shifted_NV = logits_NV - logits_NV.amax(dim=1, keepdim=True)
+        return (shifted_NV - shifted_NV.logsumexp(dim=1, keepdim=True)).cpu().numpy()
 
     return log_probs
 

@@ -18,6 +18,7 @@ from qpipe.stages.folders import rescore as module
 from qpipe.stages.folders.rescore import MANY_TIES, bucket_kl, rescore, tied_share
 from qpipe.stages.score.from_demonstrations import score
 from qpipe.tests.support.settings import score_settings
+from safetensors.torch import load_file, save_file
 
 from ...conftest import make_tiny_model
 from ...support.commands import qpipe
@@ -50,6 +51,20 @@ def test_scores_of_the_same_model_agree(scores: Path, tiny_model: Path) -> None:
     assert result.entries < 1e-4
     assert (result.rank, result.modes_changed) == (0, 0)
     assert result.kl_max < 1e-6
+
+
+def test_a_large_vocabulary_does_not_bias_the_reference(tmp_path: Path) -> None:
+    """The sum of the scores is exact; torch's log-softmax is off by 4e-6 nats here."""
+    model = make_tiny_model(tmp_path / "wide", vocab_size=50_000)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] *= 2  # logits as far apart as those of a trained model
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    settings = score_settings(
+        model=str(model), demonstrations=(str(write_chats(tmp_path / "chats.jsonl", 5)),),
+        out=tmp_path / "scores", top_k=16, engine="transformers",
+    )  # fmt: skip
+    score(settings)
+    assert rescore(tmp_path / "scores", str(model), examples=5).observed_mean < 1.5e-6
 
 
 def test_bfloat16_costs_something(scores: Path, tiny_model: Path, tmp_path: Path) -> None:
